@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,22 +29,32 @@ GB_PER_JOB = 2  # what one compiler needs at its peak on a file with torch heade
 ROOT = Path(__file__).resolve().parent
 PIP_BUILD = "pip install --no-build-isolation ."
 
-CXX_FLAGS = (
-    "-O3 -std=c++20 -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp "
-    "-fvisibility=hidden -g0 -Wall -Wextra -Wno-unknown-pragmas"
-).split()
+CXX_FLAGS = [
+    *("-O3", "-std=c++20", "-g0", "-fopenmp", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+]
 # The kernels round as the CPU does: --fmad=false, fused multiply-adds are written out. torch turns
 # the operators of the 16-bit types off for every .cu file; -U turns them on again.
-NVCC_FLAGS = (
-    "-O3 -std=c++20 --fmad=false -lineinfo -Xcompiler -fvisibility=hidden "
-    "-U__CUDA_NO_HALF_OPERATORS__ -U__CUDA_NO_HALF_CONVERSIONS__ "
-    "-U__CUDA_NO_HALF2_OPERATORS__ -U__CUDA_NO_BFLOAT16_CONVERSIONS__"
-).split()
+NVCC_FLAGS = [
+    *("-O3", "-std=c++20", "--fmad=false", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"),
+    *("-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__"),
+    *("-U__CUDA_NO_HALF2_OPERATORS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"),
+]
 
 
 def stop(sentence):
     """End the build with one sentence instead of a traceback."""
     raise SystemExit(f"kdkernels: {sentence}")
+
+
+def output_of(*command, env=None):
+    """What a command prints, stdout and stderr together; empty if it cannot run."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    try:
+        return subprocess.run(command, env=env, text=True, timeout=60, **pipes).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 # ---- torch and the tools --------------------------------------------------------------------
@@ -56,8 +67,8 @@ def import_torch():
         # the isolation's variables sees it.
         env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
         code = "import sys; print('\\n'.join(sys.path[1:]))"
-        found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-        sys.path += [path for path in found.stdout.splitlines() if path not in sys.path]
+        paths = output_of(sys.executable, "-c", code, env=env).splitlines()
+        sys.path += [path for path in paths if path not in sys.path]
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -125,17 +136,6 @@ class Toolkit:
         return str(self.home / "bin" / "nvcc")
 
 
-def output_of(*command):
-    """What a command prints, stdout and stderr together; empty if it cannot run."""
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout
-
-
 def toolkit_of(nvcc):
     """Return the Toolkit behind an nvcc, which may be a link or a wrapper script, or None."""
     release = re.search(r"release (\d+\.\d+)", output_of(str(nvcc), "--version"))
@@ -164,6 +164,23 @@ def nvcc_candidates(usr_local="/usr/local"):
     return [nvcc for nvcc in dict.fromkeys(found) if os.access(nvcc, os.X_OK) and nvcc.is_file()]
 
 
+def problem_with(toolkit, torch_cuda):
+    """Why this toolkit cannot build for this torch; empty if it can."""
+    if toolkit.version.split(".")[0] != torch_cuda.split(".")[0]:
+        return "is of another CUDA version"
+    # A toolkit may be half there, its parts of different versions, or older than the compiler.
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("#include <cuda_fp16.h>\n__global__ void probe(__half* x) { *x = 1; }\n")
+        host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []
+        command = [toolkit.nvcc, *host, "-std=c++20", "-c", str(source), "-o", f"{folder}/probe.o"]
+        printed = output_of(*command)
+        if Path(folder, "probe.o").exists():
+            return ""
+    lines = [line for line in printed.splitlines() if re.search("error|fatal", line)] or [printed]
+    return f"cannot compile a test file ({lines[0].split('rror: ')[-1].strip()})"
+
+
 def choose_toolkit(setting, torch_cuda, candidates):
     """Return (Toolkit, "") to build CUDA with, or (None, why not); stop where that is an error."""
     if setting not in ("0", "1", "auto"):
@@ -179,20 +196,24 @@ def choose_toolkit(setting, torch_cuda, candidates):
             )
         return None, reason
 
-    others = []
+    problems = {}
     for nvcc in candidates:
         toolkit = toolkit_of(nvcc)
-        if toolkit and toolkit.version.split(".")[0] == torch_cuda.split(".")[0]:
+        if toolkit is None or toolkit.home in problems:
+            continue
+        problem = problem_with(toolkit, torch_cuda)
+        if not problem:
             return toolkit, ""
-        if toolkit:
-            others.append(f"{toolkit.version} in {toolkit.home}")
+        problems[toolkit.home] = f"nvcc {toolkit.version} in {toolkit.home} {problem}"
 
     install = f"`pip install 'cuda-toolkit[nvcc,crt,nvvm,cccl]=={torch_cuda}.*'`"
-    if others:
+    if problems:
+        told = " and ".join(problems.values())
+        if "unsupported GNU version" in told:
+            install = f"`apt-get install g++-13` and `CC=gcc-13 CXX=g++-13 {PIP_BUILD}`"
         stop(
-            f"this torch is built for CUDA {torch_cuda}, but the only toolkit found is "
-            f"{' and '.join(dict.fromkeys(others))}: run {install} and build again, or build for "
-            f"the CPU only with `KDKERNELS_CUDA=0 {PIP_BUILD}`."
+            f"this torch is built for CUDA {torch_cuda}, but {told}: run {install} and build "
+            f"again, or build for the CPU only with `KDKERNELS_CUDA=0 {PIP_BUILD}`."
         )
     reason = (
         "no nvcc was found in $CUDA_HOME, $CUDA_PATH, $PATH, /usr/local/cuda* or "
@@ -210,7 +231,7 @@ def choose_toolkit(setting, torch_cuda, candidates):
 
 
 def arch_list(capabilities):
-    """GPU architectures: TORCH_CUDA_ARCH_LIST, else the visible GPUs' capabilities, else default."""
+    """TORCH_CUDA_ARCH_LIST, else what the visible GPUs are, else DEFAULT_ARCHS."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if asked.strip() and asked != "native":
         return ";".join(re.split(r"[;, ]+", asked.strip(";, ")))
@@ -220,7 +241,7 @@ def arch_list(capabilities):
 
 
 def gencode(archs):
-    """nvcc's flags for an architecture list, "8.0;9.0+PTX"."""
+    """Flags of nvcc for an architecture list, "8.0;9.0+PTX"."""
     flags = []
     for arch in archs.split(";"):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
@@ -305,7 +326,7 @@ def make_extension(torch, toolkit):
 
 
 def make_build_ext(torch, toolkit, summary):
-    """torch's BuildExtension, with one sentence for a failure and objects kept between builds."""
+    """A BuildExtension with one sentence for a failure and objects kept between builds."""
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = str(toolkit.home) if toolkit else None
@@ -340,13 +361,11 @@ def main():
     """Decide what to build, say so, and build it."""
     from setuptools import find_packages, setup
 
-    check_tools()
     torch = import_torch()
+    check_tools()
     setting = os.environ.get("KDKERNELS_CUDA") or "auto"
     toolkit, reason = choose_toolkit(setting, torch.version.cuda, nvcc_candidates())
-    os.environ["MAX_JOBS"] = jobs = str(
-        max_jobs(len(os.sched_getaffinity(0)), free_memory_gb())
-    )
+    os.environ["MAX_JOBS"] = jobs = str(max_jobs(len(os.sched_getaffinity(0)), free_memory_gb()))
     kind = f"CPU and CUDA {toolkit.version} from {toolkit.home}" if toolkit else "CPU only"
     summary = f"kdkernels: building for {kind}{f' ({reason})' if reason else ''}"
     summary += f", with torch {torch.__version__}, {jobs} compilers at a time."
