@@ -11,7 +11,7 @@ TORCH ?= 2.14.1
 TORCHVISION ?= 0.29.1
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 CXX_FILES := $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.cu" 2>/dev/null)
 SOURCES := setup.py pyproject.toml $(CXX_FILES)
 TOOLS := .venv/tools-torch-$(TORCH)
@@ -59,9 +59,11 @@ clean:
 
 # torch and everything else that the project needs to build, to run and to be checked.
 $(TOOLS): pyproject.toml
+	@$(PYTHON) -c "import sys; raise SystemExit(None if sys.version_info >= (3, 11) else \
+	  'kdkernels: Python ' + sys.version.split()[0] + ' is too old; name a newer one: \`make PYTHON=python3.12\`.')"
 	@test -x $(BIN)/python || { echo "making .venv with $$($(PYTHON) --version)" && $(PYTHON) -m venv .venv; }
-	@echo "installing torch $(TORCH), torchvision $(TORCHVISION) and the tools (about 2 minutes)"
-	@$(PIP) install "torch==$(TORCH)" "torchvision==$(TORCHVISION)" setuptools wheel ninja \
+	@echo "installing torch $(TORCH), torchvision $(TORCHVISION) and the tools (2 GB, some minutes)"
+	@$(PIP) -qq install "torch==$(TORCH)" "torchvision==$(TORCHVISION)" setuptools wheel ninja \
 	  $$($(BIN)/python -c "$$EXTRAS")
 	@rm -f .venv/tools-torch-* && touch $@
 
@@ -74,7 +76,7 @@ export EXTRAS
 
 # Only the C++ files that changed are compiled again.
 $(BUILT): $(TOOLS) $(SOURCES)
-	@echo "building kdkernels"
-	@$(PIP) install --no-build-isolation --no-deps -e .
+	@echo "building kdkernels (a minute or two, and then only what changed)"
+	@$(PIP) -q install --no-build-isolation --no-deps -e .
 	@$(BIN)/python -m kdkernels info
 	@rm -f .venv/built-* && touch $@
