@@ -1,0 +1,322 @@
+"""One training loop for the teacher and for every arm of experiment 2."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from kdkernels.train import TrainError
+from kdkernels.train.data import Images
+from kdkernels.train.run_folder import RunFolder
+
+__all__ = ["PHASES", "Interrupt", "Learner", "accuracy", "predictions", "reproducible"]
+
+PHASES = ("data", "teacher", "student forward", "loss", "backward", "optimizer")
+"""What a training step spends its time on, in order; "student" is whichever model learns."""
+
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+
+
+@contextlib.contextmanager
+def reproducible(seed: int, threads: int | None) -> Iterator[None]:
+    """Inside, torch gives the same bits for the same seed, device and number of threads.
+
+    Args:
+        seed: of torch's generators.
+        threads: CPU threads; None leaves torch's own choice.
+    """
+    before = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.backends.cudnn.benchmark,
+    )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling fresh memory helps to find bugs, not to repeat a run, and would be timed.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1], warn_only=before[2])
+        torch.utils.deterministic.fill_uninitialized_memory = before[3]
+        torch.backends.cudnn.benchmark = before[4]
+
+
+class Interrupt:
+    """Turns the first Ctrl-C into a wish to stop after the step in hand; a second one stops now.
+
+    A KeyboardInterrupt in the middle of an optimizer step would leave half of the weights new.
+
+    Attributes:
+        wished: True after the first Ctrl-C.
+    """
+
+    def __init__(self):
+        self.wished = False
+
+    def _handle(self, number, frame):
+        self.wished = True
+        signal.signal(signal.SIGINT, self._before)
+
+    def __enter__(self) -> "Interrupt":
+        try:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        except ValueError:  # not in the main thread: the caller has its own way to stop
+            self._before = None
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+class _Clock:
+    """Seconds by phase; waits for the device so that a phase is charged for its own work."""
+
+    def __init__(self, device: torch.device, seconds: dict[str, float]):
+        self.seconds = seconds
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+
+    def start(self) -> None:
+        self._wait()
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        self._wait()
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+
+def predictions(
+    model: nn.Module, images: Images, batch: int, memory_format=torch.contiguous_format
+) -> torch.Tensor:
+    """Logits of every image, ``[n, classes]`` fp32, from ``model`` in eval mode without gradient.
+
+    Args:
+        model: left in eval mode.
+        images: in their own order.
+        batch: images a forward pass.
+        memory_format: of the images; the model is expected to be in the same.
+    """
+    model.eval()
+    rows = torch.arange(len(images), device=images.labels.device).split(batch)
+    with torch.no_grad():
+        return torch.cat([model(images.batch(index, memory_format)[0]) for index in rows])
+
+
+def accuracy(model: nn.Module, images: Images, memory_format=torch.contiguous_format) -> float:
+    """Share of images whose largest logit is their label's, 0..1."""
+    logits = predictions(model, images, 256, memory_format)
+    return (logits.argmax(1) == images.labels).double().mean().item()
+
+
+@dataclasses.dataclass
+class Learner:
+    """A model on its way through training, which can be stopped and continued at any step.
+
+    Attributes:
+        name: in metrics and checkpoints.
+        model: in train mode while it learns; on the data's device.
+        loss: ``loss(logits [b, classes], teacher_logits [b, classes] | None, labels [b])``
+            -> scalar.
+        predict: ``predict(images [b, 3, s, s], index [b])`` -> teacher logits ``[b, classes]``;
+            None where no teacher is asked.
+        lr: Adam's learning rate.
+        seed: of the dropout masks. Learners with one seed draw the same masks.
+        tuned: channels_last memory format and Adam's fused kernel.
+        twin: the same loss by other means, asked at each step for the same logits, off the clock;
+            what it says stands beside the loss in the metrics.
+        epoch, step: whole epochs and steps done.
+        within: steps done in the unfinished epoch.
+        seconds: by phase in the unfinished epoch.
+        losses: of the unfinished epoch.
+    """
+
+    name: str
+    model: nn.Module
+    loss: Loss
+    predict: Predict | None
+    lr: float
+    seed: int
+    tuned: bool = False
+    twin: Loss | None = None
+    epoch: int = 0
+    step: int = 0
+    within: int = 0
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(PHASES, 0.0)
+    )
+    losses: list[float] = dataclasses.field(default_factory=list)
+    test_accuracy: float | None = None
+
+    def __post_init__(self):
+        self.memory_format = torch.channels_last if self.tuned else torch.contiguous_format
+        self.model = self.model.to(memory_format=self.memory_format)
+        self.parameters = list(self.model.parameters())
+        self.device = self.parameters[0].device
+        # None, not False: the other arms run what plain torch.optim.Adam(lr=lr) would choose.
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=self.tuned or None)
+        self.random = {"cpu": torch.Generator().manual_seed(self.seed).get_state()}
+        if self.device.type == "cuda":
+            generator = torch.Generator(self.device).manual_seed(self.seed)
+            self.random["cuda"] = generator.get_state()
+
+    def save(self, folder: RunFolder, optimizer: bool = True) -> None:
+        """Write everything that :meth:`load` needs; ``optimizer=False`` for a finished model."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        if optimizer:
+            for number, parameter in enumerate(self.parameters):
+                for key, value in self.optimizer.state[parameter].items():
+                    tensors[f"optimizer.{number}.{key}"] = value
+        tensors |= {f"random.{k}": v for k, v in self.random.items()}
+        names = ("epoch", "step", "within", "seconds", "losses", "test_accuracy")
+        folder.save(self.name, tensors, {name: getattr(self, name) for name in names})
+
+    def load(self, folder: RunFolder) -> bool:
+        """Continue from the checkpoint, if there is one, and drop the metrics written after it.
+
+        Returns:
+            False where there is none.
+        """
+        found = folder.load(self.name)
+        if found is not None:
+            tensors, state = found
+            for name, value in state.items():
+                setattr(self, name, value)
+            with torch.no_grad():
+                for key, value in self.model.state_dict().items():
+                    value.copy_(tensors[f"model.{key}"])
+            for number, parameter in enumerate(self.parameters):
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    value = tensors.get(f"optimizer.{number}.{key}")
+                    if value is None:
+                        continue
+                    # Adam's moments must lie in memory as the parameter does: the fused kernel
+                    # walks all of them by address. Its step counter stays where Adam keeps it.
+                    if key != "step":
+                        value = torch.empty_like(parameter).copy_(value)
+                    elif self.tuned:
+                        value = value.to(self.device)
+                    self.optimizer.state[parameter][key] = value
+            self.random = {
+                k.removeprefix("random."): v for k, v in tensors.items() if k.startswith("random.")
+            }
+
+        def before(line):
+            unit = "step" if line["kind"] == "step" else "epoch"
+            return line.get("learner") != self.name or line[unit] <= getattr(self, unit)
+
+        folder.trim(before)
+        return found is not None
+
+    def train_epoch(
+        self,
+        train: Images,
+        test: Images,
+        batches: list[torch.Tensor],
+        folder: RunFolder,
+        interrupt: Interrupt,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Train for one epoch, or for what is left of it; test; write metrics and a checkpoint.
+
+        Args:
+            train, test: on the model's device.
+            batches: the epoch's batches, each an int64 vector of image numbers.
+            folder: where metrics and the checkpoint go.
+            interrupt: asked after each step.
+            on_step: called after each step, to show progress.
+
+        Raises:
+            TrainError: the loss is not finite (the last checkpoint stays), or Ctrl-C (the state
+                after the last step was saved).
+        """
+        self.model.train()
+        torch.set_rng_state(self.random["cpu"])
+        if "cuda" in self.random:
+            torch.cuda.set_rng_state(self.random["cuda"], self.device)
+        clock = _Clock(self.device, self.seconds)
+        for index in batches[self.within :]:
+            clock.start()
+            images, labels = train.batch(index, self.memory_format)
+            clock.lap("data")
+            taught = None if self.predict is None else self.predict(images, index)
+            clock.lap("teacher")
+            logits = self.model(images)
+            clock.lap("student forward")
+            loss = self.loss(logits, taught, labels)
+            clock.lap("loss")
+            loss.backward()
+            clock.lap("backward")
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            clock.lap("optimizer")
+
+            value = loss.item()
+            self.step += 1
+            self.within += 1
+            self.losses.append(value)
+            finite = math.isfinite(value)
+            shown = value if finite else str(value)  # JSON has no NaN
+            line = {"kind": "step", "learner": self.name, "step": self.step, "loss": shown}
+            if self.twin is not None and finite:
+                line["twin"] = self.twin(logits.detach(), taught, labels).item()
+            folder.log(**line)
+            on_step()
+            if not finite:
+                kept = folder.path / "checkpoints" / f"{self.name}.safetensors"
+                where = (
+                    f"its last checkpoint is {kept}"
+                    if kept.exists()
+                    else "it has no checkpoint yet"
+                )
+                raise TrainError(
+                    f"the loss of {self.name} is {value} at step {self.step}: {where}; a smaller "
+                    "--lr may help",
+                    status=1,
+                )
+            if interrupt.wished:
+                self._keep_random()
+                self.save(folder)
+                raise TrainError(
+                    f"interrupted, and saved: continue with --resume {folder.path}", status=130
+                )
+        self._keep_random()
+        self.epoch += 1
+        began = time.perf_counter()
+        self.test_accuracy = accuracy(self.model, test, self.memory_format)
+        folder.log(
+            sync=True,
+            kind="epoch",
+            learner=self.name,
+            epoch=self.epoch,
+            step=self.step,
+            loss=sum(self.losses) / len(self.losses),
+            accuracy=self.test_accuracy,
+            phases=self.seconds,
+            seconds=sum(self.seconds.values()),
+            test_seconds=time.perf_counter() - began,
+        )
+        self.within, self.losses = 0, []
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.save(folder)
+
+    def _keep_random(self) -> None:
+        self.random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            self.random["cuda"] = torch.cuda.get_rng_state(self.device)
