@@ -1,0 +1,45 @@
+// The kernels of one ISA level. Included once by each isa_*.cpp, which has set the compiler's target and
+// KD_ISA, the level's name.
+//
+// Everything here has internal linkage, so no level's code can stand in for another's at link time; for
+// the same reason nothing here may use the standard library's templates.
+
+#include "cpu/distillation.h"
+#include "cpu/noise.h"
+#include "cpu/regression.h"
+
+namespace kdkernels {
+namespace cpu {
+namespace {
+
+bool elementary(const char* f, const float* x, float* y, int64_t n) {
+#define KD_ELEMENTARY(name, expression)          \
+  if (__builtin_strcmp(f, name) == 0) {          \
+    for (int64_t i = 0; i < n; ++i) {            \
+      y[i] = math::expression;                   \
+    }                                            \
+    return true;                                 \
+  }
+  KD_ELEMENTARY("exp", exp(x[i]))
+  KD_ELEMENTARY("exp_nonpositive", exp_nonpositive(x[i]))
+  KD_ELEMENTARY("log", log(x[i]))
+  KD_ELEMENTARY("log1p", log1p(x[i]))
+  KD_ELEMENTARY("expm1", expm1(x[i]))
+  KD_ELEMENTARY("sinpi", sincospi(x[i]).sin)
+  KD_ELEMENTARY("cospi", sincospi(x[i]).cos)
+#undef KD_ELEMENTARY
+  return false;
+}
+
+}  // namespace
+
+#define KD_JOIN_(a, b) a##b
+#define KD_JOIN(a, b) KD_JOIN_(a, b)
+#define KD_STRING_(a) #a
+#define KD_STRING(a) KD_STRING_(a)
+extern const Kernels KD_JOIN(kernels_, KD_ISA);
+const Kernels KD_JOIN(kernels_, KD_ISA) = {KD_STRING(KD_ISA), distillation_rows, noise, noise_dot,
+                                           regression, elementary};
+
+}  // namespace cpu
+}  // namespace kdkernels

@@ -1,0 +1,80 @@
+// Moving a block of elements between memory of any dtype and registers' fp32 or fp64.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "math/elementary.h"
+
+namespace kdkernels {
+namespace cpu {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+KD_FN float widen(float x) { return x; }
+KD_FN double widen(double x) { return x; }
+KD_FN float widen(BFloat16 x) {
+  return math::float_from_bits(static_cast<int32_t>(static_cast<uint32_t>(x.bits) << 16));
+}
+KD_FN float widen(Float16 x) {
+  uint32_t magnitude = x.bits & 0x7FFFu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  // The exponent is off by 112; one multiplication puts it right and normalises subnormals.
+  float y = math::float_from_bits(static_cast<int32_t>(magnitude << 13)) * 0x1p112f;
+  int32_t bits = math::bits_from_float(y);
+  bits |= magnitude >= 0x7C00u ? 0x7F800000 : 0;  // inf and NaN
+  return math::float_from_bits(bits | static_cast<int32_t>(sign));
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+KD_FN void narrow(float x, float& out) { out = x; }
+KD_FN void narrow(double x, double& out) { out = x; }
+KD_FN void narrow(float x, BFloat16& out) {
+  uint32_t bits = static_cast<uint32_t>(math::bits_from_float(x));
+  uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = static_cast<uint16_t>(x == x ? rounded : 0x7FC0u);
+}
+KD_FN void narrow(float x, Float16& out) {
+  uint32_t bits = static_cast<uint32_t>(math::bits_from_float(x));
+  uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+  // Normal results: round the 13 low bits away and rebase the exponent.
+  uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal results: adding 1/2 lets the fp32 adder round at 2^-24.
+  float shifted = math::float_from_bits(static_cast<int32_t>(magnitude)) + 0.5f;
+  uint32_t subnormal = static_cast<uint32_t>(math::bits_from_float(shifted)) - 0x3F000000u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477FF000u ? 0x7C00u : half;  // 65520 and above round to inf
+  half = magnitude > 0x7F800000u ? 0x7E00u : half;
+  out.bits = static_cast<uint16_t>(half | sign);
+}
+
+// The type that a dtype is computed in.
+template <class T>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+
+// in[0, n) as computed values, followed by copies of `pad` up to `padded`. Full blocks of fp32 and fp64
+// are read where they lie; others through `scratch`.
+template <class T, class Real = typename Compute<T>::type>
+KD_FN const Real* load_block(const T* in, int n, int padded, Real pad, Real* scratch) {
+  if constexpr (sizeof(T) == sizeof(Real)) {
+    if (n == padded) return in;
+  }
+  for (int i = 0; i < n; ++i) scratch[i] = widen(in[i]);
+  for (int i = n; i < padded; ++i) scratch[i] = pad;
+  return scratch;
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace kdkernels

@@ -1,0 +1,137 @@
+// The distillation loss of one row, in terms of running sums that any walker can collect.
+//
+//   loss = alpha T^2 D(p_t, p_s) + (1 - alpha) CE(z, label; smoothing)      (Hinton et al., 2015)
+//   p_s = softmax(z / T), p_t = softmax(t / T); CE at temperature 1
+//
+// A walker visits a row in parts. For each part it knows the largest logits so far, max_s and max_t, and
+// for each element x = (z - max_s) / T, y = (t - max_t) / T, ex = e^x, ey = e^y. Parts are merged when the
+// maxima move. A divergence is a policy of four functions: an element's term of its running sum, how that
+// sum moves with the maxima, the divergence that comes of the sums, and an element's gradient.
+#pragma once
+
+#include "math/elementary.h"
+
+namespace kdkernels {
+namespace math {
+
+// How cross-entropy gets its exponentials e^(z - max_s).
+enum class CrossEntropy {
+  kNone,    // alpha = 1, or no labels
+  kShared,  // T = 1: they are the student's own
+  kOwn,     // a third exponential an element
+};
+
+KD_FN double log_acc(double x) {
+#if defined(__CUDA_ARCH__)
+  return ::log(x);
+#else
+  return __builtin_log(x);
+#endif
+}
+KD_FN float log_acc(float x) { return log(x); }
+
+// Sums over the part of a row that was visited.
+template <class Acc>
+struct RowSums {
+  Acc max_s, max_t;  // largest logits
+  Acc sum_s, sum_t;  // of ex, of ey
+  Acc term;          // of the policy's terms
+  Acc sum_hard;      // of e^(z - max_s); CrossEntropy::kOwn only
+  Acc sum_z;         // of z - max_s; with label smoothing only
+  Acc count;         // elements behind sum_z
+};
+
+// KL(p_t || p_s) = sum p_t (log p_t - log p_s).
+struct ForwardKL {
+  // p_t = 0 contributes 0 whatever the student says; NaN stays NaN.
+  template <class Real>
+  KD_FN Real term(Real x, Real y, Real, Real ey) {
+    return ey == Real(0) ? Real(0) : ey * (y - x);
+  }
+  // The sum of terms once max_s grew by T dx and max_t by T dy; fx = e^-dx, fy = e^-dy.
+  template <class Acc>
+  KD_FN Acc moved(const RowSums<Acc>& sums, Acc dx, Acc dy, Acc, Acc fy) {
+    return sums.sum_t == Acc(0) ? Acc(0) : fy * (sums.term + sums.sum_t * (dx - dy));
+  }
+  template <class Acc>
+  KD_FN Acc divergence(const RowSums<Acc>& sums) {
+    return sums.term / sums.sum_t + log_acc(sums.sum_s / sums.sum_t);
+  }
+  // T^2 dD/dz = T (p_s - p_t), as coefficients of ex and ey.
+  template <class Acc>
+  KD_FN void gradient(const RowSums<Acc>& sums, Acc temperature, Acc& of_ex, Acc& of_ey) {
+    of_ex = temperature / sums.sum_s;
+    of_ey = -temperature / sums.sum_t;
+  }
+};
+
+template <class Acc>
+KD_FN Acc larger(Acc a, Acc b) {
+  return a > b ? a : b;
+}
+
+// The sums of two parts as the sums of both. exp_fn is the caller's e^x for x <= 0.
+template <class Policy, CrossEntropy kHard, class Acc, class Exp>
+KD_FN RowSums<Acc> merge(const RowSums<Acc>& a, const RowSums<Acc>& b, Acc inv_temperature, Exp exp_fn) {
+  RowSums<Acc> out;
+  out.max_s = larger(a.max_s, b.max_s);
+  out.max_t = larger(a.max_t, b.max_t);
+  out.sum_s = out.sum_t = out.term = out.sum_hard = out.sum_z = out.count = Acc(0);
+  const RowSums<Acc>* parts[2] = {&a, &b};
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int i = 0; i < 2; ++i) {
+    const RowSums<Acc>& part = *parts[i];
+    Acc grown = out.max_s - part.max_s;
+    Acc dx = grown * inv_temperature, dy = (out.max_t - part.max_t) * inv_temperature;
+    Acc fx = exp_fn(-dx), fy = exp_fn(-dy);
+    out.sum_s += fx * part.sum_s;
+    out.sum_t += fy * part.sum_t;
+    out.term += Policy::moved(part, dx, dy, fx, fy);
+    if (kHard == CrossEntropy::kOwn) out.sum_hard += exp_fn(-grown) * part.sum_hard;
+    out.sum_z += part.count == Acc(0) ? Acc(0) : part.sum_z - part.count * grown;
+    out.count += part.count;
+  }
+  return out;
+}
+
+// What a row's second pass needs: the gradient of element i is
+//   of_ex ex + of_ey ey + of_hard e^(z - max_s) - uniform - (i == label ? at_label : 0).
+template <class Acc>
+struct RowResult {
+  Acc loss;
+  Acc of_ex, of_ey, of_hard, uniform, at_label;
+};
+
+// label_z = z[label] - max_s. `factor` is the row's weight over the denominator, for the gradient only.
+template <class Policy, CrossEntropy kHard, class Acc>
+KD_FN RowResult<Acc> finish_row(const RowSums<Acc>& sums, Acc classes, Acc temperature, Acc alpha,
+                                Acc smoothing, Acc label_z, Acc factor) {
+  RowResult<Acc> row;
+  row.loss = row.of_ex = row.of_ey = row.of_hard = row.uniform = row.at_label = Acc(0);
+  if (alpha > Acc(0)) {
+    row.loss = alpha * temperature * temperature * Policy::divergence(sums);
+    Policy::gradient(sums, temperature, row.of_ex, row.of_ey);
+    row.of_ex *= alpha * factor;
+    row.of_ey *= alpha * factor;
+  }
+  if (kHard != CrossEntropy::kNone) {
+    Acc sum = kHard == CrossEntropy::kShared ? sums.sum_s : sums.sum_hard;
+    Acc hard = log_acc(sum) - (Acc(1) - smoothing) * label_z;
+    if (smoothing > Acc(0)) hard -= smoothing * sums.sum_z / classes;
+    row.loss += (Acc(1) - alpha) * hard;
+    Acc scale = (Acc(1) - alpha) * factor;
+    if (kHard == CrossEntropy::kShared) {
+      row.of_ex += scale / sum;
+    } else {
+      row.of_hard = scale / sum;
+    }
+    row.uniform = scale * smoothing / classes;
+    row.at_label = scale * (Acc(1) - smoothing);
+  }
+  return row;
+}
+
+}  // namespace math
+}  // namespace kdkernels

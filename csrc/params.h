@@ -1,0 +1,86 @@
+// What a kernel is told: plain structs of pointers, sizes, strides (in elements) and scalars, shared by
+// the ops that fill them and the CPU and CUDA kernels that read them. No torch, no CUDA runtime.
+#pragma once
+
+#include <cstdint>
+
+#include "math/normal.h"
+
+namespace kdkernels {
+
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// One distillation loss over a [rows, classes] matrix of student and teacher logits.
+// "acc" is fp64 for fp64 logits and fp32 otherwise.
+struct DistillationParams {
+  Dtype dtype;
+  int64_t rows, classes;
+  const void* student;      // [rows, classes], dtype, row stride below
+  const void* teacher;      // [rows, classes], dtype, row stride below
+  void* gradient;           // [rows, classes], dtype, row stride below; null: only the loss is computed
+  const int64_t* labels;    // [rows] or null
+  const void* weight;       // [rows], acc, or null
+  void* row_loss;           // [rows], acc: weight * loss, or null
+  void* loss;               // [], acc: sum of weight * loss over the denominator, or null
+  int64_t student_stride, teacher_stride, gradient_stride;
+  double temperature, alpha, label_smoothing;
+  int64_t ignore_index;
+  double denominator;       // loss and gradient are divided by it; 0 makes both 0; negative: the sum of
+                            // the kept rows' weights, which a CUDA kernel finds on the device
+  double gradient_scale;    // a further factor of the gradient, a power of two
+};
+
+// data[r, i] *= factor[r], or *= factor[0]; nothing is touched where the factor is 1.
+struct ScaleParams {
+  Dtype dtype;
+  void* data;  // [rows, classes], dtype, row stride below
+  int64_t rows, classes, stride;
+  const void* factor;  // [rows] or [1], acc
+  bool per_row;
+};
+
+// One tensor of a noise op: out[i] = in[i] + std * eps(offset + i).
+struct NoiseTensor {
+  void* out;
+  const void* in;  // null: out[i] = std * eps(offset + i); may equal out
+  int64_t numel;
+  double std;
+  uint64_t offset;
+  uint32_t stream;
+};
+
+struct NoiseParams {
+  Dtype dtype;
+  const NoiseTensor* tensors;  // host memory
+  int64_t count;
+  uint32_t seed_low, seed_high, step;
+  const int64_t* device_step;  // CUDA: overrides step when not null
+  const double* device_std;    // CUDA: overrides every std when not null
+};
+
+// result = sum of x[i] * eps(offset + i)
+struct NoiseDotParams {
+  Dtype dtype;
+  const void* x;
+  int64_t numel;
+  uint64_t offset;
+  math::NoiseKey key;
+  const int64_t* device_step;
+  void* result;  // [], acc
+  double* partial;  // CUDA: workspace of noise_dot_blocks(numel) sums
+};
+
+// Replicas of one linear regression y ~ theta x under input noise, all in fp64.
+struct RegressionParams {
+  const double* x;  // [samples]
+  const double* y;  // [samples]
+  int64_t samples, replicas, steps;
+  bool per_sample;  // one normal a sample and step, else one a step
+  const int64_t* seed;                   // [replicas]
+  const double *theta, *lr, *lam, *sigma;  // [replicas]
+  uint32_t stream;
+  double* result;      // [replicas]: theta after the last step
+  double* trajectory;  // [steps + 1, replicas], or null
+};
+
+}  // namespace kdkernels

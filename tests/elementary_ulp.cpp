@@ -1,0 +1,107 @@
+// Largest error of each function in csrc/math/elementary.h over every fp32 argument, in units in the
+// last place of the correctly rounded result, against fp64 (whose own error is below 1e-8 ulp of fp32).
+// Prints one line a function: name, largest error, argument, and a hash of all results.
+//
+//   g++ -O3 -std=c++20 -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -mavx2 -mfma
+//       -I csrc tests/elementary_ulp.cpp && ./a.out [stride]
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "math/elementary.h"
+
+using namespace kdkernels;
+
+namespace {
+
+double sinpi_fp64(double x) {
+  double r = std::fmod(x, 2.0);  // exact
+  double k = std::nearbyint(2 * r), f = r - 0.5 * k;
+  double s = std::sin(M_PI * f), c = std::cos(M_PI * f);
+  switch (static_cast<int>(k) & 3) {
+    case 0: return s;
+    case 1: return c;
+    case 2: return -s;
+    default: return -c;
+  }
+}
+double cospi_fp64(double x) {
+  double r = std::fabs(std::fmod(x, 2.0));
+  return sinpi_fp64(r + 0.5);  // exact: r has 24 bits and is below 2
+}
+
+// Distance of `got` from `want` in ulps of fp32 at `want`.
+double ulp_error(float got, double want) {
+  if (std::isnan(want)) return std::isnan(got) ? 0 : INFINITY;
+  float rounded = static_cast<float>(want);
+  if (std::isinf(rounded) || std::isinf(got)) return got == rounded ? 0 : INFINITY;
+  if (got == want) return 0;
+  int exponent;
+  std::frexp(want, &exponent);
+  return std::fabs(got - want) / std::ldexp(1.0, std::max(exponent - 24, -149));
+}
+
+template <class F, class Ref>
+void sweep(const char* name, F f, Ref ref, bool (*in_domain)(float), uint64_t stride) {
+  double worst = 0;
+  float at = 0;
+  uint64_t hash = 0;
+#pragma omp parallel
+  {
+    constexpr int kBlock = 1024;
+    float x[kBlock], y[kBlock];
+    double mine = 0;
+    float where = 0;
+    uint64_t sum = 0;
+#pragma omp for schedule(dynamic, 64)
+    for (int64_t block = 0; block < static_cast<int64_t>((1ULL << 32) / stride / kBlock); ++block) {
+      for (int i = 0; i < kBlock; ++i) {
+        uint32_t bits = static_cast<uint32_t>((block * kBlock + i) * stride);
+        std::memcpy(&x[i], &bits, 4);
+      }
+      for (int i = 0; i < kBlock; ++i) y[i] = f(x[i]);
+      for (int i = 0; i < kBlock; ++i) {
+        if (!in_domain(x[i])) continue;
+        double error = ulp_error(y[i], ref(static_cast<double>(x[i])));
+        if (error > mine) mine = error, where = x[i];
+        uint32_t bits, key;
+        std::memcpy(&bits, &y[i], 4);
+        std::memcpy(&key, &x[i], 4);
+        if (y[i] != y[i]) bits = 0x7FC00000;
+        sum += (bits ^ 0x9E3779B97F4A7C15ULL) * (2 * static_cast<uint64_t>(key) + 1);
+      }
+    }
+#pragma omp critical
+    {
+      if (mine > worst) worst = mine, at = where;
+      hash += sum;
+    }
+  }
+  std::printf("%s %.4f %a %016llx\n", name, worst, at, static_cast<unsigned long long>(hash));
+  std::fflush(stdout);
+}
+
+bool always(float) { return true; }
+// Where the exponential of a non-positive argument is not flushed, and NaN.
+bool normal_exp(float x) { return !(x > 0) && !(x < -87.0f); }
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  uint64_t stride = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
+  sweep("exp", [](float x) { return math::exp(x); }, [](double x) { return std::exp(x); }, always,
+        stride);
+  sweep("log", [](float x) { return math::log(x); }, [](double x) { return std::log(x); }, always,
+        stride);
+  sweep(
+      "exp_nonpositive", [](float x) { return math::exp_nonpositive(x); },
+      [](double x) { return std::exp(x); }, normal_exp, stride);
+  sweep("expm1", [](float x) { return math::expm1(x); }, [](double x) { return std::expm1(x); },
+        always, stride);
+  sweep("log1p", [](float x) { return math::log1p(x); }, [](double x) { return std::log1p(x); },
+        always, stride);
+  sweep("sinpi", [](float x) { return math::sincospi(x).sin; }, sinpi_fp64, always, stride);
+  sweep("cospi", [](float x) { return math::sincospi(x).cos; }, cospi_fp64, always, stride);
+}
