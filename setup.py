@@ -353,8 +353,17 @@ def make_build_ext(torch, toolkit, summary):
 
 
 def cuda_tag(toolkit):
-    """The build's kind as it stands in the version: cpu, cu130."""
+    """What was built, in a word: cpu, cu130."""
     return "cu" + toolkit.version.replace(".", "") if toolkit else "cpu"
+
+
+def version_of(toolkit, root=ROOT):
+    """Return 0.1.0+cpu or 0.1.0+cu130: pip hides what a build prints, but shows the version.
+
+    A source archive is neither, and what is built from one keeps the archive's version.
+    """
+    archive = "sdist" in sys.argv or (root / "PKG-INFO").exists()
+    return VERSION if archive else f"{VERSION}+{cuda_tag(toolkit)}"
 
 
 def main():
@@ -377,7 +386,7 @@ def main():
     logger.setLevel(logging.NOTSET)
 
     setup(
-        version=f"{VERSION}+{cuda_tag(toolkit)}",
+        version=version_of(toolkit),
         packages=find_packages(include=["kdkernels", "kdkernels.*"]),
         ext_modules=[extension],
         cmdclass={"build_ext": make_build_ext(torch, toolkit, summary)},

@@ -278,6 +278,16 @@ def test_free_memory_is_the_containers_if_that_is_less(tmp_path):
     assert build.free_memory_gb(tmp_path / "none", tmp_path / "none") == float("inf")
 
 
+def test_version_tells_what_was_built(fake_toolkit, tmp_path, monkeypatch):
+    toolkit = build.toolkit_of(fake_toolkit("cuda"))
+    assert build.version_of(toolkit, tmp_path) == f"{build.VERSION}+cu130"
+    assert build.version_of(None, tmp_path) == f"{build.VERSION}+cpu"
+    (tmp_path / "PKG-INFO").touch()
+    assert build.version_of(toolkit, tmp_path) == build.VERSION
+    monkeypatch.setattr(sys, "argv", ["setup.py", "sdist"])
+    assert build.version_of(None, tmp_path / "elsewhere") == build.VERSION
+
+
 # ---- what was built -------------------------------------------------------------------------
 
 
