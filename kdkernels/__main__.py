@@ -267,6 +267,9 @@ def _experiments(command: str, given: dict) -> int:
         if "distill" in config:
             wanted = config["distill"] | {"arms": tuple(config["distill"]["arms"])}
             _distill(folder, distillation.Settings(**wanted), console)
+    except TrainError:
+        folder.discard()
+        raise
     finally:
         folder.close()
     tables, passed = report.write(folder)

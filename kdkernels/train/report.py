@@ -197,7 +197,8 @@ def _soft_tables(found: dict) -> list[Table]:
         "the paths in turn; ratios are of runs of the same turn and the same number of "
         "replicas. Every path draws its own noise: NumPy standard_normal in fp64, torch.randn in "
         "fp32, the kernel's Philox normals in fp32 with fp64 arithmetic. With several replicas "
-        "the NumPy and the PyTorch loop are vectorised over them, and the time of the run is divided by their number.",
+        "the NumPy and the PyTorch loop are vectorised over them, and the time of the run is "
+        "divided by their number.",
     )
     values = Table(
         "Experiment 1: theta",

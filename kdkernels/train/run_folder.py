@@ -78,6 +78,16 @@ class RunFolder:
             raise TrainError(f"{path} is not the folder of a run: it has no config.json") from None
         return cls(Path(path), config)
 
+    def discard(self) -> None:
+        """Take the folder away again if it holds no more than :meth:`create` put there."""
+        try:
+            (self.path / "checkpoints").rmdir()
+            if [file.name for file in self.path.iterdir()] == ["config.json"]:
+                (self.path / "config.json").unlink()
+                self.path.rmdir()
+        except OSError:
+            pass  # it holds more: that stays
+
     def write_bytes(self, name: str, content: bytes) -> Path:
         """Write one file of the folder whole or not at all; returns its path."""
         target = self.path / name

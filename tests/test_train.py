@@ -1,0 +1,348 @@
+"""The trainer: both experiments small, stopping and continuing, CIFAR-10's files, bad arguments."""
+
+import dataclasses
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torchvision import models as tv
+
+import kdkernels
+from kdkernels import __main__ as command
+from kdkernels.train import TrainError, data, distillation, models, soft_regression
+from kdkernels.train.run_folder import RunFolder
+
+# One thread: two that spin on a busy machine's two cores wait for each other most of the time.
+TINY = [
+    "--train-samples=49",
+    "--test-samples=20",
+    "--batch-size=16",
+    "--image-size=16",
+    "--epochs=2",
+    "--teacher-epochs=1",
+    "--threads=1",
+]
+
+
+def one_sentence(capsys):
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+def records(folder, **wanted):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if wanted.items() <= line.items()]
+
+
+# Experiment 1
+
+
+def test_data_is_the_articles():
+    x, y, theta = soft_regression.make_data()
+    assert x.shape == y.shape == (100, 1) and theta.shape == (1, 1)
+    random = np.random.RandomState(0)
+    assert np.array_equal(x, random.rand(100, 1))
+    assert np.abs(y - 2 * x - 1).max() < 0.4
+
+
+@pytest.mark.parametrize("noise", soft_regression.NOISE)
+def test_three_paths_agree_and_report(noise):
+    found = soft_regression.run(noise=noise, steps=150, replicas=32, repeats=1)
+    assert found["agreement"]["difference"] <= 1e-5
+    assert found["checks"][0]["passed"]
+    assert {(t["path"], t["replicas"]) for t in found["times"]} == {
+        (path, count) for path in soft_regression.PATHS for count in (1, 32)
+    }
+    assert len(found["plot"]["paths"]["fused"]) == 151
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("noise", soft_regression.NOISE)
+@pytest.mark.parametrize(("lr", "lam", "sigma"), [(0.01, 0.01, 1.0), (0.02, 0.5, 0.5)])
+def test_stationary_mean_and_spread(noise, lr, lam, sigma):
+    x, y, theta = soft_regression.make_data()
+    final = kdkernels.noisy_linear_regression(
+        torch.from_numpy(x).float(), torch.from_numpy(y).float(), float(theta[0, 0]), steps=800,
+        lr=lr, lam=lam, sigma=sigma, seed=torch.arange(2048), noise=noise,
+    ).double()  # fmt: skip
+    mean, spread = soft_regression.stationary(x, y, lr=lr, lam=lam, sigma=sigma, noise=noise)
+    assert mean == pytest.approx((x * y).mean() / ((x * x).mean() + sigma**2 + lam / 2))
+    assert abs(final.mean() - mean) < 3.5 * spread / 2048**0.5
+    assert final.std().item() == pytest.approx(spread, rel=0.08)
+
+
+def test_soft_reg_command(tmp_path, capsys):
+    out = tmp_path / "run"
+    # So few steps have not forgotten the start: the check of the mean must say so.
+    assert (
+        command.main(["soft-reg", "--steps=5", "--replicas=64", "--repeats=1", f"--out={out}"]) == 1
+    )
+    shown = capsys.readouterr().out
+    assert "E[xy]" in shown and "FAILED" in shown
+    assert records(out, kind="mean") and len(records(out, kind="time")) == 6
+    for name in (
+        "report.html",
+        "results.json",
+        "plots/theta_path.png",
+        "plots/theta_histogram.png",
+    ):
+        assert (out / name).stat().st_size > 500
+
+
+# Experiment 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole run of distill, uninterrupted."""
+    out = tmp_path_factory.mktemp("distill") / "run"
+    assert command.main(["distill", *TINY, f"--out={out}"]) in (0, 1)
+    return out
+
+
+def test_distill_end_to_end(run):
+    for name in ("loss", "accuracy", "phases"):
+        assert (run / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and 'src="http' not in page
+    results = json.loads((run / "results.json").read_text())["distill"]
+    assert set(results["arms"]) == {"teacher", *distillation.ARMS}
+    for arm in distillation.ARMS:
+        assert len(records(run, kind="epoch", learner=arm)) == 2
+        # 49 images in batches of 16 leave one over, which BatchNorm cannot take alone.
+        assert len(records(run, kind="step", learner=arm)) == 6
+        assert results["arms"][arm]["speedup"] > 0
+    assert results["arms"]["alone"]["phases"]["teacher"] < 1e-3
+    assert results["arms"]["full"]["phases"]["teacher"] > 0
+
+
+def test_fused_follows_reference(run):
+    follow = json.loads((run / "results.json").read_text())["distill"]["follow"]
+    assert follow["same_logits"] <= 1e-5
+    assert follow["first_steps"] <= 1e-4
+    losses = {
+        name: [line["loss"] for line in records(run, kind="step", learner=name)]
+        for name in ("reference", "full")
+    }
+    # Same weights, same batch, same teacher: the first loss differs by rounding only.
+    assert losses["full"][0] == pytest.approx(losses["reference"][0], rel=1e-4)
+
+
+def stop_when(out, number, ready, *arguments):
+    """Run the command, send it signal ``number`` once ``ready(out)``; the process's result."""
+    call = [sys.executable, "-m", "kdkernels", "distill", *arguments]
+    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and not ready():
+            time.sleep(0.01)
+        process.send_signal(number)
+        return process.wait(60), process.stderr.read()
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def test_ctrl_c_and_kill_then_resume_give_the_same_weights(run, tmp_path):
+    out = tmp_path / "run"
+
+    def seen(text):
+        metrics = out / "metrics.jsonl"
+        return lambda: metrics.exists() and text in metrics.read_text()
+
+    status, err = stop_when(
+        out, signal.SIGINT, seen('"learner": "alone", "step": 1'), *TINY, f"--out={out}"
+    )
+    assert status == 130 and f"continue with --resume {out}" in err and err.count("\n") == 1
+
+    status, _ = stop_when(
+        out, signal.SIGKILL, seen('"learner": "fused", "step": 4'), f"--resume={out}"
+    )
+    assert status == -signal.SIGKILL
+    with (out / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"kind": "step", "lear')  # what a kill in the middle of a write leaves
+
+    assert command.main(["distill", f"--resume={out}"]) in (0, 1)
+    for name in ("teacher", "control", *distillation.ARMS):
+        expected = load_file(run / f"checkpoints/{name}.safetensors")
+        found = load_file(out / f"checkpoints/{name}.safetensors")
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+        assert [(line["step"], line["loss"]) for line in records(out, learner=name)] == [
+            (line["step"], line["loss"]) for line in records(run, learner=name)
+        ]
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_resume_takes_its_own_settings(run, capsys):
+    assert command.main(["distill", f"--resume={run}", "--lr=1"]) == 2
+    assert "--lr" in one_sentence(capsys)
+
+
+def test_nan_stops_and_keeps_the_checkpoint(run, tmp_path, capsys):
+    teacher = run / "checkpoints/teacher.safetensors"
+    out = tmp_path / "run"
+    arguments = [*TINY[:5], TINY[6], f"--teacher-weights={teacher}", "--arms=full"]
+    assert command.main(["distill", *arguments, "--lr=1e30", f"--out={out}"]) == 1
+    assert "the loss of full is nan" in one_sentence(capsys)
+    kept = load_file(out / "checkpoints/teacher.safetensors")
+    expected = load_file(teacher)
+    assert all(torch.equal(kept[k], expected[k]) for k in expected if k.startswith("model."))
+    assert records(out, learner="full")[-1]["loss"] == "nan"
+
+
+def test_checkpoints_are_whole_or_absent(tmp_path):
+    folder = RunFolder.create(str(tmp_path / "run"), {})
+    first = {"x": torch.arange(6.0).view(1, 2, 3, 1).to(memory_format=torch.channels_last)}
+    folder.save("a", first, {"epoch": 1})
+    tensors, state = folder.load("a")
+    assert torch.equal(tensors["x"], first["x"]) and state == {"epoch": 1}
+    assert folder.load("b") is None
+    path = folder.path / "checkpoints/a.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(TrainError, match="cannot be read"):
+        folder.load("a")
+    with pytest.raises(TrainError, match="is in use"):
+        RunFolder.create(str(tmp_path / "run"), {})
+
+
+def test_teacher_weights(run, tmp_path, monkeypatch):
+    assert models.teacher(10, 16, str(run / "checkpoints/teacher.safetensors"))[1]
+    imagenet = tmp_path / "imagenet.pth"
+    torch.save(tv.resnet18().state_dict(), imagenet)
+    model, ready = models.teacher(10, 96, str(imagenet))
+    assert not ready and model.fc.out_features == 10
+    with pytest.raises(TrainError, match=r"conv1\.weight does not fit"):
+        models.teacher(10, 32, str(imagenet))
+    save_file({"y": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(TrainError, match="does not fit"):
+        models.teacher(10, 32, str(tmp_path / "other.safetensors"))
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(tv.ResNet18_Weights, "get_state_dict", offline)
+    with pytest.raises(TrainError, match="could not be downloaded"):
+        models.teacher(10, 224, "DEFAULT")
+
+
+# CIFAR-10's files
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """A folder in CIFAR-10's Python format: five batches of 8 images and a test batch."""
+    root = tmp_path_factory.mktemp("cifar")
+    layout = root / "cifar-10-batches-py"
+    layout.mkdir()
+    random = np.random.RandomState(0)
+    for name in [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]:
+        pixels = random.randint(0, 256, (8, 3072), dtype=np.uint8)
+        content = {"data": pixels, "labels": random.randint(0, 10, 8).tolist()}
+        (layout / name).write_bytes(pickle.dumps(content))
+    names = {"label_names": [f"class {n}" for n in range(10)]}
+    (layout / "batches.meta").write_bytes(pickle.dumps(names))
+    return root
+
+
+def test_cifar10_loader(cifar):
+    train, test = data.load("cifar10", size=32, data_dir=str(cifar), imagenet=True)
+    assert (len(train), len(test), train.classes) == (40, 8, 10)
+    with (cifar / "cifar-10-batches-py/data_batch_2").open("rb") as file:
+        second = pickle.load(file)
+    images, labels = train.batch(torch.arange(8, 16))
+    assert labels.tolist() == second["labels"]
+    # Each row of the file is 1,024 red, then green, then blue values, row by row.
+    raw = torch.from_numpy(second["data"]).view(8, 3, 32, 32) / 255
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    torch.testing.assert_close(images, (raw - mean) / std)
+    large = dataclasses.replace(train, size=80).batch(torch.arange(2), torch.channels_last)[0]
+    assert large.shape == (2, 3, 80, 80) and large.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_cifar10_run_stops_at_the_target(cifar, tmp_path):
+    out = tmp_path / "run"
+    status = command.main(
+        ["distill", "--data=cifar10", f"--data-dir={cifar}", "--image-size=72", "--batch-size=20",
+         "--teacher-epochs=1", "--epochs=3", "--target-accuracy=0", "--arms=reference,full",
+         "--threads=1", f"--out={out}"]
+    )  # fmt: skip
+    assert status == 0
+    assert [len(records(out, kind="epoch", learner=arm)) for arm in ("reference", "full")] == [1, 1]
+    assert "seconds_to_target" in (out / "results.json").read_text()
+
+
+def test_cifar10_missing_or_damaged(cifar, tmp_path, capsys, monkeypatch):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.CIFAR10.download", offline)
+    call = ["distill", "--data=cifar10", f"--data-dir={tmp_path}", f"--out={tmp_path / 'run'}"]
+    assert command.main(call) == 2
+    assert "data_batch_1 is missing" in one_sentence(capsys)
+    damaged = tmp_path / "cifar-10-batches-py"
+    damaged.mkdir()
+    for path in (cifar / "cifar-10-batches-py").iterdir():
+        (damaged / path.name).write_bytes(b"not a pickle")
+    with pytest.raises(TrainError, match="cannot be read"):
+        data.load("cifar10", size=32, data_dir=str(tmp_path))
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "command"),
+        (["nonsense"], "nonsense"),
+        (["distill", "--alpha=1.5"], "at most 1"),
+        (["distill", "--alpha=nan"], "nan"),
+        (["distill", "--temperature=0"], "above 0"),
+        (["distill", "--epochs=0"], "--epochs"),
+        (["distill", "--lr=fast"], "fast"),
+        (["distill", "--arms=fused,best"], "alone, reference, fused, full"),
+        (["distill", "--data=imagenet"], "imagenet"),
+        (["distill", "--teacher-weights=DEFAULT"], "--image-size 224"),
+        (["distill", "--teacher-weights=/none/such.pth"], "such.pth"),
+        (["distill", "--resume=/none/such"], "no config.json"),
+        (["soft-reg", "--noise=pink"], "pink"),
+        (["soft-reg", "--out=/proc/none/such"], "/proc/none/such"),
+        (["reproduce", "--sigma=-1"], "--sigma"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(arguments) == 2
+    assert said in one_sentence(capsys)
+    # A run that could not start leaves no folder that is then in its own way.
+    assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize("name", ["", "info", "reproduce", "soft-reg", "distill"])
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main([*name.split(), "--help"])
+    assert stop.value.code == 0
+    assert "usage: kdkernels" in capsys.readouterr().out
+
+
+def test_help_names_the_defaults():
+    for field in dataclasses.fields(distillation.Settings):
+        if field.name in ("lr", "arms") or field.default is None:
+            continue
+        assert f"(default: {field.default})" in command._OPTIONS[field.name]["help"], field.name
+    for name in ("steps", "lam", "sigma", "noise", "replicas", "repeats"):
+        default = soft_regression.run.__kwdefaults__[name]
+        assert f"(default: {default})" in command._OPTIONS[name]["help"], name
+    assert distillation.Settings.lr == 1e-3 and soft_regression.run.__kwdefaults__["lr"] == 0.01
