@@ -14,6 +14,7 @@ import torchvision
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+import kdkernels
 from kdkernels import info
 from kdkernels.train.distillation import ARMS, CONTROL, apart
 from kdkernels.train.loop import PHASES
@@ -77,7 +78,7 @@ def machine(threads: int | None = None) -> dict[str, str]:
     found = {
         "processor": f"{name}, {os.cpu_count()} cores visible; kernels use {facts['isa']}",
         "threads": str(threads or facts["threads"]),
-        "versions": f"kdkernels {facts['kdkernels']}, torch {facts['torch']}, torchvision "
+        "versions": f"kdkernels {kdkernels.__version__}, torch {facts['torch']}, torchvision "
         f"{torchvision.__version__}, Python {facts['python']}",
     }
     if facts["gpus"]:
@@ -93,7 +94,7 @@ def _time(seconds: float) -> str:
 
 
 def _ratio(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.3g}"
+    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
 
 
 def distillation_results(folder: RunFolder) -> dict | None:
@@ -198,7 +199,13 @@ def _soft_tables(found: dict) -> list[Table]:
         "replicas. Every path draws its own noise: NumPy standard_normal in fp64, torch.randn in "
         "fp32, the kernel's Philox normals in fp32 with fp64 arithmetic. With several replicas "
         "the NumPy and the PyTorch loop are vectorised over them, and the time of the run is "
-        "divided by their number.",
+        "divided by their number."
+        + (
+            " With one eps for all samples the kernel needs only four moments of the data, so "
+            "part of its gain is algebra: its step costs the same for any number of samples."
+            if s["noise"] == "per-step"
+            else ""
+        ),
     )
     values = Table(
         "Experiment 1: theta",
@@ -248,7 +255,8 @@ def _distillation_tables(found: dict, config: dict) -> list[Table]:
         f"{config['data']} at {size}x{size}, batch {config['batch_size']}, lr {config['lr']}, "
         f"temperature {config['temperature']}, alpha {config['alpha']}. Seconds are of training "
         "steps; testing and checkpoints are left out, the full arm's one pass of the teacher is "
-        "counted in its first epoch. The arms take turns epoch by epoch. "
+        "counted in its first epoch. The arms take turns epoch by epoch. In the first epochs "
+        "BatchNorm's running averages trail the weights, and tests are near chance. "
         + " ".join(f"{name}: {ARMS[name].about}." for name in arms if name in ARMS),
     )  # fmt: skip
     phases = Table(
@@ -268,7 +276,7 @@ def _distillation_tables(found: dict, config: dict) -> list[Table]:
     )
     tables = [summary, phases]
     if found["follow"]:
-        limits = {check["name"]: f"{check['limit']:.1e}" for check in found["checks"]}
+        limits = {check["name"]: f"{check['limit']:.2g}" for check in found["checks"]}
         tables.append(
             Table(
                 "Experiment 2: does fused follow reference?",
@@ -276,7 +284,7 @@ def _distillation_tables(found: dict, config: dict) -> list[Table]:
                 [
                     [
                         text,
-                        f"{found['follow'][key]:.1e}",
+                        f"{found['follow'][key]:.2g}",
                         limits.get(f"fused follows reference: {text}", ""),
                     ]
                     for key, text in FOLLOW.items()
@@ -527,10 +535,14 @@ def write(folder: RunFolder) -> tuple[list[Table], bool]:
         "distill": {k: distilled[k] for k in ("arms", "follow", "checks")} if distilled else None,
     }
     folder.write_json("results.json", results)
+    asked = {
+        "soft-reg": soft["settings"] if soft else {},
+        "distill": folder.config.get("distill", {}),
+    }
     settings = "\n".join(
-        f"{group}.{key} = {value}"
-        for group in ("soft_reg", "distill")
-        for key, value in folder.config.get(group, {}).items()
+        f"{group}: {key} = {value}"
+        for group, found in asked.items()
+        for key, value in found.items()
     )
     page = PAGE.render(
         name=folder.path.name, machine=folder.config["machine"], sections=shown, settings=settings
