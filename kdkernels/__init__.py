@@ -1,10 +1,10 @@
 """Fused kernels for knowledge distillation and Gaussian noise injection in PyTorch."""
 
+import torch  # first: the extension links to its libraries
+
 try:
     from kdkernels import _C  # noqa: F401
 except ImportError as error:
-    import torch
-
     raise ImportError(
         f"kdkernels._C does not load with torch {torch.__version__}; it must be built against the torch "
         "that runs it: pip install --no-build-isolation --force-reinstall --no-deps ."

@@ -146,7 +146,7 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
 
     double factor = p.denominator != 0 ? weight / p.denominator * p.gradient_scale : 0.0;
     math::RowResult<double> result = math::finish_row<Policy, kHard, double>(
-        sums, static_cast<double>(p.classes), p.temperature, p.alpha, p.label_smoothing, label_z - max.s,
+        sums, 1.0 / static_cast<double>(p.classes), p.temperature, p.alpha, p.label_smoothing, label_z - max.s,
         factor);
     row_loss[row] = weight * result.loss;
     if (!keep) continue;

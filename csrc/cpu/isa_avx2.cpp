@@ -1,9 +1,13 @@
 #if defined(__x86_64__)
+// The standard library's headers come first, so that its code is compiled for every machine; ours all
+// come after the target is set.
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
-
-#include "cpu/kernels.h"
+#include <string>
+#include <vector>
 
 #pragma GCC target("avx2,fma,f16c")
 #define KD_HAS_FMA

@@ -30,6 +30,19 @@ KD_FN double log_acc(double x) {
 }
 KD_FN float log_acc(float x) { return log(x); }
 
+// 1 / x. On a GPU the fp32 one is the special function unit's, accurate to an ulp: an IEEE division there is
+// a function call, whose registers would be spilled around it.
+KD_FN float inverse(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+KD_FN double inverse(double x) { return 1.0 / x; }
+
 // Sums over the part of a row that was visited.
 template <class Acc>
 struct RowSums {
@@ -53,15 +66,16 @@ struct ForwardKL {
   KD_FN Acc moved(const RowSums<Acc>& sums, Acc dx, Acc dy, Acc, Acc fy) {
     return sums.sum_t == Acc(0) ? Acc(0) : fy * (sums.term + sums.sum_t * (dx - dy));
   }
+  // inv_s = 1 / sum_s, inv_t = 1 / sum_t.
   template <class Acc>
-  KD_FN Acc divergence(const RowSums<Acc>& sums) {
-    return sums.term / sums.sum_t + log_acc(sums.sum_s / sums.sum_t);
+  KD_FN Acc divergence(const RowSums<Acc>& sums, Acc, Acc inv_t) {
+    return sums.term * inv_t + log_acc(sums.sum_s * inv_t);
   }
   // T^2 dD/dz = T (p_s - p_t), as coefficients of ex and ey.
   template <class Acc>
-  KD_FN void gradient(const RowSums<Acc>& sums, Acc temperature, Acc& of_ex, Acc& of_ey) {
-    of_ex = temperature / sums.sum_s;
-    of_ey = -temperature / sums.sum_t;
+  KD_FN void gradient(const RowSums<Acc>&, Acc inv_s, Acc inv_t, Acc temperature, Acc& of_ex, Acc& of_ey) {
+    of_ex = temperature * inv_s;
+    of_ey = -temperature * inv_t;
   }
 };
 
@@ -70,30 +84,36 @@ KD_FN Acc larger(Acc a, Acc b) {
   return a > b ? a : b;
 }
 
-// The sums of two parts as the sums of both. exp_fn is the caller's e^x for x <= 0.
+// The sums of a part relative to other maxima, each at least the part's own. exp_fn: e^x for x <= 0.
+template <class Policy, CrossEntropy kHard, class Acc, class Exp>
+KD_FN RowSums<Acc> rebase(const RowSums<Acc>& part, Acc max_s, Acc max_t, Acc inv_temperature, Exp exp_fn) {
+  Acc grown = max_s - part.max_s;
+  Acc dx = grown * inv_temperature, dy = (max_t - part.max_t) * inv_temperature;
+  Acc fx = exp_fn(-dx), fy = exp_fn(-dy);
+  RowSums<Acc> out = part;
+  out.max_s = max_s;
+  out.max_t = max_t;
+  out.sum_s = fx * part.sum_s;
+  out.sum_t = fy * part.sum_t;
+  out.term = Policy::moved(part, dx, dy, fx, fy);
+  if (kHard == CrossEntropy::kOwn) out.sum_hard = exp_fn(-grown) * part.sum_hard;
+  out.sum_z = part.count == Acc(0) ? Acc(0) : part.sum_z - part.count * grown;
+  return out;
+}
+
+// The sums of two parts as the sums of both.
 template <class Policy, CrossEntropy kHard, class Acc, class Exp>
 KD_FN RowSums<Acc> merge(const RowSums<Acc>& a, const RowSums<Acc>& b, Acc inv_temperature, Exp exp_fn) {
-  RowSums<Acc> out;
-  out.max_s = larger(a.max_s, b.max_s);
-  out.max_t = larger(a.max_t, b.max_t);
-  out.sum_s = out.sum_t = out.term = out.sum_hard = out.sum_z = out.count = Acc(0);
-  const RowSums<Acc>* parts[2] = {&a, &b};
-#if defined(__CUDA_ARCH__)
-#pragma unroll
-#endif
-  for (int i = 0; i < 2; ++i) {
-    const RowSums<Acc>& part = *parts[i];
-    Acc grown = out.max_s - part.max_s;
-    Acc dx = grown * inv_temperature, dy = (out.max_t - part.max_t) * inv_temperature;
-    Acc fx = exp_fn(-dx), fy = exp_fn(-dy);
-    out.sum_s += fx * part.sum_s;
-    out.sum_t += fy * part.sum_t;
-    out.term += Policy::moved(part, dx, dy, fx, fy);
-    if (kHard == CrossEntropy::kOwn) out.sum_hard += exp_fn(-grown) * part.sum_hard;
-    out.sum_z += part.count == Acc(0) ? Acc(0) : part.sum_z - part.count * grown;
-    out.count += part.count;
-  }
-  return out;
+  Acc max_s = larger(a.max_s, b.max_s), max_t = larger(a.max_t, b.max_t);
+  RowSums<Acc> x = rebase<Policy, kHard>(a, max_s, max_t, inv_temperature, exp_fn);
+  RowSums<Acc> y = rebase<Policy, kHard>(b, max_s, max_t, inv_temperature, exp_fn);
+  x.sum_s += y.sum_s;
+  x.sum_t += y.sum_t;
+  x.term += y.term;
+  x.sum_hard += y.sum_hard;
+  x.sum_z += y.sum_z;
+  x.count += y.count;
+  return x;
 }
 
 // What a row's second pass needs: the gradient of element i is
@@ -106,28 +126,29 @@ struct RowResult {
 
 // label_z = z[label] - max_s. `factor` is the row's weight over the denominator, for the gradient only.
 template <class Policy, CrossEntropy kHard, class Acc>
-KD_FN RowResult<Acc> finish_row(const RowSums<Acc>& sums, Acc classes, Acc temperature, Acc alpha,
+KD_FN RowResult<Acc> finish_row(const RowSums<Acc>& sums, Acc inv_classes, Acc temperature, Acc alpha,
                                 Acc smoothing, Acc label_z, Acc factor) {
   RowResult<Acc> row;
   row.loss = row.of_ex = row.of_ey = row.of_hard = row.uniform = row.at_label = Acc(0);
+  Acc inv_s = inverse(sums.sum_s), inv_t = inverse(sums.sum_t);
   if (alpha > Acc(0)) {
-    row.loss = alpha * temperature * temperature * Policy::divergence(sums);
-    Policy::gradient(sums, temperature, row.of_ex, row.of_ey);
+    row.loss = alpha * temperature * temperature * Policy::divergence(sums, inv_s, inv_t);
+    Policy::gradient(sums, inv_s, inv_t, temperature, row.of_ex, row.of_ey);
     row.of_ex *= alpha * factor;
     row.of_ey *= alpha * factor;
   }
   if (kHard != CrossEntropy::kNone) {
     Acc sum = kHard == CrossEntropy::kShared ? sums.sum_s : sums.sum_hard;
     Acc hard = log_acc(sum) - (Acc(1) - smoothing) * label_z;
-    if (smoothing > Acc(0)) hard -= smoothing * sums.sum_z / classes;
+    if (smoothing > Acc(0)) hard -= smoothing * inv_classes * sums.sum_z;
     row.loss += (Acc(1) - alpha) * hard;
     Acc scale = (Acc(1) - alpha) * factor;
     if (kHard == CrossEntropy::kShared) {
-      row.of_ex += scale / sum;
+      row.of_ex += scale * inv_s;
     } else {
-      row.of_hard = scale / sum;
+      row.of_hard = scale * inverse(sum);
     }
-    row.uniform = scale * smoothing / classes;
+    row.uniform = scale * smoothing * inv_classes;
     row.at_label = scale * (Acc(1) - smoothing);
   }
   return row;

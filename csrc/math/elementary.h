@@ -16,10 +16,12 @@
 
 #if defined(__CUDACC__)
 #define KD_FN static __host__ __device__ __forceinline__
+#define KD_UNROLL _Pragma("unroll")
 #else
 // Internal linkage: each ISA level's translation unit keeps its own copy, compiled for that level.
 #define KD_FN static inline __attribute__((always_inline))
 #define KD_INLINE_LAMBDA __attribute__((always_inline))
+#define KD_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace kdkernels {
@@ -115,11 +117,19 @@ KD_FN float exp(float x) {
   return p * exp2_int(half) * exp2_int(e.n - half);
 }
 
-// e^x for x <= 0, with results below 2^-126 flushed to 0: the softmax's exponential.
+// e^x for x <= 0, with results below 2^-126 flushed to 0: the softmax's exponential. On a GPU it is the
+// special function unit's: 2 instructions for 15, at a relative error of 2^-22 + |x| 2^-24, which a
+// probability p carries into the gradient as at most 2^-22 (since p |log p| < 0.4).
 KD_FN float exp_nonpositive(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 0x1.715476p+0f));
+  return y;
+#else
   ExpReduced e = exp_reduce(x < -87.0f ? -87.0f : x);
   float p = (1.0f + fma(e.r * e.r, e.q, e.r)) * exp2_int(e.n);
   return x < -87.0f ? 0.0f : p;
+#endif
 }
 KD_FN double exp_nonpositive(double x) {
 #if defined(__CUDA_ARCH__)

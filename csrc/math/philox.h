@@ -26,11 +26,7 @@ KD_FN uint32_t multiply_high(uint32_t a, uint32_t b) {
 
 KD_FN Philox4x32 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
                                uint32_t k1) {
-#if defined(__CUDA_ARCH__)
-#pragma unroll
-#else
-#pragma GCC unroll 10
-#endif
+  KD_UNROLL
   for (int round = 0; round < 10; ++round) {
     uint32_t high0 = multiply_high(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
     uint32_t high1 = multiply_high(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;

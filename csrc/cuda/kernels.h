@@ -1,0 +1,20 @@
+// The CUDA kernels, as the ops call them: launched on a stream, errors of the launch returned.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+namespace kdkernels {
+namespace cuda {
+
+// p.row_loss is required; inv_denominator is a workspace of one device fp64. A label out of range gives its row NaN loss and zero gradient.
+cudaError_t distillation(const DistillationParams& p, double* inv_denominator, cudaStream_t stream);
+cudaError_t scale_rows(const ScaleParams& p, cudaStream_t stream);
+cudaError_t noise(const NoiseParams& p, cudaStream_t stream);
+int64_t noise_dot_blocks(int64_t numel);
+cudaError_t noise_dot(const NoiseDotParams& p, cudaStream_t stream);
+cudaError_t regression(const RegressionParams& p, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace kdkernels
