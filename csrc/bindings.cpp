@@ -52,7 +52,7 @@ at::Tensor elementary(const std::string& name, const at::Tensor& x) {
 }
 
 std::vector<uint32_t> philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
-  math::Philox4x32 out =
+  math::Philox4x32<uint32_t> out =
       math::philox4x32_10(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
   return {out.word, out.word + 4};
 }

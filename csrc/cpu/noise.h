@@ -14,18 +14,71 @@ namespace {
 
 constexpr int kCounters = 256;  // counters a block: 1024 normals
 
+#if defined(KD_VECTOR_BYTES)
+// Philox words of several counters, one in the low half of each 64-bit lane; the high halves hold anything.
+// So a product stays where it is made and its halves need one shift, where gcc's own vector code for a 32 x
+// 32 bit product spends most of its instructions on moving them (329 against 160 for 8 counters on AVX2).
+typedef uint64_t Lanes __attribute__((vector_size(KD_VECTOR_BYTES)));
+KD_FN Lanes multiply_low_halves(Lanes a, Lanes b) {
+#if KD_VECTOR_BYTES == 64
+  return (Lanes)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#else
+  return (Lanes)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#endif
+}
+struct Counters {
+  Lanes lanes;
+};
+KD_FN Counters operator^(Counters a, Counters b) { return {a.lanes ^ b.lanes}; }
+KD_FN Counters operator^(Counters a, uint32_t b) { return {a.lanes ^ static_cast<uint64_t>(b)}; }
+KD_FN void multiply(Counters a, uint32_t b, Counters& high, Counters& low) {
+  low.lanes = multiply_low_halves(a.lanes, Lanes{} + static_cast<uint64_t>(b));
+  high.lanes = low.lanes >> 32;
+}
+
+// word[k][j] = word k of counter first + j.
+KD_FN void philox_block(math::NoiseKey key, uint64_t first, int counters, uint32_t (&word)[4][kCounters]) {
+  constexpr int kLanes = sizeof(Lanes) / sizeof(uint64_t);
+  Lanes twice;
+  for (int i = 0; i < kLanes; ++i) twice[i] = static_cast<uint64_t>(2 * i);
+  const Counters stream = {Lanes{} + key.stream}, step = {Lanes{} + key.step};
+  for (int j = 0; j < counters; j += 2 * kLanes) {
+    // Even counters in one vector and odd ones in the other interleave into 32-bit lanes in order.
+    Lanes even = twice + (first + static_cast<uint64_t>(j)), odd = even + 1;
+    math::Philox4x32<Counters> a = math::philox4x32_10(Counters{even}, Counters{even >> 32}, stream, step,
+                                                       key.seed_low, key.seed_high);
+    math::Philox4x32<Counters> b = math::philox4x32_10(Counters{odd}, Counters{odd >> 32}, stream, step,
+                                                       key.seed_low, key.seed_high);
+    for (int k = 0; k < 4; ++k) {
+      Lanes both = (a.word[k].lanes & 0xFFFFFFFFu) | (b.word[k].lanes << 32);
+      std::memcpy(&word[k][j], &both, sizeof both);
+    }
+  }
+}
+#else
+KD_FN void philox_block(math::NoiseKey key, uint64_t first, int counters, uint32_t (&word)[4][kCounters]) {
+  for (int j = 0; j < counters; ++j) {
+    uint64_t i = first + static_cast<uint64_t>(j);
+    math::Philox4x32<uint32_t> r =
+        math::philox4x32_10(static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32), key.stream, key.step,
+                            key.seed_low, key.seed_high);
+    for (int k = 0; k < 4; ++k) word[k][j] = r.word[k];
+  }
+}
+#endif
+
 // Normals of elements 4 * counter and on, for `counters` counters (rounded up to whole vectors).
-inline void normal_block(math::NoiseKey key, uint64_t counter, int counters, float* out) {
-  float lane[4][kCounters];
-  uint32_t low = static_cast<uint32_t>(counter), high = static_cast<uint32_t>(counter >> 32);
+inline void normal_block(math::NoiseKey key, uint64_t first, int counters, float* out) {
+  alignas(64) uint32_t word[4][kCounters];
+  alignas(64) float lane[4][kCounters];
   int padded = (counters + 15) / 16 * 16;
-  for (int j = 0; j < padded; ++j) {
-    uint32_t l = low + static_cast<uint32_t>(j);
-    math::Normal4 n = math::normal4(key, l, high + (l < low ? 1u : 0u));
-    lane[0][j] = n.value[0];
-    lane[1][j] = n.value[1];
-    lane[2][j] = n.value[2];
-    lane[3][j] = n.value[3];
+  philox_block(key, first, padded, word);
+  for (int pair = 0; pair < 4; pair += 2) {
+    for (int j = 0; j < padded; ++j) {
+      math::NormalPair n = math::box_muller(word[pair][j], word[pair + 1][j]);
+      lane[pair][j] = n.first;
+      lane[pair + 1][j] = n.second;
+    }
   }
   for (int j = 0; j < padded; ++j) {
     out[4 * j] = lane[0][j];

@@ -23,12 +23,12 @@ KD_FN float widen(BFloat16 x) {
   return math::float_from_bits(static_cast<int32_t>(static_cast<uint32_t>(x.bits) << 16));
 }
 KD_FN float widen(Float16 x) {
-  uint32_t magnitude = x.bits & 0x7FFFu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  // The exponent is off by 112; one multiplication puts it right and normalises subnormals.
-  float y = math::float_from_bits(static_cast<int32_t>(magnitude << 13)) * 0x1p112f;
-  int32_t bits = math::bits_from_float(y);
-  bits |= magnitude >= 0x7C00u ? 0x7F800000 : 0;  // inf and NaN
-  return math::float_from_bits(bits | static_cast<int32_t>(sign));
+  int32_t magnitude = x.bits & 0x7FFF, sign = static_cast<int32_t>(static_cast<uint32_t>(x.bits & 0x8000) << 16);
+  // Rebase the exponent by 112; inf and NaN by as much again; subnormals are small integers. No step
+  // makes an fp32 subnormal, which x86 handles by a slow trap into microcode.
+  int32_t normal = (magnitude << 13) + 0x38000000 + (magnitude >= 0x7C00 ? 0x38000000 : 0);
+  int32_t subnormal = math::bits_from_float(static_cast<float>(magnitude) * 0x1p-24f);
+  return math::float_from_bits((magnitude < 0x400 ? subnormal : normal) | sign);
 }
 
 // Round to nearest, ties to even; NaN stays NaN.

@@ -12,24 +12,30 @@
 namespace kdkernels {
 namespace math {
 
+template <class Word>
 struct Philox4x32 {
-  uint32_t word[4];
+  Word word[4];
 };
 
-KD_FN uint32_t multiply_high(uint32_t a, uint32_t b) {
+// The two halves of a 32 x 32 bit product.
+KD_FN void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+  low = a * b;
 #if defined(__CUDA_ARCH__)
-  return __umulhi(a, b);
+  high = __umulhi(a, b);
 #else
-  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+  high = static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
 #endif
 }
 
-KD_FN Philox4x32 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
-                               uint32_t k1) {
+// Counter words c0 to c3, key words k0 and k1. Word is uint32_t, or a vector of counters that has its own
+// multiply() and operator^.
+template <class Word>
+KD_FN Philox4x32<Word> philox4x32_10(Word c0, Word c1, Word c2, Word c3, uint32_t k0, uint32_t k1) {
   KD_UNROLL
   for (int round = 0; round < 10; ++round) {
-    uint32_t high0 = multiply_high(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
-    uint32_t high1 = multiply_high(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+    Word high0, low0, high1, low1;
+    multiply(c0, 0xD2511F53u, high0, low0);
+    multiply(c2, 0xCD9E8D57u, high1, low1);
     c0 = high1 ^ c1 ^ k0;
     c1 = low1;
     c2 = high0 ^ c3 ^ k1;
@@ -37,7 +43,7 @@ KD_FN Philox4x32 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  Philox4x32 out;
+  Philox4x32<Word> out;
   out.word[0] = c0;
   out.word[1] = c1;
   out.word[2] = c2;
