@@ -51,7 +51,8 @@ at::Tensor elementary(const std::string& name, const at::Tensor& x) {
   return y;
 }
 
-std::vector<uint32_t> philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
+std::vector<uint32_t> philox(const std::array<uint32_t, 4>& counter,
+                             const std::array<uint32_t, 2>& key) {
   math::Philox4x32<uint32_t> out =
       math::philox4x32_10(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
   return {out.word, out.word + 4};
@@ -74,36 +75,34 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   py::call_guard<py::gil_scoped_release> no_gil;
   m.def("distillation_loss", distillation_loss, no_gil);
-  m.def(
-      "randn_like",
-      [](const at::Tensor& x, int64_t seed, int64_t step, int64_t stream, int64_t offset,
-         std::optional<at::Tensor> seed_tensor, std::optional<at::Tensor> step_tensor) {
-        return randn_like(x, noise_args(seed, step, stream, offset, seed_tensor, step_tensor));
-      },
-      no_gil);
-  m.def(
-      "add_noise_",
-      [](const std::vector<at::Tensor>& tensors, const std::vector<double>& std, int64_t seed, int64_t step,
-         int64_t stream, int64_t offset, std::optional<at::Tensor> seed_tensor,
-         std::optional<at::Tensor> step_tensor) {
-        add_noise_(tensors, std, noise_args(seed, step, stream, offset, seed_tensor, step_tensor));
-      },
-      no_gil);
-  m.def(
-      "input_noise",
-      [](const at::Tensor& x, std::optional<at::Tensor> std_tensor, double std, int64_t seed, int64_t step,
-         int64_t stream, int64_t offset, std::optional<at::Tensor> seed_tensor,
-         std::optional<at::Tensor> step_tensor) {
-        return input_noise(x, std_tensor, std, noise_args(seed, step, stream, offset, seed_tensor, step_tensor));
-      },
-      no_gil);
-  m.def(
-      "gradient_noise",
-      [](const at::Tensor& x, double std, int64_t seed, int64_t step, int64_t stream, int64_t offset,
-         std::optional<at::Tensor> seed_tensor, std::optional<at::Tensor> step_tensor) {
-        return gradient_noise(x, std, noise_args(seed, step, stream, offset, seed_tensor, step_tensor));
-      },
-      no_gil);
+  m.def("randn_like",
+        [](const at::Tensor& x, int64_t seed, int64_t step, int64_t stream, int64_t offset,
+           std::optional<at::Tensor> seed_tensor, std::optional<at::Tensor> step_tensor) {
+    return randn_like(x, noise_args(seed, step, stream, offset, seed_tensor, step_tensor));
+  },
+        no_gil);
+  m.def("add_noise_",
+        [](const std::vector<at::Tensor>& tensors, const std::vector<double>& std, int64_t seed,
+           int64_t step, int64_t stream, int64_t offset, std::optional<at::Tensor> seed_tensor,
+           std::optional<at::Tensor> step_tensor) {
+    add_noise_(tensors, std, noise_args(seed, step, stream, offset, seed_tensor, step_tensor));
+  },
+        no_gil);
+  m.def("input_noise",
+        [](const at::Tensor& x, std::optional<at::Tensor> std_tensor, double std, int64_t seed,
+           int64_t step, int64_t stream, int64_t offset, std::optional<at::Tensor> seed_tensor,
+           std::optional<at::Tensor> step_tensor) {
+    return input_noise(x, std_tensor, std,
+                       noise_args(seed, step, stream, offset, seed_tensor, step_tensor));
+  },
+        no_gil);
+  m.def("gradient_noise",
+        [](const at::Tensor& x, double std, int64_t seed, int64_t step, int64_t stream,
+           int64_t offset, std::optional<at::Tensor> seed_tensor,
+           std::optional<at::Tensor> step_tensor) {
+    return gradient_noise(x, std, noise_args(seed, step, stream, offset, seed_tensor, step_tensor));
+  },
+        no_gil);
   m.def("noisy_linear_regression", noisy_linear_regression, no_gil);
 
   m.def("build_info", build_info);

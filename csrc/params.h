@@ -15,19 +15,19 @@ enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 struct DistillationParams {
   Dtype dtype;
   int64_t rows, classes;
-  const void* student;      // [rows, classes], dtype, row stride below
-  const void* teacher;      // [rows, classes], dtype, row stride below
-  void* gradient;           // [rows, classes], dtype, row stride below; null: only the loss is computed
-  const int64_t* labels;    // [rows] or null
-  const void* weight;       // [rows], acc, or null
-  void* row_loss;           // [rows], acc: weight * loss, or null
-  void* loss;               // [], acc: sum of weight * loss over the denominator, or null
+  const void* student;  // [rows, classes], dtype, row stride below
+  const void* teacher;  // [rows, classes], dtype, row stride below
+  void* gradient;  // [rows, classes], dtype, row stride below; null: only the loss is computed
+  const int64_t* labels;  // [rows] or null
+  const void* weight;  // [rows], acc, or null
+  void* row_loss;  // [rows], acc: weight * loss, or null
+  void* loss;  // [], acc: sum of weight * loss over the denominator, or null
   int64_t student_stride, teacher_stride, gradient_stride;
   double temperature, alpha, label_smoothing;
   int64_t ignore_index;
-  double denominator;       // loss and gradient are divided by it; 0 makes both 0; negative: the sum of
-                            // the kept rows' weights, which a CUDA kernel finds on the device
-  double gradient_scale;    // a further factor of the gradient, a power of two
+  double denominator;  // loss and gradient are divided by it; 0 makes both 0; negative: the sum of
+  // the kept rows' weights, which a CUDA kernel finds on the device
+  double gradient_scale;  // a further factor of the gradient, a power of two
 };
 
 // data[r, i] *= factor[r], or *= factor[0]; nothing is touched where the factor is 1.
@@ -55,7 +55,7 @@ struct NoiseParams {
   int64_t count;
   uint32_t seed_low, seed_high, step;
   const int64_t* device_step;  // CUDA: overrides step when not null
-  const double* device_std;    // CUDA: overrides every std when not null
+  const double* device_std;  // CUDA: overrides every std when not null
 };
 
 // result = sum of x[i] * eps(offset + i)
@@ -76,10 +76,10 @@ struct RegressionParams {
   const double* y;  // [samples]
   int64_t samples, replicas, steps;
   bool per_sample;  // one normal a sample and step, else one a step
-  const int64_t* seed;                   // [replicas]
+  const int64_t* seed;  // [replicas]
   const double *theta, *lr, *lam, *sigma;  // [replicas]
   uint32_t stream;
-  double* result;      // [replicas]: theta after the last step
+  double* result;  // [replicas]: theta after the last step
   double* trajectory;  // [steps + 1, replicas], or null
 };
 

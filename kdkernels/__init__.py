@@ -6,8 +6,8 @@ try:
     from kdkernels import _C  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"kdkernels._C does not load with torch {torch.__version__}; it must be built against the torch "
-        "that runs it: pip install --no-build-isolation --force-reinstall --no-deps ."
+        f"kdkernels._C does not load with torch {torch.__version__}; it must be built against the "
+        "torch that runs it: pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
 from kdkernels import reference

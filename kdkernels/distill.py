@@ -22,51 +22,54 @@ def distillation_loss(
     inplace: bool = False,
     backend: str = "fused",
 ) -> Tensor:
-    r"""Distillation loss of Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network"
-    (arXiv 1503.02531, section 2).
+    r"""Distillation loss of Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural
+    Network" (arXiv 1503.02531, section 2).
 
     For one row, with p_s = softmax(z / T) and p_t = softmax(t / T)::
 
         loss = alpha * T^2 * KL(p_t || p_s) + (1 - alpha) * CE(z, label; label_smoothing)
 
-    T^2 keeps the size of the soft gradient independent of T (the paper's equation 4). The gradient flows
-    to the student only, and is made in the forward call, while the row is in cache: fp32 inputs are
-    read once and the gradient is written once.
+    T^2 keeps the size of the soft gradient independent of T (the paper's equation 4). The gradient
+    flows to the student only, and is made in the forward call, while the row is in cache: both
+    logits are read once and the gradient is written once.
 
     Args:
         student_logits: z, ``[*, V]``, fp32, fp64, bf16 or fp16, on CPU or CUDA; any strides.
         teacher_logits: t, the shape, dtype and device of ``student_logits``; detached.
-        labels: ``[*]``, int64 classes in [0, V) or ``ignore_index``. A row that is ignored has loss and
-            gradient 0 and its logits are not read. None: the divergence alone.
+        labels: ``[*]``, int64 classes in [0, V) or ``ignore_index``. A row that is ignored has loss
+            and gradient 0 and its logits are not read. None: the divergence alone.
         temperature: T > 0.
-        alpha: share of the divergence, in [0, 1]. Default 0.5 with labels, 1 without (and no other then).
-            With 1 the labels only say which rows are ignored; with 0 the teacher is not read.
+        alpha: share of the divergence, in [0, 1]. Default 0.5 with labels, 1 without (and no other
+            then). With 1 the labels only say which rows are ignored; with 0 the teacher is not
+            read.
         divergence: "forward_kl".
         label_smoothing: share in [0, 1] of the uniform distribution in the hard target.
         ignore_index: the label of rows to leave out.
-        weight: ``[*]``, a factor for each row's loss, of any real dtype; a row with weight 0 is not read.
-        num_items: what "mean" divides by instead of the kept rows' weights, for gradient accumulation:
-            a number, or a scalar tensor (which is not synchronised with).
-        reduction: "mean" (sum of weight * loss over the sum of weights, both over the kept rows; 0 if
-            there are none), "sum", or "none".
-        inplace: allow the gradient to be written over ``student_logits``, so that no ``[*, V]`` tensor is
-            allocated. The logits are lost; one backward, no second derivative, and student_logits must not
-            be a leaf. Has no effect where there is no gradient to make, or under a tracer.
+        weight: ``[*]``, a factor for each row's loss, of any real dtype; a row with weight 0 is not
+            read.
+        num_items: what "mean" divides by instead of the kept rows' weights, for gradient
+            accumulation: a number, or a scalar tensor (which is not synchronised with).
+        reduction: "mean" (sum of weight * loss over the sum of weights, both over the kept rows; 0
+            if there are none), "sum", or "none".
+        inplace: allow the gradient to be written over ``student_logits``, so that no ``[*, V]``
+            tensor is allocated. The logits are lost; one backward, no second derivative, and
+            student_logits must not be a leaf. Has no effect where there is no gradient to make, or
+            under a tracer.
         backend: "fused", or "reference" for plain PyTorch.
 
     Returns:
         The loss, ``[]``, or ``[*]`` with reduction "none"; fp64 for fp64 logits, else fp32.
 
-    Non-finite logits: -inf is a class without probability (0 where the teacher, too, excludes it; an
-    infinite loss where only the student does). A row with NaN, +inf, or only -inf gives NaN for its loss
-    and gradient and leaves other rows alone.
+    Non-finite logits: -inf is a class without probability (0 where the teacher, too, excludes it;
+    an infinite loss where only the student does). A row with NaN, +inf, or only -inf gives NaN for
+    its loss and gradient and leaves other rows alone.
 
     The same bits come out for any number of threads. Differentiable twice and more, and through
     ``torch.compile``. On CUDA a label out of range gives NaN loss and zero gradient for its row.
 
     Raises:
-        ValueError: shapes or devices differ, V is 0, a number or (on CPU) a label is out of range, the
-            teacher requires grad, or ``inplace`` is not possible.
+        ValueError: shapes or devices differ, V is 0, a number or (on CPU) a label is out of range,
+            the teacher requires grad, or ``inplace`` is not possible.
         TypeError: a dtype is not supported or differs.
     """
     if divergence != "forward_kl":
@@ -88,9 +91,7 @@ def distillation_loss(
         raise ValueError(f'backend is "{backend}"; it takes "fused" or "reference"')
     if isinstance(num_items, Tensor):
         if reduction != "mean":
-            raise ValueError(
-                f'num_items goes with reduction="mean" only, not "{reduction}"'
-            )
+            raise ValueError(f'num_items goes with reduction="mean" only, not "{reduction}"')
         total = distillation_loss(
             student_logits,
             teacher_logits,
@@ -132,8 +133,14 @@ def distillation_loss(
     )
 
 
+_MODULE_OPTIONS = {
+    *("temperature", "alpha", "divergence", "label_smoothing", "ignore_index"),
+    *("reduction", "inplace", "backend"),
+}
+
+
 class DistillationLoss(nn.Module):
-    """``distillation_loss`` as a module; takes its keyword arguments but those that go with a batch.
+    """``distillation_loss`` as a module; takes its options, but not those that go with a batch.
 
     Args:
         options: ``temperature``, ``alpha``, ``divergence``, ``label_smoothing``, ``ignore_index``,
@@ -142,16 +149,7 @@ class DistillationLoss(nn.Module):
 
     def __init__(self, **options):
         super().__init__()
-        unknown = options.keys() - {
-            "temperature",
-            "alpha",
-            "divergence",
-            "label_smoothing",
-            "ignore_index",
-            "reduction",
-            "inplace",
-            "backend",
-        }
+        unknown = options.keys() - _MODULE_OPTIONS
         if unknown:
             raise TypeError(f"DistillationLoss takes no argument {sorted(unknown)[0]!r}")
         self.options = options

@@ -1,21 +1,22 @@
 """Gaussian noise that is a pure function of (seed, stream, step, element index).
 
 The normal of element i of a tensor is Philox4x32-10 (Salmon et al., SC 2011) at the counter
-(i // 4 low, i // 4 high, stream, step) under the key (seed low, seed high), word pair (i % 4) // 2, through
-the Box-Muller transform. Elements count in row-major order whatever the strides. Nothing is stored: the same
-arguments give the same bits on every CPU and GPU, for any number of threads and any sharding.
+(i // 4 low, i // 4 high, stream, step) under the key (seed low, seed high), word pair (i % 4) // 2,
+through the Box-Muller transform. Elements count in row-major order whatever the strides. Nothing is
+stored: the same arguments give the same bits on every CPU and GPU, for any number of threads and
+any sharding.
 
 All functions share these keyword arguments:
 
-    seed: an int in [-2^63, 2^64). None draws one from torch's default generator, so ``torch.manual_seed``
-        governs it; two calls then differ.
-    step: the training step, in [0, 2^32). An int, or an int64 scalar tensor on the noise's device, which a
-        captured CUDA graph reads anew at each replay.
+    seed: an int in [-2^63, 2^64). None draws one from torch's default generator, so
+        ``torch.manual_seed`` governs it; two calls then differ.
+    step: the training step, in [0, 2^32). An int, or an int64 scalar tensor on the noise's device,
+        which a captured CUDA graph reads anew at each replay.
     stream: the tensor's own number, in [0, 2^32): a parameter's index in its list.
     offset: global index of the tensor's first element, for a shard of a larger tensor.
 
-Bad numbers raise ValueError and bad dtypes TypeError, naming the argument; x and tensors take fp32, fp64,
-bf16 and fp16 on CPU and CUDA. 16-bit tensors are added to in fp32 and rounded once.
+Bad numbers raise ValueError and bad dtypes TypeError, naming the argument; x and tensors take fp32,
+fp64, bf16 and fp16 on CPU and CUDA. 16-bit tensors are added to in fp32 and rounded once.
 """
 
 from collections.abc import Sequence
@@ -69,8 +70,8 @@ def add_noise_(
 ) -> None:
     """Add std * eps to each tensor in place; on CUDA in one launch a dtype.
 
-    Tensor k of the list takes ``stream + k``, so leaving others out does not shift its noise as long as
-    its stream is given. Call it under ``torch.no_grad()`` where a tensor requires grad.
+    Tensor k of the list takes ``stream + k``, so leaving others out does not shift its noise as
+    long as its stream is given. Call it under ``torch.no_grad()`` where a tensor requires grad.
 
     Args:
         tensors: a tensor or a list of them, of any shapes and dtypes, on one device.
@@ -99,8 +100,8 @@ def input_noise(
 
     Args:
         x: any shape.
-        std: a number, finite and 0 or more; or a one-element tensor on x's device, which may require
-            grad: its gradient is sum eps_i g_i, with eps made again rather than kept.
+        std: a number, finite and 0 or more; or a one-element tensor on x's device, which may
+            require grad: its gradient is sum eps_i g_i, with eps made again rather than kept.
         seed, step, stream, offset: see the module.
     """
     std_tensor = None
@@ -148,7 +149,7 @@ def noisy_linear_regression(
     stream: int = 0,
     trajectory: bool = False,
 ) -> Tensor:
-    """Gradient descent on y ~ theta (x + e) with fresh input noise e at each step, all steps in one kernel.
+    """Gradient descent on y ~ theta (x + e) with fresh input noise e at each step, in one kernel.
 
     At step t, with e = sigma * eps(seed, stream, t)::
 
@@ -162,16 +163,17 @@ def noisy_linear_regression(
         x, y: ``[n]`` or ``[n, 1]``, n >= 1.
         theta: initial weight, a number, or ``[R]`` for R replicas.
         steps: number of steps, in [0, 2^32).
-        lr, lam, sigma: learning rate, weight decay and noise's standard deviation: numbers, or ``[R]``.
+        lr, lam, sigma: learning rate, weight decay and noise's standard deviation: numbers, or
+            ``[R]``.
         seed: an int in [-2^63, 2^64), or int64 ``[R]``: each replica's own noise.
-        noise: "per-step" (one normal for all samples, element 0 of the noise) or "per-sample" (element i
-            for sample i).
+        noise: "per-step" (one normal for all samples, element 0 of the noise) or "per-sample"
+            (element i for sample i).
         stream: the noise's stream.
         trajectory: return theta before the first and after every step.
 
     Returns:
-        theta after the last step, in x's dtype: ``[]``, or ``[R]`` where any argument has replicas. With
-        ``trajectory`` a leading dimension of ``steps + 1``.
+        theta after the last step, in x's dtype: ``[]``, or ``[R]`` where any argument has replicas.
+        With ``trajectory`` a leading dimension of ``steps + 1``.
     """
     if noise not in ("per-step", "per-sample"):
         raise ValueError(f'noise is "{noise}"; it takes "per-step" or "per-sample"')
@@ -182,7 +184,9 @@ def noisy_linear_regression(
     numbers.append(torch.as_tensor(seed, dtype=torch.int64, device=x.device))
     for name, value in zip([*named, "seed"], numbers, strict=True):
         if value.dim() > 1:
-            raise ValueError(f"{name} has shape {list(value.shape)}; it takes a number or [replicas]")
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}; it takes a number or [replicas]"
+            )
     try:
         shape = torch.broadcast_shapes(*(v.shape for v in numbers))
     except RuntimeError:

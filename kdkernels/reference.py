@@ -1,7 +1,8 @@
 """Every op again in plain PyTorch: the specification, the tests' oracle, and backend="reference".
 
-Written from the formulas, without the library's kernels. Noise agrees with theirs to rounding (the kernels'
-own functions are accurate to an ulp, not correctly rounded); everything else to the dtype's precision.
+Written from the formulas, without the library's kernels. Noise agrees with theirs to rounding (the
+kernels' own functions are accurate to an ulp, not correctly rounded); everything else to the
+dtype's precision.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,14 @@ def distillation_loss(
 ) -> Tensor:
     """``kdkernels.distillation_loss``; the same arguments, shapes, dtypes and results."""
     _check(
-        student_logits, teacher_logits, labels, temperature, alpha, label_smoothing, weight, reduction
+        student_logits,
+        teacher_logits,
+        labels,
+        temperature,
+        alpha,
+        label_smoothing,
+        weight,
+        reduction,
     )
     if alpha is None:
         alpha = 1.0 if labels is None else 0.5
@@ -78,7 +86,9 @@ def _check(student, teacher, labels, temperature, alpha, label_smoothing, weight
         )
     for name, rows in (("labels", labels), ("weight", weight)):
         if rows is not None and rows.shape != student.shape[:-1]:
-            raise ValueError(f"{name} has shape {list(rows.shape)}; it takes {list(student.shape[:-1])}")
+            raise ValueError(
+                f"{name} has shape {list(rows.shape)}; it takes {list(student.shape[:-1])}"
+            )
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it takes a number above 0")
     if alpha is not None and not 0 <= alpha <= 1:
@@ -91,7 +101,7 @@ def _check(student, teacher, labels, temperature, alpha, label_smoothing, weight
         raise ValueError(f'reduction is "{reduction}"; it takes "mean", "sum" or "none"')
 
 
-# ---- noise -------------------------------------------------------------------------------------------
+# ---- noise ---------------------------------------------------------------------------------------
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -99,8 +109,9 @@ _MASK = 0xFFFFFFFF
 
 
 def philox4x32_10(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
-    """Philox4x32-10 (Salmon et al., SC 2011): four counter words and two key words, int64 tensors holding
-    unsigned 32-bit values that broadcast, to four output words."""
+    """Philox4x32-10 (Salmon et al., SC 2011): four counter words and two key words, int64 tensors
+    holding unsigned 32-bit values that broadcast, to four output words.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

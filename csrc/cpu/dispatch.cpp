@@ -46,7 +46,8 @@ const Kernels* find(const std::string& name, const std::string& who) {
   for (const Level& level : levels()) {
     if (name == level.kernels->isa && level.supported) return level.kernels;
   }
-  throw std::invalid_argument(who + " is \"" + name + "\"; this machine runs " + joined(isa_supported()));
+  throw std::invalid_argument(who + " is \"" + name + "\"; this machine runs " +
+                              joined(isa_supported()));
 }
 
 std::atomic<const Kernels*> current{nullptr};
@@ -71,13 +72,16 @@ const Kernels& kernels() {
   const Kernels* chosen = current.load(std::memory_order_acquire);
   if (chosen == nullptr) {
     const char* forced = std::getenv("KDKERNELS_ISA");
-    chosen = find(forced != nullptr && *forced != 0 ? forced : isa_supported().back(), "KDKERNELS_ISA");
+    chosen =
+        find(forced != nullptr && *forced != 0 ? forced : isa_supported().back(), "KDKERNELS_ISA");
     current.store(chosen, std::memory_order_release);
   }
   return *chosen;
 }
 
-void set_isa(const std::string& name) { current.store(find(name, "isa"), std::memory_order_release); }
+void set_isa(const std::string& name) {
+  current.store(find(name, "isa"), std::memory_order_release);
+}
 
 // Work below which a second thread costs more than it brings: waking one takes some 5 microseconds, in
 // which one thread does about this many exponentials or normals.
@@ -124,7 +128,8 @@ void noise(const NoiseParams& p, int threads) {
   for (int64_t t = 0; t < p.count; ++t) elements += p.tensors[t].numel;
   if (elements < 2 * kElementsPerThread) threads = 1;
   parallel_for(first_chunk[p.count], 1, threads, [&](int64_t begin, int64_t end) {
-    int64_t t = std::upper_bound(first_chunk.begin(), first_chunk.end(), begin) - first_chunk.begin() - 1;
+    int64_t t =
+        std::upper_bound(first_chunk.begin(), first_chunk.end(), begin) - first_chunk.begin() - 1;
     for (int64_t chunk = begin; chunk < end;) {
       while (chunk >= first_chunk[t + 1]) ++t;
       int64_t last = std::min(end, first_chunk[t + 1]);

@@ -20,9 +20,10 @@ namespace cpu {
 namespace {
 
 constexpr int kBlock = 1024;  // 3 logit or gradient blocks of 4 KB beside 12 KB of exponentials: L1
-constexpr int kFold = 128;    // elements summed in fp32 before fp64 takes over: a dominant class would
-                              // otherwise swallow the small ones that follow it in its lane
-constexpr int kPad = 16;      // the widest vector: block loops run over a multiple of it
+constexpr int kFold =
+    128;  // elements summed in fp32 before fp64 takes over: a dominant class would
+// otherwise swallow the small ones that follow it in its lane
+constexpr int kPad = 16;  // the widest vector: block loops run over a multiple of it
 
 KD_FN double exp_fp64(double x) { return x == 0 ? 1.0 : __builtin_exp(x); }
 
@@ -105,7 +106,8 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
   Maxima<Real> only_maxima, *maxima = &only_maxima;
   if (keep && blocks > 1) {
     size_t values = static_cast<size_t>(kKept * kBlock * blocks);
-    kept = static_cast<Real*>(buffer.reserve(values * sizeof(Real) + blocks * sizeof(Maxima<Real>)));
+    kept =
+        static_cast<Real*>(buffer.reserve(values * sizeof(Real) + blocks * sizeof(Maxima<Real>)));
     maxima = reinterpret_cast<Maxima<Real>*>(kept + values);
   }
   const double inv_temperature = 1.0 / p.temperature;
@@ -134,8 +136,8 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
       max.s = math::larger(block_max(z, padded), max.s);
       max.t = math::larger(block_max(t, padded), max.t);
       Real* ex = kept + (keep ? kKept * kBlock * b : 0);
-      Sums part = block_sums<Policy, kHard>(z, t, padded, max, static_cast<Real>(inv_temperature), ex,
-                                            ex + kBlock, ex + 2 * kBlock);
+      Sums part = block_sums<Policy, kHard>(z, t, padded, max, static_cast<Real>(inv_temperature),
+                                            ex, ex + kBlock, ex + 2 * kBlock);
       if (kHard != math::CrossEntropy::kNone && p.label_smoothing > 0) {
         for (int i = 0; i < n; ++i) part.sum_z += static_cast<double>(z[i]) - max.s;
         part.count = n;
@@ -146,15 +148,16 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
 
     double factor = p.denominator != 0 ? weight / p.denominator * p.gradient_scale : 0.0;
     math::RowResult<double> result = math::finish_row<Policy, kHard, double>(
-        sums, 1.0 / static_cast<double>(p.classes), p.temperature, p.alpha, p.label_smoothing, label_z - max.s,
-        factor);
+        sums, 1.0 / static_cast<double>(p.classes), p.temperature, p.alpha, p.label_smoothing,
+        label_z - max.s, factor);
     row_loss[row] = weight * result.loss;
     if (!keep) continue;
 
     for (int64_t b = 0; b < blocks; ++b) {
       int n = static_cast<int>(p.classes - b * kBlock < kBlock ? p.classes - b * kBlock : kBlock);
       int padded = (n + kPad - 1) / kPad * kPad;
-      double grown_s = static_cast<double>(maxima[b].s) - max.s, grown_t = static_cast<double>(maxima[b].t) - max.t;
+      double grown_s = static_cast<double>(maxima[b].s) - max.s,
+             grown_t = static_cast<double>(maxima[b].t) - max.t;
       Real of_ex = static_cast<Real>(result.of_ex * exp_fp64(grown_s * inv_temperature));
       Real of_ey = static_cast<Real>(result.of_ey * exp_fp64(grown_t * inv_temperature));
       Real uniform = static_cast<Real>(result.uniform);
@@ -166,7 +169,8 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
         const Real* eh = ex + 2 * kBlock;
 #pragma omp simd
         for (int i = 0; i < padded; ++i) {
-          g[i] = math::fma(of_ex, ex[i], math::fma(of_ey, ey[i], math::fma(of_hard, eh[i], -uniform)));
+          g[i] =
+              math::fma(of_ex, ex[i], math::fma(of_ey, ey[i], math::fma(of_hard, eh[i], -uniform)));
         }
       } else {
 #pragma omp simd

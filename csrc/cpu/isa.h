@@ -13,12 +13,12 @@ namespace cpu {
 namespace {
 
 bool elementary(const char* f, const float* x, float* y, int64_t n) {
-#define KD_ELEMENTARY(name, expression)          \
-  if (__builtin_strcmp(f, name) == 0) {          \
-    for (int64_t i = 0; i < n; ++i) {            \
-      y[i] = math::expression;                   \
-    }                                            \
-    return true;                                 \
+#define KD_ELEMENTARY(name, expression) \
+  if (__builtin_strcmp(f, name) == 0) { \
+    for (int64_t i = 0; i < n; ++i) { \
+      y[i] = math::expression; \
+    } \
+    return true; \
   }
   KD_ELEMENTARY("exp", exp(x[i]))
   KD_ELEMENTARY("exp_nonpositive", exp_nonpositive(x[i]))
@@ -38,8 +38,8 @@ bool elementary(const char* f, const float* x, float* y, int64_t n) {
 #define KD_STRING_(a) #a
 #define KD_STRING(a) KD_STRING_(a)
 extern const Kernels KD_JOIN(kernels_, KD_ISA);
-const Kernels KD_JOIN(kernels_, KD_ISA) = {KD_STRING(KD_ISA), distillation_rows, noise, noise_dot,
-                                           regression, elementary};
+const Kernels KD_JOIN(kernels_, KD_ISA) = {KD_STRING(KD_ISA), distillation_rows, noise,
+                                           noise_dot,         regression,        elementary};
 
 }  // namespace cpu
 }  // namespace kdkernels

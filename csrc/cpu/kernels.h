@@ -14,7 +14,8 @@ namespace cpu {
 struct Kernels {
   const char* isa;
   // Rows [begin, end); row_loss is fp64 [rows].
-  void (*distillation_rows)(const DistillationParams&, int64_t begin, int64_t end, double* row_loss);
+  void (*distillation_rows)(const DistillationParams&, int64_t begin, int64_t end,
+                            double* row_loss);
   // Elements [begin, end) of one tensor.
   void (*noise)(Dtype, const NoiseTensor&, math::NoiseKey, int64_t begin, int64_t end);
   double (*noise_dot)(const NoiseDotParams&, int64_t begin, int64_t end);

@@ -21,7 +21,7 @@ constexpr int kCounters = 256;  // counters a block: 1024 normals
 typedef uint64_t Lanes __attribute__((vector_size(KD_VECTOR_BYTES)));
 KD_FN Lanes multiply_low_halves(Lanes a, Lanes b) {
 #if KD_VECTOR_BYTES == 64
-  return (Lanes)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+  return (Lanes)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, (__m512i)b);
 #else
   return (Lanes)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #endif
@@ -37,7 +37,8 @@ KD_FN void multiply(Counters a, uint32_t b, Counters& high, Counters& low) {
 }
 
 // word[k][j] = word k of counter first + j.
-KD_FN void philox_block(math::NoiseKey key, uint64_t first, int counters, uint32_t (&word)[4][kCounters]) {
+KD_FN void philox_block(math::NoiseKey key, uint64_t first, int counters,
+                        uint32_t (&word)[4][kCounters]) {
   constexpr int kLanes = sizeof(Lanes) / sizeof(uint64_t);
   Lanes twice;
   for (int i = 0; i < kLanes; ++i) twice[i] = static_cast<uint64_t>(2 * i);
@@ -45,10 +46,10 @@ KD_FN void philox_block(math::NoiseKey key, uint64_t first, int counters, uint32
   for (int j = 0; j < counters; j += 2 * kLanes) {
     // Even counters in one vector and odd ones in the other interleave into 32-bit lanes in order.
     Lanes even = twice + (first + static_cast<uint64_t>(j)), odd = even + 1;
-    math::Philox4x32<Counters> a = math::philox4x32_10(Counters{even}, Counters{even >> 32}, stream, step,
-                                                       key.seed_low, key.seed_high);
-    math::Philox4x32<Counters> b = math::philox4x32_10(Counters{odd}, Counters{odd >> 32}, stream, step,
-                                                       key.seed_low, key.seed_high);
+    math::Philox4x32<Counters> a = math::philox4x32_10(Counters{even}, Counters{even >> 32}, stream,
+                                                       step, key.seed_low, key.seed_high);
+    math::Philox4x32<Counters> b = math::philox4x32_10(Counters{odd}, Counters{odd >> 32}, stream,
+                                                       step, key.seed_low, key.seed_high);
     for (int k = 0; k < 4; ++k) {
       Lanes both = (a.word[k].lanes & 0xFFFFFFFFu) | (b.word[k].lanes << 32);
       std::memcpy(&word[k][j], &both, sizeof both);
@@ -56,12 +57,13 @@ KD_FN void philox_block(math::NoiseKey key, uint64_t first, int counters, uint32
   }
 }
 #else
-KD_FN void philox_block(math::NoiseKey key, uint64_t first, int counters, uint32_t (&word)[4][kCounters]) {
+KD_FN void philox_block(math::NoiseKey key, uint64_t first, int counters,
+                        uint32_t (&word)[4][kCounters]) {
   for (int j = 0; j < counters; ++j) {
     uint64_t i = first + static_cast<uint64_t>(j);
     math::Philox4x32<uint32_t> r =
-        math::philox4x32_10(static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32), key.stream, key.step,
-                            key.seed_low, key.seed_high);
+        math::philox4x32_10(static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32), key.stream,
+                            key.step, key.seed_low, key.seed_high);
     for (int k = 0; k < 4; ++k) word[k][j] = r.word[k];
   }
 }
@@ -108,7 +110,8 @@ void noise_of(const NoiseTensor& tensor, math::NoiseKey key, int64_t begin, int6
   const T* in = static_cast<const T*>(tensor.in);
   T* out = static_cast<T*>(tensor.out);
   Real std = static_cast<Real>(tensor.std);
-  for_normals(key, tensor.offset, begin, end, [=](int64_t i, int n, const float* eps) KD_INLINE_LAMBDA {
+  for_normals(key, tensor.offset, begin, end,
+              [=](int64_t i, int n, const float* eps) KD_INLINE_LAMBDA {
     if (in == nullptr) {
       for (int j = 0; j < n; ++j) narrow(std * static_cast<Real>(eps[j]), out[i + j]);
     } else {
@@ -134,10 +137,12 @@ template <class T>
 double noise_dot_of(const NoiseDotParams& p, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(p.x);
   double total = 0;
-  for_normals(p.key, p.offset, begin, end, [&](int64_t i, int n, const float* eps) KD_INLINE_LAMBDA {
+  for_normals(p.key, p.offset, begin, end,
+              [&](int64_t i, int n, const float* eps) KD_INLINE_LAMBDA {
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int j = 0; j < n; ++j) sum += static_cast<double>(widen(x[i + j])) * static_cast<double>(eps[j]);
+    for (int j = 0; j < n; ++j)
+      sum += static_cast<double>(widen(x[i + j])) * static_cast<double>(eps[j]);
     total += sum;
   });
   return total;

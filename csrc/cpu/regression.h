@@ -43,7 +43,8 @@ inline void replicas_together(const RegressionParams& p, math::Moments m, int64_
       eps[j] = math::normal4(key, 0, 0).value[0];
     }
     for (int j = 0; j < kTile; ++j) {
-      theta[j] = math::regression_step(theta[j], m, sigma[j] * static_cast<double>(eps[j]), lr[j], lam[j]);
+      theta[j] =
+          math::regression_step(theta[j], m, sigma[j] * static_cast<double>(eps[j]), lr[j], lam[j]);
     }
     if (p.trajectory != nullptr) {
       for (int j = 0; j < n; ++j) record(p, step + 1, begin + j, theta[j]);
@@ -60,7 +61,8 @@ inline void one_replica(const RegressionParams& p, math::Moments m, int64_t r) {
   for (int64_t first = 0; first < p.steps; first += kTile) {
     math::NoiseKey key = replica_key(p, r, first);
     for (int j = 0; j < kTile; ++j) {
-      math::NoiseKey at = {key.seed_low, key.seed_high, key.stream, key.step + static_cast<uint32_t>(j)};
+      math::NoiseKey at = {key.seed_low, key.seed_high, key.stream,
+                           key.step + static_cast<uint32_t>(j)};
       eps[j] = math::normal4(at, 0, 0).value[0];
     }
     for (int64_t step = first; step < p.steps && step < first + kTile; ++step) {
@@ -80,16 +82,16 @@ inline void one_replica_per_sample(const RegressionParams& p, int64_t r) {
     double sum_xx = 0, sum_xy = 0;
     for_normals(replica_key(p, r, step), 0, 0, p.samples,
                 [&](int64_t first, int n, const float* eps) KD_INLINE_LAMBDA {
-                  double xx = 0, xy = 0;
+      double xx = 0, xy = 0;
 #pragma omp simd reduction(+ : xx, xy)
-                  for (int j = 0; j < n; ++j) {
-                    double x = math::fma(sigma, static_cast<double>(eps[j]), p.x[first + j]);
-                    xx += x * x;
-                    xy += x * p.y[first + j];
-                  }
-                  sum_xx += xx;
-                  sum_xy += xy;
-                });
+      for (int j = 0; j < n; ++j) {
+        double x = math::fma(sigma, static_cast<double>(eps[j]), p.x[first + j]);
+        xx += x * x;
+        xy += x * p.y[first + j];
+      }
+      sum_xx += xx;
+      sum_xy += xy;
+    });
     double count = static_cast<double>(p.samples);
     theta = math::regression_step(theta, sum_xx / count, sum_xy / count, p.lr[r], p.lam[r]);
     record(p, step + 1, r, theta);

@@ -23,7 +23,8 @@ KD_FN float widen(BFloat16 x) {
   return math::float_from_bits(static_cast<int32_t>(static_cast<uint32_t>(x.bits) << 16));
 }
 KD_FN float widen(Float16 x) {
-  int32_t magnitude = x.bits & 0x7FFF, sign = static_cast<int32_t>(static_cast<uint32_t>(x.bits & 0x8000) << 16);
+  int32_t magnitude = x.bits & 0x7FFF,
+          sign = static_cast<int32_t>(static_cast<uint32_t>(x.bits & 0x8000) << 16);
   // Rebase the exponent by 112; inf and NaN by as much again; subnormals are small integers. No step
   // makes an fp32 subnormal, which x86 handles by a slow trap into microcode.
   int32_t normal = (magnitude << 13) + 0x38000000 + (magnitude >= 0x7C00 ? 0x38000000 : 0);

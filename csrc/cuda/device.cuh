@@ -27,7 +27,9 @@ __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 
 __device__ __forceinline__ void narrow(float x, float& out) { out = x; }
 __device__ __forceinline__ void narrow(double x, double& out) { out = x; }
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16& out) {
+  out = __float2bfloat16_rn(x);
+}
 __device__ __forceinline__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
 
 // kCount elements that move in one load or store.

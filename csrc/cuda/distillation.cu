@@ -43,7 +43,8 @@ struct Lowest<double> {
 // stands behind a branch.
 template <class Policy, CrossEntropy kHard, int kCount, class T, class Real>
 __device__ __forceinline__ void visit(math::RowSums<Real>& sums, const Vector<T, kCount>& z,
-                                      const Vector<T, kCount>& t, Real inv_temperature, bool smoothing) {
+                                      const Vector<T, kCount>& t, Real inv_temperature,
+                                      bool smoothing) {
   Real max_s = sums.max_s, max_t = sums.max_t;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -73,7 +74,9 @@ __device__ __forceinline__ void visit(math::RowSums<Real>& sums, const Vector<T,
 // 128 KB of bf16 at 32,000 classes is 51 MB, H100's L2 50 MB), writes the gradient once. 2 or 3 exponentials
 // an element and pass.
 template <class T, class Policy, CrossEntropy kHard, int kCount, int kThreads, int kRows>
-__global__ void __launch_bounds__(kThreads* kRows, 1) rows_kernel(const DistillationParams p, double inv_temperature_fp64, const double* inv_denominator) {
+__global__ void __launch_bounds__(kThreads* kRows, 1)
+    rows_kernel(const DistillationParams p, double inv_temperature_fp64,
+                const double* inv_denominator) {
   using Real = typename Compute<T>::type;
   constexpr int kWarps = kThreads / kWarp;
   __shared__ Real shared[6 * kWarps];
@@ -95,7 +98,8 @@ __global__ void __launch_bounds__(kThreads* kRows, 1) rows_kernel(const Distilla
     bool ignored = weight == Real(0) || (p.labels != nullptr && label == p.ignore_index);
     bool invalid = p.labels != nullptr && (label < 0 || label >= p.classes);
     if (ignored || invalid) {
-      if (lane == 0) static_cast<Real*>(p.row_loss)[row] = ignored ? Real(0) : static_cast<Real>(nan(""));
+      if (lane == 0)
+        static_cast<Real*>(p.row_loss)[row] = ignored ? Real(0) : static_cast<Real>(nan(""));
       if (p.gradient != nullptr) {
 #pragma unroll 1
         for (int64_t i = lane; i < p.classes; i += kThreads) narrow(Real(0), g_row[i]);
@@ -118,14 +122,15 @@ __global__ void __launch_bounds__(kThreads* kRows, 1) rows_kernel(const Distilla
     }
     Real maxima[2] = {sums.max_s, sums.max_t};
     reduce<Max, kThreads>(maxima, shared);
-    sums = math::rebase<Policy, kHard>(sums, maxima[0], maxima[1], inv_temperature, ExpNonpositive());
+    sums =
+        math::rebase<Policy, kHard>(sums, maxima[0], maxima[1], inv_temperature, ExpNonpositive());
     Real values[6] = {sums.sum_s, sums.sum_t, sums.term, sums.sum_hard, sums.sum_z, sums.count};
     reduce<Sum, kThreads>(values, shared);
     sums = {maxima[0], maxima[1], values[0], values[1], values[2], values[3], values[4], values[5]};
 
     math::RowResult<Real> result =
-        math::finish_row<Policy, kHard>(sums, inv_classes, temperature, static_cast<Real>(p.alpha), smoothing,
-                                        label_z - sums.max_s, weight * scale);
+        math::finish_row<Policy, kHard>(sums, inv_classes, temperature, static_cast<Real>(p.alpha),
+                                        smoothing, label_z - sums.max_s, weight * scale);
     if (lane == 0) static_cast<Real*>(p.row_loss)[row] = weight * result.loss;
     if (p.gradient == nullptr) continue;
 
@@ -134,7 +139,8 @@ __global__ void __launch_bounds__(kThreads* kRows, 1) rows_kernel(const Distilla
       Real ex = math::exp_nonpositive(shifted * inv_temperature);
       Real ey = math::exp_nonpositive((t - sums.max_t) * inv_temperature);
       Real g = math::fma(result.of_ey, ey, -result.uniform);
-      if (kHard == CrossEntropy::kOwn) g = math::fma(result.of_hard, math::exp_nonpositive(shifted), g);
+      if (kHard == CrossEntropy::kOwn)
+        g = math::fma(result.of_hard, math::exp_nonpositive(shifted), g);
       g = math::fma(result.of_ex, ex, g);
       return i == label ? g - result.at_label : g;
     };
@@ -179,7 +185,9 @@ __global__ void inv_denominator_kernel(const DistillationParams p, double* inv_d
 
 template <class Real>
 __global__ void total_loss_kernel(const DistillationParams p, const double* inv_denominator) {
-  double sum = block_sum(p.rows, [&](int64_t row) { return static_cast<double>(static_cast<const Real*>(p.row_loss)[row]); });
+  double sum = block_sum(p.rows, [&](int64_t row) {
+    return static_cast<double>(static_cast<const Real*>(p.row_loss)[row]);
+  });
   if (threadIdx.x == 0) *static_cast<Real*>(p.loss) = static_cast<Real>(sum * *inv_denominator);
 }
 
@@ -188,11 +196,13 @@ void launch_rows(const DistillationParams& p, const double* inv_denominator, cud
   if (p.classes <= kWarpRowClasses) {
     int64_t blocks = std::min(kMaxBlocks, (p.rows + kRowsPerBlock - 1) / kRowsPerBlock);
     rows_kernel<T, ForwardKL, kHard, kCount, kWarp, kRowsPerBlock>
-        <<<static_cast<unsigned>(blocks), dim3(kWarp, kRowsPerBlock), 0, stream>>>(p, 1 / p.temperature, inv_denominator);
+        <<<static_cast<unsigned>(blocks), dim3(kWarp, kRowsPerBlock), 0, stream>>>(
+            p, 1 / p.temperature, inv_denominator);
   } else {
     int64_t blocks = std::min(kMaxBlocks, p.rows);
     rows_kernel<T, ForwardKL, kHard, kCount, kRowThreads, 1>
-        <<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(p, 1 / p.temperature, inv_denominator);
+        <<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(p, 1 / p.temperature,
+                                                                    inv_denominator);
   }
 }
 
@@ -212,7 +222,8 @@ cudaError_t launch(const DistillationParams& p, double* inv_denominator, cudaStr
   using Real = typename Compute<T>::type;
   constexpr int kCount = 16 / sizeof(T);
   inv_denominator_kernel<Real><<<1, kRowThreads, 0, stream>>>(p, inv_denominator);
-  bool vectors = aligned<T>(p.student, p.student_stride, kCount) && aligned<T>(p.teacher, p.teacher_stride, kCount) &&
+  bool vectors = aligned<T>(p.student, p.student_stride, kCount) &&
+                 aligned<T>(p.teacher, p.teacher_stride, kCount) &&
                  (p.gradient == nullptr || aligned<T>(p.gradient, p.gradient_stride, kCount));
   if (p.rows > 0 && vectors) launch_hard<T, kCount>(p, inv_denominator, stream);
   if (p.rows > 0 && !vectors) launch_hard<T, 1>(p, inv_denominator, stream);
@@ -238,7 +249,8 @@ template <class T>
 cudaError_t launch_scale(const ScaleParams& p, cudaStream_t stream) {
   constexpr int kThreads = 256;
   if (p.rows == 0) return cudaSuccess;
-  unsigned columns = static_cast<unsigned>(std::min<int64_t>(64, (p.classes + kThreads - 1) / kThreads));
+  unsigned columns =
+      static_cast<unsigned>(std::min<int64_t>(64, (p.classes + kThreads - 1) / kThreads));
   unsigned rows = static_cast<unsigned>(std::min<int64_t>(32768, p.rows));
   scale_kernel<T><<<dim3(columns, rows), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
@@ -246,7 +258,8 @@ cudaError_t launch_scale(const ScaleParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t distillation(const DistillationParams& p, double* inv_denominator, cudaStream_t stream) {
+cudaError_t distillation(const DistillationParams& p, double* inv_denominator,
+                         cudaStream_t stream) {
   switch (p.dtype) {
     case Dtype::kFloat32: return launch<float>(p, inv_denominator, stream);
     case Dtype::kFloat64: return launch<double>(p, inv_denominator, stream);

@@ -40,13 +40,15 @@ __device__ __forceinline__ bool aligned_device(const T* pointer) {
 
 template <class T, class Real>
 __device__ __forceinline__ Real noisy(bool add, T x, Real std, float eps) {
-  return add ? math::fma(std, static_cast<Real>(eps), static_cast<Real>(widen(x))) : std * static_cast<Real>(eps);
+  return add ? math::fma(std, static_cast<Real>(eps), static_cast<Real>(widen(x)))
+             : std * static_cast<Real>(eps);
 }
 
 // One Philox call a thread makes 4 neighbouring elements, moved by one load and one store where they are
 // aligned. Reads and writes each element once; about 90 integer and 60 floating-point instructions for 4.
 template <class T, int kCapacity>
-__global__ void __launch_bounds__(kThreads) noise_kernel(const __grid_constant__ List<kCapacity> list) {
+__global__ void __launch_bounds__(kThreads)
+    noise_kernel(const __grid_constant__ List<kCapacity> list) {
   using Real = typename Compute<T>::type;
   int low = 0, high = list.count - 1;
   while (low < high) {
@@ -58,7 +60,8 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const __grid_constant__
     }
   }
   const Entry& e = list.entry[low];
-  uint32_t step = list.device_step != nullptr ? static_cast<uint32_t>(*list.device_step) : list.step;
+  uint32_t step =
+      list.device_step != nullptr ? static_cast<uint32_t>(*list.device_step) : list.step;
   math::NoiseKey key = {list.seed_low, list.seed_high, e.stream, step};
   Real std = static_cast<Real>(list.device_std != nullptr ? *list.device_std : e.std);
   const T* in = static_cast<const T*>(e.in);
@@ -79,7 +82,8 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const __grid_constant__
       Vector<T, 4> x;
       if (in != nullptr) x = reinterpret_cast<const Vector<T, 4>*>(in + first)[0];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) narrow(noisy(in != nullptr, x.value[j], std, eps.value[j]), x.value[j]);
+      for (int j = 0; j < 4; ++j)
+        narrow(noisy(in != nullptr, x.value[j], std, eps.value[j]), x.value[j]);
       reinterpret_cast<Vector<T, 4>*>(out + first)[0] = x;
     } else {
 #pragma unroll
@@ -110,7 +114,8 @@ cudaError_t launch_list(const NoiseParams& p, int64_t begin, int64_t end, cudaSt
   int64_t blocks = 0;
   for (int64_t t = begin; t < end; ++t) {
     const NoiseTensor& x = p.tensors[t];
-    list.entry[t - begin] = {x.out, x.in, x.numel, x.offset, x.std, x.stream, static_cast<uint32_t>(blocks)};
+    list.entry[t - begin] = {
+        x.out, x.in, x.numel, x.offset, x.std, x.stream, static_cast<uint32_t>(blocks)};
     blocks += (counters(x.offset, x.numel) + kCountersPerBlock - 1) / kCountersPerBlock;
   }
   noise_kernel<T, kCapacity><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(list);
@@ -143,7 +148,8 @@ __global__ void __launch_bounds__(kThreads) dot_kernel(const NoiseDotParams p) {
   double sum[1] = {0};
 #pragma unroll 1
   for (int k = 0; k < kCountersPerThread; ++k) {
-    int64_t counter = static_cast<int64_t>(blockIdx.x) * kCountersPerBlock + k * kThreads + threadIdx.x;
+    int64_t counter =
+        static_cast<int64_t>(blockIdx.x) * kCountersPerBlock + k * kThreads + threadIdx.x;
     int64_t first = counter * 4 - skip;
     if (first >= p.numel) break;
     uint64_t global = p.offset / 4 + static_cast<uint64_t>(counter);
@@ -153,7 +159,8 @@ __global__ void __launch_bounds__(kThreads) dot_kernel(const NoiseDotParams p) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       int64_t i = first + j;
-      if (i >= 0 && i < p.numel) four = math::fma(static_cast<Real>(widen(x[i])), static_cast<Real>(eps.value[j]), four);
+      if (i >= 0 && i < p.numel)
+        four = math::fma(static_cast<Real>(widen(x[i])), static_cast<Real>(eps.value[j]), four);
     }
     sum[0] += static_cast<double>(four);
   }
@@ -162,7 +169,8 @@ __global__ void __launch_bounds__(kThreads) dot_kernel(const NoiseDotParams p) {
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads) dot_total_kernel(const NoiseDotParams p, int64_t blocks) {
+__global__ void __launch_bounds__(kThreads)
+    dot_total_kernel(const NoiseDotParams p, int64_t blocks) {
   __shared__ double shared[kThreads / kWarp];
   double sum[1] = {0};
   for (int64_t b = threadIdx.x; b < blocks; b += kThreads) sum[0] += p.partial[b];

@@ -14,7 +14,8 @@ __device__ __forceinline__ math::NoiseKey replica_key(const RegressionParams& p,
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), p.stream, 0};
 }
 
-__device__ __forceinline__ void record(const RegressionParams& p, int64_t step, int64_t replica, double theta) {
+__device__ __forceinline__ void record(const RegressionParams& p, int64_t step, int64_t replica,
+                                       double theta) {
   if (p.trajectory != nullptr) p.trajectory[step * p.replicas + replica] = theta;
 }
 

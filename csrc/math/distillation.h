@@ -16,9 +16,9 @@ namespace math {
 
 // How cross-entropy gets its exponentials e^(z - max_s).
 enum class CrossEntropy {
-  kNone,    // alpha = 1, or no labels
+  kNone,  // alpha = 1, or no labels
   kShared,  // T = 1: they are the student's own
-  kOwn,     // a third exponential an element
+  kOwn,  // a third exponential an element
 };
 
 KD_FN double log_acc(double x) {
@@ -48,10 +48,10 @@ template <class Acc>
 struct RowSums {
   Acc max_s, max_t;  // largest logits
   Acc sum_s, sum_t;  // of ex, of ey
-  Acc term;          // of the policy's terms
-  Acc sum_hard;      // of e^(z - max_s); CrossEntropy::kOwn only
-  Acc sum_z;         // of z - max_s; with label smoothing only
-  Acc count;         // elements behind sum_z
+  Acc term;  // of the policy's terms
+  Acc sum_hard;  // of e^(z - max_s); CrossEntropy::kOwn only
+  Acc sum_z;  // of z - max_s; with label smoothing only
+  Acc count;  // elements behind sum_z
 };
 
 // KL(p_t || p_s) = sum p_t (log p_t - log p_s).
@@ -73,7 +73,8 @@ struct ForwardKL {
   }
   // T^2 dD/dz = T (p_s - p_t), as coefficients of ex and ey.
   template <class Acc>
-  KD_FN void gradient(const RowSums<Acc>&, Acc inv_s, Acc inv_t, Acc temperature, Acc& of_ex, Acc& of_ey) {
+  KD_FN void gradient(const RowSums<Acc>&, Acc inv_s, Acc inv_t, Acc temperature, Acc& of_ex,
+                      Acc& of_ey) {
     of_ex = temperature * inv_s;
     of_ey = -temperature * inv_t;
   }
@@ -86,7 +87,8 @@ KD_FN Acc larger(Acc a, Acc b) {
 
 // The sums of a part relative to other maxima, each at least the part's own. exp_fn: e^x for x <= 0.
 template <class Policy, CrossEntropy kHard, class Acc, class Exp>
-KD_FN RowSums<Acc> rebase(const RowSums<Acc>& part, Acc max_s, Acc max_t, Acc inv_temperature, Exp exp_fn) {
+KD_FN RowSums<Acc> rebase(const RowSums<Acc>& part, Acc max_s, Acc max_t, Acc inv_temperature,
+                          Exp exp_fn) {
   Acc grown = max_s - part.max_s;
   Acc dx = grown * inv_temperature, dy = (max_t - part.max_t) * inv_temperature;
   Acc fx = exp_fn(-dx), fy = exp_fn(-dy);
@@ -103,7 +105,8 @@ KD_FN RowSums<Acc> rebase(const RowSums<Acc>& part, Acc max_s, Acc max_t, Acc in
 
 // The sums of two parts as the sums of both.
 template <class Policy, CrossEntropy kHard, class Acc, class Exp>
-KD_FN RowSums<Acc> merge(const RowSums<Acc>& a, const RowSums<Acc>& b, Acc inv_temperature, Exp exp_fn) {
+KD_FN RowSums<Acc> merge(const RowSums<Acc>& a, const RowSums<Acc>& b, Acc inv_temperature,
+                         Exp exp_fn) {
   Acc max_s = larger(a.max_s, b.max_s), max_t = larger(a.max_t, b.max_t);
   RowSums<Acc> x = rebase<Policy, kHard>(a, max_s, max_t, inv_temperature, exp_fn);
   RowSums<Acc> y = rebase<Policy, kHard>(b, max_s, max_t, inv_temperature, exp_fn);
@@ -126,8 +129,8 @@ struct RowResult {
 
 // label_z = z[label] - max_s. `factor` is the row's weight over the denominator, for the gradient only.
 template <class Policy, CrossEntropy kHard, class Acc>
-KD_FN RowResult<Acc> finish_row(const RowSums<Acc>& sums, Acc inv_classes, Acc temperature, Acc alpha,
-                                Acc smoothing, Acc label_z, Acc factor) {
+KD_FN RowResult<Acc> finish_row(const RowSums<Acc>& sums, Acc inv_classes, Acc temperature,
+                                Acc alpha, Acc smoothing, Acc label_z, Acc factor) {
   RowResult<Acc> row;
   row.loss = row.of_ex = row.of_ey = row.of_hard = row.uniform = row.at_label = Acc(0);
   Acc inv_s = inverse(sums.sum_s), inv_t = inverse(sums.sum_t);

@@ -34,8 +34,8 @@ struct Normal4 {
 
 // The normals of elements 4 * counter to 4 * counter + 3.
 KD_FN Normal4 normal4(NoiseKey key, uint32_t counter_low, uint32_t counter_high) {
-  Philox4x32<uint32_t> r = philox4x32_10(counter_low, counter_high, key.stream, key.step, key.seed_low,
-                               key.seed_high);
+  Philox4x32<uint32_t> r =
+      philox4x32_10(counter_low, counter_high, key.stream, key.step, key.seed_low, key.seed_high);
   NormalPair a = box_muller(r.word[0], r.word[1]);
   NormalPair b = box_muller(r.word[2], r.word[3]);
   Normal4 out;

@@ -31,8 +31,8 @@ inline at::ScalarType acc_type(const at::Tensor& tensor) {
 }
 
 inline void check_tensor(const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK_TYPE(is_floating_dtype(tensor.scalar_type()), name, " has dtype ", tensor.scalar_type(),
-                   "; it takes float32, float64, bfloat16 or float16");
+  TORCH_CHECK_TYPE(is_floating_dtype(tensor.scalar_type()), name, " has dtype ",
+                   tensor.scalar_type(), "; it takes float32, float64, bfloat16 or float16");
   TORCH_CHECK_VALUE(tensor.is_cpu() || tensor.is_cuda() || tensor.is_meta(), name, " is on ",
                     tensor.device(), "; it takes a CPU or CUDA tensor");
 #if !defined(KDKERNELS_WITH_CUDA)
@@ -44,8 +44,8 @@ inline void check_tensor(const char* name, const at::Tensor& tensor) {
 
 inline void check_device(const char* name, const at::Tensor& tensor, const char* like_name,
                          const at::Tensor& like) {
-  TORCH_CHECK_VALUE(tensor.device() == like.device(), name, " is on ", tensor.device(), " and ", like_name,
-                    " on ", like.device(), "; they must share a device");
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), name, " is on ", tensor.device(), " and ",
+                    like_name, " on ", like.device(), "; they must share a device");
 }
 
 }  // namespace kdkernels

@@ -42,7 +42,8 @@ enum Reduction : int64_t { kNone, kSum, kMean };
 Reduction parse_reduction(std::string_view name) {
   if (name == "mean") return kMean;
   if (name == "sum") return kSum;
-  TORCH_CHECK_VALUE(name == "none", "reduction is \"", name, "\"; it takes \"mean\", \"sum\" or \"none\"");
+  TORCH_CHECK_VALUE(name == "none", "reduction is \"", name,
+                    "\"; it takes \"mean\", \"sum\" or \"none\"");
   return kNone;
 }
 
@@ -61,9 +62,10 @@ void check_shape(const char* name, const Tensor& tensor, c10::SymIntArrayRef sha
                     "; it takes the shape of student_logits without its last dimension, ", shape);
 }
 
-Call checked(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels, double temperature,
-             std::optional<double> alpha, double label_smoothing, int64_t ignore_index,
-             const OptionalTensor& weight, std::optional<double> num_items, std::string_view reduction) {
+Call checked(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
+             double temperature, std::optional<double> alpha, double label_smoothing,
+             int64_t ignore_index, const OptionalTensor& weight, std::optional<double> num_items,
+             std::string_view reduction) {
   check_tensor("student_logits", student);
   check_tensor("teacher_logits", teacher);
   TORCH_CHECK_TYPE(student.scalar_type() == teacher.scalar_type(), "teacher_logits has dtype ",
@@ -73,7 +75,8 @@ Call checked(const Tensor& student, const Tensor& teacher, const OptionalTensor&
   TORCH_CHECK_VALUE(student.dim() >= 1 && student.sym_size(-1) >= 1, "student_logits has shape ",
                     student.sym_sizes(), "; it takes [*, V] with at least one class");
   TORCH_CHECK_VALUE(student.sym_sizes() == teacher.sym_sizes(), "teacher_logits has shape ",
-                    teacher.sym_sizes(), "; it takes that of student_logits, ", student.sym_sizes());
+                    teacher.sym_sizes(), "; it takes that of student_logits, ",
+                    student.sym_sizes());
   TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && teacher.requires_grad()),
                     "teacher_logits requires grad, but no gradient flows to the teacher; pass "
                     "teacher_logits.detach()");
@@ -99,16 +102,17 @@ Call checked(const Tensor& student, const Tensor& teacher, const OptionalTensor&
                     "; it takes a number in [0, 1]");
   TORCH_CHECK_VALUE(labels.has_value() || alpha_value == 1, "alpha is ", alpha_value,
                     " without labels; cross-entropy's share 1 - alpha needs them");
-  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing is ", label_smoothing,
-                    "; it takes a number in [0, 1]");
+  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing is ",
+                    label_smoothing, "; it takes a number in [0, 1]");
   Reduction parsed = parse_reduction(reduction);
   if (num_items.has_value()) {
     TORCH_CHECK_VALUE(*num_items > 0 && std::isfinite(*num_items), "num_items is ", *num_items,
                       "; it takes a finite number above 0");
-    TORCH_CHECK_VALUE(parsed == kMean, "num_items goes with reduction=\"mean\" only, not \"", reduction, "\"");
+    TORCH_CHECK_VALUE(parsed == kMean, "num_items goes with reduction=\"mean\" only, not \"",
+                      reduction, "\"");
   }
-  return {student,         teacher,      labels,    weight, temperature, alpha_value,
-          label_smoothing, ignore_index, num_items, parsed};
+  return {student,     teacher,         labels,       weight,    temperature,
+          alpha_value, label_smoothing, ignore_index, num_items, parsed};
 }
 
 // The distance between rows, if all leading dimensions collapse into one of that stride and the classes
@@ -144,14 +148,16 @@ std::tuple<Tensor, Tensor> forward(const Call& call, bool want_gradient, bool in
   at::ScalarType acc = acc_type(call.student);
   auto options = call.student.options();
   c10::SymIntArrayRef shape = call.student.sym_sizes();
-  Tensor loss = call.reduction == kNone ? at::empty_symint(shape.slice(0, shape.size() - 1), options.dtype(acc))
-                                        : at::empty({}, options.dtype(acc));
+  Tensor loss = call.reduction == kNone
+                    ? at::empty_symint(shape.slice(0, shape.size() - 1), options.dtype(acc))
+                    : at::empty({}, options.dtype(acc));
   if (call.student.is_meta()) {
     return {loss, want_gradient ? at::empty_symint(shape, options) : at::empty({0}, options)};
   }
   int64_t classes = call.student.size(-1), rows = call.student.numel() / classes;
 
-  std::optional<int64_t> student_stride = row_stride(call.student), teacher_stride = row_stride(call.teacher);
+  std::optional<int64_t> student_stride = row_stride(call.student),
+                         teacher_stride = row_stride(call.teacher);
   Tensor student = student_stride.has_value() ? call.student : call.student.contiguous();
   Tensor teacher = teacher_stride.has_value() ? call.teacher : call.teacher.contiguous();
   Tensor labels = call.labels.has_value() ? call.labels->contiguous() : Tensor();
@@ -175,24 +181,26 @@ std::tuple<Tensor, Tensor> forward(const Call& call, bool want_gradient, bool in
   p.gradient_scale = gradient_scale(call);
 
   // Before anything is written: labels in range, and what the mean divides by.
-  p.denominator = call.num_items.value_or(call.reduction == kMean ? static_cast<double>(rows) : 1.0);
+  p.denominator =
+      call.num_items.value_or(call.reduction == kMean ? static_cast<double>(rows) : 1.0);
   if (!cuda && labels.defined()) {
     for (int64_t i = 0; i < rows; ++i) {
       int64_t label = p.labels[i];
-      TORCH_CHECK_VALUE(label == p.ignore_index || (label >= 0 && label < classes), "labels holds ", label,
-                        " at position ", i, "; it takes classes in [0, ", classes, ") or ignore_index=",
-                        p.ignore_index);
+      TORCH_CHECK_VALUE(label == p.ignore_index || (label >= 0 && label < classes), "labels holds ",
+                        label, " at position ", i, "; it takes classes in [0, ", classes,
+                        ") or ignore_index=", p.ignore_index);
     }
   }
-  if (call.reduction == kMean && !call.num_items.has_value() && (labels.defined() || weight.defined())) {
+  if (call.reduction == kMean && !call.num_items.has_value() &&
+      (labels.defined() || weight.defined())) {
     p.denominator = -1;
     if (!cuda) {
       double kept = 0;
       for (int64_t i = 0; i < rows; ++i) {
         if (labels.defined() && p.labels[i] == p.ignore_index) continue;
-        kept += !weight.defined()      ? 1.0
+        kept += !weight.defined()    ? 1.0
                 : acc == at::kDouble ? weight.const_data_ptr<double>()[i]
-                                       : static_cast<double>(weight.const_data_ptr<float>()[i]);
+                                     : static_cast<double>(weight.const_data_ptr<float>()[i]);
       }
       p.denominator = kept;
     }
@@ -223,13 +231,13 @@ std::tuple<Tensor, Tensor> forward(const Call& call, bool want_gradient, bool in
 }
 
 // The op behind autograd, with only what it needs to know.
-std::tuple<Tensor, Tensor> distillation_forward(const Tensor& student, const Tensor& teacher,
-                                                const OptionalTensor& labels, const OptionalTensor& weight,
-                                                double temperature, double alpha, double label_smoothing,
-                                                int64_t ignore_index, std::optional<double> num_items,
-                                                int64_t reduction, bool want_gradient) {
-  Call call = {student,         teacher,      labels,    weight,  temperature, alpha,
-               label_smoothing, ignore_index, num_items, static_cast<Reduction>(reduction)};
+std::tuple<Tensor, Tensor> distillation_forward(
+    const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
+    const OptionalTensor& weight, double temperature, double alpha, double label_smoothing,
+    int64_t ignore_index, std::optional<double> num_items, int64_t reduction, bool want_gradient) {
+  Call call = {
+      student, teacher,         labels,       weight,    temperature,
+      alpha,   label_smoothing, ignore_index, num_items, static_cast<Reduction>(reduction)};
   return forward(call, want_gradient, false);
 }
 
@@ -239,11 +247,13 @@ std::tuple<Tensor, Tensor> dispatch_forward(const Call& call, bool want_gradient
                        .typed<decltype(distillation_forward)>();
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return op.call(call.student, call.teacher, call.labels, call.weight, call.temperature, call.alpha,
-                 call.label_smoothing, call.ignore_index, call.num_items, call.reduction, want_gradient);
+                 call.label_smoothing, call.ignore_index, call.num_items, call.reduction,
+                 want_gradient);
 }
 
 // gradient * grad_output, row by row where there is one a row, into `gradient` itself if it may be.
-Tensor scaled(const Tensor& gradient, const Tensor& grad_output, bool per_row, double scale, bool may_overwrite) {
+Tensor scaled(const Tensor& gradient, const Tensor& grad_output, bool per_row, double scale,
+              bool may_overwrite) {
   Tensor factor = scale == 1 ? grad_output : grad_output / scale;
   if (per_row) factor = factor.unsqueeze(-1);
   if (!may_overwrite) return gradient.mul(factor).to(gradient.scalar_type());
@@ -253,8 +263,13 @@ Tensor scaled(const Tensor& gradient, const Tensor& grad_output, bool per_row, d
     c10::cuda::CUDAGuard guard(gradient.device());
     Tensor on_device = factor.to(acc_type(gradient)).contiguous();
     int64_t classes = gradient.size(-1);
-    ScaleParams p = {dtype_of(gradient), gradient.mutable_data_ptr(), gradient.numel() / classes, classes,
-                     row_stride(gradient).value_or(classes), on_device.const_data_ptr(), per_row};
+    ScaleParams p = {dtype_of(gradient),
+                     gradient.mutable_data_ptr(),
+                     gradient.numel() / classes,
+                     classes,
+                     row_stride(gradient).value_or(classes),
+                     on_device.const_data_ptr(),
+                     per_row};
     C10_CUDA_CHECK(cuda::scale_rows(p, c10::cuda::getCurrentCUDAStream()));
     return gradient;
   }
@@ -263,7 +278,8 @@ Tensor scaled(const Tensor& gradient, const Tensor& grad_output, bool per_row, d
 }
 
 struct DistillationLoss : torch::autograd::Function<DistillationLoss> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& student, const Call& call, bool inplace) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& student, const Call& call,
+                        bool inplace) {
     Tensor loss, gradient;
     if (inplace) {
       std::tie(loss, gradient) = kdkernels::forward(call, true, true);
@@ -272,7 +288,8 @@ struct DistillationLoss : torch::autograd::Function<DistillationLoss> {
     } else {
       std::tie(loss, gradient) = dispatch_forward(call, true);
       // The logits, labels and weights are for a second differentiation.
-      ctx->save_for_backward({gradient, student, call.labels.value_or(Tensor()), call.weight.value_or(Tensor())});
+      ctx->save_for_backward(
+          {gradient, student, call.labels.value_or(Tensor()), call.weight.value_or(Tensor())});
     }
     ctx->set_materialize_grads(false);
     ctx->saved_data["temperature"] = call.temperature;
@@ -294,43 +311,47 @@ struct DistillationLoss : torch::autograd::Function<DistillationLoss> {
     bool per_row = ctx->saved_data["reduction"].toInt() == kNone;
     double scale = ctx->saved_data["scale"].toDouble();
     if (at::GradMode::is_enabled()) {
-      TORCH_CHECK_VALUE(!inplace,
-                        "inplace is True, which keeps no logits to differentiate a second time; pass "
-                        "inplace=False with create_graph=True");
+      TORCH_CHECK_VALUE(
+          !inplace,
+          "inplace is True, which keeps no logits to differentiate a second time; pass "
+          "inplace=False with create_graph=True");
       return {twice_differentiable(ctx, saved, grad_output, per_row, scale), Tensor(), Tensor()};
     }
     bool traced = at::isTensorSubclassLike(grad_output);
     if (!traced && grad_output.is_cpu() && !per_row && scale == 1) {
-      double factor = grad_output.scalar_type() == at::kDouble ? *grad_output.const_data_ptr<double>()
-                                                               : *grad_output.const_data_ptr<float>();
+      double factor = grad_output.scalar_type() == at::kDouble
+                          ? *grad_output.const_data_ptr<double>()
+                          : *grad_output.const_data_ptr<float>();
       if (factor == 1) return {gradient, Tensor(), Tensor()};
     }
     // The buffer is this node's own, so the last backward through it may write there.
     bool last = !traced && !torch::autograd::get_current_graph_task_keep_graph();
-    TORCH_CHECK_VALUE(last || !inplace || traced,
-                      "inplace is True, which allows one backward; pass inplace=False with retain_graph=True");
+    TORCH_CHECK_VALUE(
+        last || !inplace || traced,
+        "inplace is True, which allows one backward; pass inplace=False with retain_graph=True");
     return {scaled(gradient, grad_output, per_row, scale, last), Tensor(), Tensor()};
   }
 
   // The gradient as a differentiable function of the student's logits z and of grad_output: the saved
   // value, plus an expression that is zero and has the derivative
   //   d/dz [T alpha softmax(z / T) + (1 - alpha) softmax(z)].
-  static Tensor twice_differentiable(AutogradContext* ctx, const variable_list& saved, const Tensor& grad_output,
-                                     bool per_row, double scale) {
+  static Tensor twice_differentiable(AutogradContext* ctx, const variable_list& saved,
+                                     const Tensor& grad_output, bool per_row, double scale) {
     const Tensor &gradient = saved[0], &student = saved[1], &labels = saved[2];
     double temperature = ctx->saved_data["temperature"].toDouble();
     double alpha = ctx->saved_data["alpha"].toDouble();
     at::ScalarType acc = acc_type(student);
     Tensor z = student.to(acc);
-    Tensor factor = saved[3].defined() ? saved[3].to(acc)
-                                       : at::ones_like(z.detach().select(-1, 0));
+    Tensor factor = saved[3].defined() ? saved[3].to(acc) : at::ones_like(z.detach().select(-1, 0));
     Tensor dropped = factor == 0;
-    if (labels.defined()) dropped = dropped.logical_or(labels == ctx->saved_data["ignore_index"].toInt());
+    if (labels.defined())
+      dropped = dropped.logical_or(labels == ctx->saved_data["ignore_index"].toInt());
     factor = at::where(dropped, at::zeros_like(factor), factor);
     if (ctx->saved_data["reduction"].toInt() == kMean) {
       std::optional<double> num_items = ctx->saved_data["num_items"].toOptional<double>();
       Tensor total = factor.sum();
-      factor = num_items.has_value() ? factor / *num_items : at::where(total == 0, factor, factor / total);
+      factor = num_items.has_value() ? factor / *num_items
+                                     : at::where(total == 0, factor, factor / total);
     }
     Tensor moving = at::softmax(z / temperature, -1) * (temperature * alpha);
     if (alpha < 1) moving = moving + at::softmax(z, -1) * (1 - alpha);
@@ -342,10 +363,10 @@ struct DistillationLoss : torch::autograd::Function<DistillationLoss> {
 
 Tensor loss_autograd(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
                      double temperature, std::optional<double> alpha, double label_smoothing,
-                     int64_t ignore_index, const OptionalTensor& weight, std::optional<double> num_items,
-                     std::string_view reduction, bool inplace) {
-  Call call = checked(student, teacher, labels, temperature, alpha, label_smoothing, ignore_index, weight,
-                      num_items, reduction);
+                     int64_t ignore_index, const OptionalTensor& weight,
+                     std::optional<double> num_items, std::string_view reduction, bool inplace) {
+  Call call = checked(student, teacher, labels, temperature, alpha, label_smoothing, ignore_index,
+                      weight, num_items, reduction);
   if (!(at::GradMode::is_enabled() && student.requires_grad())) {
     return std::get<0>(dispatch_forward(call, false));
   }
@@ -353,11 +374,13 @@ Tensor loss_autograd(const Tensor& student, const Tensor& teacher, const Optiona
   inplace = inplace && !at::isTensorSubclassLike(student) && !student.is_meta();
   if (inplace) {
     TORCH_CHECK_VALUE(!student.is_leaf(),
-                      "inplace is True, but student_logits is a leaf that requires grad; its values would be lost");
+                      "inplace is True, but student_logits is a leaf that requires grad; its "
+                      "values would be lost");
     std::optional<int64_t> stride = row_stride(student);
-    TORCH_CHECK_VALUE(stride.has_value() && (std::abs(*stride) >= student.size(-1) || student.dim() == 1),
-                      "inplace is True, but student_logits of shape ", student.sizes(), " and strides ",
-                      student.strides(), " is not rows of adjacent classes; pass student_logits.contiguous()");
+    TORCH_CHECK_VALUE(
+        stride.has_value() && (std::abs(*stride) >= student.size(-1) || student.dim() == 1),
+        "inplace is True, but student_logits of shape ", student.sizes(), " and strides ",
+        student.strides(), " is not rows of adjacent classes; pass student_logits.contiguous()");
   }
   return DistillationLoss::apply(student, call, inplace);
 }
@@ -365,10 +388,10 @@ Tensor loss_autograd(const Tensor& student, const Tensor& teacher, const Optiona
 // Where autograd is off altogether (inference mode).
 Tensor loss_no_autograd(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
                         double temperature, std::optional<double> alpha, double label_smoothing,
-                        int64_t ignore_index, const OptionalTensor& weight, std::optional<double> num_items,
-                        std::string_view reduction, bool) {
-  Call call = checked(student, teacher, labels, temperature, alpha, label_smoothing, ignore_index, weight,
-                      num_items, reduction);
+                        int64_t ignore_index, const OptionalTensor& weight,
+                        std::optional<double> num_items, std::string_view reduction, bool) {
+  Call call = checked(student, teacher, labels, temperature, alpha, label_smoothing, ignore_index,
+                      weight, num_items, reduction);
   return std::get<0>(dispatch_forward(call, false));
 }
 
@@ -385,19 +408,20 @@ const c10::TypedOperatorHandle<LossSignature>& loss_op() {
 template <c10::DispatchKey kKey>
 Tensor loss_autocast(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
                      double temperature, std::optional<double> alpha, double label_smoothing,
-                     int64_t ignore_index, const OptionalTensor& weight, std::optional<double> num_items,
-                     std::string_view reduction, bool inplace) {
+                     int64_t ignore_index, const OptionalTensor& weight,
+                     std::optional<double> num_items, std::string_view reduction, bool inplace) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
   at::ScalarType wider = c10::promoteTypes(student.scalar_type(), teacher.scalar_type());
-  return loss_op().call(student.to(wider), teacher.to(wider), labels, temperature, alpha, label_smoothing,
-                        ignore_index, weight, num_items, reduction, inplace);
+  return loss_op().call(student.to(wider), teacher.to(wider), labels, temperature, alpha,
+                        label_smoothing, ignore_index, weight, num_items, reduction, inplace);
 }
 
 }  // namespace
 
-Tensor distillation_loss(const Tensor& student_logits, const Tensor& teacher_logits, const OptionalTensor& labels,
-                         double temperature, std::optional<double> alpha, double label_smoothing,
-                         int64_t ignore_index, const OptionalTensor& weight, std::optional<double> num_items,
+Tensor distillation_loss(const Tensor& student_logits, const Tensor& teacher_logits,
+                         const OptionalTensor& labels, double temperature,
+                         std::optional<double> alpha, double label_smoothing, int64_t ignore_index,
+                         const OptionalTensor& weight, std::optional<double> num_items,
                          std::string_view reduction, bool inplace) {
   return loss_op().call(student_logits, teacher_logits, labels, temperature, alpha, label_smoothing,
                         ignore_index, weight, num_items, reduction, inplace);
@@ -407,9 +431,11 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def(
       "distillation_loss(Tensor student_logits, Tensor teacher_logits, Tensor? labels=None, *, "
       "float temperature=1.0, float? alpha=None, float label_smoothing=0.0, int ignore_index=-100, "
-      "Tensor? weight=None, float? num_items=None, str reduction=\"mean\", bool inplace=False) -> Tensor");
+      "Tensor? weight=None, float? num_items=None, str reduction=\"mean\", bool inplace=False) -> "
+      "Tensor");
   m.def(
-      "_distillation_forward(Tensor student_logits, Tensor teacher_logits, Tensor? labels, Tensor? weight, "
+      "_distillation_forward(Tensor student_logits, Tensor teacher_logits, Tensor? labels, Tensor? "
+      "weight, "
       "float temperature, float alpha, float label_smoothing, int ignore_index, float? num_items, "
       "int reduction, bool want_gradient) -> (Tensor, Tensor)");
 }

@@ -10,8 +10,9 @@ namespace kdkernels {
 
 at::Tensor distillation_loss(const at::Tensor& student_logits, const at::Tensor& teacher_logits,
                              const std::optional<at::Tensor>& labels, double temperature,
-                             std::optional<double> alpha, double label_smoothing, int64_t ignore_index,
-                             const std::optional<at::Tensor>& weight, std::optional<double> num_items,
-                             std::string_view reduction, bool inplace);
+                             std::optional<double> alpha, double label_smoothing,
+                             int64_t ignore_index, const std::optional<at::Tensor>& weight,
+                             std::optional<double> num_items, std::string_view reduction,
+                             bool inplace);
 
 }  // namespace kdkernels

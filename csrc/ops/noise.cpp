@@ -36,9 +36,10 @@ using torch::autograd::variable_list;
 
 // The tail that every schema shares, and its C++ parameters and arguments.
 #define KD_NOISE_SCHEMA \
-  "SymInt seed, SymInt step=0, SymInt stream=0, SymInt offset=0, Tensor? seed_tensor=None, Tensor? step_tensor=None"
-#define KD_NOISE_PARAMS                                                                    \
-  c10::SymInt seed, c10::SymInt step, c10::SymInt stream, c10::SymInt offset,              \
+  "SymInt seed, SymInt step=0, SymInt stream=0, SymInt offset=0, Tensor? seed_tensor=None, " \
+  "Tensor? step_tensor=None"
+#define KD_NOISE_PARAMS \
+  c10::SymInt seed, c10::SymInt step, c10::SymInt stream, c10::SymInt offset, \
       const OptionalTensor &seed_tensor, const OptionalTensor &step_tensor
 #define KD_NOISE_ARGS {seed, step, stream, offset, seed_tensor, step_tensor}
 #define KD_SPREAD(noise) \
@@ -52,7 +53,8 @@ struct Numbers {
 };
 
 uint32_t checked_u32(const char* name, int64_t value) {
-  TORCH_CHECK_VALUE(value >= 0 && value <= 0xFFFFFFFFLL, name, " is ", value, "; it takes 0 to 2^32 - 1");
+  TORCH_CHECK_VALUE(value >= 0 && value <= 0xFFFFFFFFLL, name, " is ", value,
+                    "; it takes 0 to 2^32 - 1");
   return static_cast<uint32_t>(value);
 }
 
@@ -81,7 +83,8 @@ Numbers numbers(const NoiseArgs& noise, const at::Device& device) {
     if (tensor.is_cpu()) {
       step = *tensor.const_data_ptr<int64_t>();
     } else {
-      TORCH_CHECK_VALUE(tensor.device() == device, "step is on ", tensor.device(), " and the noise on ", device,
+      TORCH_CHECK_VALUE(tensor.device() == device, "step is on ", tensor.device(),
+                        " and the noise on ", device,
                         "; as a tensor it takes that device or the CPU");
       n.device_step = tensor.const_data_ptr<int64_t>();
     }
@@ -95,7 +98,8 @@ Numbers numbers(const NoiseArgs& noise, const at::Device& device) {
 }
 
 void check_std(double std) {
-  TORCH_CHECK_VALUE(std >= 0 && std::isfinite(std), "std is ", std, "; it takes a finite number, 0 or more");
+  TORCH_CHECK_VALUE(std >= 0 && std::isfinite(std), "std is ", std,
+                    "; it takes a finite number, 0 or more");
 }
 
 void check_std_tensor(const Tensor& std, const Tensor& x) {
@@ -109,16 +113,17 @@ void check_std_tensor(const Tensor& std, const Tensor& x) {
 double scalar_of(const Tensor& tensor) { return tensor.item<double>(); }
 
 // All tensors on one device; one launch a dtype.
-void run_noise(const std::vector<NoiseTensor>& tensors, const std::vector<Dtype>& dtypes, const Numbers& n,
-               const at::Device& device, const double* device_std) {
+void run_noise(const std::vector<NoiseTensor>& tensors, const std::vector<Dtype>& dtypes,
+               const Numbers& n, const at::Device& device, const double* device_std) {
   for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
     std::vector<NoiseTensor> group;
     for (size_t i = 0; i < tensors.size(); ++i) {
       if (dtypes[i] == dtype && tensors[i].numel > 0) group.push_back(tensors[i]);
     }
     if (group.empty()) continue;
-    NoiseParams p = {dtype,  group.data(),  static_cast<int64_t>(group.size()), n.seed_low, n.seed_high,
-                     n.step, n.device_step, device_std};
+    NoiseParams p = {dtype,         group.data(), static_cast<int64_t>(group.size()),
+                     n.seed_low,    n.seed_high,  n.step,
+                     n.device_step, device_std};
     if (device.is_cpu()) {
       cpu::noise(p, at::get_num_threads());
     } else {
@@ -131,7 +136,8 @@ void run_noise(const std::vector<NoiseTensor>& tensors, const std::vector<Dtype>
 }
 
 // x + std * eps, or std * eps alone: the op behind the others.
-Tensor noise_forward(const Tensor& x, bool add, const OptionalTensor& std_tensor, double std, KD_NOISE_PARAMS) {
+Tensor noise_forward(const Tensor& x, bool add, const OptionalTensor& std_tensor, double std,
+                     KD_NOISE_PARAMS) {
   NoiseArgs noise = KD_NOISE_ARGS;
   Tensor in = x.contiguous();  // elements count in row-major order, whatever the strides
   Tensor out = at::empty_like(in, in.options(), at::MemoryFormat::Contiguous);
@@ -147,7 +153,11 @@ Tensor noise_forward(const Tensor& x, bool add, const OptionalTensor& std_tensor
       device_std = on_device.const_data_ptr<double>();
     }
   }
-  NoiseTensor tensor = {out.mutable_data_ptr(), add ? in.const_data_ptr() : nullptr, in.numel(), std, n.offset,
+  NoiseTensor tensor = {out.mutable_data_ptr(),
+                        add ? in.const_data_ptr() : nullptr,
+                        in.numel(),
+                        std,
+                        n.offset,
                         n.stream};
   run_noise({tensor}, {dtype_of(x)}, n, x.device(), device_std);
   return out;
@@ -159,8 +169,14 @@ Tensor noise_dot_forward(const Tensor& x, KD_NOISE_PARAMS) {
   Tensor out = at::empty({}, x.options().dtype(acc_type(x)));
   if (x.is_meta()) return out;
   Numbers n = numbers(noise, x.device());
-  NoiseDotParams p = {dtype_of(x), in.const_data_ptr(), in.numel(), n.offset, {n.seed_low, n.seed_high, n.stream, n.step},
-                      n.device_step, out.mutable_data_ptr(), nullptr};
+  NoiseDotParams p = {dtype_of(x),
+                      in.const_data_ptr(),
+                      in.numel(),
+                      n.offset,
+                      {n.seed_low, n.seed_high, n.stream, n.step},
+                      n.device_step,
+                      out.mutable_data_ptr(),
+                      nullptr};
   if (x.is_cpu()) {
     cpu::noise_dot(p, at::get_num_threads());
   } else {
@@ -195,15 +211,21 @@ void save_noise(AutogradContext* ctx, const NoiseArgs& noise) {
 }
 
 NoiseArgs saved_noise(AutogradContext* ctx, const Tensor& seed_tensor, const Tensor& step_tensor) {
-  NoiseArgs noise = {ctx->saved_data["seed"].toSymInt(), ctx->saved_data["step"].toSymInt(),
-                     ctx->saved_data["stream"].toSymInt(), ctx->saved_data["offset"].toSymInt(), {}, {}};
+  NoiseArgs noise = {ctx->saved_data["seed"].toSymInt(),
+                     ctx->saved_data["step"].toSymInt(),
+                     ctx->saved_data["stream"].toSymInt(),
+                     ctx->saved_data["offset"].toSymInt(),
+                     {},
+                     {}};
   if (seed_tensor.defined()) noise.seed_tensor = seed_tensor;
   if (step_tensor.defined()) noise.step_tensor = step_tensor;
   return noise;
 }
 
 // A step tensor may be advanced in place before backward: keep its value of now.
-Tensor snapshot(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->clone() : Tensor(); }
+Tensor snapshot(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->clone() : Tensor();
+}
 
 // sum eps_i x_i; linear in x, so its gradient is eps.
 struct NoiseDot : torch::autograd::Function<NoiseDot> {
@@ -223,8 +245,8 @@ struct NoiseDot : torch::autograd::Function<NoiseDot> {
 };
 
 struct InputNoise : torch::autograd::Function<InputNoise> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& std_tensor, double std,
-                        const NoiseArgs& noise) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& std_tensor,
+                        double std, const NoiseArgs& noise) {
     save_noise(ctx, noise);
     ctx->save_for_backward(
         {std_tensor.value_or(Tensor()), snapshot(noise.seed_tensor), snapshot(noise.step_tensor)});
@@ -265,10 +287,12 @@ void check_args(const NoiseArgs& noise) {
   if (!noise.step_tensor.has_value()) u32("step", noise.step);
   u32("stream", noise.stream);
   std::optional<int64_t> offset = noise.offset.maybe_as_int();
-  TORCH_CHECK_VALUE(!offset.has_value() || *offset >= 0, "offset is ", noise.offset, "; it takes 0 or more");
+  TORCH_CHECK_VALUE(!offset.has_value() || *offset >= 0, "offset is ", noise.offset,
+                    "; it takes 0 or more");
 }
 
-Tensor input_noise_autograd(const Tensor& x, const OptionalTensor& std_tensor, double std, KD_NOISE_PARAMS) {
+Tensor input_noise_autograd(const Tensor& x, const OptionalTensor& std_tensor, double std,
+                            KD_NOISE_PARAMS) {
   NoiseArgs noise = KD_NOISE_ARGS;
   check_tensor("x", x);
   check_std(std);
@@ -276,7 +300,8 @@ Tensor input_noise_autograd(const Tensor& x, const OptionalTensor& std_tensor, d
   if (std_tensor.has_value()) check_std_tensor(*std_tensor, x);
   return InputNoise::apply(x, std_tensor, std, noise);
 }
-Tensor input_noise_no_autograd(const Tensor& x, const OptionalTensor& std_tensor, double std, KD_NOISE_PARAMS) {
+Tensor input_noise_no_autograd(const Tensor& x, const OptionalTensor& std_tensor, double std,
+                               KD_NOISE_PARAMS) {
   NoiseArgs noise = KD_NOISE_ARGS;
   check_tensor("x", x);
   check_std(std);
@@ -317,15 +342,18 @@ void add_noise_impl(at::TensorList tensors, at::ArrayRef<double> std, KD_NOISE_P
     const Tensor& tensor = tensors[i];
     check_tensor("tensors", tensor);
     check_device("tensors", tensor, "the first of them", tensors[0]);
-    TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && tensor.requires_grad()), "tensors[", i,
-                      "] requires grad, and add_noise_ writes in place; call it under torch.no_grad()");
-    TORCH_CHECK_VALUE(tensor.is_meta() || at::has_internal_overlap(tensor) != at::MemOverlap::Yes, "tensors[", i,
-                      "] of shape ", tensor.sym_sizes(), " has elements that share memory; pass a clone");
+    TORCH_CHECK_VALUE(
+        !(at::GradMode::is_enabled() && tensor.requires_grad()), "tensors[", i,
+        "] requires grad, and add_noise_ writes in place; call it under torch.no_grad()");
+    TORCH_CHECK_VALUE(tensor.is_meta() || at::has_internal_overlap(tensor) != at::MemOverlap::Yes,
+                      "tensors[", i, "] of shape ", tensor.sym_sizes(),
+                      " has elements that share memory; pass a clone");
   }
   if (tensors.empty() || tensors[0].is_meta()) return;
   Numbers n = numbers(noise, tensors[0].device());
-  TORCH_CHECK_VALUE(n.stream + static_cast<uint64_t>(tensors.size()) - 1 <= 0xFFFFFFFFULL, "stream is ", n.stream,
-                    "; with ", tensors.size(), " tensors the last stream exceeds 2^32 - 1");
+  TORCH_CHECK_VALUE(n.stream + static_cast<uint64_t>(tensors.size()) - 1 <= 0xFFFFFFFFULL,
+                    "stream is ", n.stream, "; with ", tensors.size(),
+                    " tensors the last stream exceeds 2^32 - 1");
   std::vector<NoiseTensor> list;
   std::vector<Dtype> dtypes;
   std::vector<std::pair<Tensor, Tensor>> copies;
@@ -351,12 +379,14 @@ Tensor randn_like(const Tensor& x, const NoiseArgs& noise) {
   return handle.call(x, KD_SPREAD(noise));
 }
 
-void add_noise_(const std::vector<Tensor>& tensors, const std::vector<double>& std, const NoiseArgs& noise) {
+void add_noise_(const std::vector<Tensor>& tensors, const std::vector<double>& std,
+                const NoiseArgs& noise) {
   static auto handle = op<decltype(add_noise_impl)>("kdkernels::add_noise_");
   handle.call(tensors, std, KD_SPREAD(noise));
 }
 
-Tensor input_noise(const Tensor& x, const OptionalTensor& std_tensor, double std, const NoiseArgs& noise) {
+Tensor input_noise(const Tensor& x, const OptionalTensor& std_tensor, double std,
+                   const NoiseArgs& noise) {
   static auto handle = op<decltype(input_noise_autograd)>("kdkernels::input_noise");
   return handle.call(x, std_tensor, std, KD_SPREAD(noise));
 }
@@ -371,7 +401,8 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def("add_noise_(Tensor(a!)[] tensors, float[] std, *, " KD_NOISE_SCHEMA ") -> ()");
   m.def("input_noise(Tensor x, Tensor? std_tensor, float std, *, " KD_NOISE_SCHEMA ") -> Tensor");
   m.def("gradient_noise(Tensor(a) x, float std, *, " KD_NOISE_SCHEMA ") -> Tensor(a)");
-  m.def("_noise(Tensor x, bool add, Tensor? std_tensor, float std, *, " KD_NOISE_SCHEMA ") -> Tensor");
+  m.def("_noise(Tensor x, bool add, Tensor? std_tensor, float std, *, " KD_NOISE_SCHEMA
+        ") -> Tensor");
   m.def("_noise_dot(Tensor x, *, " KD_NOISE_SCHEMA ") -> Tensor");
 }
 TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {

@@ -17,7 +17,8 @@ struct NoiseArgs {
 };
 
 at::Tensor randn_like(const at::Tensor& x, const NoiseArgs& noise);
-void add_noise_(const std::vector<at::Tensor>& tensors, const std::vector<double>& std, const NoiseArgs& noise);
+void add_noise_(const std::vector<at::Tensor>& tensors, const std::vector<double>& std,
+                const NoiseArgs& noise);
 at::Tensor input_noise(const at::Tensor& x, const std::optional<at::Tensor>& std_tensor, double std,
                        const NoiseArgs& noise);
 at::Tensor gradient_noise(const at::Tensor& x, double std, const NoiseArgs& noise);

@@ -21,23 +21,28 @@ namespace {
 
 using at::Tensor;
 
-void check_replicas(const char* name, const Tensor& tensor, at::ScalarType dtype, const Tensor& like) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " has dtype ", tensor.scalar_type(), "; it takes ", dtype);
-  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.sym_numel() == like.sym_numel(), name, " has shape ",
-                    tensor.sym_sizes(), "; it takes one number a replica, [", like.sym_numel(), "]");
+void check_replicas(const char* name, const Tensor& tensor, at::ScalarType dtype,
+                    const Tensor& like) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " has dtype ", tensor.scalar_type(),
+                   "; it takes ", dtype);
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.sym_numel() == like.sym_numel(), name,
+                    " has shape ", tensor.sym_sizes(), "; it takes one number a replica, [",
+                    like.sym_numel(), "]");
 }
 
-Tensor regression(const Tensor& x, const Tensor& y, const Tensor& theta, const Tensor& lr, const Tensor& lam,
-                  const Tensor& sigma, const Tensor& seed, int64_t steps, int64_t stream, bool per_sample,
-                  bool trajectory) {
+Tensor regression(const Tensor& x, const Tensor& y, const Tensor& theta, const Tensor& lr,
+                  const Tensor& lam, const Tensor& sigma, const Tensor& seed, int64_t steps,
+                  int64_t stream, bool per_sample, bool trajectory) {
   check_tensor("x", x);
   check_tensor("y", y);
   TORCH_CHECK_VALUE(x.dim() == 1 && x.sym_numel() >= 1, "x has shape ", x.sym_sizes(),
                     "; it takes [samples] with at least one sample");
-  TORCH_CHECK_VALUE(y.sym_sizes() == x.sym_sizes(), "y has shape ", y.sym_sizes(), "; it takes that of x, ",
-                    x.sym_sizes());
-  TORCH_CHECK_VALUE(steps >= 0 && steps <= 0xFFFFFFFFLL, "steps is ", steps, "; it takes 0 to 2^32 - 1");
-  TORCH_CHECK_VALUE(stream >= 0 && stream <= 0xFFFFFFFFLL, "stream is ", stream, "; it takes 0 to 2^32 - 1");
+  TORCH_CHECK_VALUE(y.sym_sizes() == x.sym_sizes(), "y has shape ", y.sym_sizes(),
+                    "; it takes that of x, ", x.sym_sizes());
+  TORCH_CHECK_VALUE(steps >= 0 && steps <= 0xFFFFFFFFLL, "steps is ", steps,
+                    "; it takes 0 to 2^32 - 1");
+  TORCH_CHECK_VALUE(stream >= 0 && stream <= 0xFFFFFFFFLL, "stream is ", stream,
+                    "; it takes 0 to 2^32 - 1");
   check_replicas("seed", seed, at::kLong, theta);
   const std::pair<const char*, const Tensor*> numbers[] = {
       {"theta", &theta}, {"lr", &lr}, {"lam", &lam}, {"sigma", &sigma}};
@@ -53,7 +58,8 @@ Tensor regression(const Tensor& x, const Tensor& y, const Tensor& theta, const T
   if (trajectory) path = at::empty_symint({steps + 1, replicas}, theta.options());
   if (x.is_meta()) return trajectory ? path : result;
 
-  Tensor x64 = x.detach().to(at::kDouble).contiguous(), y64 = y.detach().to(at::kDouble).contiguous();
+  Tensor x64 = x.detach().to(at::kDouble).contiguous(),
+         y64 = y.detach().to(at::kDouble).contiguous();
   Tensor theta_c = theta.contiguous(), lr_c = lr.contiguous(), lam_c = lam.contiguous();
   Tensor sigma_c = sigma.contiguous(), seed_c = seed.contiguous();
   RegressionParams p = {};
@@ -84,9 +90,10 @@ Tensor regression(const Tensor& x, const Tensor& y, const Tensor& theta, const T
 
 }  // namespace
 
-Tensor noisy_linear_regression(const Tensor& x, const Tensor& y, const Tensor& theta, const Tensor& lr,
-                               const Tensor& lam, const Tensor& sigma, const Tensor& seed, int64_t steps,
-                               int64_t stream, bool per_sample, bool trajectory) {
+Tensor noisy_linear_regression(const Tensor& x, const Tensor& y, const Tensor& theta,
+                               const Tensor& lr, const Tensor& lam, const Tensor& sigma,
+                               const Tensor& seed, int64_t steps, int64_t stream, bool per_sample,
+                               bool trajectory) {
   static auto handle = c10::Dispatcher::singleton()
                            .findSchemaOrThrow("kdkernels::noisy_linear_regression", "")
                            .typed<decltype(regression)>();
@@ -95,9 +102,12 @@ Tensor noisy_linear_regression(const Tensor& x, const Tensor& y, const Tensor& t
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def(
-      "noisy_linear_regression(Tensor x, Tensor y, Tensor theta, Tensor lr, Tensor lam, Tensor sigma, Tensor seed, "
+      "noisy_linear_regression(Tensor x, Tensor y, Tensor theta, Tensor lr, Tensor lam, Tensor "
+      "sigma, Tensor seed, "
       "int steps, int stream, bool per_sample, bool trajectory) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) { m.impl("noisy_linear_regression", regression); }
+TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {
+  m.impl("noisy_linear_regression", regression);
+}
 
 }  // namespace kdkernels
