@@ -1,0 +1,613 @@
+"""The noise ops: which numbers they are, that nothing else moves them, gradients, bad input."""
+
+import hashlib
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kdkernels
+from kdkernels import _C, add_noise_, gradient_noise, input_noise, randn_like, reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+MILLION = 2**20
+# Of the 2^20 fp32 normals of seed 0, step 0, stream 0, little-endian, on every machine.
+SHA256 = "8dcc6a9e4e617fdc4c7d4c8b986510139149bcff63e27331b8f7767f7694f75f"
+
+
+def normals(n, dtype=torch.float32, **noise):
+    return randn_like(torch.empty(n, dtype=dtype), **noise)
+
+
+def bits(x):
+    return x.reshape(-1).view(torch.uint8)
+
+
+def same(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def added(x, std, eps):
+    """x + std * eps rounded once: eps in fp32, and std in the dtype that the kernel computes in."""
+    if x.dtype == torch.float64:
+        return x + std * eps.double()
+    exact = x.double() + torch.tensor(std, dtype=torch.float32).double() * eps.double()
+    return exact.float().to(x.dtype)
+
+
+# ---- which numbers -------------------------------------------------------------------------------
+
+KNOWN_ANSWERS = [  # Random123's kat_vectors
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([2**32 - 1] * 4, [2**32 - 1] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "want"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, want):
+    assert _C.philox(counter, key) == want
+    words = reference.philox4x32_10(*([torch.tensor(w) for w in v] for v in (counter, key)))
+    assert [w.item() for w in words] == want
+
+
+ADDRESSES = [
+    {"seed": 0},
+    {"seed": 1, "step": 2, "stream": 3, "offset": 5},
+    {"seed": -1, "step": 2**32 - 1, "stream": 2**32 - 1},
+    {"seed": -(2**63), "step": 7},
+    {"seed": 2**64 - 1, "stream": 9},
+    {"seed": 0x0123456789ABCDEF, "offset": 2**34 - 6},  # the counter's high word sets in
+    {"seed": 3, "offset": 2**62 + 1},
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_normals_are_those_of_the_reference(address):
+    x = torch.empty(50001)
+    got, want = randn_like(x, **address), reference.randn_like(x, **address)
+    # log, sqrt, sinpi and a product, each within an ulp.
+    ulp = want.abs() * 2.0**-23
+    assert ((got.double() - want.double()).abs() <= 4 * ulp).all()
+
+
+def test_seeds_are_64_bits():
+    assert same(normals(8, seed=-1), normals(8, seed=2**64 - 1))
+    assert same(normals(8, seed=-(2**63)), normals(8, seed=2**63))
+
+
+def test_every_part_of_the_address_matters():
+    ways = [{"seed": 0}, {"seed": 1}, {"seed": 2**32}, {"seed": 0, "step": 1}]
+    ways += [{"seed": 0, "stream": 1}, {"seed": 0, "offset": 4}, {"seed": 0, "offset": 2**34}]
+    samples = torch.stack([normals(100000, **way) for way in ways]).double()
+    correlation = torch.corrcoef(samples) - torch.eye(len(ways))
+    assert correlation.abs().max() < 5 / math.sqrt(100000)
+
+
+@pytest.mark.parametrize("address", [{"seed": 0}, {"seed": -7, "step": 12345, "stream": 77}])
+def test_normals_are_normal(address):
+    x = normals(MILLION, torch.float64, **address).numpy()
+    # Five standard errors of each moment.
+    assert abs(x.mean()) < 5 * math.sqrt(1 / MILLION)
+    assert abs(x.var() - 1) < 5 * math.sqrt(2 / MILLION)
+    assert abs(scipy.stats.skew(x)) < 5 * math.sqrt(6 / MILLION)
+    assert abs(scipy.stats.kurtosis(x)) < 5 * math.sqrt(24 / MILLION)
+    assert scipy.stats.kstest(x, "norm").pvalue > 1e-3
+    # The tails: what lies beyond 4 sigma is a Poisson count of about 66.
+    assert abs((np.abs(x) > 4).sum() - 66.4) < 5 * math.sqrt(66.4)
+    assert np.abs(x).max() < 6.8
+
+
+def test_neighbours_are_independent():
+    x = normals(MILLION, torch.float64, seed=5)
+    for lag in range(1, 9):
+        a, b = x[:-lag], x[lag:]
+        for f in (torch.clone, torch.square, torch.abs):
+            r = torch.corrcoef(torch.stack([f(a), f(b)]))[0, 1]
+            assert abs(r) < 5 / math.sqrt(MILLION), (lag, f)
+    # Each place within a counter's four is normal by itself.
+    for place in range(4):
+        assert scipy.stats.kstest(x[place::4].numpy(), "norm").pvalue > 1e-3
+
+
+# ---- the same bits -------------------------------------------------------------------------------
+
+
+def digest(x):
+    return hashlib.sha256(x.cpu().numpy().astype("<f4").tobytes()).hexdigest()
+
+
+def test_sha256_on_every_isa_level(set_isa, isa_levels):
+    for level in isa_levels:
+        set_isa(level)
+        assert digest(normals(MILLION, seed=0)) == SHA256, level
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_isa_level_adds_alike(dtype, set_isa, isa_levels):
+    x = (10 * torch.randn(5003, generator=torch.Generator().manual_seed(0))).to(dtype)
+    results = []
+    for level in isa_levels:
+        set_isa(level)
+        results.append(input_noise(x, 0.3, seed=1, step=2, offset=3))
+    for level, y in zip(isa_levels, results, strict=True):
+        assert same(y, results[0]), level
+
+
+@pytest.mark.parametrize("n", [1, 1000, 300001])
+def test_any_number_of_threads(n, set_threads):
+    results = []
+    for threads in (1, 2, 3, 5):
+        set_threads(threads)
+        tensors = [torch.ones(n), torch.ones(17), torch.ones(n // 2, dtype=torch.bfloat16)]
+        add_noise_(tensors, 0.5, seed=3)
+        results.append(torch.cat([normals(n, seed=3), *(t.float() for t in tensors)]))
+    assert all(same(r, results[0]) for r in results)
+
+
+def test_python_threads_at_once():
+    x = torch.ones(100000)
+    want = [input_noise(x, 0.1, seed=s) for s in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda s: input_noise(x, 0.1, seed=s), range(8)))
+    assert all(same(g, w) for g, w in zip(got, want, strict=True))
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 5000), st.integers(0, 5000), st.sampled_from(DTYPES))
+def test_a_shard_has_its_slice_of_the_noise(start, length, dtype):
+    whole = normals(10000, dtype, seed=4, step=1)
+    shard = normals(length, dtype, seed=4, step=1, offset=start)
+    assert same(shard, whole[start : start + length])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_share_the_noise(dtype):
+    assert same(normals(4999, dtype, seed=6), normals(4999, seed=6).to(dtype))
+
+
+def test_elements_count_row_major_whatever_the_strides():
+    dense = torch.empty(6, 5, 4)
+    want = randn_like(dense, seed=2)
+    assert want.is_contiguous()
+    for x in (
+        torch.empty(4, 5, 6).permute(2, 1, 0),
+        torch.empty(12, 5, 8)[::2, :, ::2],
+        torch.empty(1).expand(6, 5, 4),
+    ):
+        got = randn_like(x, seed=2)
+        assert got.is_contiguous() and same(got, want)
+    images = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert same(randn_like(images, seed=2), randn_like(torch.empty(2, 3, 4, 5), seed=2))
+
+
+def test_empty_and_scalar_tensors():
+    assert randn_like(torch.empty(0, 3), seed=0).shape == (0, 3)
+    assert same(randn_like(torch.empty(()), seed=0), normals(1, seed=0)[0])
+
+
+def test_values_are_not_read():
+    x = torch.full((100,), math.nan)
+    assert same(randn_like(x, seed=1), normals(100, seed=1))
+
+
+# ---- seeds and steps -----------------------------------------------------------------------------
+
+
+def test_no_seed_draws_from_torch():
+    torch.manual_seed(3)
+    first, second = normals(10), normals(10)
+    assert not same(first, second)
+    torch.manual_seed(3)
+    assert same(normals(10), first) and same(normals(10), second)
+
+
+def test_a_seed_leaves_torch_alone():
+    before = torch.get_rng_state()
+    normals(10, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_step_tensor(shape):
+    step = torch.full(shape, 5)
+    x = torch.randn(9, 7)
+    assert same(randn_like(x, seed=1, step=step), randn_like(x, seed=1, step=5))
+    assert same(input_noise(x, 0.1, seed=1, step=step), input_noise(x, 0.1, seed=1, step=5))
+    a, b = x.clone(), x.clone()
+    add_noise_(a, 0.1, seed=1, step=step)
+    add_noise_(b, 0.1, seed=1, step=5)
+    assert same(a, b)
+
+
+# ---- add_noise_ ----------------------------------------------------------------------------------
+
+
+def mixed_list():
+    g = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(1000, generator=g),
+        torch.randn(0, generator=g),
+        torch.randn(33, 77, generator=g).bfloat16(),
+        torch.randn(64, 40, generator=g).t(),
+        torch.randn((), generator=g),
+        torch.randn(3, 5, generator=g).half(),
+        torch.randn(20, 40, generator=g)[::2, 1::3],
+        torch.randn(50000, generator=g, dtype=torch.float64),
+        torch.randn(2, 3, 4, 4, generator=g).to(memory_format=torch.channels_last),
+    ]
+    return tensors, [0.1 * k for k in range(len(tensors))]
+
+
+@pytest.mark.parametrize("one_std", [False, True])
+def test_add_noise_to_a_mixed_list(one_std):
+    tensors, std = mixed_list()
+    before = [t.clone() for t in tensors]
+    strides = [t.stride() for t in tensors]
+    add_noise_(tensors, 0.3 if one_std else std, seed=8, step=4, stream=100, offset=7)
+    for k, (x, t) in enumerate(zip(before, tensors, strict=True)):
+        like = torch.empty(x.shape)
+        eps = randn_like(like, seed=8, step=4, stream=100 + k, offset=7)
+        want = added(x, 0.3 if one_std else std[k], eps)
+        if x.dtype == torch.float64:
+            torch.testing.assert_close(t, want, rtol=1e-15, atol=1e-15)
+        else:
+            assert torch.equal(t, want), k
+    assert strides == [t.stride() for t in tensors]
+
+
+def test_one_tensor_is_a_list_of_one():
+    a, b = torch.ones(7), torch.ones(7)
+    add_noise_(a, 1, seed=0)
+    add_noise_([b], [1.0], seed=0)
+    assert same(a, b) and same(a, input_noise(torch.ones(7), 1, seed=0))
+
+
+def test_a_tuple_or_a_generator_of_parameters():
+    want = [input_noise(torch.ones(n), 0.1, seed=0, stream=n - 3) for n in (3, 4)]
+    for kind in (tuple, iter):
+        tensors = [torch.ones(3), torch.ones(4)]
+        add_noise_(kind(tensors), 0.1, seed=0)
+        assert all(same(t, w) for t, w in zip(tensors, want, strict=True))
+
+
+def test_a_parameter_keeps_its_noise_when_others_leave():
+    a, b, c = (torch.zeros(100) for _ in range(3))
+    add_noise_([a, b], 1.0, seed=0)
+    add_noise_([c], 1.0, seed=0, stream=1)
+    assert same(b, c)
+
+
+def test_neighbours_of_a_view_are_untouched():
+    base = torch.zeros(10, 10)
+    add_noise_(base[2:5, 1:9:3], 1.0, seed=0)
+    written = torch.zeros(10, 10, dtype=torch.bool)
+    written[2:5, 1:9:3] = True
+    assert torch.equal(base != 0, written)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_rounded_once(dtype):
+    x = torch.randn(10000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    eps = normals(10000, seed=9)
+    once = added(x, 0.01, eps)
+    assert torch.equal(input_noise(x, 0.01, seed=9), once)
+    add_noise_(x_ := x.clone(), 0.01, seed=9)
+    assert torch.equal(x_, once)
+    assert not torch.equal(x + (0.01 * eps).to(dtype), once)  # the test can tell
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_overflow_and_not_finite(dtype):
+    x = torch.tensor([math.inf, -math.inf, math.nan, torch.finfo(dtype).max, 0.0]).to(dtype)
+    y = input_noise(x, 0.0, seed=0)
+    torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
+    assert input_noise(torch.zeros(4, dtype=torch.float16), 1e6, seed=0).isinf().all()
+
+
+def test_no_noise_without_std():
+    x = torch.randn(100)
+    assert same(input_noise(x, 0.0, seed=0), x)
+
+
+def test_version_counter():
+    """Autograd must notice that a tensor it kept has changed."""
+    w, x = torch.randn(5, requires_grad=True), torch.randn(5, requires_grad=True)
+    y = w * x
+    version = w._version
+    with torch.no_grad():
+        add_noise_([w], 0.1, seed=0)
+    assert w._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    view = torch.zeros(4, 4)
+    add_noise_(view.t(), 0.1, seed=0)
+    assert view._version > 0
+
+
+def test_inference_tensors():
+    with torch.inference_mode():
+        x = torch.zeros(10)
+        add_noise_(x, 1.0, seed=0)
+        assert same(x, normals(10, seed=0)) and same(randn_like(x, seed=0), x)
+        assert same(input_noise(torch.zeros(10), 1.0, seed=0), x)
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_input_noise_hands_the_gradient_on(dtype):
+    x = torch.randn(40, 30).to(dtype).requires_grad_()
+    y = input_noise(x, 0.2, seed=1, step=3)
+    assert torch.equal(y.detach(), input_noise(x.detach(), 0.2, seed=1, step=3))
+    g = torch.randn(40, 30).to(dtype)
+    y.backward(g)
+    assert same(x.grad, g)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("std_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_std_learns(dtype, std_dtype, shape):
+    x = torch.randn(40, 30).to(dtype)
+    std = torch.full(shape, 0.25, dtype=std_dtype, requires_grad=True)
+    y = input_noise(x, std, seed=1, step=3, offset=2)
+    assert torch.equal(y.detach(), input_noise(x, 0.25, seed=1, step=3, offset=2))
+    g = torch.randn(40, 30).to(dtype)
+    y.backward(g)
+    want = (g.double() * normals(1200, seed=1, step=3, offset=2).view(40, 30).double()).sum()
+    assert std.grad.shape == shape and std.grad.dtype == std_dtype
+    torch.testing.assert_close(std.grad.double().reshape(()), want, rtol=1e-6, atol=1e-6)
+
+
+def test_std_tensor_without_gradient():
+    x = torch.randn(40, requires_grad=True)
+    y = input_noise(x, torch.tensor(0.25), seed=1)
+    (g,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(g, torch.ones(40))
+
+
+def test_forward_and_backward_see_one_noise_without_a_seed():
+    x, std = torch.zeros(1000), torch.tensor(2.0, requires_grad=True)
+    y = input_noise(x, std)
+    y.sum().backward()
+    torch.testing.assert_close(std.grad, y.detach().sum() / 2, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["input_noise", "gradient_noise"])
+def test_a_step_tensor_may_move_on_before_backward(op):
+    step = torch.tensor(3)
+    x, std = torch.zeros(50, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    if op == "input_noise":
+        y = input_noise(x, std, seed=1, step=step)
+        step += 1
+        y.sum().backward()
+        torch.testing.assert_close(std.grad, normals(50, seed=1, step=3).sum())
+    else:
+        y = gradient_noise(x, 1.0, seed=1, step=step)
+        step += 1
+        y.backward(torch.zeros(50))
+        assert same(x.grad, normals(50, seed=1, step=3))
+
+
+def test_gradcheck():
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    std = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+
+    def noisy(x, std):
+        return input_noise(x, std, seed=1, step=2, stream=3, offset=1) ** 2
+
+    assert torch.autograd.gradcheck(noisy, (x, std))
+    assert torch.autograd.gradgradcheck(noisy, (x, std))
+
+    def linear(x, std):
+        return input_noise(x, std, seed=1)
+
+    assert torch.autograd.gradgradcheck(linear, (x, std))
+    # The noise that gradient_noise adds to a gradient is a constant to the next derivative.
+    assert torch.autograd.gradgradcheck(lambda x: gradient_noise(x, 0.1, seed=1), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_noise(dtype):
+    x = torch.randn(40, 30).to(dtype).requires_grad_()
+    y = gradient_noise(x, 0.2, seed=1, step=3, stream=2)
+    assert same(y.detach(), x.detach()) and y.data_ptr() == x.data_ptr()
+    g = torch.randn(30, 40).to(dtype).t()
+    y.backward(g)
+    eps = randn_like(torch.empty(40, 30), seed=1, step=3, stream=2)
+    torch.testing.assert_close(x.grad, added(g, 0.2, eps), rtol=1e-15, atol=1e-15)
+
+
+def test_gradient_noise_twice():
+    x = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    y = gradient_noise(x, 0.2, seed=1) ** 3
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    eps = normals(20, torch.float64, seed=1)
+    torch.testing.assert_close(g, 3 * x**2 + 0.2 * eps, rtol=1e-12, atol=1e-12)
+    (gg,) = torch.autograd.grad(g.sum(), x)
+    # The second derivative passes through gradient_noise's forward once more, and gains its noise.
+    torch.testing.assert_close(gg, 6 * x + 0.2 * eps, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["input_noise", "gradient_noise"])
+def test_ops_agree_with_the_reference(name):
+    x = torch.randn(30, 7, dtype=torch.float64)
+    g = torch.randn(30, 7, dtype=torch.float64)
+    results = []
+    for where in (kdkernels, reference):
+        leaf = x.clone().requires_grad_()
+        y = getattr(where, name)(leaf, 0.3, seed=-5, step=1, stream=2, offset=3)
+        y.backward(g)
+        results.append((y.detach(), leaf.grad))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_add_noise_agrees_with_the_reference():
+    tensors, std = mixed_list()
+    others = [t.clone() for t in tensors]
+    add_noise_(tensors, std, seed=8, step=4, stream=1)
+    reference.add_noise_(others, std, seed=8, step=4, stream=1)
+    for got, want in zip(tensors, others, strict=True):
+        tolerance = 0.01 if got.dtype.itemsize == 2 else 1e-6
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+X = torch.zeros(4, 3)
+LEAF = torch.zeros(3, requires_grad=True)
+BAD_ADDRESSES = [
+    ("seed", ValueError, {"seed": 2**64}),
+    ("seed", ValueError, {"seed": -(2**63) - 1}),
+    ("seed", TypeError, {"seed": 1.5}),
+    ("seed", TypeError, {"seed": "1"}),
+    ("step", ValueError, {"step": -1}),
+    ("step", ValueError, {"step": 2**32}),
+    ("step", ValueError, {"step": 2**64}),
+    ("step", TypeError, {"step": 0.5}),
+    ("step", TypeError, {"step": torch.tensor(1.0)}),
+    ("step", TypeError, {"step": torch.tensor(1, dtype=torch.int32)}),
+    ("step", ValueError, {"step": torch.tensor([1, 2])}),
+    ("step", ValueError, {"step": torch.tensor(-1)}),
+    ("step", ValueError, {"step": torch.tensor(2**32)}),
+    ("stream", ValueError, {"stream": -1}),
+    ("stream", ValueError, {"stream": 2**32}),
+    ("stream", ValueError, {"stream": 2**70}),
+    ("offset", ValueError, {"offset": -1}),
+    ("offset", ValueError, {"offset": 2**64}),
+]
+OPS = {
+    "randn_like": lambda **noise: randn_like(X, **noise),
+    "add_noise_": lambda **noise: add_noise_(X, 0.0, **noise),
+    "input_noise": lambda **noise: input_noise(X, 0.0, **noise),
+    "gradient_noise": lambda **noise: gradient_noise(X, 0.0, **noise),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("case", range(len(BAD_ADDRESSES)))
+def test_bad_address_is_named(op, case):
+    name, error, address = BAD_ADDRESSES[case]
+    if op == "gradient_noise" and isinstance(address.get("step"), torch.Tensor):
+        return  # its value is looked at in backward
+    with pytest.raises(error, match=rf"\b{name}\b"):
+        OPS[op](**{"seed": 0, **address})
+
+
+BAD = [
+    ("x", TypeError, lambda: randn_like(X.int(), seed=0)),
+    ("x", TypeError, lambda: randn_like(X.cfloat(), seed=0)),
+    ("x", TypeError, lambda: randn_like([1.0], seed=0)),
+    ("x", ValueError, lambda: randn_like(X.to_sparse(), seed=0)),
+    ("x", TypeError, lambda: input_noise(X.int(), 0.1, seed=0)),
+    ("x", TypeError, lambda: gradient_noise(X.int(), 0.1, seed=0)),
+    ("tensors", TypeError, lambda: add_noise_(X.int(), 0.1, seed=0)),
+    ("tensors", TypeError, lambda: add_noise_([X, 1.0], 0.1, seed=0)),
+    ("tensors", ValueError, lambda: add_noise_([X, X.to("meta")], 0.1, seed=0)),
+    (r"tensors\[1\]", ValueError, lambda: add_noise_([X.clone(), LEAF], 0.1, seed=0)),
+    (r"tensors\[0\]", ValueError, lambda: add_noise_(X[0].expand(4, 3), 0.1, seed=0)),
+    *(
+        ("std", ValueError, lambda v=v, op=op: op(X, v, seed=0))
+        for v in (-0.1, math.nan, math.inf)
+        for op in (add_noise_, input_noise, gradient_noise)
+    ),
+    *(
+        ("std", TypeError, lambda v=v, op=op: op(X, v, seed=0))
+        for v in ("a", None)
+        for op in (add_noise_, input_noise, gradient_noise)
+    ),
+    ("std", ValueError, lambda: add_noise_([X, X.clone(), X.clone()], [0.1, 0.2], seed=0)),
+    ("std", ValueError, lambda: add_noise_([X], [0.1, 0.2], seed=0)),
+    ("std", ValueError, lambda: add_noise_([X, X.clone()], [0.1, -0.2], seed=0)),
+    ("std", TypeError, lambda: input_noise(X, torch.tensor(1), seed=0)),
+    ("std", ValueError, lambda: input_noise(X, torch.tensor([0.1, 0.2]), seed=0)),
+    ("std", ValueError, lambda: input_noise(X, torch.tensor(0.1, device="meta"), seed=0)),
+    ("stream", ValueError, lambda: add_noise_([X, X.clone()], 0.1, seed=0, stream=2**32 - 1)),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_argument_is_named(case):
+    name, error, call = BAD[case]
+    with pytest.raises(error, match=rf"\b{name}"):
+        call()
+    assert not X.any()  # nothing was written
+
+
+def test_bad_step_tensor_of_gradient_noise():
+    x = torch.zeros(3, requires_grad=True)
+    with pytest.raises((TypeError, ValueError), match="step"):
+        gradient_noise(x, 0.1, seed=0, step=torch.tensor(0.5)).sum().backward()
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_cuda_sha256():
+    assert digest(randn_like(torch.empty(MILLION, device="cuda"), seed=0)) == SHA256
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_cuda_gives_the_cpus_bits(dtype, address):
+    for n in (1, 5, 4097, 100003):
+        x = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for op in (randn_like, lambda x, **noise: input_noise(x, 0.3, **noise)):
+            assert same(op(x.cuda(), **address).cpu(), op(x, **address))
+
+
+@pytest.mark.gpu
+def test_cuda_list_and_step_tensor():
+    tensors, std = mixed_list()
+    on_gpu = [t.cuda() for t in tensors]
+    step = torch.tensor(4, device="cuda")
+    add_noise_(tensors, std, seed=8, step=4, stream=100, offset=7)
+    add_noise_(on_gpu, std, seed=8, step=step, stream=100, offset=7)
+    for got, want in zip(on_gpu, tensors, strict=True):
+        assert same(got.cpu(), want)
+
+
+@pytest.mark.gpu
+def test_cuda_gradients():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = x.to(device).requires_grad_()
+        std = torch.tensor(0.3, device=device, requires_grad=True)
+        input_noise(leaf, std, seed=1).square().sum().backward()
+        noisy = x.to(device).requires_grad_()
+        gradient_noise(noisy, 0.3, seed=1).square().sum().backward()
+        results.append([leaf.grad.cpu(), std.grad.cpu(), noisy.grad.cpu()])
+    want, got = results
+    assert same(got[0], want[0]) and same(got[2], want[2])
+    torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_advances_with_its_step_tensor():
+    x, step = torch.zeros(5000, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        randn_like(x, seed=1, step=step)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = randn_like(x, seed=1, step=step)
+        step += 1
+    for k in range(3):
+        graph.replay()
+        assert same(out.cpu(), normals(5000, seed=1, step=k))
