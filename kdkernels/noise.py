@@ -35,7 +35,7 @@ def _noise_args(seed: int | None, step: int | Tensor, stream: int, offset: int) 
     seed_tensor = step_tensor = None
     if seed is None:
         # A tensor, so that a traced graph draws anew each time it runs.
-        seed_tensor, seed = torch.empty((), dtype=torch.int64).random_(), 0
+        seed_tensor, seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64), 0
     elif isinstance(seed, int) and not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed is {seed}; it takes an int in [-2^63, 2^64)")
     elif isinstance(seed, int) and seed >= 2**63:

@@ -342,9 +342,6 @@ void add_noise_impl(at::TensorList tensors, at::ArrayRef<double> std, KD_NOISE_P
     const Tensor& tensor = tensors[i];
     check_tensor("tensors", tensor);
     check_device("tensors", tensor, "the first of them", tensors[0]);
-    TORCH_CHECK_VALUE(
-        !(at::GradMode::is_enabled() && tensor.requires_grad()), "tensors[", i,
-        "] requires grad, and add_noise_ writes in place; call it under torch.no_grad()");
     TORCH_CHECK_VALUE(tensor.is_meta() || at::has_internal_overlap(tensor) != at::MemOverlap::Yes,
                       "tensors[", i, "] of shape ", tensor.sym_sizes(),
                       " has elements that share memory; pass a clone");
@@ -370,6 +367,17 @@ void add_noise_impl(at::TensorList tensors, at::ArrayRef<double> std, KD_NOISE_P
   for (const Tensor& tensor : tensors) {
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
   }
+}
+
+void add_noise_autograd(at::TensorList tensors, at::ArrayRef<double> std, KD_NOISE_PARAMS) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    TORCH_CHECK_VALUE(
+        !(at::GradMode::is_enabled() && tensors[i].requires_grad()), "tensors[", i,
+        "] requires grad, and add_noise_ writes in place; call it under torch.no_grad()");
+  }
+  static auto handle = op<decltype(add_noise_impl)>("kdkernels::add_noise_");
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  handle.call(tensors, std, seed, step, stream, offset, seed_tensor, step_tensor);
 }
 
 }  // namespace
@@ -415,7 +423,7 @@ TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {
 }
 TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {
   m.impl("randn_like", randn_like_impl);
-  m.impl("add_noise_", add_noise_impl);
+  m.impl("add_noise_", add_noise_autograd);
   m.impl("input_noise", input_noise_autograd);
   m.impl("gradient_noise", gradient_noise_autograd);
 }
