@@ -1,0 +1,458 @@
+"""The ops inside PyTorch: opcheck, torch.compile, autocast, fake tensors, worker processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+
+import kdkernels
+from kdkernels import (
+    _C,
+    DistillationLoss,
+    add_noise_,
+    distillation_loss,
+    gradient_noise,
+    input_noise,
+    noisy_linear_regression,
+    randn_like,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = torch.ops.kdkernels
+ADDRESS = {"seed": 1, "step": 2, "stream": 3, "offset": 4}
+
+
+def randn(*shape, seed=0, **options):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), **options)
+
+
+# ---- the registered ops --------------------------------------------------------------------------
+
+
+def op_calls():
+    z, t = randn(4, 7), randn(4, 7, seed=1)
+    leaf = z.clone().requires_grad_()
+    labels, weight = torch.tensor([0, -100, 6, 3]), torch.tensor([1.0, 2.0, 0.0, 0.5])
+    options = {"temperature": 2.0, "label_smoothing": 0.1, "weight": weight}
+    std = torch.tensor(0.2, requires_grad=True)
+    numbers = [torch.rand(3, dtype=torch.float64) for _ in range(4)]
+    forward = (z, t, labels, weight, 2.0, 0.5, 0.0, -100, None, 2)
+    regression = (z[0].clone(), t[0].clone(), *numbers, torch.arange(3), 4, 0)
+    by_tensor = {"seed": 0, "seed_tensor": torch.tensor(5), "step_tensor": torch.tensor(6)}
+    return [
+        (OPS.distillation_loss, (leaf, t), {}),
+        (OPS.distillation_loss, (leaf, t, labels), options),
+        (OPS.distillation_loss, (leaf, t, labels), {"reduction": "none"}),
+        (OPS.distillation_loss, (z, t, labels), {"reduction": "sum"}),
+        (OPS.distillation_loss, (leaf.half(), t.half()), {"num_items": 3.0}),
+        (OPS._distillation_forward, (*forward, True), {}),
+        (OPS._distillation_forward, (*forward, False), {}),
+        (OPS.randn_like, (z,), ADDRESS),
+        (OPS.randn_like, (z.t(),), by_tensor),
+        (OPS.add_noise_, ([z.clone(), t.bfloat16(), z.t().clone()], [0.1]), ADDRESS),
+        (OPS.add_noise_, ([z.clone()], [0.1]), by_tensor),
+        (OPS.input_noise, (leaf, None, 0.1), ADDRESS),
+        (OPS.input_noise, (leaf, std, 0.0), ADDRESS),
+        (OPS.input_noise, (leaf, std, 0.0), by_tensor),
+        (OPS.gradient_noise, (leaf, 0.1), ADDRESS),
+        (OPS.gradient_noise, (leaf, 0.1), by_tensor),
+        (OPS._noise, (z, True, None, 0.1), ADDRESS),
+        (OPS._noise, (z, False, None, 1.0), ADDRESS),
+        (OPS._noise_dot, (z,), ADDRESS),
+        (OPS.noisy_linear_regression, (*regression, False, True), {}),
+        (OPS.noisy_linear_regression, (*regression, True, False), {}),
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(op_calls())))
+def test_opcheck(case):
+    op, args, kwargs = op_calls()[case]
+    torch.library.opcheck(op.default, args, kwargs)
+
+
+def test_every_op_is_checked():
+    names = {str(s).split("(")[0] for s in torch._C._jit_get_all_schemas()}
+    registered = {name.split("::")[1] for name in names if name.startswith("kdkernels::")}
+    assert registered == {op._qualified_op_name.split("::")[1] for op, _, _ in op_calls()}
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+
+
+def compiled(fn, **options):
+    return torch.compile(fn, fullgraph=True, backend="aot_eager", **options)
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+LOSS_OPTIONS = [
+    {},
+    {"labels": True, "temperature": 3.0, "alpha": 0.3, "label_smoothing": 0.1},
+    {"labels": True, "weight": True, "reduction": "sum"},
+    {"labels": True, "reduction": "none", "temperature": 2.0},
+    {"labels": True, "num_items": 5},
+    {"num_items": torch.tensor(5.0), "inplace": True},
+]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("options", LOSS_OPTIONS)
+def test_compiled_distillation_loss(options, dynamic):
+    options = dict(options)
+    labels = torch.tensor([0, -100, 6, 3, 2]) if options.pop("labels", False) else None
+    if options.pop("weight", False):
+        options["weight"] = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0])
+
+    def loss(z, t, labels):
+        return distillation_loss(z * 2, t, labels, **options).sum() * 3
+
+    z, t = randn(5, 7), randn(5, 7, seed=1)
+    results = []
+    for fn in (loss, compiled(loss, dynamic=dynamic)):
+        leaf = z.clone().requires_grad_()
+        out = fn(leaf, t, labels)
+        out.backward()
+        with torch.no_grad():
+            close(fn(leaf, t, labels), out.detach())
+        results.append((out.detach(), leaf.grad))
+    close(results[1], results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_compiled_distillation_loss_in_other_dtypes(dtype):
+    z, t = randn(5, 700).to(dtype), randn(5, 700, seed=1).to(dtype)
+    results = []
+    for fn in (distillation_loss, compiled(distillation_loss)):
+        leaf = z.clone().requires_grad_()
+        out = fn(leaf, t, temperature=2.0)
+        (128 * out).backward()
+        results.append((out.detach(), leaf.grad))
+    assert results[0][0].dtype == results[1][0].dtype
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_compiled_loss_with_changing_batches():
+    counter = CompileCounterWithBackend("aot_eager")
+    fn = torch.compile(distillation_loss, fullgraph=True, backend=counter, dynamic=True)
+    counts = []
+    for rows in (5, 6, 17, 1024):
+        z, t = randn(rows, 9).requires_grad_(), randn(rows, 9, seed=1)
+        close(fn(z, t, temperature=2.0), distillation_loss(z, t, temperature=2.0))
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 4
+
+
+def test_compiled_module():
+    torch.manual_seed(0)
+    student = torch.nn.Linear(6, 9)
+    criterion = DistillationLoss(temperature=2.0, alpha=0.3)
+    x, t, labels = randn(5, 6), randn(5, 9), torch.tensor([0, 1, 2, 8, 4])
+
+    def step(x, t, labels):
+        return criterion(student(x), t, labels)
+
+    gradients = []
+    for fn in (step, compiled(step)):
+        student.zero_grad()
+        fn(x, t, labels).backward()
+        gradients.append(student.weight.grad.clone())
+    close(*gradients)
+
+
+def compiled_errors():
+    z, t = randn(4, 7), randn(4, 7)
+    return [
+        lambda: compiled(distillation_loss)(z, t[:3]),
+        lambda: compiled(distillation_loss)(z, t, temperature=0.0),
+        lambda: compiled(input_noise)(z, -1.0, seed=0),
+    ]
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_compiled_bad_arguments(case):
+    with pytest.raises(Exception, match="teacher_logits|temperature|std"):
+        compiled_errors()[case]()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_compiled_noise(dynamic, memory_format):
+    x = randn(2, 3, 4, 5).to(memory_format=memory_format)
+
+    def all_of_them(x, std):
+        noise = randn_like(x, **ADDRESS)
+        changed = [x.detach().clone(), x.detach().bfloat16()]
+        add_noise_(changed, [0.1, 0.2], **ADDRESS)
+        by_number = input_noise(x, 0.3, **ADDRESS)
+        by_tensor = input_noise(x, std, **ADDRESS)
+        back = gradient_noise(x, 0.4, **ADDRESS)
+        return noise, *changed, by_number, by_tensor, back
+
+    results = []
+    for fn in (all_of_them, compiled(all_of_them, dynamic=dynamic)):
+        leaf = x.clone().requires_grad_()
+        std = torch.tensor(0.5, requires_grad=True)
+        outputs = fn(leaf, std)
+        sum((out.float() ** 2).sum() for out in outputs if out.requires_grad).backward()
+        results.append([out.detach() for out in outputs] + [leaf.grad, std.grad])
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want)
+    # The noise itself is the same to the bit.
+    assert torch.equal(results[1][0], results[0][0])
+
+
+def test_compiled_add_noise_writes_to_its_argument():
+    def step(tensors):
+        add_noise_(tensors, 0.1, seed=3)
+
+    a, b = [torch.ones(5), torch.ones(2, 3)], [torch.ones(5), torch.ones(2, 3)]
+    step(a)
+    compiled(step)(b)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_new_step_is_not_a_new_graph():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def fn(x, step):
+        return input_noise(x, 0.1, seed=7, step=step)
+
+    x = randn(10)
+    for step in range(20):
+        assert torch.equal(fn(x, step), input_noise(x, 0.1, seed=7, step=step))
+    # 0 and 1 and the first other number are compiled as constants before the step becomes dynamic.
+    assert counter.frame_count <= 4
+
+
+def test_a_step_tensor_is_one_graph():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def fn(x, step):
+        noise = randn_like(x, seed=7, step=step)
+        step += 1
+        return noise
+
+    x, step = randn(10), torch.tensor(0)
+    for k in range(5):
+        assert torch.equal(fn(x, step), randn_like(x, seed=7, step=k))
+    assert counter.frame_count == 1 and step == 5
+
+
+def test_compiled_without_a_seed_draws_anew():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def fn(x):
+        return randn_like(x), input_noise(x, 1.0)
+
+    x = torch.zeros(10)
+    draws = [draw for _ in range(3) for draw in fn(x)]
+    assert counter.frame_count == 1
+    assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+
+
+def test_compiled_backward_sees_the_forwards_noise():
+    std = torch.tensor(2.0, requires_grad=True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def fn(std):
+        return input_noise(torch.zeros(1000), std)
+
+    for _ in range(2):
+        std.grad = None
+        y = fn(std)
+        y.sum().backward()
+        torch.testing.assert_close(std.grad, y.detach().sum() / 2, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", ["per-step", "per-sample"])
+def test_compiled_regression(noise):
+    x, y = torch.rand(20, 1), torch.rand(20, 1)
+    lr = torch.tensor([0.01, 0.02])
+
+    def fn(x, y, lr):
+        return noisy_linear_regression(
+            x, y, 0.5, steps=10, lr=lr, seed=3, noise=noise, trajectory=True
+        )
+
+    assert torch.equal(compiled(fn)(x, y, lr), fn(x, y, lr))
+
+
+def test_inductor():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 9)
+    x, t, labels = randn(5, 6), randn(5, 9), torch.tensor([0, 1, 2, 8, 4])
+
+    def step(x, t, labels):
+        z = model(input_noise(x, 0.1, seed=1, step=2))
+        return distillation_loss(z, t, labels, temperature=2.0)
+
+    results = []
+    for fn in (step, torch.compile(step, fullgraph=True)):
+        model.zero_grad()
+        loss = fn(x, t, labels)
+        loss.backward()
+        results.append((loss.detach(), model.weight.grad.clone()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+# ---- autocast, checkpointing, fake tensors -------------------------------------------------------
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    student = torch.nn.Linear(6, 9)
+    x, t = randn(5, 6), randn(5, 9)  # a teacher in fp32, a student that autocast makes bf16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = student(x)
+        loss = distillation_loss(z, t, temperature=2.0)
+    assert z.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert torch.equal(loss, distillation_loss(z.float(), t, temperature=2.0))
+    loss.backward()
+    assert student.weight.grad.dtype == torch.float32 and student.weight.grad.any()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        both = distillation_loss(z.detach(), t.bfloat16(), temperature=2.0)
+    assert torch.equal(both, distillation_loss(z.detach(), t.bfloat16(), temperature=2.0))
+
+
+def test_autocast_of_noise():
+    x = randn(50).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = input_noise(x, 0.1, seed=1)
+        low = input_noise(x.bfloat16(), 0.1, seed=1)
+    assert y.dtype == torch.float32 and low.dtype == torch.bfloat16
+    assert torch.equal(y, input_noise(x, 0.1, seed=1))
+
+
+@pytest.mark.parametrize("seed", [3, None])
+def test_checkpointing_makes_the_same_noise_again(seed):
+    w = randn(50).requires_grad_()
+
+    def layer(w):
+        return input_noise(w, 1.0, seed=seed).square()
+
+    torch.manual_seed(0)
+    (want,) = torch.autograd.grad(layer(w).sum(), w)
+    torch.manual_seed(0)
+    (got,) = torch.autograd.grad(checkpoint(layer, w, use_reentrant=False).sum(), w)
+    assert torch.equal(got, want)
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        z, t = torch.empty(4, 3, 7, requires_grad=True), torch.empty(4, 3, 7)
+        labels = torch.empty(4, 3, dtype=torch.int64)
+        loss = distillation_loss(z, t, labels, reduction="none")
+        assert loss.shape == (4, 3) and loss.dtype == torch.float32
+        loss.sum().backward()
+        assert z.grad.shape == z.shape
+        assert distillation_loss(z.half(), t.half(), inplace=True).shape == ()
+        assert distillation_loss(z.double(), t.double()).dtype == torch.float64
+        x = torch.empty(5, 4).t()
+        assert randn_like(x, seed=0).is_contiguous() and randn_like(x).shape == (4, 5)
+        assert input_noise(x.bfloat16(), 0.1, seed=0).dtype == torch.bfloat16
+        assert gradient_noise(x, 0.1, seed=0).shape == (4, 5)
+        add_noise_([x], 0.1, seed=0)
+        path = noisy_linear_regression(
+            torch.empty(9), torch.empty(9), 0.0, steps=3, seed=0, trajectory=True
+        )
+        assert path.shape == (4,)
+
+
+@pytest.mark.skipif(_C.build_info()["cuda"] is not None, reason="this build is for CUDA, too")
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("student_logits", lambda x: distillation_loss(x, x)),
+        ("student_logits", lambda x: distillation_loss(x.clone().requires_grad_(), x)),
+        ("x", lambda x: randn_like(x, seed=0)),
+        ("x", lambda x: input_noise(x, 0.1, seed=0)),
+        ("x", lambda x: gradient_noise(x, 0.1, seed=0)),
+    ],
+)
+def test_cuda_tensor_on_a_cpu_build(name, call):
+    """Fake tensors stand in for CUDA's; the ops without autograd see them as meta tensors."""
+    with FakeTensorMode():
+        x = torch.empty(4, 7, device="cuda")
+        with pytest.raises(ValueError, match=rf"{name} is on cuda:0.*CPU only.*KDKERNELS_CUDA=1"):
+            call(x)
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+class NoisyImages(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return input_noise(torch.zeros(100000), 0.1, seed=0, step=index)
+
+
+def test_data_loader_workers():
+    """A forked worker inherits the parent's OpenMP pool without its threads."""
+    want = [NoisyImages()[k] for k in range(3)]
+    loader = DataLoader(NoisyImages(), num_workers=1, batch_size=None, timeout=60)
+    assert all(torch.equal(got, w) for got, w in zip(loader, want, strict=True))
+
+
+def run_python(code, **environment):
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_import_without_torch_first():
+    done = run_python("import kdkernels; print(kdkernels.__version__)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == kdkernels.__version__
+
+
+ISA_CODE = """
+import torch, kdkernels
+print(kdkernels._C.build_info()["isa"])
+print(kdkernels.randn_like(torch.empty(5), seed=1).tolist())
+"""
+
+
+@pytest.mark.parametrize("level", _C.build_info()["isa_supported"])
+def test_kdkernels_isa(level):
+    done = run_python(ISA_CODE, KDKERNELS_ISA=level)
+    assert done.returncode == 0, done.stderr
+    isa, noise = done.stdout.splitlines()
+    assert isa == level and noise == str(randn_like(torch.empty(5), seed=1).tolist())
+
+
+def test_kdkernels_isa_wrong():
+    done = run_python(ISA_CODE, KDKERNELS_ISA="sse9")
+    assert done.returncode == 1
+    levels = ", ".join(_C.build_info()["isa_supported"])
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == f'ValueError: KDKERNELS_ISA is "sse9"; this machine runs {levels}'
+
+
+def test_set_isa_wrong():
+    with pytest.raises(ValueError, match='isa is "sse9"; this machine runs baseline'):
+        _C.set_isa("sse9")
