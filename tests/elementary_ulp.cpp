@@ -95,7 +95,7 @@ void sweep(const char* name, F f, Ref ref, bool (*in_domain)(float), uint64_t st
 
 bool always(float) { return true; }
 // Where the exponential of a non-positive argument is not flushed, and NaN.
-bool normal_exp(float x) { return !(x > 0) && !(x < -87.0f); }
+bool normal_exp2(float x) { return !(x > 0) && !(x < -126.0f); }
 
 }  // namespace
 
@@ -109,8 +109,8 @@ int main(int argc, char** argv) {
   using math::sincospi;
   run("exp", [](float x) { return math::exp(x); }, [](double x) { return std::exp(x); });
   run("log", [](float x) { return math::log(x); }, [](double x) { return std::log(x); });
-  run("exp_nonpositive", [](float x) { return math::exp_nonpositive(x); },
-      [](double x) { return std::exp(x); }, normal_exp);
+  run("exp2_nonpositive", [](float x) { return math::exp2_nonpositive(x); },
+      [](double x) { return std::exp2(x); }, normal_exp2);
   run("expm1", [](float x) { return math::expm1(x); }, [](double x) { return std::expm1(x); });
   run("log1p", [](float x) { return math::log1p(x); }, [](double x) { return std::log1p(x); });
   run("sinpi", [](float x) { return sincospi(x).sin; }, sinpi_fp64);

@@ -25,7 +25,7 @@ constexpr int kFold =
 // otherwise swallow the small ones that follow it in its lane
 constexpr int kPad = 16;  // the widest vector: block loops run over a multiple of it
 
-KD_FN double exp_fp64(double x) { return x == 0 ? 1.0 : __builtin_exp(x); }
+KD_FN double exp2_fp64(double x) { return x == 0 ? 1.0 : __builtin_exp2(x); }
 
 // Exponentials of the rows a thread works on; grows, and is freed with the thread.
 struct RowBuffer {
@@ -60,7 +60,7 @@ struct Maxima {
 // Exponentials of one block and their sums.
 template <class Policy, math::CrossEntropy kHard, class Real>
 KD_FN math::RowSums<double> block_sums(const Real* z, const Real* t, int padded, Maxima<Real> max,
-                                       Real inv_temperature, Real* ex, Real* ey, Real* eh) {
+                                       Real scale, Real* ex, Real* ey, Real* eh) {
   math::RowSums<double> sums = {max.s, max.t, 0, 0, 0, 0, 0, 0};
   for (int first = 0; first < padded; first += kFold) {
     int last = first + kFold < padded ? first + kFold : padded;
@@ -68,15 +68,15 @@ KD_FN math::RowSums<double> block_sums(const Real* z, const Real* t, int padded,
 #pragma omp simd reduction(+ : sum_s, sum_t, term, sum_hard)
     for (int i = first; i < last; ++i) {
       Real shifted = z[i] - max.s;
-      Real x = shifted * inv_temperature, y = (t[i] - max.t) * inv_temperature;
-      Real a = math::exp_nonpositive(x), b = math::exp_nonpositive(y);
+      Real x = shifted * scale, y = (t[i] - max.t) * scale;
+      Real a = math::exp2_nonpositive(x), b = math::exp2_nonpositive(y);
       ex[i] = a;
       ey[i] = b;
       sum_s += a;
       sum_t += b;
       term += Policy::term(x, y, a, b);
       if constexpr (kHard == math::CrossEntropy::kOwn) {
-        Real h = math::exp_nonpositive(shifted);
+        Real h = math::exp2_nonpositive(shifted * static_cast<Real>(math::kLog2E));
         eh[i] = h;
         sum_hard += h;
       }
@@ -110,7 +110,8 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
         static_cast<Real*>(buffer.reserve(values * sizeof(Real) + blocks * sizeof(Maxima<Real>)));
     maxima = reinterpret_cast<Maxima<Real>*>(kept + values);
   }
-  const double inv_temperature = 1.0 / p.temperature;
+  // The same rounded factor for elements and for sums.
+  const Real scale = static_cast<Real>(math::kLog2E / p.temperature);
 
   for (int64_t row = begin; row < end; ++row) {
     const T* z_row = static_cast<const T*>(p.student) + row * p.student_stride;
@@ -136,13 +137,14 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
       max.s = math::larger(block_max(z, padded), max.s);
       max.t = math::larger(block_max(t, padded), max.t);
       Real* ex = kept + (keep ? kKept * kBlock * b : 0);
-      Sums part = block_sums<Policy, kHard>(z, t, padded, max, static_cast<Real>(inv_temperature),
-                                            ex, ex + kBlock, ex + 2 * kBlock);
+      Sums part =
+          block_sums<Policy, kHard>(z, t, padded, max, scale, ex, ex + kBlock, ex + 2 * kBlock);
       if (kHard != math::CrossEntropy::kNone && p.label_smoothing > 0) {
         for (int i = 0; i < n; ++i) part.sum_z += static_cast<double>(z[i]) - max.s;
         part.count = n;
       }
-      sums = b == 0 ? part : math::merge<Policy, kHard>(sums, part, inv_temperature, exp_fp64);
+      sums = b == 0 ? part
+                    : math::merge<Policy, kHard>(sums, part, static_cast<double>(scale), exp2_fp64);
       if (keep) maxima[b] = max;
     }
 
@@ -158,14 +160,14 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
       int padded = (n + kPad - 1) / kPad * kPad;
       double grown_s = static_cast<double>(maxima[b].s) - max.s,
              grown_t = static_cast<double>(maxima[b].t) - max.t;
-      Real of_ex = static_cast<Real>(result.of_ex * exp_fp64(grown_s * inv_temperature));
-      Real of_ey = static_cast<Real>(result.of_ey * exp_fp64(grown_t * inv_temperature));
+      Real of_ex = static_cast<Real>(result.of_ex * exp2_fp64(grown_s * scale));
+      Real of_ey = static_cast<Real>(result.of_ey * exp2_fp64(grown_t * scale));
       Real uniform = static_cast<Real>(result.uniform);
       const Real *ex = kept + kKept * kBlock * b, *ey = ex + kBlock;
       bool direct = sizeof(T) == sizeof(Real) && n == padded;
       Real* g = direct ? reinterpret_cast<Real*>(g_row + b * kBlock) : g_block;
       if constexpr (kHard == math::CrossEntropy::kOwn) {
-        Real of_hard = static_cast<Real>(result.of_hard * exp_fp64(grown_s));
+        Real of_hard = static_cast<Real>(result.of_hard * exp2_fp64(grown_s * math::kLog2E));
         const Real* eh = ex + 2 * kBlock;
 #pragma omp simd
         for (int i = 0; i < padded; ++i) {

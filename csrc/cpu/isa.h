@@ -21,7 +21,7 @@ bool elementary(const char* f, const float* x, float* y, int64_t n) {
     return true; \
   }
   KD_ELEMENTARY("exp", exp(x[i]))
-  KD_ELEMENTARY("exp_nonpositive", exp_nonpositive(x[i]))
+  KD_ELEMENTARY("exp2_nonpositive", exp2_nonpositive(x[i]))
   KD_ELEMENTARY("log", log(x[i]))
   KD_ELEMENTARY("log1p", log1p(x[i]))
   KD_ELEMENTARY("expm1", expm1(x[i]))

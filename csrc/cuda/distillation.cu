@@ -21,10 +21,10 @@ constexpr int kRowsPerBlock = 4;
 constexpr int kRowThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 30;
 
-struct ExpNonpositive {
+struct Exp2Nonpositive {
   template <class Real>
   __device__ Real operator()(Real x) const {
-    return math::exp_nonpositive(x);
+    return math::exp2_nonpositive(x);
   }
 };
 
@@ -43,8 +43,7 @@ struct Lowest<double> {
 // stands behind a branch.
 template <class Policy, CrossEntropy kHard, int kCount, class T, class Real>
 __device__ __forceinline__ void visit(math::RowSums<Real>& sums, const Vector<T, kCount>& z,
-                                      const Vector<T, kCount>& t, Real inv_temperature,
-                                      bool smoothing) {
+                                      const Vector<T, kCount>& t, Real scale, bool smoothing) {
   Real max_s = sums.max_s, max_t = sums.max_t;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -52,17 +51,18 @@ __device__ __forceinline__ void visit(math::RowSums<Real>& sums, const Vector<T,
     max_t = math::larger(widen(t.value[i]), max_t);
   }
   if (max_s > sums.max_s || max_t > sums.max_t) {
-    sums = math::rebase<Policy, kHard>(sums, max_s, max_t, inv_temperature, ExpNonpositive());
+    sums = math::rebase<Policy, kHard>(sums, max_s, max_t, scale, Exp2Nonpositive());
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     Real shifted = widen(z.value[i]) - max_s;
-    Real x = shifted * inv_temperature, y = (widen(t.value[i]) - max_t) * inv_temperature;
-    Real ex = math::exp_nonpositive(x), ey = math::exp_nonpositive(y);
+    Real x = shifted * scale, y = (widen(t.value[i]) - max_t) * scale;
+    Real ex = math::exp2_nonpositive(x), ey = math::exp2_nonpositive(y);
     sums.sum_s += ex;
     sums.sum_t += ey;
     sums.term += Policy::term(x, y, ex, ey);
-    if (kHard == CrossEntropy::kOwn) sums.sum_hard += math::exp_nonpositive(shifted);
+    if (kHard == CrossEntropy::kOwn)
+      sums.sum_hard += math::exp2_nonpositive(shifted * Real(math::kLog2E));
     if (kHard != CrossEntropy::kNone && smoothing) {
       sums.sum_z += shifted;
       sums.count += Real(1);
@@ -75,16 +75,15 @@ __device__ __forceinline__ void visit(math::RowSums<Real>& sums, const Vector<T,
 // an element and pass.
 template <class T, class Policy, CrossEntropy kHard, int kCount, int kThreads, int kRows>
 __global__ void __launch_bounds__(kThreads* kRows, 1)
-    rows_kernel(const DistillationParams p, double inv_temperature_fp64,
-                const double* inv_denominator) {
+    rows_kernel(const DistillationParams p, double scale_fp64, const double* inv_denominator) {
   using Real = typename Compute<T>::type;
   constexpr int kWarps = kThreads / kWarp;
   __shared__ Real shared[6 * kWarps];
   const int lane = threadIdx.x;
   const Real temperature = static_cast<Real>(p.temperature);
-  const Real inv_temperature = static_cast<Real>(inv_temperature_fp64);
+  const Real scale = static_cast<Real>(scale_fp64);
   const Real smoothing = static_cast<Real>(p.label_smoothing);
-  const Real scale = static_cast<Real>(*inv_denominator * p.gradient_scale);
+  const Real factor = static_cast<Real>(*inv_denominator * p.gradient_scale);
   const Real inv_classes = math::inverse(static_cast<Real>(p.classes));
   const int64_t vectors = p.classes / kCount;
 
@@ -112,35 +111,34 @@ __global__ void __launch_bounds__(kThreads* kRows, 1)
 #pragma unroll 1
     for (int64_t i = lane; i < vectors; i += kThreads) {
       visit<Policy, kHard>(sums, reinterpret_cast<const Vector<T, kCount>*>(z_row)[i],
-                           reinterpret_cast<const Vector<T, kCount>*>(t_row)[i], inv_temperature,
+                           reinterpret_cast<const Vector<T, kCount>*>(t_row)[i], scale,
                            smoothing > Real(0));
     }
 #pragma unroll 1
     for (int64_t i = vectors * kCount + lane; i < p.classes; i += kThreads) {
       Vector<T, 1> z = {z_row[i]}, t = {t_row[i]};
-      visit<Policy, kHard>(sums, z, t, inv_temperature, smoothing > Real(0));
+      visit<Policy, kHard>(sums, z, t, scale, smoothing > Real(0));
     }
     Real maxima[2] = {sums.max_s, sums.max_t};
     reduce<Max, kThreads>(maxima, shared);
-    sums =
-        math::rebase<Policy, kHard>(sums, maxima[0], maxima[1], inv_temperature, ExpNonpositive());
+    sums = math::rebase<Policy, kHard>(sums, maxima[0], maxima[1], scale, Exp2Nonpositive());
     Real values[6] = {sums.sum_s, sums.sum_t, sums.term, sums.sum_hard, sums.sum_z, sums.count};
     reduce<Sum, kThreads>(values, shared);
     sums = {maxima[0], maxima[1], values[0], values[1], values[2], values[3], values[4], values[5]};
 
     math::RowResult<Real> result =
         math::finish_row<Policy, kHard>(sums, inv_classes, temperature, static_cast<Real>(p.alpha),
-                                        smoothing, label_z - sums.max_s, weight * scale);
+                                        smoothing, label_z - sums.max_s, weight * factor);
     if (lane == 0) static_cast<Real*>(p.row_loss)[row] = weight * result.loss;
     if (p.gradient == nullptr) continue;
 
     auto gradient = [&](Real z, Real t, int64_t i) {
       Real shifted = z - sums.max_s;
-      Real ex = math::exp_nonpositive(shifted * inv_temperature);
-      Real ey = math::exp_nonpositive((t - sums.max_t) * inv_temperature);
+      Real ex = math::exp2_nonpositive(shifted * scale);
+      Real ey = math::exp2_nonpositive((t - sums.max_t) * scale);
       Real g = math::fma(result.of_ey, ey, -result.uniform);
       if (kHard == CrossEntropy::kOwn)
-        g = math::fma(result.of_hard, math::exp_nonpositive(shifted), g);
+        g = math::fma(result.of_hard, math::exp2_nonpositive(shifted * Real(math::kLog2E)), g);
       g = math::fma(result.of_ex, ex, g);
       return i == label ? g - result.at_label : g;
     };
@@ -197,11 +195,11 @@ void launch_rows(const DistillationParams& p, const double* inv_denominator, cud
     int64_t blocks = std::min(kMaxBlocks, (p.rows + kRowsPerBlock - 1) / kRowsPerBlock);
     rows_kernel<T, ForwardKL, kHard, kCount, kWarp, kRowsPerBlock>
         <<<static_cast<unsigned>(blocks), dim3(kWarp, kRowsPerBlock), 0, stream>>>(
-            p, 1 / p.temperature, inv_denominator);
+            p, math::kLog2E / p.temperature, inv_denominator);
   } else {
     int64_t blocks = std::min(kMaxBlocks, p.rows);
     rows_kernel<T, ForwardKL, kHard, kCount, kRowThreads, 1>
-        <<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(p, 1 / p.temperature,
+        <<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(p, math::kLog2E / p.temperature,
                                                                     inv_denominator);
   }
 }

@@ -4,15 +4,18 @@
 //   p_s = softmax(z / T), p_t = softmax(t / T); CE at temperature 1
 //
 // A walker visits a row in parts. For each part it knows the largest logits so far, max_s and max_t, and
-// for each element x = (z - max_s) / T, y = (t - max_t) / T, ex = e^x, ey = e^y. Parts are merged when the
-// maxima move. A divergence is a policy of four functions: an element's term of its running sum, how that
-// sum moves with the maxima, the divergence that comes of the sums, and an element's gradient.
+// for each element the exponents x = (z - max_s) s, y = (t - max_t) s with s = log2(e) / T, and ex = 2^x,
+// ey = 2^y. Parts are merged when the maxima move. A divergence is a policy of four functions: an element's
+// term of its running sum, how that sum moves with the maxima, the divergence that comes of the sums, and an
+// element's gradient.
 #pragma once
 
 #include "math/elementary.h"
 
 namespace kdkernels {
 namespace math {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // How cross-entropy gets its exponentials e^(z - max_s).
 enum class CrossEntropy {
@@ -61,7 +64,7 @@ struct ForwardKL {
   KD_FN Real term(Real x, Real y, Real, Real ey) {
     return ey == Real(0) ? Real(0) : ey * (y - x);
   }
-  // The sum of terms once max_s grew by T dx and max_t by T dy; fx = e^-dx, fy = e^-dy.
+  // The sum of terms once all x fell by dx and all y by dy; fx = 2^-dx, fy = 2^-dy.
   template <class Acc>
   KD_FN Acc moved(const RowSums<Acc>& sums, Acc dx, Acc dy, Acc, Acc fy) {
     return sums.sum_t == Acc(0) ? Acc(0) : fy * (sums.term + sums.sum_t * (dx - dy));
@@ -69,7 +72,7 @@ struct ForwardKL {
   // inv_s = 1 / sum_s, inv_t = 1 / sum_t.
   template <class Acc>
   KD_FN Acc divergence(const RowSums<Acc>& sums, Acc, Acc inv_t) {
-    return sums.term * inv_t + log_acc(sums.sum_s * inv_t);
+    return sums.term * (inv_t * Acc(kLn2)) + log_acc(sums.sum_s * inv_t);
   }
   // T^2 dD/dz = T (p_s - p_t), as coefficients of ex and ey.
   template <class Acc>
@@ -85,31 +88,29 @@ KD_FN Acc larger(Acc a, Acc b) {
   return a > b ? a : b;
 }
 
-// The sums of a part relative to other maxima, each at least the part's own. exp_fn: e^x for x <= 0.
-template <class Policy, CrossEntropy kHard, class Acc, class Exp>
-KD_FN RowSums<Acc> rebase(const RowSums<Acc>& part, Acc max_s, Acc max_t, Acc inv_temperature,
-                          Exp exp_fn) {
+// The sums of a part relative to other maxima, each at least the part's own. exp2_fn: 2^x for x <= 0.
+template <class Policy, CrossEntropy kHard, class Acc, class Exp2>
+KD_FN RowSums<Acc> rebase(const RowSums<Acc>& part, Acc max_s, Acc max_t, Acc scale, Exp2 exp2_fn) {
   Acc grown = max_s - part.max_s;
-  Acc dx = grown * inv_temperature, dy = (max_t - part.max_t) * inv_temperature;
-  Acc fx = exp_fn(-dx), fy = exp_fn(-dy);
+  Acc dx = grown * scale, dy = (max_t - part.max_t) * scale;
+  Acc fx = exp2_fn(-dx), fy = exp2_fn(-dy);
   RowSums<Acc> out = part;
   out.max_s = max_s;
   out.max_t = max_t;
   out.sum_s = fx * part.sum_s;
   out.sum_t = fy * part.sum_t;
   out.term = Policy::moved(part, dx, dy, fx, fy);
-  if (kHard == CrossEntropy::kOwn) out.sum_hard = exp_fn(-grown) * part.sum_hard;
+  if (kHard == CrossEntropy::kOwn) out.sum_hard = exp2_fn(-grown * Acc(kLog2E)) * part.sum_hard;
   out.sum_z = part.count == Acc(0) ? Acc(0) : part.sum_z - part.count * grown;
   return out;
 }
 
 // The sums of two parts as the sums of both.
-template <class Policy, CrossEntropy kHard, class Acc, class Exp>
-KD_FN RowSums<Acc> merge(const RowSums<Acc>& a, const RowSums<Acc>& b, Acc inv_temperature,
-                         Exp exp_fn) {
+template <class Policy, CrossEntropy kHard, class Acc, class Exp2>
+KD_FN RowSums<Acc> merge(const RowSums<Acc>& a, const RowSums<Acc>& b, Acc scale, Exp2 exp2_fn) {
   Acc max_s = larger(a.max_s, b.max_s), max_t = larger(a.max_t, b.max_t);
-  RowSums<Acc> x = rebase<Policy, kHard>(a, max_s, max_t, inv_temperature, exp_fn);
-  RowSums<Acc> y = rebase<Policy, kHard>(b, max_s, max_t, inv_temperature, exp_fn);
+  RowSums<Acc> x = rebase<Policy, kHard>(a, max_s, max_t, scale, exp2_fn);
+  RowSums<Acc> y = rebase<Policy, kHard>(b, max_s, max_t, scale, exp2_fn);
   x.sum_s += y.sum_s;
   x.sum_t += y.sum_t;
   x.term += y.term;
