@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels import _C, reference
+from kdkernels.errors import INT, NUMBER, OPTIONAL_TENSOR, TENSOR, explain
 
 
 def distillation_loss(
@@ -118,19 +119,33 @@ def distillation_loss(
             num_items=num_items,
             reduction=reduction,
         )
-    return _C.distillation_loss(
-        student_logits,
-        teacher_logits,
-        labels,
-        temperature,
-        alpha,
-        label_smoothing,
-        ignore_index,
-        weight,
-        num_items,
-        reduction,
-        inplace,
-    )
+    try:
+        return _C.distillation_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            temperature,
+            alpha,
+            label_smoothing,
+            ignore_index,
+            weight,
+            num_items,
+            reduction,
+            inplace,
+        )
+    except TypeError as error:
+        raise explain(
+            error,
+            student_logits=(student_logits, TENSOR),
+            teacher_logits=(teacher_logits, TENSOR),
+            labels=(labels, OPTIONAL_TENSOR),
+            temperature=(temperature, NUMBER),
+            alpha=(0 if alpha is None else alpha, NUMBER),
+            label_smoothing=(label_smoothing, NUMBER),
+            ignore_index=(ignore_index, INT),
+            weight=(weight, OPTIONAL_TENSOR),
+            num_items=(1 if num_items is None else num_items, NUMBER),
+        ) from None
 
 
 _MODULE_OPTIONS = {

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 
 from kdkernels import _C
+from kdkernels.errors import INT, LIST, NUMBER, OPTIONAL_TENSOR, TENSOR, explain, fits
 
 # The eager functions take their arguments by position; a tracer sees the registered ops.
 _OPS = torch.ops.kdkernels
+_NOISE_NAMES = ("seed", "step", "stream", "offset", "seed_tensor", "step_tensor")
 
 
 def _noise_args(seed: int | None, step: int | Tensor, stream: int, offset: int) -> tuple:
@@ -54,9 +56,7 @@ def randn_like(
         >>> kdkernels.randn_like(torch.empty(2), seed=0)
     """
     args = _noise_args(seed, step, stream, offset)
-    if torch.compiler.is_compiling():
-        return _call(_OPS.randn_like, (x,), args)
-    return _C.randn_like(x, *args)
+    return _call("randn_like", args, x=(x, TENSOR))
 
 
 def add_noise_(
@@ -78,13 +78,15 @@ def add_noise_(
         std: standard deviation, finite and 0 or more: one number, or one a tensor.
         seed, step, stream, offset: see the module.
     """
-    if isinstance(tensors, Tensor):
-        tensors = [tensors]
-    std = [float(std)] if isinstance(std, (int, float)) else [float(s) for s in std]
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    std = [std] if isinstance(std, (int, float)) or not hasattr(std, "__iter__") else list(std)
+    for name, values, kind in (("tensors", tensors, TENSOR), ("std", std, NUMBER)):
+        for value in values:
+            if not fits(value, kind):
+                raise TypeError(f"{name} holds a {type(value).__name__}; it takes {kind}")
+    std = [float(s) for s in std]
     args = _noise_args(seed, step, stream, offset)
-    if torch.compiler.is_compiling():
-        return _call(_OPS.add_noise_, (tensors, std), args)
-    return _C.add_noise_(list(tensors), std, *args)
+    _call("add_noise_", args, tensors=(tensors, LIST), std=(std, LIST))
 
 
 def input_noise(
@@ -108,9 +110,13 @@ def input_noise(
     if isinstance(std, Tensor):
         std_tensor, std = std, 0.0
     args = _noise_args(seed, step, stream, offset)
-    if torch.compiler.is_compiling():
-        return _call(_OPS.input_noise, (x, std_tensor, std), args)
-    return _C.input_noise(x, std_tensor, std, *args)
+    return _call(
+        "input_noise",
+        args,
+        x=(x, TENSOR),
+        std_tensor=(std_tensor, OPTIONAL_TENSOR),
+        std=(std, NUMBER),
+    )
 
 
 def gradient_noise(
@@ -130,9 +136,7 @@ def gradient_noise(
         seed, step, stream, offset: see the module.
     """
     args = _noise_args(seed, step, stream, offset)
-    if torch.compiler.is_compiling():
-        return _call(_OPS.gradient_noise, (x, std), args)
-    return _C.gradient_noise(x, std, *args)
+    return _call("gradient_noise", args, x=(x, TENSOR), std=(std, NUMBER))
 
 
 def noisy_linear_regression(
@@ -177,11 +181,20 @@ def noisy_linear_regression(
     """
     if noise not in ("per-step", "per-sample"):
         raise ValueError(f'noise is "{noise}"; it takes "per-step" or "per-sample"')
+    for name, value, kind in (("x", x, TENSOR), ("y", y, TENSOR), ("steps", steps, INT)):
+        if not fits(value, kind):
+            raise TypeError(f"{name} is a {type(value).__name__}; it takes {kind}")
     if isinstance(seed, int):
         seed = _noise_args(seed, 0, 0, 0)[0]
+    elif not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        kind = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
+        raise TypeError(f"seed is {kind}; it takes an int or an int64 tensor")
     named = {"theta": theta, "lr": lr, "lam": lam, "sigma": sigma}
+    for name, value in named.items():
+        if not fits(value, NUMBER):
+            raise TypeError(f"{name} is a {type(value).__name__}; it takes {NUMBER} or a tensor")
     numbers = [torch.as_tensor(v, dtype=torch.float64, device=x.device) for v in named.values()]
-    numbers.append(torch.as_tensor(seed, dtype=torch.int64, device=x.device))
+    numbers.append(torch.as_tensor(seed, device=x.device))
     for name, value in zip([*named, "seed"], numbers, strict=True):
         if value.dim() > 1:
             raise ValueError(
@@ -215,10 +228,16 @@ def _samples(name: str, values: Tensor) -> Tensor:
         values = values[:, 0]
     if values.dim() != 1:
         raise ValueError(f"{name} has shape {list(values.shape)}; it takes [n] or [n, 1]")
-    return values
+    return values.detach()
 
 
-def _call(op, head: tuple, args: tuple):
-    """A registered op; its noise arguments go by name."""
-    names = ("seed", "step", "stream", "offset", "seed_tensor", "step_tensor")
-    return op(*head, **dict(zip(names, args, strict=True)))
+def _call(name: str, noise: tuple, **head: tuple[object, str]):
+    """Op `name` on the values in `head`, (value, what it takes), and on _noise_args' result."""
+    values = [value for value, _ in head.values()]
+    if torch.compiler.is_compiling():
+        return getattr(_OPS, name)(*values, **dict(zip(_NOISE_NAMES, noise, strict=True)))
+    try:
+        return getattr(_C, name)(*values, *noise)
+    except TypeError as error:
+        ints = {n: (v, INT) for n, v in zip(_NOISE_NAMES[:4], noise[:4], strict=True)}
+        raise explain(error, **head, **ints) from None

@@ -4,6 +4,7 @@
 // cache; backward hands it on, scaled where the incoming gradient is not 1.
 #include "ops/distillation.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -119,6 +120,7 @@ Call checked(const Tensor& student, const Tensor& teacher, const OptionalTensor&
 // lie side by side.
 std::optional<int64_t> row_stride(const Tensor& logits) {
   int64_t dims = logits.dim();
+  if (logits.numel() == 0) return logits.size(-1);
   if (logits.size(-1) > 1 && logits.stride(-1) != 1) return std::nullopt;
   int64_t stride = logits.size(-1), rows = 1;
   for (int64_t d = dims - 2; d >= 0; --d) {
@@ -317,18 +319,18 @@ struct DistillationLoss : torch::autograd::Function<DistillationLoss> {
           "inplace=False with create_graph=True");
       return {twice_differentiable(ctx, saved, grad_output, per_row, scale), Tensor(), Tensor()};
     }
+    // The buffer is this node's own, so the last backward through it may hand it on or write there.
     bool traced = at::isTensorSubclassLike(grad_output);
-    if (!traced && grad_output.is_cpu() && !per_row && scale == 1) {
+    bool last = !traced && !torch::autograd::get_current_graph_task_keep_graph();
+    TORCH_CHECK_VALUE(
+        last || !inplace || traced,
+        "inplace is True, which allows one backward; pass inplace=False with retain_graph=True");
+    if (last && grad_output.is_cpu() && !per_row && scale == 1) {
       double factor = grad_output.scalar_type() == at::kDouble
                           ? *grad_output.const_data_ptr<double>()
                           : *grad_output.const_data_ptr<float>();
       if (factor == 1) return {gradient, Tensor(), Tensor()};
     }
-    // The buffer is this node's own, so the last backward through it may write there.
-    bool last = !traced && !torch::autograd::get_current_graph_task_keep_graph();
-    TORCH_CHECK_VALUE(
-        last || !inplace || traced,
-        "inplace is True, which allows one backward; pass inplace=False with retain_graph=True");
     return {scaled(gradient, grad_output, per_row, scale, last), Tensor(), Tensor()};
   }
 
@@ -376,9 +378,8 @@ Tensor loss_autograd(const Tensor& student, const Tensor& teacher, const Optiona
     TORCH_CHECK_VALUE(!student.is_leaf(),
                       "inplace is True, but student_logits is a leaf that requires grad; its "
                       "values would be lost");
-    std::optional<int64_t> stride = row_stride(student);
     TORCH_CHECK_VALUE(
-        stride.has_value() && (std::abs(*stride) >= student.size(-1) || student.dim() == 1),
+        row_stride(student).has_value() && at::has_internal_overlap(student) != at::MemOverlap::Yes,
         "inplace is True, but student_logits of shape ", student.sizes(), " and strides ",
         student.strides(), " is not rows of adjacent classes; pass student_logits.contiguous()");
   }

@@ -1,0 +1,34 @@
+"""Arguments that C++ cannot even take, named in Python."""
+
+from torch import Tensor
+
+TENSOR, OPTIONAL_TENSOR, NUMBER, INT = "a tensor", "a tensor or None", "a number", "an int"
+LIST = "a list"
+
+
+def fits(value, kind: str) -> bool:
+    """Whether a value is what one of this module's constants says."""
+    if kind == LIST:
+        return isinstance(value, list)
+    if kind == NUMBER:
+        return hasattr(value, "__float__") or hasattr(value, "__index__")
+    if kind == INT:
+        return hasattr(value, "__index__")
+    return isinstance(value, Tensor) or (kind == OPTIONAL_TENSOR and value is None)
+
+
+def explain(error: TypeError, **arguments: tuple[object, str]) -> Exception:
+    """A sentence for pybind11's refusal of a call, which names no argument.
+
+    Args:
+        error: what the call raised; returned as it is, if it is not pybind11's.
+        arguments: name -> (value, what it takes: one of this module's constants).
+    """
+    if "incompatible function arguments" not in str(error):
+        return error
+    for name, (value, kind) in arguments.items():
+        if not fits(value, kind):
+            return TypeError(f"{name} is a {type(value).__name__}; it takes {kind}")
+        if kind == INT and not -(2**63) <= value.__index__() < 2**63:
+            return ValueError(f"{name} is {value}; it is out of range")
+    return error
