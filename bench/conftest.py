@@ -6,6 +6,7 @@ the quartiles of the rounds' own ratios.
 """
 
 import gc
+import os
 import statistics
 import time
 
@@ -106,4 +107,5 @@ def pytest_terminal_summary(terminalreporter, config):
         shown = title if name == "eager" else ""
         line(f"{shown:38}{name:16}{us:9.1f} us{middle:9.2f}x   {quartiles:16}{share:10.0f} %")
     line("faster: than eager, the median of the rounds' ratios. Of the copy: of the speed of a")
-    line("plain copy that moves as many bytes as the fused kernel must.")
+    line("plain copy that moves as many bytes as the fused kernel must. Load averages were")
+    line(f"{os.getloadavg()}: beside other work whoever has more parallel loops loses more.")

@@ -304,6 +304,15 @@ def test_fp16_gradients_do_not_underflow(factor):
     assert gradient.count_nonzero() > 0.99 * gradient.numel() or factor == 1
 
 
+def test_fp16_with_weights_of_either_sign():
+    """They may sum to little, which makes each row's share large."""
+    z, t = pair(4, 7, dtype=torch.float16)
+    options = {"weight": torch.tensor([1.0, -0.99, 1.0, -1.0])}
+    _, want = fp64(z, t, **options)
+    _, gradient = loss_and_gradient(distillation_loss, z, t, **options)
+    torch.testing.assert_close(gradient.double(), want, rtol=2 * HALF_ULP[z.dtype], atol=1e-4)
+
+
 # ---- gradients ----------------------------------------------------------------------------------
 
 GRADIENT_OPTIONS = [
