@@ -39,7 +39,7 @@ def distillation_loss(
         teacher_logits: t, the shape, dtype and device of ``student_logits``; detached.
         labels: ``[*]``, int64 classes in [0, V) or ``ignore_index``. A row that is ignored has loss
             and gradient 0 and its logits are not read. None: the divergence alone.
-        temperature: T > 0.
+        temperature: T > 0, from 1e-15 to 1e15.
         alpha: share of the divergence, in [0, 1]. Default 0.5 with labels, 1 without (and no other
             then). With 1 the labels only say which rows are ignored; with 0 the teacher is not
             read.
@@ -54,8 +54,9 @@ def distillation_loss(
             if there are none), "sum", or "none".
         inplace: allow the gradient to be written over ``student_logits``, so that no ``[*, V]``
             tensor is allocated. The logits are lost; one backward, no second derivative, and
-            student_logits must not be a leaf. Has no effect where there is no gradient to make, or
-            under a tracer.
+            student_logits must not be a leaf, nor overlap the teacher but row for row; if it is a
+            view, differentiate with respect to what it was made from. Has no effect where there is
+            no gradient to make, or under a tracer.
         backend: "fused", or "reference" for plain PyTorch.
 
     Returns:
@@ -75,50 +76,29 @@ def distillation_loss(
     """
     if divergence != "forward_kl":
         raise ValueError(f'divergence is "{divergence}"; it takes "forward_kl"')
-    if backend == "reference":
-        return reference.distillation_loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            temperature=temperature,
-            alpha=alpha,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            weight=weight,
-            num_items=num_items,
-            reduction=reduction,
-        )
-    if backend != "fused":
+    if backend not in ("fused", "reference"):
         raise ValueError(f'backend is "{backend}"; it takes "fused" or "reference"')
-    if isinstance(num_items, Tensor):
-        if reduction != "mean":
-            raise ValueError(f'num_items goes with reduction="mean" only, not "{reduction}"')
-        total = distillation_loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            temperature=temperature,
-            alpha=alpha,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            weight=weight,
-            reduction="sum",
-            inplace=inplace,
-        )
-        return total / num_items
-    if torch.compiler.is_compiling():
-        return torch.ops.kdkernels.distillation_loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            temperature=temperature,
-            alpha=alpha,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            weight=weight,
-            num_items=num_items,
-            reduction=reduction,
-        )
+    compiling = torch.compiler.is_compiling()
+    if compiling or backend == "reference" or isinstance(num_items, Tensor):
+        logits = (student_logits, teacher_logits, labels)
+        options = {
+            "temperature": temperature,
+            "alpha": alpha,
+            "label_smoothing": label_smoothing,
+            "ignore_index": ignore_index,
+            "weight": weight,
+        }
+        if backend == "reference":
+            return reference.distillation_loss(
+                *logits, **options, num_items=num_items, reduction=reduction
+            )
+        if isinstance(num_items, Tensor):
+            if reduction != "mean":
+                raise ValueError(f'num_items goes with reduction="mean" only, not "{reduction}"')
+            total = distillation_loss(*logits, **options, reduction="sum", inplace=inplace)
+            return total / num_items
+        op = torch.ops.kdkernels.distillation_loss
+        return op(*logits, **options, num_items=num_items, reduction=reduction)
     try:
         return _C.distillation_loss(
             student_logits,

@@ -74,7 +74,8 @@ def add_noise_(
     long as its stream is given. Call it under ``torch.no_grad()`` where a tensor requires grad.
 
     Args:
-        tensors: a tensor or a list of them, of any shapes and dtypes, on one device.
+        tensors: a tensor or a list of them, of any shapes and dtypes, on one device, apart in
+            memory.
         std: standard deviation, finite and 0 or more: one number, or one a tensor.
         seed, step, stream, offset: see the module.
     """
@@ -129,6 +130,8 @@ def gradient_noise(
     offset: int = 0,
 ) -> Tensor:
     """x itself; backward adds std * eps to its gradient (Neelakantan et al., arXiv 1511.06807).
+
+    Every backward pass through it adds the noise, so that of a second derivative, too.
 
     Args:
         x: any shape. The result is a view of it.

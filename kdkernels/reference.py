@@ -5,6 +5,7 @@ kernels' own functions are accurate to an ulp, not correctly rounded); everythin
 dtype's precision.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,16 +27,8 @@ def distillation_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """``kdkernels.distillation_loss``; the same arguments, shapes, dtypes and results."""
-    _check(
-        student_logits,
-        teacher_logits,
-        labels,
-        temperature,
-        alpha,
-        label_smoothing,
-        weight,
-        reduction,
-    )
+    _check(student_logits, teacher_logits, labels, weight)
+    _check_numbers(temperature, alpha, labels, label_smoothing, num_items, reduction)
     if alpha is None:
         alpha = 1.0 if labels is None else 0.5
     leading, classes = student_logits.shape[:-1], student_logits.shape[-1]
@@ -48,6 +41,11 @@ def distillation_loss(
     keep = w != 0
     if labels is not None:
         labels = labels.reshape(-1)
+        outside = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+        if outside.any():
+            raise ValueError(
+                f"labels holds {labels[outside][0]}; it takes classes in [0, {classes})"
+            )
         keep &= labels != ignore_index
         kept_weight = w[labels != ignore_index].sum()
     else:
@@ -77,9 +75,17 @@ def distillation_loss(
     return total
 
 
-def _check(student, teacher, labels, temperature, alpha, label_smoothing, weight, reduction):
+def _check(student, teacher, labels, weight):
+    floating = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if logits.dtype not in floating:
+            raise TypeError(f"{name} has dtype {logits.dtype}; it takes a floating-point dtype")
+        if logits.layout != torch.strided:
+            raise ValueError(f"{name} has layout {logits.layout}; it takes a dense tensor")
     if student.dtype != teacher.dtype:
         raise TypeError(f"teacher_logits has dtype {teacher.dtype}, student_logits {student.dtype}")
+    if student.dim() == 0 or student.shape[-1] == 0:
+        raise ValueError(f"student_logits has shape {list(student.shape)}; it takes [*, V], V >= 1")
     if student.shape != teacher.shape:
         raise ValueError(
             f"teacher_logits has shape {list(teacher.shape)}, student_logits {list(student.shape)}"
@@ -89,8 +95,16 @@ def _check(student, teacher, labels, temperature, alpha, label_smoothing, weight
             raise ValueError(
                 f"{name} has shape {list(rows.shape)}; it takes {list(student.shape[:-1])}"
             )
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it takes a number above 0")
+    if labels is not None and labels.dtype != torch.int64:
+        raise TypeError(f"labels has dtype {labels.dtype}; it takes int64")
+    for name, tensor in (("teacher_logits", teacher), ("weight", weight)):
+        if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(f"{name} requires grad, but no gradient flows to it; detach it")
+
+
+def _check_numbers(temperature, alpha, labels, label_smoothing, num_items, reduction):
+    if not 1e-15 <= temperature <= 1e15:
+        raise ValueError(f"temperature is {temperature}; it takes a number from 1e-15 to 1e15")
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; it takes a number in [0, 1]")
     if labels is None and alpha not in (None, 1):
@@ -99,6 +113,10 @@ def _check(student, teacher, labels, temperature, alpha, label_smoothing, weight
         raise ValueError(f"label_smoothing is {label_smoothing}; it takes a number in [0, 1]")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is "{reduction}"; it takes "mean", "sum" or "none"')
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f'num_items goes with reduction="mean" only, not "{reduction}"')
+    if num_items is not None and not isinstance(num_items, Tensor) and not 0 < num_items < math.inf:
+        raise ValueError(f"num_items is {num_items}; it takes a finite number above 0")
 
 
 # ---- noise ---------------------------------------------------------------------------------------

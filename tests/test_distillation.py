@@ -886,3 +886,11 @@ def test_cuda_devices_must_agree():
         distillation_loss(Z.cuda(), T)
     with pytest.raises(ValueError, match="labels"):
         distillation_loss(Z.cuda(), T.cuda(), Y)
+
+
+def test_inplace_refuses_a_teacher_that_overlaps_by_other_rows():
+    leaf = torch.randn(6, 10, requires_grad=True)
+    hidden = leaf * 1
+    with pytest.raises(ValueError, match="teacher_logits overlaps student_logits"):
+        distillation_loss(hidden[:-1], hidden.detach()[1:], inplace=True)
+    assert torch.equal(hidden, leaf)

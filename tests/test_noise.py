@@ -611,3 +611,13 @@ def test_cuda_graph_advances_with_its_step_tensor():
     for k in range(3):
         graph.replay()
         assert same(out.cpu(), normals(5000, seed=1, step=k))
+
+
+def test_tensors_that_share_memory_are_refused():
+    x = torch.zeros(100)
+    for tensors in ([x, x], [x[:60], x[50:]]):
+        with pytest.raises(ValueError, match=r"tensors\[1\] shares memory with tensors\[0\]"):
+            add_noise_(tensors, 1.0, seed=0)
+    assert not x.any()
+    add_noise_([x[50:], x[:50]], 1.0, seed=0)
+    assert torch.equal(x[:50], randn_like(x[:50], seed=0, stream=1))

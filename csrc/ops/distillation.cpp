@@ -96,8 +96,8 @@ Call checked(const Tensor& student, const Tensor& teacher, const OptionalTensor&
     TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && weight->requires_grad()),
                       "weight requires grad, but no gradient flows to it; pass weight.detach()");
   }
-  TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), "temperature is ", temperature,
-                    "; it takes a finite number above 0");
+  TORCH_CHECK_VALUE(temperature >= 1e-15 && temperature <= 1e15, "temperature is ", temperature,
+                    "; it takes a number above 0 (from 1e-15 to 1e15)");
   double alpha_value = alpha.value_or(labels.has_value() ? 0.5 : 1.0);
   TORCH_CHECK_VALUE(alpha_value >= 0 && alpha_value <= 1, "alpha is ", alpha_value,
                     "; it takes a number in [0, 1]");
@@ -139,7 +139,7 @@ std::optional<int64_t> row_stride(const Tensor& logits) {
 // backward knows the incoming gradient. 1 for other dtypes, and where weights set no bound.
 double gradient_scale(const Call& call) {
   if (call.student.scalar_type() != at::kHalf) return 1;
-  if (call.weight.has_value() && (call.reduction != kMean || call.num_items.has_value())) return 1;
+  if (call.weight.has_value()) return 1;
   return std::exp2(std::floor(std::log2(16384.0 / std::max(call.temperature, 1.0))));
 }
 
@@ -382,6 +382,10 @@ Tensor loss_autograd(const Tensor& student, const Tensor& teacher, const Optiona
         row_stride(student).has_value() && at::has_internal_overlap(student) != at::MemOverlap::Yes,
         "inplace is True, but student_logits of shape ", student.sizes(), " and strides ",
         student.strides(), " is not rows of adjacent classes; pass student_logits.contiguous()");
+    // A row's gradient is written once that row was read, so the teacher may be the same memory row for row.
+    TORCH_CHECK_VALUE(at::get_overlap_status(student, teacher) != at::MemOverlapStatus::Partial,
+                      "inplace is True, but teacher_logits overlaps student_logits in memory; pass "
+                      "teacher_logits.clone()");
   }
   return DistillationLoss::apply(student, call, inplace);
 }

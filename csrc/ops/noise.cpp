@@ -291,37 +291,35 @@ void check_args(const NoiseArgs& noise) {
                     "; it takes 0 or more");
 }
 
-Tensor input_noise_autograd(const Tensor& x, const OptionalTensor& std_tensor, double std,
-                            KD_NOISE_PARAMS) {
-  NoiseArgs noise = KD_NOISE_ARGS;
+void check_input(const Tensor& x, const OptionalTensor& std_tensor, double std,
+                 const NoiseArgs& noise) {
   check_tensor("x", x);
   check_std(std);
   check_args(noise);
   if (std_tensor.has_value()) check_std_tensor(*std_tensor, x);
+}
+
+Tensor input_noise_autograd(const Tensor& x, const OptionalTensor& std_tensor, double std,
+                            KD_NOISE_PARAMS) {
+  NoiseArgs noise = KD_NOISE_ARGS;
+  check_input(x, std_tensor, std, noise);
   return InputNoise::apply(x, std_tensor, std, noise);
 }
 Tensor input_noise_no_autograd(const Tensor& x, const OptionalTensor& std_tensor, double std,
                                KD_NOISE_PARAMS) {
   NoiseArgs noise = KD_NOISE_ARGS;
-  check_tensor("x", x);
-  check_std(std);
-  check_args(noise);
-  if (std_tensor.has_value()) check_std_tensor(*std_tensor, x);
+  check_input(x, std_tensor, std, noise);
   return dispatch_noise(x, true, std_tensor, std, noise);
 }
 
 Tensor gradient_noise_autograd(const Tensor& x, double std, KD_NOISE_PARAMS) {
   NoiseArgs noise = KD_NOISE_ARGS;
-  check_tensor("x", x);
-  check_std(std);
-  check_args(noise);
+  check_input(x, std::nullopt, std, noise);
   return GradientNoise::apply(x, std, noise);
 }
 Tensor gradient_noise_no_autograd(const Tensor& x, double std, KD_NOISE_PARAMS) {
   NoiseArgs noise = KD_NOISE_ARGS;
-  check_tensor("x", x);
-  check_std(std);
-  check_args(noise);
+  check_input(x, std::nullopt, std, noise);
   return x.view_as(x);
 }
 
@@ -330,6 +328,27 @@ Tensor randn_like_impl(const Tensor& x, KD_NOISE_PARAMS) {
   check_tensor("x", x);
   check_args(noise);
   return dispatch_noise(x.detach(), false, std::nullopt, 1.0, noise);
+}
+
+// Two threads would write where two tensors overlap.
+void check_apart(const std::vector<NoiseTensor>& list, const std::vector<Dtype>& dtypes) {
+  struct Range {
+    const char *begin, *end;
+    size_t index;
+  };
+  std::vector<Range> ranges;
+  for (size_t i = 0; i < list.size(); ++i) {
+    int64_t bytes = dtypes[i] == Dtype::kFloat64 ? 8 : dtypes[i] == Dtype::kFloat32 ? 4 : 2;
+    const char* begin = static_cast<const char*>(list[i].out);
+    if (list[i].numel > 0) ranges.push_back({begin, begin + list[i].numel * bytes, i});
+  }
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    TORCH_CHECK_VALUE(ranges[i - 1].end <= ranges[i].begin, "tensors[", ranges[i].index,
+                      "] shares memory with tensors[", ranges[i - 1].index,
+                      "]; call add_noise_ for one after the other");
+  }
 }
 
 void add_noise_impl(at::TensorList tensors, at::ArrayRef<double> std, KD_NOISE_PARAMS) {
@@ -362,6 +381,7 @@ void add_noise_impl(at::TensorList tensors, at::ArrayRef<double> std, KD_NOISE_P
                     static_cast<uint32_t>(n.stream + i)});
     dtypes.push_back(dtype_of(dense));
   }
+  check_apart(list, dtypes);
   run_noise(list, dtypes, n, tensors[0].device(), nullptr);
   for (auto& [tensor, dense] : copies) tensor.copy_(dense);
   for (const Tensor& tensor : tensors) {
