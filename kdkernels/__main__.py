@@ -51,6 +51,8 @@ def _list_of(names):
     return parse
 
 
+# The ops do without these; pyproject's extra "train" names the distributions they come in.
+_TRAIN_PACKAGES = ("torchvision", "sklearn", "matplotlib", "safetensors", "rich", "jinja2")
 _COUNT = _number(int, 1)
 # Defaults are those of distillation.Settings and soft_regression.run, repeated in words here so
 # that --help needs no heavy import; a test holds the two together.
@@ -314,6 +316,15 @@ def main(argv: list[str] | None = None) -> int:
     except TrainError as error:
         print(f"kdkernels {command}: {error}", file=sys.stderr)
         return error.status
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _TRAIN_PACKAGES:
+            raise
+        print(
+            f"kdkernels {command}: it needs {error.name}, which is not installed: "
+            "pip install torchvision scikit-learn matplotlib safetensors rich jinja2",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"kdkernels {command}: interrupted", file=sys.stderr)
         return 130

@@ -346,3 +346,9 @@ def test_help_names_the_defaults():
         default = soft_regression.run.__kwdefaults__[name]
         assert f"(default: {default})" in command._OPTIONS[name]["help"], name
     assert distillation.Settings.lr == 1e-3 and soft_regression.run.__kwdefaults__["lr"] == 0.01
+
+
+def test_missing_package_gets_one_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert command.main(["soft-reg", "--out", str(tmp_path / "run")]) == 2
+    assert "it needs rich" in one_sentence(capsys)
