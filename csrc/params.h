@@ -10,8 +10,17 @@ namespace kdkernels {
 
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+// The type that stored elements are computed in, "acc" below: fp64 for fp64, fp32 for all others.
+template <class T>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+
 // One distillation loss over a [rows, classes] matrix of student and teacher logits.
-// "acc" is fp64 for fp64 logits and fp32 otherwise.
 struct DistillationParams {
   Dtype dtype;
   int64_t rows, classes;

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "math/elementary.h"
+#include "params.h"
 
 namespace kdkernels {
 namespace cpu {
@@ -53,16 +54,6 @@ KD_FN void narrow(float x, Float16& out) {
   half = magnitude > 0x7F800000u ? 0x7E00u : half;
   out.bits = static_cast<uint16_t>(half | sign);
 }
-
-// The type that a dtype is computed in.
-template <class T>
-struct Compute {
-  using type = float;
-};
-template <>
-struct Compute<double> {
-  using type = double;
-};
 
 // in[0, n) as computed values, followed by copies of `pad` up to `padded`. Full blocks of fp32 and fp64
 // are read where they lie; others through `scratch`.
