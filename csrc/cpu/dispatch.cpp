@@ -120,12 +120,12 @@ void noise(const NoiseParams& p, int threads) {
   const Kernels& k = kernels();
   // The list as one range of chunks, so that many small tensors and one large one share threads alike.
   std::vector<int64_t> first_chunk(static_cast<size_t>(p.count) + 1, 0);
-  for (int64_t t = 0; t < p.count; ++t) {
-    int64_t chunks = (p.tensors[t].numel + kElementsPerThread - 1) / kElementsPerThread;
-    first_chunk[t + 1] = first_chunk[t] + chunks;
-  }
   int64_t elements = 0;
-  for (int64_t t = 0; t < p.count; ++t) elements += p.tensors[t].numel;
+  for (int64_t t = 0; t < p.count; ++t) {
+    int64_t numel = p.tensors[t].numel;
+    first_chunk[t + 1] = first_chunk[t] + (numel + kElementsPerThread - 1) / kElementsPerThread;
+    elements += numel;
+  }
   if (elements < 2 * kElementsPerThread) threads = 1;
   parallel_for(first_chunk[p.count], 1, threads, [&](int64_t begin, int64_t end) {
     int64_t t =

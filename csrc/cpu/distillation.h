@@ -20,9 +20,9 @@ namespace cpu {
 namespace {
 
 constexpr int kBlock = 1024;  // 3 logit or gradient blocks of 4 KB beside 12 KB of exponentials: L1
-constexpr int kFold =
-    128;  // elements summed in fp32 before fp64 takes over: a dominant class would
-// otherwise swallow the small ones that follow it in its lane
+// Elements summed in fp32 before fp64 takes over: a dominant class would otherwise swallow the small ones
+// that follow it in its lane.
+constexpr int kFold = 128;
 constexpr int kPad = 16;  // the widest vector: block loops run over a multiple of it
 
 KD_FN double exp2_fp64(double x) { return x == 0 ? 1.0 : __builtin_exp2(x); }

@@ -20,15 +20,8 @@
 
 #include <cmath>
 
-#include "cpu/kernels.h"
 #include "ops/checks.h"
-#if defined(KDKERNELS_WITH_CUDA)
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
-#include "cuda/kernels.h"
-#endif
+#include "ops/devices.h"
 
 namespace kdkernels {
 namespace {
@@ -138,8 +131,7 @@ std::optional<int64_t> row_stride(const Tensor& logits) {
 // A power of two that keeps fp16 gradients, which a mean over rows makes small, away from underflow until
 // backward knows the incoming gradient. 1 for other dtypes, and where weights set no bound.
 double gradient_scale(const Call& call) {
-  if (call.student.scalar_type() != at::kHalf) return 1;
-  if (call.weight.has_value()) return 1;
+  if (call.student.scalar_type() != at::kHalf || call.weight.has_value()) return 1;
   return std::exp2(std::floor(std::log2(16384.0 / std::max(call.temperature, 1.0))));
 }
 
@@ -221,9 +213,9 @@ std::tuple<Tensor, Tensor> forward(const Call& call, bool want_gradient, bool in
 #if defined(KDKERNELS_WITH_CUDA)
     c10::cuda::CUDAGuard guard(student.device());
     Tensor row_loss = call.reduction == kNone ? loss : at::empty({rows}, options.dtype(acc));
-    Tensor denominator = at::empty({1}, options.dtype(at::kDouble));
+    Tensor inv_denominator = at::empty({1}, options.dtype(at::kDouble));
     p.row_loss = row_loss.mutable_data_ptr();
-    C10_CUDA_CHECK(cuda::distillation(p, denominator.mutable_data_ptr<double>(),
+    C10_CUDA_CHECK(cuda::distillation(p, inv_denominator.mutable_data_ptr<double>(),
                                       c10::cuda::getCurrentCUDAStream()));
 #endif
   } else {

@@ -16,15 +16,8 @@
 #include <array>
 #include <cmath>
 
-#include "cpu/kernels.h"
 #include "ops/checks.h"
-#if defined(KDKERNELS_WITH_CUDA)
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
-#include "cuda/kernels.h"
-#endif
+#include "ops/devices.h"
 
 namespace kdkernels {
 namespace {
@@ -110,8 +103,6 @@ void check_std_tensor(const Tensor& std, const Tensor& x) {
   check_device("std", std, "x", x);
 }
 
-double scalar_of(const Tensor& tensor) { return tensor.item<double>(); }
-
 // All tensors on one device; one launch a dtype.
 void run_noise(const std::vector<NoiseTensor>& tensors, const std::vector<Dtype>& dtypes,
                const Numbers& n, const at::Device& device, const double* device_std) {
@@ -139,15 +130,16 @@ void run_noise(const std::vector<NoiseTensor>& tensors, const std::vector<Dtype>
 Tensor noise_forward(const Tensor& x, bool add, const OptionalTensor& std_tensor, double std,
                      KD_NOISE_PARAMS) {
   NoiseArgs noise = KD_NOISE_ARGS;
-  Tensor in = x.contiguous();  // elements count in row-major order, whatever the strides
-  Tensor out = at::empty_like(in, in.options(), at::MemoryFormat::Contiguous);
+  // Elements count in row-major order, whatever the strides; noise alone needs none of x's values.
+  Tensor in = add ? x.contiguous() : x;
+  Tensor out = at::empty_like(x, x.options(), at::MemoryFormat::Contiguous);
   if (x.is_meta()) return out;
   Numbers n = numbers(noise, x.device());
   const double* device_std = nullptr;
   Tensor on_device;
   if (std_tensor.has_value()) {
     if (x.is_cpu()) {
-      std = scalar_of(*std_tensor);
+      std = std_tensor->item<double>();
     } else {
       on_device = std_tensor->to(at::kDouble);
       device_std = on_device.const_data_ptr<double>();
@@ -155,7 +147,7 @@ Tensor noise_forward(const Tensor& x, bool add, const OptionalTensor& std_tensor
   }
   NoiseTensor tensor = {out.mutable_data_ptr(),
                         add ? in.const_data_ptr() : nullptr,
-                        in.numel(),
+                        x.numel(),
                         std,
                         n.offset,
                         n.stream};

@@ -6,15 +6,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/kernels.h"
 #include "ops/checks.h"
-#if defined(KDKERNELS_WITH_CUDA)
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
-#include "cuda/kernels.h"
-#endif
+#include "ops/devices.h"
 
 namespace kdkernels {
 namespace {
