@@ -1,0 +1,118 @@
+// Which kernel runs, and with what launch: pure functions of sizes and of the device, without a CUDA header,
+// so that a launcher, the tests and the emulator all read the same table.
+#pragma once
+
+#include <cstdint>
+
+namespace kdkernels {
+namespace cuda {
+
+// What plans depend on; device_of() in device.cuh asks the CUDA runtime for it.
+struct Device {
+  int arch;  // 10 * major + minor compute capability: 75, 80, 86, 89, 90, 100, 120
+  int sms;
+  int shared_per_block;  // bytes a block may opt in to
+  int shared_per_sm;
+};
+
+// ---- distillation -------------------------------------------------------------------------------
+//
+//   walk    classes                        a row belongs to       its logits wait in
+//   tile    up to 512                      1 to 32 lanes          registers, staged through shared memory
+//   warp    up to 1024, 16 and 32 bits     a warp                 registers
+//   held    as long as the row fits        a block or a cluster   shared memory
+//   stream  beyond                         a block                global memory: read twice
+//
+// tile: rows this short rarely start at 16 bytes, but a run of them is one flat span. 16 elements a lane
+//   keep what is done once a row and lane (5 shuffles a value, 2 logarithms) below the work on its elements.
+// warp: 32 elements a lane is what registers hold; no barrier. fp64 would need twice the registers.
+// held: a cluster (sm_90 on) splits rows until 3 blocks fit an SM, so that one's loads hide behind the
+//   others' arithmetic; where none does that, it takes the split with most blocks an SM.
+//   Threads: the fewest that still make 24 warps an SM, because each thread adds to the row's reduction.
+// stream: 256 threads, 3 blocks an SM at up to 80 registers.
+enum class Walk { kTile, kWarp, kHeld, kStream };
+
+constexpr int kTileClasses = 512, kTileElements = 2048, kTileThreads = 128, kTileLaneElements = 16;
+constexpr int kWarpClasses = 1024, kWarpThreads = 128;
+constexpr int kStreamThreads = 256, kHeldMaxThreads = 512, kMaxCluster = 8;
+constexpr int kEdges =
+    16;  // slots of one element: up to 8 before a row's first 16 bytes, up to 8 after
+constexpr int kBusyThreads = 768;  // an SM
+constexpr int kBlockReserve = 3072;  // static shared memory and what CUDA takes of each block
+// Blocks or clusters of a launch; each leaves one partial sum of the loss, so one block adds them quickly.
+constexpr int64_t kMaxPartials = 16384;
+
+struct DistillationPlan {
+  Walk walk;
+  int threads;  // a block
+  int lanes;  // that share a row within a block
+  int rows;  // a block works on at a time
+  int cluster;  // blocks that share a row
+  int slots;  // held: 16-byte slots a thread, each for the student's and the teacher's logits
+  int shared;  // bytes of dynamic shared memory a block
+
+  // Blocks of the launch divided by `cluster`; they stride over the rows.
+  int64_t partials(int64_t total_rows) const {
+    int64_t wanted = (total_rows + rows - 1) / rows;
+    return wanted < kMaxPartials ? wanted : kMaxPartials;
+  }
+};
+
+constexpr int held_planes(int element_size, bool own_exponential) {
+  return element_size == 8 && own_exponential ? 3 : 2;
+}
+
+// One launch of `held` if a block of it fits the device; slots is 0 if not. `planes`: 16-byte values a slot.
+inline DistillationPlan held_plan(int64_t classes, int element_size, int planes, int cluster,
+                                  const Device& device, int& blocks_per_sm) {
+  int64_t count = 16 / element_size, vectors = (classes + count - 1) / count;
+  int64_t share = (vectors + cluster - 1) / cluster;
+  for (int threads = 128;; threads *= 2) {
+    int64_t slots = (share + threads - 1) / threads;
+    int64_t shared = (slots * threads + kEdges) * planes * 16;
+    blocks_per_sm = 0;
+    if (shared + kBlockReserve <= device.shared_per_block)
+      blocks_per_sm = static_cast<int>(device.shared_per_sm / (shared + kBlockReserve));
+    if (blocks_per_sm * threads >= kBusyThreads || threads == kHeldMaxThreads) {
+      bool fits = blocks_per_sm > 0;
+      return {Walk::kHeld,
+              threads,
+              threads,
+              1,
+              cluster,
+              fits ? static_cast<int>(slots) : 0,
+              fits ? static_cast<int>(shared) : 0};
+    }
+  }
+}
+
+// own_exponential: cross-entropy needs exponentials of its own (labels, alpha < 1, temperature != 1).
+inline DistillationPlan plan_distillation(int64_t classes, int element_size, bool own_exponential,
+                                          const Device& device) {
+  if (classes <= kTileClasses) {
+    int lanes = 1;
+    while (classes > static_cast<int64_t>(lanes) * kTileLaneElements) lanes *= 2;
+    int rows = kTileThreads / lanes;
+    int rounds = kTileElements / (rows * static_cast<int>(classes));
+    return {Walk::kTile, kTileThreads, lanes, rows * rounds, 1, 0, 0};
+  }
+  if (classes <= kWarpClasses && element_size < 8)
+    return {Walk::kWarp, kWarpThreads, 32, kWarpThreads / 32, 1, 0, 0};
+
+  DistillationPlan best = {Walk::kStream, kStreamThreads, kStreamThreads, 1, 1, 0, 0};
+  int most = 0;
+  for (int cluster = 1; cluster <= (device.arch >= 90 ? kMaxCluster : 1); cluster *= 2) {
+    int blocks = 0;
+    DistillationPlan plan = held_plan(
+        classes, element_size, held_planes(element_size, own_exponential), cluster, device, blocks);
+    if (blocks > most) {
+      best = plan;
+      most = blocks;
+    }
+    if (most >= 3) break;
+  }
+  return best;
+}
+
+}  // namespace cuda
+}  // namespace kdkernels
