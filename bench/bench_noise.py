@@ -18,15 +18,14 @@ INPUTS = {
     "ResNet-18 float32": ([n for count, n in RESNET18 for _ in range(count)], torch.float32),
 }
 PEERS = ["eager", "torch.compile", "fused", "copy"]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@functools.lru_cache(maxsize=2)  # an input's CPU and GPU tensors; the next takes their place
-def peers(name, device):
+@functools.lru_cache(maxsize=1)  # the next input takes its place
+def peers(name):
     """{name: call}, all on the same tensors."""
     torch._dynamo.reset()
     sizes, dtype = INPUTS[name]
-    tensors = [torch.zeros(n, dtype=dtype, device=device) for n in sizes]
+    tensors = [torch.zeros(n, dtype=dtype) for n in sizes]
     targets = [torch.empty_like(x) for x in tensors]
 
     def plain(tensors):
@@ -51,14 +50,7 @@ def peers(name, device):
         calls[peer]()
         largest = max(tensors, key=torch.numel)
         assert abs(largest.float().std() / STD - 1) < 0.15
-    if device == "cuda":
-        return {name: functools.partial(finished, call) for name, call in calls.items()}
     return calls
-
-
-def finished(call):
-    call()
-    torch.cuda.synchronize()
 
 
 @pytest.fixture(scope="module", params=INPUTS, ids=lambda name: name.replace(" ", "-"))
@@ -66,13 +58,11 @@ def name(request):
     return request.param
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("peer", PEERS)
-def test_time(benchmark, name, peer, device):
-    benchmark.group = f"{device} {name}"
-    benchmark(peers(name, device)[peer])
+def test_time(benchmark, name, peer):
+    benchmark.group = name
+    benchmark(peers(name)[peer])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_ratios(compare, name, device):
-    compare(f"{device} {name}", peers(name, device))
+def test_ratios(compare, name):
+    compare(name, peers(name))

@@ -11,7 +11,6 @@ import statistics
 import time
 
 import pytest
-import torch
 
 SAMPLE_SECONDS = (
     0.02  # of calls in a row, so that the clock and the caches' first miss do not count
@@ -28,12 +27,6 @@ def pytest_collect_file(file_path, parent):
     if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):
         return pytest.Module.from_parent(parent, path=file_path)
     return None
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 def timed(call, loops):
