@@ -1,0 +1,281 @@
+"""Run CUDA kernels without a GPU: their PTX, instruction by instruction, with checks and counts.
+
+lib = ptx.build("name", ["kernels.cu"], arch="90")
+with lib.run(seed=1) as run:
+    x = run.buffer(array)                      # a device address; the array is device memory
+    lib.c.launch_something(ctypes.c_void_p(x))  # an extern "C" host function with <<<>>>
+run.launches[0].counts["memory"]["global load"]["bytes"]
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CACHE = ROOT / "build" / "ptx"
+CXX = os.environ.get("CXX", "c++")
+# --fmad=false as in setup.py; the fat binary holds PTX as text.
+NVCC_FLAGS = ("-O3", "-std=c++20", "--fmad=false", "-lineinfo", "--no-compress")
+
+# Shared memory a block (opt-in) and a multiprocessor in bytes, multiprocessors, largest portable
+# cluster, L2 in bytes. Source: CUDA C++ Programming Guide 13.0, table "Technical Specifications per
+# Compute Capability"; data sheets of T4, A100, RTX 3090, RTX 4090, H100 SXM, B200, RTX 5090.
+DEVICES = {
+    75: (40, 65536, 65536, 1, 4 << 20),
+    80: (108, 166912, 167936, 1, 40 << 20),
+    86: (82, 101376, 102400, 1, 6 << 20),
+    89: (128, 101376, 102400, 1, 72 << 20),
+    90: (132, 232448, 233472, 8, 50 << 20),
+    100: (148, 232448, 233472, 8, 126 << 20),
+    120: (170, 101376, 102400, 8, 96 << 20),
+}
+
+
+def aligned(array, offset=0):
+    """A copy of a numpy array as device memory would hold it: `offset` elements past 256 aligned bytes."""
+    shift = offset * array.itemsize
+    raw = np.zeros(array.nbytes + shift + 256, np.uint8)
+    begin = -raw.ctypes.data % 256 + shift
+    out = raw[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    out[...] = array
+    return out
+
+
+class KernelError(RuntimeError):
+    """What a check found, with kernel, source line, thread and address."""
+
+
+@dataclass
+class Launch:
+    """One kernel launch and what it counted."""
+
+    kernel: str
+    grid: tuple
+    block: tuple
+    cluster: tuple
+    static_shared: int
+    dynamic_shared: int
+    counts: dict  # thread_instructions, warp_instructions, opcodes, memory
+
+    def bytes(self, what):
+        """Bytes that were asked for: what is "global load", "shared store", ..."""
+        return self.counts["memory"].get(what, {}).get("bytes", 0)
+
+
+@functools.cache
+def toolkit():
+    """The CUDA toolkit that setup.py would take, or None."""
+    spec = importlib.util.spec_from_file_location("kdkernels_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    return setup.choose_toolkit("auto", "13.0", setup.nvcc_candidates())[0]
+
+
+def _compile(commands):
+    def run(command):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"[:6000])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, commands))
+
+
+def _digest(paths, *words):
+    digest = hashlib.sha256(repr(words).encode())
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _emulator():
+    """The emulator as an archive, for every library to hold its own."""
+    headers = Path(toolkit().home) / "include"
+    sources = sorted(HERE.glob("*.cpp"))
+    sources = [source for source in sources if source.name != "launchers.cpp"]
+    flags = ("-std=c++20", "-O2", "-march=native", "-fPIC", "-ffp-contract=off", "-frounding-math")
+    flags += ("-Wall", "-Wextra", f"-I{headers}")
+    with open("/proc/cpuinfo") as cpu:  # -march=native is for this machine only
+        model = next((line for line in cpu if line.startswith("flags")), "")
+    folder = CACHE / ("emulator-" + _digest([*sources, HERE / "emulator.h"], flags, model))
+    archive = folder / "libptx.a"
+    if not archive.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [folder / f"{source.stem}.o" for source in sources]
+        _compile(
+            [CXX, *flags, "-c", source, "-o", out]
+            for source, out in zip(sources, objects, strict=True)
+        )
+        partial = folder / f"{os.getpid()}.a"
+        _compile([["ar", "rcs", partial, *objects]])
+        partial.rename(archive)
+    return archive
+
+
+def _headers(sources, include):
+    """Every header that may matter to a cached library: those beside the sources and in csrc."""
+    folders = {Path(source).parent for source in sources} | {Path(path) for path in include}
+    found = {path for folder in folders for path in folder.rglob("*.h")}
+    found |= {path for folder in folders for path in folder.rglob("*.cuh")}
+    return sorted(found)
+
+
+def build(name, sources, arch="90", flags=(), include=()):
+    """Compile .cu and .cpp files to PTX of one or several architectures and host code, cached by content."""
+    home = toolkit()
+    archs = [arch] if isinstance(arch, str) else list(arch)
+    python = f"-I{sysconfig.get_path('include')}"
+    targets = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs]
+    flags = (*NVCC_FLAGS, *targets, *flags, *(f"-I{path}" for path in include), python)
+    archive = _emulator()
+    digest = _digest([*sources, *_headers(sources, include)], flags, home.version, str(archive))
+    folder = CACHE / f"{name}-{digest}"
+    library = folder / f"{name}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [folder / f"{Path(source).name}.o" for source in sources]
+        nvcc = [home.nvcc, *flags, "-Xcompiler", "-fPIC", "-c"]
+        _compile([*nvcc, source, "-o", out] for source, out in zip(sources, objects, strict=True))
+        partial = folder / f"{os.getpid()}.so"
+        # Its own symbols first: torch brings the real CUDA runtime into the same process.
+        link = ["-shared", "-Wl,-Bsymbolic", "-Wl,--whole-archive", archive]
+        _compile([[CXX, *link, "-Wl,--no-whole-archive", *objects, "-o", partial]])
+        partial.rename(library)
+    return Library(library, name, int(archs[-1].rstrip("a")))
+
+
+@functools.cache
+def _bare():
+    library = _emulator().parent / "libptx.so"
+    if not library.exists():
+        partial = library.with_name(f"{os.getpid()}.so")
+        link = [CXX, "-shared", "-Wl,-Bsymbolic", "-Wl,--whole-archive", _emulator()]
+        _compile([[*link, "-Wl,--no-whole-archive", "-o", partial]])
+        partial.rename(library)
+    return library
+
+
+def load(text, name="module", arch=90):
+    """PTX from elsewhere: its kernels are launched by Run.launch."""
+    library = Library(_bare(), name, arch)
+    library.module = library.c.ptx_load(text.encode(), name.encode())
+    if library.module < 0:
+        raise ValueError(library.c.ptx_error().decode())
+    return library
+
+
+class Library:
+    """Kernels with an emulated device of their own."""
+
+    def __init__(self, path, name, arch):
+        self.path, self.name, self.arch = path, name, arch
+        self.module = None
+        self.c = ctypes.CDLL(str(path))
+        for function in ("error", "output", "launches", "parameters", "kernels"):
+            getattr(self.c, f"ptx_{function}").restype = ctypes.c_char_p
+        self.c.ptx_begin.argtypes = [ctypes.c_int] * 6 + [ctypes.c_uint64] + [ctypes.c_int] * 3
+        self.c.ptx_buffer.argtypes = [
+            *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int)
+        ]
+
+    @functools.cached_property
+    def python(self):
+        """The pybind11 module that the library defines under its name."""
+        loader = importlib.machinery.ExtensionFileLoader(self.name, str(self.path))
+        spec = importlib.util.spec_from_file_location(self.name, self.path, loader=loader)
+        return importlib.util.module_from_spec(spec)
+
+    def run(self, arch=None, seed=0, **options):
+        """A fresh device, as a context manager; see Run."""
+        return Run(self, arch or self.arch, seed, **options)
+
+
+class Run:
+    """A device with its memory.
+
+    arch: what the device says it is, which may be more than the PTX's own; seed: the order of blocks
+    and warps, and everything else that a device may choose. shuffle=False: blocks start in ascending
+    order. resident: blocks or clusters that run at the same time. perturb=False: approximate
+    functions are correctly rounded instead of as wrong as documented.
+    """
+
+    def __init__(self, library, arch, seed, shuffle=True, resident=3, perturb=True):
+        self.library, self.arch, self.seed = library, int(str(arch).rstrip("a")), seed
+        self.options = (int(shuffle), resident, int(perturb))
+        self.launches, self.output = [], ""
+        self._keep = []
+
+    def __enter__(self):
+        sms, block, multiprocessor, cluster, l2 = DEVICES[self.arch]
+        self.library.c.ptx_begin(
+            self.arch, sms, block, multiprocessor, cluster, l2, self.seed, *self.options
+        )
+        return self
+
+    def buffer(self, array, written=True, name=None):
+        """Make a numpy array or CPU tensor device memory; returns its address.
+
+        written=False: its contents count as never written until a kernel writes them.
+        """
+        self._keep.append(array)
+        name = name or f"buffer {len(self._keep)}"
+        if isinstance(array, np.ndarray):
+            address, size = array.ctypes.data, array.nbytes
+        else:
+            address, size = array.data_ptr(), array.numel() * array.element_size()
+        if size > 0:
+            self.library.c.ptx_buffer(address, size, name.encode(), int(written))
+        return address
+
+    def launch(self, kernel, grid, block, args, shared=0, cluster=(1, 1, 1)):
+        """Launch a kernel of a loaded module; args are addresses (int), numpy scalars or bytes."""
+        sizes = json.loads(self.library.c.ptx_parameters(self.library.module, kernel.encode()))
+        if sizes is None:
+            names = self.library.c.ptx_kernels(self.library.module).decode()
+            raise ValueError(f"no kernel {kernel}; there are {names}")
+        if len(sizes) != len(args):
+            raise ValueError(f"{kernel} takes {len(sizes)} arguments, not {len(args)}")
+        blobs = []
+        for size, value in zip(sizes, args, strict=True):
+            if isinstance(value, int):
+                value = value.to_bytes(size, "little", signed=value < 0)
+            elif isinstance(value, np.generic):
+                value = value.tobytes()
+            if len(value) != size:
+                raise ValueError(f"{kernel}: an argument of {len(value)} bytes where {size} belong")
+            blobs.append(ctypes.create_string_buffer(value, size))
+        pointers = (ctypes.c_void_p * len(blobs))(*(ctypes.addressof(blob) for blob in blobs))
+        dims = [(ctypes.c_uint * 3)(*(*d, 1, 1)[:3]) for d in (grid, block, cluster)]
+        module = self.library.module
+        self.library.c.ptx_launch(module, kernel.encode(), *dims, ctypes.c_uint64(shared), pointers)
+        self.check()
+
+    def check(self):
+        """Raise what a check found so far."""
+        error = self.library.c.ptx_error().decode()
+        if error:
+            raise KernelError(error)
+
+    def __exit__(self, kind, *_):
+        launches = json.loads(self.library.c.ptx_launches())
+        keys = ("kernel", "grid", "block", "cluster", "static_shared", "dynamic_shared")
+        self.launches = [
+            Launch(*(launch.pop(key) for key in keys), counts=launch) for launch in launches
+        ]
+        self.output = self.library.c.ptx_output().decode()
+        if kind is None:
+            self.check()

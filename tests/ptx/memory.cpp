@@ -1,0 +1,649 @@
+// Loads, stores, atomics and asynchronous copies: where an address lies, whether it may be touched, what it costs.
+#include <algorithm>
+#include <cmath>
+#include <sstream>
+
+#include "emulator.h"
+
+namespace ptx {
+namespace {
+
+constexpr uint32_t kSeveralLanes = 32;
+
+std::string hex(uint64_t x) {
+  std::ostringstream out;
+  out << "0x" << std::hex << x;
+  return out.str();
+}
+
+std::string thread_name(const Block& block, uint16_t who) {
+  int lane = who % 64;
+  return "warp " + std::to_string(who / 64 - block.warps[0]->cluster_index) +
+         (lane == static_cast<int>(kSeveralLanes) ? ", several lanes"
+                                                  : ", lane " + std::to_string(lane));
+}
+
+// Whether what thread `who` did at `clock` comes before what this lane does now.
+bool ordered(Context& c, int lane, uint16_t who, uint32_t clock) {
+  if (clock == 0) return true;
+  int warp = who / 64;
+  if (warp == c.warp.cluster_index && who % 64 == lane) return true;
+  return c.warp.clock[static_cast<size_t>(warp)] > clock;
+}
+
+void address_lanes(Context& c, const Operand& o, uint64_t (&out)[kLanes]) {
+  uint64_t base = o.value;
+  if (o.dynamic_shared) base += c.machine.dynamic_offset;
+  if (o.space == Space::local) base += c.frame.local_base;
+  if (!o.has_base) {
+    for (uint64_t& a : out) a = base;
+    return;
+  }
+  Operand reg;
+  reg.kind = Operand::kRegister;
+  reg.cell = o.cell;
+  reg.slot = o.slot;
+  fetch_cells(c, reg, out);
+  for (uint64_t& a : out) a += base;
+}
+
+Space space_of(uint64_t address) {
+  switch (address / kWindow) {
+    case 0: return Space::global;
+    case 1: return Space::shared;
+    case 2: return Space::local;
+    default: return Space::param;
+  }
+}
+
+uint8_t* local_bytes(Context& c, int lane, uint64_t address, int bytes, Access access) {
+  size_t size = c.warp.local.size() / kLanes;
+  if (address + static_cast<uint64_t>(bytes) > size)
+    fault(c, lane, "out of bounds",
+          "local address " + hex(address) + " of " + std::to_string(size) + " bytes");
+  size_t at = size * static_cast<size_t>(lane) + address;
+  uint8_t* written = c.warp.local_written.data() + at;
+  for (int i = 0; i < bytes; ++i) {
+    if (access == Access::kRead && !written[i])
+      fault(c, lane, "never written", "local address " + hex(address));
+    if (access != Access::kRead) written[i] = 1;
+  }
+  return c.warp.local.data() + at;
+}
+
+uint8_t* parameter_bytes(Context& c, int lane, uint64_t address, int bytes, Access access) {
+  if (address < kFrameParam) {
+    if (access != Access::kRead)
+      fault(c, lane, "out of bounds", "a store to the kernel's parameters");
+    if (address + static_cast<uint64_t>(bytes) > c.machine.parameter_bytes)
+      fault(c, lane, "out of bounds",
+            "parameter address " + hex(address) + " of " +
+                std::to_string(c.machine.parameter_bytes) + " bytes");
+    return const_cast<uint8_t*>(c.machine.parameters) + address;
+  }
+  address -= kFrameParam;
+  uint64_t size = c.frame.function->frame_parameter_bytes;
+  if (address + static_cast<uint64_t>(bytes) > size)
+    fault(c, lane, "out of bounds", "a function's parameter at " + hex(address));
+  return c.frame.parameters.data() + size * static_cast<uint64_t>(lane) + address;
+}
+
+const char* name_of(Space space) {
+  static const char* const names[] = {"generic", "global", "shared", "local", "param", "const"};
+  return names[static_cast<int>(space)];
+}
+
+// The bytes behind each active lane's address, checked. Generic addresses are resolved lane by lane.
+struct Lanes {
+  uint64_t address[kLanes];
+  uint8_t* bytes[kLanes];
+  Space space;  // of the first active lane
+};
+
+uint8_t* resolve(Context& c, int lane, Space space, uint64_t address, int bytes, Access access) {
+  if (address % static_cast<uint64_t>(bytes) != 0)
+    fault(c, lane, "misaligned",
+          std::to_string(bytes) + " bytes at " + name_of(space) + " address " + hex(address));
+  switch (space) {
+    case Space::shared: return shared_bytes(c, lane, static_cast<uint32_t>(address), bytes, access);
+    case Space::local: return local_bytes(c, lane, address, bytes, access);
+    case Space::param: return parameter_bytes(c, lane, address, bytes, access);
+    default: return global_bytes(c, lane, address, bytes, access);
+  }
+}
+
+// 32-byte sectors that a request touches.
+uint64_t sectors(const uint64_t* address, uint32_t active, int bytes) {
+  uint64_t touched[2 * kLanes];
+  size_t n = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(active >> i & 1)) continue;
+    for (uint64_t s = address[i] / 32;
+         s <= (address[i] + static_cast<uint64_t>(bytes) - 1) / 32 && n < 2 * kLanes; ++s)
+      touched[n++] = s;
+  }
+  std::sort(touched, touched + n);
+  return static_cast<uint64_t>(std::unique(touched, touched + n) - touched);
+}
+
+// Cycles beyond the first that a shared-memory request takes: 32 banks of 4 bytes; 8-byte requests run in two
+// halves, 16-byte ones in four quarters.
+uint64_t conflicts(const uint64_t* address, uint32_t active, int bytes) {
+  int parts = std::max(1, bytes / 4), lanes = kLanes / parts;
+  uint64_t extra = 0;
+  for (int part = 0; part < parts; ++part) {
+    uint64_t words[4 * kLanes];
+    size_t n = 0;
+    for (int i = part * lanes; i < (part + 1) * lanes; ++i) {
+      if (!(active >> i & 1)) continue;
+      for (int k = 0; k < parts; ++k) words[n++] = address[i] / 4 + static_cast<uint64_t>(k);
+    }
+    std::sort(words, words + n);
+    n = static_cast<size_t>(std::unique(words, words + n) - words);
+    int load[32] = {}, most = 0;
+    for (size_t i = 0; i < n; ++i) most = std::max(most, ++load[words[i] % 32]);
+    if (most > 1) extra += static_cast<uint64_t>(most - 1);
+  }
+  return extra;
+}
+
+void count(Context& c, Space space, Direction direction, const uint64_t* address, int bytes) {
+  if (space == Space::param) return;
+  Traffic& t = c.machine.current->traffic[static_cast<int>(space)][direction];
+  ++t.requests;
+  t.bytes += static_cast<uint64_t>(__builtin_popcount(c.active) * bytes);
+  if (space == Space::shared) {
+    t.conflicts += conflicts(address, c.active, bytes);
+  } else {
+    t.sectors += sectors(address, c.active, bytes);
+  }
+}
+
+void access(Context& c, const Operand& o, int bytes, Access how, Lanes& out) {
+  address_lanes(c, o, out.address);
+  out.space = c.ins.space;
+  bool first = true;
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(c.active >> i & 1)) continue;
+    Space space = c.ins.space;
+    if (space == Space::generic) {
+      space = space_of(out.address[i]);
+      if (space != Space::global) out.address[i] %= kWindow;
+      if (first) out.space = space;
+    }
+    first = false;
+    out.bytes[i] = resolve(c, i, space, out.address[i], bytes, how);
+  }
+  Direction direction = how == Access::kRead ? kLoad : how == Access::kWrite ? kStore : kAtomic;
+  count(c, out.space, direction, out.address, bytes);
+}
+
+Status load(Context& c) {
+  int bytes = bytes_of(c.ins.type), n = c.ins.vector;
+  Lanes lanes;
+  access(c, c.operand(1), bytes * n, Access::kRead, lanes);
+  const Operand& d = c.operand(0);
+  for (int k = 0; k < n; ++k) {
+    uint64_t value[kLanes] = {};
+    for (int i = 0; i < kLanes; ++i) {
+      if (c.active >> i & 1)
+        std::memcpy(&value[i], lanes.bytes[i] + k * bytes, static_cast<size_t>(bytes));
+    }
+    if (is_signed(c.ins.type) && bytes < 8) {
+      for (uint64_t& v : value)
+        v = static_cast<uint64_t>(static_cast<int64_t>(v << (64 - 8 * bytes)) >> (64 - 8 * bytes));
+    }
+    put(c, n == 1 && d.kind != Operand::kVector ? d : d.elements[static_cast<size_t>(k)], value);
+  }
+  return Status::kNext;
+}
+
+Status store(Context& c) {
+  int bytes = bytes_of(c.ins.type), n = c.ins.vector;
+  Lanes lanes;
+  access(c, c.operand(0), bytes * n, Access::kWrite, lanes);
+  const Operand& s = c.operand(1);
+  for (int k = 0; k < n; ++k) {
+    uint64_t value[kLanes];
+    const Operand& from =
+        n == 1 && s.kind != Operand::kVector ? s : s.elements[static_cast<size_t>(k)];
+    if (from.literal_bits == 64 && bytes == 4) {
+      double literal;
+      std::memcpy(&literal, &from.value, 8);
+      float x = static_cast<float>(literal);
+      for (uint64_t& v : value) std::memcpy(&v, &x, sizeof x);
+    } else {
+      fetch_cells(c, from, value);
+    }
+    for (int i = 0; i < kLanes; ++i) {
+      if (c.active >> i & 1)
+        std::memcpy(lanes.bytes[i] + k * bytes, &value[i], static_cast<size_t>(bytes));
+    }
+  }
+  return Status::kNext;
+}
+
+enum AtomicOp { kAdd, kMin, kMax, kInc, kDec, kAnd, kOr, kXor, kExch, kCas };
+const char* const kAtomicNames[] = {"add", "min", "max", "inc",  "dec",
+                                    "and", "or",  "xor", "exch", "cas"};
+
+float half_to_float(Type t, uint16_t h) {
+  if (t == Type::bf16 || t == Type::bf16x2) {
+    uint32_t bits = static_cast<uint32_t>(h) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  _Float16 x;
+  std::memcpy(&x, &h, 2);
+  return static_cast<float>(x);
+}
+
+// Sums of two 16-bit floats are exact in fp64, so they are rounded once.
+uint16_t half_sum(Type t, uint16_t a, uint16_t b) {
+  if (t == Type::bf16 || t == Type::bf16x2) {
+    float x = half_to_float(t, a), y = half_to_float(t, b), s = x + y;
+    if (s != s) return 0x7FFF;
+    // Round to odd in fp32 before bf16's own rounding.
+    double exact = static_cast<double>(x) + static_cast<double>(y);
+    uint32_t bits;
+    std::memcpy(&bits, &s, 4);
+    if (static_cast<double>(s) != exact && !(bits & 1)) bits += (exact > s) == (s > 0) ? 1 : -1;
+    return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  }
+  _Float16 s = static_cast<_Float16>(half_to_float(t, a) + half_to_float(t, b));
+  uint16_t h;
+  std::memcpy(&h, &s, 2);
+  return s != s ? 0x7FFF : h;
+}
+
+template <class T>
+T integer_atomic(int op, T old, T b, T e) {
+  using U = std::make_unsigned_t<T>;
+  switch (op) {
+    case kAdd: return static_cast<T>(static_cast<U>(old) + static_cast<U>(b));
+    case kMin: return std::min(old, b);
+    case kMax: return std::max(old, b);
+    case kInc: return old >= b ? T(0) : static_cast<T>(old + 1);
+    case kDec: return old == 0 || old > b ? b : static_cast<T>(old - 1);
+    case kAnd: return old & b;
+    case kOr: return old | b;
+    case kXor: return old ^ b;
+    case kExch: return b;
+    default: return old == b ? e : old;
+  }
+}
+
+uint64_t atomic_result(Type t, int op, uint64_t old, uint64_t b, uint64_t e) {
+  auto f32 = [](uint64_t x) {
+    float y;
+    std::memcpy(&y, &x, 4);
+    return y;
+  };
+  auto f64 = [](uint64_t x) {
+    double y;
+    std::memcpy(&y, &x, 8);
+    return y;
+  };
+  switch (t) {
+    case Type::f32: {
+      float s = f32(old) + f32(b);
+      uint32_t bits;
+      std::memcpy(&bits, &s, 4);
+      return s != s ? 0x7FFFFFFFu : bits;
+    }
+    case Type::f64: {
+      double s = f64(old) + f64(b);
+      uint64_t bits;
+      std::memcpy(&bits, &s, 8);
+      return bits;
+    }
+    case Type::f16:
+    case Type::bf16: return half_sum(t, static_cast<uint16_t>(old), static_cast<uint16_t>(b));
+    case Type::f16x2:
+    case Type::bf16x2:
+      return half_sum(t, static_cast<uint16_t>(old), static_cast<uint16_t>(b)) |
+             static_cast<uint64_t>(
+                 half_sum(t, static_cast<uint16_t>(old >> 16), static_cast<uint16_t>(b >> 16)))
+                 << 16;
+    case Type::b16:
+    case Type::u16:
+      return integer_atomic(op, static_cast<uint16_t>(old), static_cast<uint16_t>(b),
+                            static_cast<uint16_t>(e));
+    case Type::s32:
+      return static_cast<uint32_t>(integer_atomic(
+          op, static_cast<int32_t>(old), static_cast<int32_t>(b), static_cast<int32_t>(e)));
+    case Type::s64:
+      return static_cast<uint64_t>(integer_atomic(
+          op, static_cast<int64_t>(old), static_cast<int64_t>(b), static_cast<int64_t>(e)));
+    case Type::b64:
+    case Type::u64: return integer_atomic(op, old, b, e);
+    default:
+      return integer_atomic(op, static_cast<uint32_t>(old), static_cast<uint32_t>(b),
+                            static_cast<uint32_t>(e));
+  }
+}
+
+// atom d, [a], b{, c} and red [a], b. Which lane comes first is not defined, so the seed says.
+Status atomic(Context& c) {
+  bool returns = c.ins.words[0] == "atom";
+  size_t at = returns ? 1 : 0;
+  int bytes = bytes_of(c.ins.type);
+  Lanes lanes;
+  access(c, c.operand(at), bytes, Access::kAtomic, lanes);
+  uint64_t b[kLanes], e[kLanes] = {}, old[kLanes] = {};
+  fetch_cells(c, c.operand(at + 1), b);
+  if (c.ins.mode == kCas) fetch_cells(c, c.operand(at + 2), e);
+  int first = static_cast<int>(c.machine.random() % kLanes);
+  for (int k = 0; k < kLanes; ++k) {
+    int i = (first + k) % kLanes;
+    if (!(c.active >> i & 1)) continue;
+    std::memcpy(&old[i], lanes.bytes[i], static_cast<size_t>(bytes));
+    uint64_t next = atomic_result(c.ins.type, c.ins.mode, old[i], b[i], e[i]);
+    std::memcpy(lanes.bytes[i], &next, static_cast<size_t>(bytes));
+  }
+  if (returns) put(c, c.operand(0), old);
+  return Status::kNext;
+}
+
+// ---- cp.async -----------------------------------------------------------------------------------------------
+
+void mark_unwritten(Context& c, int lane, uint32_t address, int bytes) {
+  Block& owner = shared_owner(c, lane, address);
+  for (int i = 0; i < bytes; ++i) owner.shadow[address + static_cast<uint32_t>(i)].written = false;
+}
+
+// The copy may happen at any time up to its wait: the seed decides whether the source is read now or then. Until then
+// the destination counts as never written.
+Status async_copy(Context& c) {
+  int bytes = static_cast<int>(c.operand(2).value);
+  uint64_t source_bytes[kLanes];
+  for (uint64_t& n : source_bytes) n = static_cast<uint64_t>(bytes);
+  if (c.ins.operands.size() > 3 && c.operand(3).kind != Operand::kPredicate)
+    fetch_cells(c, c.operand(3), source_bytes);
+  uint64_t to[kLanes], from[kLanes];
+  address_lanes(c, c.operand(0), to);
+  address_lanes(c, c.operand(1), from);
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(c.active >> i & 1)) continue;
+    AsyncCopy copy = {static_cast<uint32_t>(to[i]),          from[i], static_cast<uint8_t>(bytes),
+                      static_cast<uint8_t>(source_bytes[i]), false,   {}};
+    if (from[i] % static_cast<uint64_t>(bytes) != 0 || to[i] % static_cast<uint64_t>(bytes) != 0)
+      fault(c, i, "misaligned",
+            std::to_string(bytes) + " bytes from global address " + hex(from[i]) +
+                " to shared address " + hex(to[i]));
+    const uint8_t* source = copy.source_bytes > 0
+                                ? global_bytes(c, i, from[i], copy.source_bytes, Access::kRead)
+                                : nullptr;
+    shared_bytes(c, i, copy.destination, bytes, Access::kWrite);
+    mark_unwritten(c, i, copy.destination, bytes);
+    if (c.machine.random() & 1 && source != nullptr) {
+      copy.captured = true;
+      std::memcpy(copy.data.data(), source, copy.source_bytes);
+    }
+    c.warp.async[static_cast<size_t>(i)].open.push_back(copy);
+  }
+  count(c, Space::global, kLoad, from, bytes);
+  count(c, Space::shared, kStore, to, bytes);
+  return Status::kNext;
+}
+
+Status async_commit(Context& c) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(c.active >> i & 1)) continue;
+    AsyncGroups& groups = c.warp.async[static_cast<size_t>(i)];
+    groups.committed.push_back(std::move(groups.open));
+    groups.open.clear();
+  }
+  return Status::kNext;
+}
+
+Status async_wait(Context& c) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(c.active >> i & 1)) continue;
+    if (c.ins.words[2] == "wait_all") {
+      AsyncGroups& groups = c.warp.async[static_cast<size_t>(i)];
+      groups.committed.push_back(std::move(groups.open));
+      groups.open.clear();
+      finish_async(c, i, 0);
+    } else {
+      finish_async(c, i, c.operand(0).value);
+    }
+  }
+  return Status::kNext;
+}
+
+// ---- Addresses ------------------------------------------------------------------------------------------------
+
+uint64_t window(Space space) {
+  return space == Space::shared  ? kSharedWindow
+         : space == Space::local ? kLocalWindow
+         : space == Space::param ? kParamWindow
+                                 : 0;
+}
+
+Status convert_address(Context& c) {
+  uint64_t a[kLanes];
+  fetch_cells(c, c.operand(1), a);
+  bool to = c.ins.words[1] == "to";
+  for (uint64_t& x : a)
+    x = to ? (c.ins.space == Space::global ? x : x % kWindow) : x + window(c.ins.space);
+  put(c, c.operand(0), a);
+  return Status::kNext;
+}
+
+Status is_space(Context& c) {
+  uint64_t a[kLanes];
+  fetch_cells(c, c.operand(1), a);
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i)
+    bits |= static_cast<uint32_t>(space_of(a[i]) == c.ins.space) << i;
+  put_predicate(c, c.operand(0), bits);
+  return Status::kNext;
+}
+
+// The same place in the shared memory of another block of the cluster.
+Status map_rank(Context& c) {
+  uint64_t a[kLanes];
+  uint32_t rank[kLanes];
+  fetch_cells(c, c.operand(1), a);
+  fetch(c, c.operand(2), rank);
+  constexpr uint64_t kPlace = (uint64_t{1} << kRankShift) - 1;
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(c.active >> i & 1)) continue;
+    if (rank[i] >= c.block.cluster->blocks.size())
+      fault(c, i, "out of bounds",
+            "block " + std::to_string(rank[i]) + " of a cluster of " +
+                std::to_string(c.block.cluster->blocks.size()));
+    a[i] = (a[i] & kWindow) | (a[i] & kPlace) | (uint64_t{rank[i]} + 1) << kRankShift;
+  }
+  put(c, c.operand(0), a);
+  return Status::kNext;
+}
+
+Status rank_of(Context& c) {
+  uint64_t a[kLanes];
+  uint32_t rank[kLanes];
+  fetch_cells(c, c.operand(1), a);
+  for (int i = 0; i < kLanes; ++i) {
+    uint32_t high = static_cast<uint32_t>(a[i] % kWindow >> kRankShift);
+    rank[i] = high == 0 ? static_cast<uint32_t>(c.block.rank) : high - 1;
+  }
+  put(c, c.operand(0), rank);
+  return Status::kNext;
+}
+
+Status nothing(Context&) { return Status::kNext; }
+
+Status no_policy(Context& c) {
+  uint64_t zero[kLanes] = {};
+  put(c, c.operand(0), zero);
+  return Status::kNext;
+}
+
+}  // namespace
+
+Allocation* Machine::find(uint64_t address, uint64_t& base) {
+  if (last_ == nullptr || address < last_->first || address >= last_->first + last_->second.size) {
+    auto after = memory.upper_bound(address);
+    if (after == memory.begin()) return nullptr;
+    last_ = &*std::prev(after);
+  }
+  base = last_->first;
+  return &last_->second;
+}
+
+uint8_t* global_bytes(Context& c, int lane, uint64_t address, int bytes, Access access) {
+  uint64_t base = 0;
+  Allocation* a = c.machine.find(address, base);
+  if (a == nullptr || address + static_cast<uint64_t>(bytes) > base + a->size) {
+    std::string where = "global address " + hex(address);
+    if (a != nullptr)
+      where += ", " +
+               std::to_string(
+                   static_cast<int64_t>(address + static_cast<uint64_t>(bytes) - base - a->size)) +
+               " bytes past the end of " + a->name + " (" + std::to_string(a->size) + " bytes)";
+    auto next = c.machine.memory.upper_bound(address);
+    if (next != c.machine.memory.end() && next->first - address < 4096)
+      where += ", " + std::to_string(next->first - address) + " bytes before " + next->second.name;
+    fault(c, lane, "out of bounds", where);
+  }
+  if (a->tracked) {
+    uint8_t* written = a->written.data() + (address - base);
+    for (int i = 0; i < bytes; ++i) {
+      if (access != Access::kWrite && !written[i])
+        fault(c, lane, "never written",
+              "global address " + hex(address) + ", byte " + std::to_string(address - base) +
+                  " of " + a->name);
+      if (access != Access::kRead) written[i] = 1;
+    }
+  }
+  return reinterpret_cast<uint8_t*>(address);
+}
+
+Block& shared_owner(Context& c, int lane, uint32_t& address) {
+  uint32_t high = address >> kRankShift;
+  if (high == 0) return c.block;
+  address &= (1u << kRankShift) - 1;
+  auto& blocks = c.block.cluster->blocks;
+  if (high - 1 >= blocks.size())
+    fault(c, lane, "out of bounds",
+          "shared address of block " + std::to_string(high - 1) + " of the cluster");
+  Block& owner = *blocks[high - 1];
+  if (&owner != &c.block) {
+    if (owner.live_warps == 0)
+      fault(c, lane, "out of bounds", "shared memory of a block of the cluster that has ended");
+    if (c.block.cluster->phase == 0)
+      fault(c, lane, "shared-memory race",
+            "shared memory of another block before a first barrier.cluster, so it may not have "
+            "begun");
+  }
+  return owner;
+}
+
+uint8_t* shared_bytes(Context& c, int lane, uint32_t address, int bytes, Access access) {
+  uint32_t given = address;
+  Block& owner = shared_owner(c, lane, address);
+  if (address + static_cast<uint32_t>(bytes) > owner.shared.size())
+    fault(c, lane, "out of bounds",
+          "shared address " + hex(given) + " of " + std::to_string(owner.shared.size()) + " bytes");
+  uint16_t me = static_cast<uint16_t>(c.warp.cluster_index * 64 + lane);
+  uint32_t now = c.warp.clock[static_cast<size_t>(c.warp.cluster_index)];
+  for (int i = 0; i < bytes; ++i) {
+    SharedByte& s = owner.shadow[address + static_cast<uint32_t>(i)];
+    auto race = [&](const char* what, uint16_t who) {
+      fault(c, lane, "shared-memory race",
+            std::string(what) + " at shared address " + hex(given) + " by " +
+                thread_name(*c.block.cluster->blocks[0], who) + ", without a barrier between");
+    };
+    if (access == Access::kRead) {
+      if (!s.written) fault(c, lane, "never written", "shared address " + hex(given));
+      if (!ordered(c, lane, s.writer, s.write_clock)) race("a read after a write", s.writer);
+      if (s.read_clock != 0 && s.reader / 64 == c.warp.cluster_index) {
+        s.reader = s.reader == me || s.read_clock != now
+                       ? me
+                       : static_cast<uint16_t>(me / 64 * 64 + kSeveralLanes);
+      } else {
+        s.other = s.reader;
+        s.other_clock = s.read_clock;
+        s.reader = me;
+      }
+      s.read_clock = now;
+      continue;
+    }
+    if (!(access == Access::kAtomic && s.atomic) && !ordered(c, lane, s.writer, s.write_clock))
+      race("a write after a write", s.writer);
+    if (!ordered(c, lane, s.reader, s.read_clock)) race("a write after a read", s.reader);
+    if (!ordered(c, lane, s.other, s.other_clock)) race("a write after a read", s.other);
+    if (access == Access::kAtomic && !s.written)
+      fault(c, lane, "never written", "shared address " + hex(given));
+    s.writer = me;
+    s.write_clock = now;
+    s.written = true;
+    s.atomic = access == Access::kAtomic;
+  }
+  return owner.shared.data() + address;
+}
+
+void finish_async(Context& c, int lane, size_t keep) {
+  AsyncGroups& groups = c.warp.async[static_cast<size_t>(lane)];
+  while (groups.committed.size() > keep) {
+    for (AsyncCopy& copy : groups.committed.front()) {
+      if (!copy.captured && copy.source_bytes > 0)
+        std::memcpy(copy.data.data(),
+                    global_bytes(c, lane, copy.source, copy.source_bytes, Access::kRead),
+                    copy.source_bytes);
+      std::memcpy(shared_bytes(c, lane, copy.destination, copy.bytes, Access::kWrite),
+                  copy.data.data(), copy.bytes);
+    }
+    groups.committed.erase(groups.committed.begin());
+  }
+}
+
+Handler memory_handler(Instruction& ins) {
+  const std::string& name = ins.words[0];
+  ins.kind = Class::memory;
+  if (name == "ld" || name == "ldu") {
+    if (ins.space == Space::param)
+      ins.kind = Class::move;  // the constant bank: an operand on the machine
+    return load;
+  }
+  if (name == "st" && ins.words[1] != "async" && ins.words[1] != "bulk") {
+    if (ins.space == Space::param) ins.kind = Class::move;
+    return store;
+  }
+  if ((name == "atom" || name == "red") && ins.words[1] != "async") {
+    ins.mode = -1;
+    for (int k = kAdd; k <= kCas; ++k) {
+      for (const std::string& w : ins.words) {
+        if (w == kAtomicNames[k]) ins.mode = k;
+      }
+    }
+    bool known = ins.mode >= 0 && ins.vector == 1 &&
+                 (!is_float(ins.type) || ins.mode == kAdd || ins.mode == kExch || ins.mode == kCas);
+    if (known && is_float(ins.type) && ins.mode != kAdd)
+      ins.type = bytes_of(ins.type) == 8 ? Type::b64 : Type::b32;
+    return known ? atomic : nullptr;
+  }
+  if (name == "cp" && ins.words.size() > 2 && ins.words[1] == "async") {
+    const std::string& what = ins.words[2];
+    if (what == "ca" || what == "cg") return async_copy;
+    if (what == "commit_group") return async_commit;
+    if (what == "wait_group" || what == "wait_all") return async_wait;
+    return nullptr;
+  }
+  if (name == "prefetch" || name == "prefetchu" || name == "applypriority" || name == "discard")
+    return nothing;
+  ins.kind = Class::integer;
+  if (name == "cvta") {
+    ins.kind = Class::move;
+    return convert_address;
+  }
+  if (name == "isspacep") return is_space;
+  if (name == "mapa") return map_rank;
+  if (name == "getctarank") return rank_of;
+  if (name == "createpolicy") return no_policy;
+  return nullptr;
+}
+
+}  // namespace ptx
