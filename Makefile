@@ -1,7 +1,9 @@
 # make reproduce   build everything and run both experiments; needs Python >= 3.11 and a C++ compiler
 # make test        build and run the tests
 # make lint        check the style of Python and C++; make format puts it right
-# make bench       build and run the benchmarks; gpu-test and gpu-bench the CUDA ones
+# make bench       build and run the benchmarks
+# make gpu-test    the tests that need a GPU; SANITIZE=1 runs them under each tool of compute-sanitizer
+# make gpu-bench   the benchmarks on a GPU, into bench/results; ARGS="--only noise" and others: ARGS=--help
 #
 # PYTHON=python3.12   which Python makes .venv          TORCH=2.11.0 TORCHVISION=0.26.0   other versions
 # KDKERNELS_CUDA, TORCH_CUDA_ARCH_LIST and MAX_JOBS are explained in setup.py.
@@ -16,9 +18,23 @@ CXX_FILES := $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o 
 SOURCES := setup.py pyproject.toml $(CXX_FILES)
 TOOLS := .venv/tools-torch-$(TORCH)
 # Another setting of these is another build.
-BUILT := .venv/built-$(TORCH)-$(or $(KDKERNELS_CUDA),auto)-$(or $(subst ;,_,$(TORCH_CUDA_ARCH_LIST)),default)
+ARCHS := $(or $(subst $() ,_,$(subst ;,_,$(TORCH_CUDA_ARCH_LIST))),default)
+BUILT := .venv/built-$(TORCH)-$(or $(KDKERNELS_CUDA),auto)-$(ARCHS)
 
-.PHONY: setup reproduce test lint format bench gpu-test gpu-bench gpu clean
+# Where $(PYTHON) has a torch with CUDA, gpu-test and gpu-bench use it as it is and build in place,
+# without pip or a network; else they use .venv.
+ifneq ($(filter gpu gpu-%,$(MAKECMDGOALS)),)
+HOST := $(shell $(PYTHON) -c "import sys, torch; torch.version.cuda and \
+  print(torch.__version__, sys.implementation.cache_tag, sep='-')" 2>/dev/null)
+endif
+GPU_PYTHON := $(if $(HOST),$(PYTHON),$(BIN)/python)
+IN_PLACE := build/in-place-$(HOST)-$(or $(KDKERNELS_CUDA),1)-$(ARCHS)
+GPU_TESTS = $(shell grep -l "mark\.gpu" tests/test_*.py)
+SITE_PACKAGES = $(shell $(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(addsuffix \
+  /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-* $(SITE_PACKAGES)/nvidia/*)))
+
+.PHONY: setup reproduce test lint format bench gpu-test gpu-bench gpu gpu-seen clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -33,16 +49,47 @@ bench: setup
 	@$(BIN)/python -m pytest bench --benchmark-only
 
 gpu-test: gpu
-	@$(BIN)/python -m pytest -m gpu
+	@$(GPU_PYTHON) -c "$$NEEDS" pytest hypothesis numpy scipy
+ifeq ($(filter-out 0,$(SANITIZE)),)
+	@$(GPU_PYTHON) -m pytest -m gpu $(GPU_TESTS)
+else
+	@test -n "$(SANITIZER)" || { echo "kdkernels: no compute-sanitizer on PATH, in CUDA_HOME or in" \
+	  "/usr/local/cuda*: install NVIDIA's CUDA toolkit, or run" \
+	  "\`$(GPU_PYTHON) -m pip install nvidia-cuda-sanitizer-api\`."; exit 1; }
+	@# An allocation a tensor, so that what lies beyond a tensor is out of bounds. The tool may end well
+	@# though the tests crashed: then there is no report.
+	@for tool in memcheck racecheck synccheck initcheck; do \
+	  echo "compute-sanitizer --tool $$tool"; rm -f build/$$tool.xml; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 9 \
+	    --target-processes application-only --report-api-errors no --kernel-name kns=kdkernels \
+	    $(GPU_PYTHON) -m pytest -m gpu --junitxml=build/$$tool.xml $(GPU_TESTS) && \
+	  test -s build/$$tool.xml || { echo "kdkernels: $$tool found errors, or the tests failed."; exit 1; }; \
+	done
+endif
 
 gpu-bench: gpu
-	@$(BIN)/python -m pytest bench -m gpu --benchmark-only
+	@$(GPU_PYTHON) -m bench.gpu $(ARGS)
 
-gpu: setup
-	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else \
-	  'kdkernels: torch sees no CUDA GPU here; run this on a machine with one (\`nvidia-smi\` lists them).')"
-	@$(BIN)/python -c "import kdkernels._C as C; raise SystemExit(None if C.build_info()['cuda'] else \
+gpu: gpu-seen $(if $(HOST),$(IN_PLACE),$(BUILT))
+	@$(GPU_PYTHON) -c "import kdkernels._C as C; raise SystemExit(None if C.build_info()['cuda'] else \
 	  'kdkernels: this build is for the CPU only; run \`make clean\`, then \`KDKERNELS_CUDA=1 make setup\`.')"
+
+gpu-seen: $(if $(HOST),,$(TOOLS))
+	@$(GPU_PYTHON) -c "import torch; raise SystemExit(None if torch.cuda.is_available() else \
+	  'kdkernels: torch sees no CUDA GPU here; run this on a machine with one (\`nvidia-smi\` lists them).')"
+
+$(IN_PLACE): $(SOURCES) | gpu-seen
+	@echo "building kdkernels for the torch of $(PYTHON) (some minutes, and then only what changed)"
+	@KDKERNELS_CUDA=$(or $(KDKERNELS_CUDA),1) $(PYTHON) setup.py -q build_ext --inplace --force
+	@rm -f .venv/built-* build/in-place-* && touch $@
+
+define NEEDS
+import importlib.util, sys
+missing = ' '.join(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None)
+if missing:
+    raise SystemExit(f'kdkernels: the tests need {missing}: run `{sys.executable} -m pip install {missing}`.')
+endef
+export NEEDS
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .
@@ -79,4 +126,4 @@ $(BUILT): $(TOOLS) $(SOURCES)
 	@echo "building kdkernels (a minute or two, and then only what changed)"
 	@$(PIP) -q install --no-build-isolation --no-deps -e .
 	@$(BIN)/python -m kdkernels info
-	@rm -f .venv/built-* && touch $@
+	@rm -f .venv/built-* build/in-place-* && touch $@
