@@ -1,5 +1,7 @@
 """What the ops' tests share: hypothesis settings, ISA levels, threads, and the GPU's tests."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -26,6 +28,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def cached_memory():
+    """Skips where PyTorch asks CUDA for every tensor, as under compute-sanitizer."""
+    if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
+        pytest.skip("a graph, and gigabytes, need PyTorch's own allocator")
 
 
 @pytest.fixture

@@ -888,6 +888,51 @@ def test_cuda_devices_must_agree():
         distillation_loss(Z.cuda(), T.cuda(), Y)
 
 
+@pytest.mark.gpu
+def test_cuda_in_a_graph(cached_memory):
+    """Capture allows no launch on another stream and no wait for the device."""
+    z, t = (v.cuda() for v in pair(6, 700))
+    z.requires_grad_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        loss_and_gradient(distillation_loss, z, t)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = distillation_loss(z, t)
+        (gradient,) = torch.autograd.grad(loss, z)
+    for seed in (7, 8):
+        with torch.no_grad():
+            z.copy_(logits(6, 700, seed=seed))
+        graph.replay()
+        want_loss, want_gradient = loss_and_gradient(distillation_loss, z, t)
+        assert torch.equal(loss, want_loss) and torch.equal(gradient, want_gradient)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_cuda_on_another_device_than_the_current_one():
+    z, t = pair(3, 900)
+    want = loss_and_gradient(distillation_loss, z, t)
+    got = loss_and_gradient(distillation_loss, z.to("cuda:1"), t.to("cuda:1"))
+    assert all(value.device.index == 1 for value in got)
+    for value, right in zip(got, want, strict=True):
+        torch.testing.assert_close(value.cpu(), right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_cuda_beyond_2_to_the_31_elements(cached_memory):
+    rows, classes = 2**15 + 3, 2**16
+    if torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip("needs 20 GB of GPU memory")
+    z, t = (torch.randn(rows, classes, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    ones = torch.ones(rows, device="cuda")
+    loss, gradient = loss_and_gradient(distillation_loss, z, t, None, ones, reduction="none")
+    last = loss_and_gradient(distillation_loss, z[-3:], t[-3:], None, ones[-3:], reduction="none")
+    assert torch.equal(loss[-3:], last[0]) and torch.equal(gradient[-3:], last[1])
+
+
 def test_inplace_refuses_a_teacher_that_overlaps_by_other_rows():
     leaf = torch.randn(6, 10, requires_grad=True)
     hidden = leaf * 1

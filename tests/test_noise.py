@@ -598,9 +598,10 @@ def test_cuda_gradients():
 
 
 @pytest.mark.gpu
-def test_cuda_graph_advances_with_its_step_tensor():
+def test_cuda_graph_advances_with_its_step_tensor(cached_memory):
     x, step = torch.zeros(5000, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         randn_like(x, seed=1, step=step)
     torch.cuda.current_stream().wait_stream(side)
@@ -611,6 +612,23 @@ def test_cuda_graph_advances_with_its_step_tensor():
     for k in range(3):
         graph.replay()
         assert same(out.cpu(), normals(5000, seed=1, step=k))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_cuda_on_another_device_than_the_current_one():
+    x = randn_like(torch.empty(5000, device="cuda:1"), seed=3)
+    assert x.device.index == 1 and same(x.cpu(), normals(5000, seed=3))
+
+
+@pytest.mark.gpu
+def test_cuda_beyond_2_to_the_31_elements(cached_memory):
+    n = 2**31 + 5
+    if torch.cuda.mem_get_info()[0] < 12e9:
+        pytest.skip("needs 12 GB of GPU memory")
+    x = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+    add_noise_(x, 1.0, seed=3)
+    assert same(x[-9:].cpu(), normals(9, torch.bfloat16, seed=3, offset=n - 9))
 
 
 def test_tensors_that_share_memory_are_refused():
