@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,6 +39,62 @@ def test_a_wrong_peer_is_noted_and_ours_stops():
     assert case.missing == {"broken": "IndexError: list index out of range"}
     with pytest.raises(SystemExit, match="kdkernels is off by nan"):
         case.add(gpu.OURS, print, lambda: float("nan"), 0.2)
+
+
+def test_only_the_call_is_timed_on_the_device(monkeypatch):
+    """A device that is a clock: what runs on it moves it on, events read it."""
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+        def synchronize(self):
+            pass
+
+    class Buffer:
+        def zero_(self):
+            now[0] += 50e-6
+
+        sum = zero_
+
+    def sleep(cycles):
+        now[0] += cycles / 1.5e9
+
+    def call():
+        now[0] += 7e-6
+
+    facts = SimpleNamespace(
+        name="GPU", L2_cache_size=50 << 20, memory_clock_rate=2619000, memory_bus_width=5120
+    )
+    cuda = SimpleNamespace(
+        get_device_properties=lambda device: facts,
+        current_device=lambda: 0,
+        synchronize=lambda: None,
+        Event=Event,
+        _sleep=sleep,
+    )
+    sizes = []
+    zeros = lambda size, **kind: sizes.append((size, kind)) or Buffer()  # noqa: E731
+    names = {"cuda": cuda, "zeros": zeros, "uint8": 1, "int32": 4}
+    monkeypatch.setattr(gpu, "torch", SimpleNamespace(**names))
+    clock = gpu.CudaClock()
+    assert [size * kind["dtype"] for size, kind in sizes] == [100 << 20, 100 << 20]
+    assert clock.cycles_per_second == pytest.approx(1.5e9)
+    assert clock.nominal_bandwidth() == pytest.approx(3.352e12, rel=1e-3)  # an H100's
+    for mode, before in (("cold", 100e-6), ("warm", 7e-6)):
+        sample = clock.sampler(call, mode)
+        start = now[0]
+        assert sample() == pytest.approx(7e-6)
+        assert now[0] - start > before + 7e-6 + 20e-6  # the other data or call, and the sleep
+    facts.memory_clock_rate = 0
+    assert clock.nominal_bandwidth() is None
 
 
 def test_a_run_on_the_cpu(tmp_path, capsys):
