@@ -197,7 +197,9 @@ class Library:
         """The pybind11 module that the library defines under its name."""
         loader = importlib.machinery.ExtensionFileLoader(self.name, str(self.path))
         spec = importlib.util.spec_from_file_location(self.name, self.path, loader=loader)
-        return importlib.util.module_from_spec(spec)
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        return module
 
     def run(self, arch=None, seed=0, **options):
         """A fresh device, as a context manager; see Run."""
@@ -207,9 +209,9 @@ class Library:
 class Run:
     """A device with its memory.
 
-    arch: what the device says it is, which may be more than the PTX's own; seed: the order of blocks
-    and warps, and everything else that a device may choose. shuffle=False: blocks start in ascending
-    order. resident: blocks or clusters that run at the same time. perturb=False: approximate
+    arch: what the device says it is, which may be more than the PTX's own; seed: the order of
+    blocks and warps, and all else that a device may choose. shuffle=False: blocks start in
+    ascending order. resident: blocks or clusters that run at the same time. perturb=False: approximate
     functions are correctly rounded instead of as wrong as documented.
     """
 

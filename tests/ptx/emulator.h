@@ -112,6 +112,12 @@ enum class Class : uint8_t {
   count
 };
 
+using Place = std::array<uint32_t, 3>;  // file, line, column
+struct Site {
+  Place place;
+  int caller;  // the site that the function was inlined into, or -1
+};
+
 struct Instruction {
   Handler run = nullptr;
   std::vector<std::string> words;  // opcode and modifiers
@@ -127,7 +133,7 @@ struct Instruction {
   uint8_t vector = 1;
   int compare = 0, combine = 0, mode = 0;
   Class kind = Class::integer;
-  uint32_t file = 0, line = 0;
+  int site = -1;  // in the source
   std::string text;
 };
 
@@ -168,6 +174,7 @@ struct Module {
   std::map<std::string, std::vector<uint64_t>> globals;  // storage, 8-byte cells
   std::map<std::string, uint64_t> global_sizes;
   std::map<uint32_t, std::string> files;
+  std::vector<Site> sites;
   uint64_t shared_bytes = 0;  // of variables outside functions
   uint64_t dynamic_align = 16;
 };

@@ -31,11 +31,18 @@ std::string demangled(const std::string& name) {
   return out;
 }
 
+// file.cu:12, and for an inlined function the places that it was called from.
 std::string place(const Machine& m, const Instruction& ins) {
-  auto file = m.module->files.find(ins.file);
-  if (file == m.module->files.end()) return "no line";
-  std::string path = file->second;
-  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(ins.line);
+  std::string out;
+  for (int site = ins.site; site >= 0; site = m.module->sites[static_cast<size_t>(site)].caller) {
+    const Place& p = m.module->sites[static_cast<size_t>(site)].place;
+    auto file = m.module->files.find(p[0]);
+    if (file == m.module->files.end()) break;
+    std::string path = file->second;
+    out +=
+        (out.empty() ? "" : " in ") + path.substr(path.rfind('/') + 1) + ":" + std::to_string(p[1]);
+  }
+  return out.empty() ? "no line" : out;
 }
 
 }  // namespace

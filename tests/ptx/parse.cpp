@@ -221,11 +221,28 @@ class Parser {
     }
   }
 
+  // .loc file line column {, function_name symbol, inlined_at file line column}
   void location() {
     int line = tokens_[here_ - 1].line;
-    file_ = static_cast<uint32_t>(integer());
-    line_ = static_cast<uint32_t>(integer());
-    while (!at("") && peek().line == line) ++here_;
+    auto place = [&] {
+      Place p;
+      for (uint32_t& number : p) number = static_cast<uint32_t>(integer());
+      return p;
+    };
+    Site site = {place(), -1};
+    while (!at("") && peek().line == line) {
+      if (take() != "inlined_at") continue;
+      // The call's own place was given by an earlier .loc if it is inlined itself.
+      Place caller = place();
+      auto known = latest_.find(caller);
+      if (known == latest_.end()) {
+        module_->sites.push_back({caller, -1});
+        known = latest_.emplace(caller, static_cast<int>(module_->sites.size()) - 1).first;
+      }
+      site.caller = known->second;
+    }
+    module_->sites.push_back(site);
+    site_ = latest_[site.place] = static_cast<int>(module_->sites.size()) - 1;
   }
 
   // What follows .global, .shared, .local, .param or .reg: alignment, type, name, extent, values.
@@ -388,8 +405,7 @@ class Parser {
       Instruction end;
       end.words = {entry ? "exit" : "ret"};
       end.text = end.words[0];
-      end.file = file_;
-      end.line = line_;
+      end.site = site_;
       decode(end);
       module_->code.push_back(end);
       resolve();
@@ -659,8 +675,7 @@ class Parser {
       ins.words.push_back(opcode.substr(i, dot - i));
       i = dot + 1;
     }
-    ins.file = file_;
-    ins.line = line_;
+    ins.site = site_;
     uint32_t pc = static_cast<uint32_t>(module_->code.size());
     if (ins.words[0] == "call") {
       call(ins, pc);
@@ -747,7 +762,8 @@ class Parser {
   int scope_ = 0;
   Function* function_ = nullptr;
   bool external_ = false, kernel_seen_ = false;
-  uint32_t file_ = 0, line_ = 0;
+  int site_ = -1;
+  std::map<Place, int> latest_;
   std::vector<Fixup> fixups_;
   std::vector<std::pair<uint32_t, size_t>> calls_;
   std::map<std::string, std::vector<std::string>> targets_;

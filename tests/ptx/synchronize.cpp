@@ -302,9 +302,7 @@ Status block_barrier(Context& c) {
           "barrier " + std::to_string(id[lane]) +
               " is used with other numbers of threads at the same time");
   if (b.warps > 0 && threads[lane] == 0 && b.pc != s.pc)
-    fault(c, lane, "divergent barrier",
-          "warps of the block stand at different barriers: others wait at line " +
-              std::to_string(c.machine.module->code[b.pc].line));
+    fault(c, lane, "divergent barrier", "warps of the block stand at different barriers");
   b.expected = threads[lane];
   b.pc = s.pc;
   ++b.warps;

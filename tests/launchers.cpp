@@ -1,0 +1,123 @@
+// The CUDA launchers as Python functions on addresses, for the emulator and for a GPU.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cuda/kernels.h"
+#include "cuda/plan.h"
+
+namespace py = pybind11;
+using namespace kdkernels;
+
+namespace {
+
+// A struct with its fields: numbers as they are, pointers as addresses.
+template <class Struct>
+struct Fields : py::class_<Struct> {
+  Fields(py::module_& m, const char* name) : py::class_<Struct>(m, name) {
+    this->def(py::init([] { return Struct{}; }));
+  }
+  template <class Value>
+  Fields& field(const char* name, Value Struct::* member) {
+    if constexpr (std::is_pointer_v<Value>) {
+      this->def_property(name, [member](const Struct& s) {
+        return reinterpret_cast<uintptr_t>(s.*member);
+      }, [member](Struct& s, uintptr_t address) { s.*member = reinterpret_cast<Value>(address); });
+    } else {
+      this->def_readwrite(name, member);
+    }
+    return *this;
+  }
+};
+#define FIELD(name) .field(#name, &Struct::name)
+
+void check(cudaError_t code) {
+  if (code != cudaSuccess) throw std::runtime_error(cudaGetErrorString(code));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(launchers, m) {
+  py::enum_<Dtype>(m, "Dtype")
+      .value("float32", Dtype::kFloat32)
+      .value("float64", Dtype::kFloat64)
+      .value("bfloat16", Dtype::kBFloat16)
+      .value("float16", Dtype::kFloat16);
+  {
+    using Struct = DistillationParams;
+    // clang-format off
+    Fields<Struct>(m, "DistillationParams")
+        FIELD(dtype) FIELD(rows) FIELD(classes) FIELD(student) FIELD(teacher) FIELD(gradient)
+        FIELD(labels) FIELD(weight) FIELD(row_loss) FIELD(loss) FIELD(student_stride)
+        FIELD(teacher_stride) FIELD(gradient_stride) FIELD(temperature) FIELD(alpha)
+        FIELD(label_smoothing) FIELD(ignore_index) FIELD(denominator) FIELD(gradient_scale)
+        FIELD(workspace);
+  }
+  {
+    using Struct = ScaleParams;
+    Fields<Struct>(m, "ScaleParams")
+        FIELD(dtype) FIELD(data) FIELD(rows) FIELD(classes) FIELD(stride) FIELD(factor) FIELD(per_row);
+  }
+  {
+    using Struct = NoiseTensor;
+    Fields<Struct>(m, "NoiseTensor")
+        FIELD(out) FIELD(in) FIELD(numel) FIELD(std) FIELD(offset) FIELD(stream);
+  }
+  {
+    using Struct = NoiseParams;
+    Fields<Struct>(m, "NoiseParams")
+        FIELD(dtype) FIELD(seed_low) FIELD(seed_high) FIELD(step) FIELD(device_step) FIELD(device_std);
+  }
+  {
+    using Struct = math::NoiseKey;
+    Fields<Struct>(m, "NoiseKey") FIELD(seed_low) FIELD(seed_high) FIELD(stream) FIELD(step);
+  }
+  {
+    using Struct = NoiseDotParams;
+    Fields<Struct>(m, "NoiseDotParams")
+        FIELD(dtype) FIELD(x) FIELD(numel) FIELD(offset) FIELD(key) FIELD(device_step) FIELD(result)
+        FIELD(partial);
+  }
+  {
+    using Struct = RegressionParams;
+    Fields<Struct>(m, "RegressionParams")
+        FIELD(x) FIELD(y) FIELD(samples) FIELD(replicas) FIELD(steps) FIELD(per_sample) FIELD(seed)
+        FIELD(theta) FIELD(lr) FIELD(lam) FIELD(sigma) FIELD(stream) FIELD(result) FIELD(trajectory);
+  }
+  {
+    using Struct = cuda::Device;
+    Fields<Struct>(m, "Device") FIELD(arch) FIELD(sms) FIELD(shared_per_block) FIELD(shared_per_sm);
+  }
+  {
+    using Struct = cuda::DistillationPlan;
+    Fields<Struct>(m, "DistillationPlan")
+        FIELD(walk) FIELD(threads) FIELD(lanes) FIELD(rows) FIELD(cluster) FIELD(slots) FIELD(shared);
+    // clang-format on
+  }
+  py::enum_<cuda::Walk>(m, "Walk")
+      .value("tile", cuda::Walk::kTile)
+      .value("warp", cuda::Walk::kWarp)
+      .value("held", cuda::Walk::kHeld)
+      .value("stream", cuda::Walk::kStream);
+
+  // Each launches on `stream`, an address, and raises if the launch fails.
+  m.def("distillation", [](const DistillationParams& p, uintptr_t stream) {
+    check(cuda::distillation(p, reinterpret_cast<cudaStream_t>(stream)));
+  });
+  m.def("distillation_workspace", cuda::distillation_workspace);
+  m.def("scale_rows", [](const ScaleParams& p, uintptr_t stream) {
+    check(cuda::scale_rows(p, reinterpret_cast<cudaStream_t>(stream)));
+  });
+  m.def("noise", [](NoiseParams p, const std::vector<NoiseTensor>& tensors, uintptr_t stream) {
+    p.tensors = tensors.data();
+    p.count = static_cast<int64_t>(tensors.size());
+    check(cuda::noise(p, reinterpret_cast<cudaStream_t>(stream)));
+  });
+  m.attr("noise_dot_blocks") = cuda::kNoiseDotBlocks;
+  m.def("noise_dot", [](const NoiseDotParams& p, uintptr_t stream) {
+    check(cuda::noise_dot(p, reinterpret_cast<cudaStream_t>(stream)));
+  });
+  m.def("regression", [](const RegressionParams& p, uintptr_t stream) {
+    check(cuda::regression(p, reinterpret_cast<cudaStream_t>(stream)));
+  });
+  m.def("plan_distillation", cuda::plan_distillation);
+}
