@@ -37,6 +37,7 @@ struct DistillationParams {
   double denominator;  // loss and gradient are divided by it; 0 makes both 0; negative: the sum of
   // the kept rows' weights, which a CUDA kernel finds on the device
   double gradient_scale;  // a further factor of the gradient, a power of two
+  double* workspace;  // CUDA: distillation_workspace(rows) doubles
 };
 
 // data[r, i] *= factor[r], or *= factor[0]; nothing is touched where the factor is 1.

@@ -144,14 +144,14 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
         part.count = n;
       }
       sums = b == 0 ? part
-                    : math::merge<Policy, kHard>(sums, part, static_cast<double>(scale), exp2_fp64);
+                    : math::merge<Policy>(kHard, sums, part, static_cast<double>(scale), exp2_fp64);
       if (keep) maxima[b] = max;
     }
 
     double factor = p.denominator != 0 ? weight / p.denominator * p.gradient_scale : 0.0;
-    math::RowResult<double> result = math::finish_row<Policy, kHard, double>(
-        sums, 1.0 / static_cast<double>(p.classes), p.temperature, p.alpha, p.label_smoothing,
-        label_z - max.s, factor);
+    math::RowResult<double> result = math::finish_row<Policy, double>(
+        kHard, sums, 1.0 / static_cast<double>(p.classes), p.temperature, p.alpha,
+        p.label_smoothing, label_z - max.s, factor);
     row_loss[row] = weight * result.loss;
     if (!keep) continue;
 

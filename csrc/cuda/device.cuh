@@ -1,9 +1,15 @@
-// What the kernels share: dtypes, vectors of elements, reductions over a group of threads.
+// What the kernels share: dtypes, 16-byte vectors and where a thread's elements lie, copies to shared memory,
+// clusters, reductions.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/plan.h"
 #include "params.h"
 
 namespace kdkernels {
@@ -24,41 +30,207 @@ __device__ __forceinline__ void narrow(float x, __nv_bfloat16& out) {
 __device__ __forceinline__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
 
 // kCount elements that move in one load or store.
-template <class T, int kCount>
+template <class T, int kCount = 16 / sizeof(T)>
 struct alignas(sizeof(T) * kCount) Vector {
   T value[kCount];
 };
 
-template <class T>
-bool aligned(const void* pointer, int64_t stride, int count) {
-  size_t bytes = sizeof(T) * static_cast<size_t>(count);
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0 && stride % count == 0;
+// ---- where elements lie -------------------------------------------------------------------------
+
+// `elements` neighbours that are read from two arrays and written to a third. Where all three addresses lie
+// alike relative to 16 bytes: `head` single elements, `body` vectors, `tail` single elements. Elsewhere
+// there are no vectors: `body` counts as many elements as vectors would hold, rounded up.
+template <class T, class Index>
+struct Span {
+  static constexpr int kCount = 16 / sizeof(T);
+  Index elements, body;
+  int head, tail;
+  bool vectors;
+
+  __device__ __forceinline__ Span(const T* a, const T* b, const T* c, Index n) : elements(n) {
+    unsigned offset = static_cast<unsigned>(reinterpret_cast<uintptr_t>(a)) % 16;
+    vectors =
+        offset == static_cast<unsigned>(reinterpret_cast<uintptr_t>(b)) % 16 &&
+        (c == nullptr || offset == static_cast<unsigned>(reinterpret_cast<uintptr_t>(c)) % 16);
+    head = vectors ? static_cast<int>((16 - offset) % 16 / sizeof(T)) : 0;
+    head = n < head ? static_cast<int>(n) : head;
+    body = vectors ? (n - head) / kCount : (n + kCount - 1) / kCount;
+    tail = vectors ? static_cast<int>(n - head - body * kCount) : 0;
+  }
+};
+
+// Up to kCount elements of one thread: first + j * step where that is below limit.
+template <class Index>
+struct Place {
+  Index first, limit;
+  int step;
+
+  __device__ __forceinline__ bool empty() const { return first >= limit; }
+  __device__ __forceinline__ Index at(int j) const { return first + j * step; }
+  __device__ __forceinline__ bool holds(int j) const { return at(j) < limit; }
+  template <int kCount>
+  __device__ __forceinline__ bool whole() const {
+    return step == 1 && first + kCount <= limit;
+  }
+};
+
+// Slot `slot` of member `member` of a team that shares body items [begin, end): neighbouring members take
+// neighbouring vectors, or neighbouring elements where there are no vectors.
+template <class T, class Index>
+__device__ __forceinline__ Place<Index> body_place(const Span<T, Index>& span, Index begin,
+                                                   Index end, int slot, int member, int team) {
+  constexpr int kCount = Span<T, Index>::kCount;
+  Index item = begin + static_cast<Index>(slot) * team;
+  if (span.vectors) {
+    item += member;
+    Index first = span.head + item * kCount;
+    return {first, item < end ? first + kCount : first, 1};
+  }
+  Index limit = end * kCount < span.elements ? end * kCount : span.elements;
+  return {item * kCount + member, limit, team};
 }
+
+// The one element of the head or tail that member 0 to 15 of a team has.
+template <class T, class Index>
+__device__ __forceinline__ Place<Index> edge_place(const Span<T, Index>& span, int member) {
+  bool in_head = member < kEdges / 2;
+  int i = in_head ? member : member - kEdges / 2;
+  Index first = in_head ? Index(i) : span.elements - span.tail + i;
+  return {first, i < (in_head ? span.head : span.tail) ? first + 1 : first, 1};
+}
+
+// Elements that a place lacks come as -inf, which adds nothing to a softmax.
+template <class T, class Index>
+__device__ __forceinline__ Vector<T> load(const T* data, const Place<Index>& place) {
+  constexpr int kCount = 16 / sizeof(T);
+  if (place.template whole<kCount>())
+    return *reinterpret_cast<const Vector<T>*>(data + place.first);
+  Vector<T> x;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    if (place.holds(j)) {
+      x.value[j] = data[place.at(j)];
+    } else {
+      narrow(-INFINITY, x.value[j]);
+    }
+  }
+  return x;
+}
+
+template <class T, class Index>
+__device__ __forceinline__ void store(T* data, const Place<Index>& place, const Vector<T>& x) {
+  constexpr int kCount = 16 / sizeof(T);
+  if (place.template whole<kCount>()) {
+    *reinterpret_cast<Vector<T>*>(data + place.first) = x;
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    if (place.holds(j)) data[place.at(j)] = x.value[j];
+  }
+}
+
+// ---- asynchronous copies, clusters ---------------------------------------------------------------
+
+// 16 bytes from global to shared memory, complete for this thread after wait_copies; at once before sm_80.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+#else
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits until at most kPending of the thread's commits are incomplete.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// The blocks of a cluster; without one a block is alone, rank 0 of 1.
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return static_cast<int>(rank);
+}
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// What block `rank` of the cluster has in its own copy of a shared variable.
+template <class Value>
+__device__ __forceinline__ Value read_peer(const Value* shared, int rank) {
+#if __CUDA_ARCH__ >= 900
+  static_assert(sizeof(Value) % 16 == 0 && alignof(Value) >= 16);
+  union {
+    Value value;
+    uint4 part[sizeof(Value) / 16];
+  } x;
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(rank));
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Value) / 16); ++i) {
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.part[i].x), "=r"(x.part[i].y), "=r"(x.part[i].z), "=r"(x.part[i].w)
+                 : "r"(address + 16 * i)
+                 : "memory");
+  }
+  return x.value;
+#else
+  return *shared;
+#endif
+}
+
+// ---- reductions ---------------------------------------------------------------------------------
 
 struct Sum {
   template <class Real>
-  __device__ static Real apply(Real a, Real b) {
+  __device__ __forceinline__ static Real apply(Real a, Real b) {
     return a + b;
   }
 };
+// Of a NaN and a number, the number.
 struct Max {
-  template <class Real>
-  __device__ static Real apply(Real a, Real b) {
-    return a > b ? a : b;
-  }
+  __device__ __forceinline__ static float apply(float a, float b) { return fmaxf(a, b); }
+  __device__ __forceinline__ static double apply(double a, double b) { return fmax(a, b); }
 };
 
-// kValues reductions over a group of kThreads threads (a warp, or the whole block) in a fixed order; every
-// thread gets the results. `shared` holds kValues * kThreads / kWarp values.
-template <class Op, int kThreads, int kValues, class Real>
-__device__ __forceinline__ void reduce(Real (&value)[kValues], Real* shared) {
-#pragma unroll
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) {
+// kValues reductions over each `lanes` neighbouring lanes (a power of two) in a fixed order; every lane gets
+// the results. All 32 lanes of the warp take part.
+template <class Op, int kValues, class Real>
+__device__ __forceinline__ void reduce_lanes(Real (&value)[kValues], int lanes = kWarp) {
+  for (int lane = lanes / 2; lane > 0; lane /= 2) {
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
       value[v] = Op::apply(value[v], __shfl_xor_sync(0xFFFFFFFFu, value[v], lane));
     }
   }
+}
+
+// kValues reductions over a group of kThreads threads (a warp, or the whole block) in a fixed order; every
+// thread gets the results. `shared` holds kValues * kThreads / kWarp values.
+template <class Op, int kThreads, int kValues, class Real>
+__device__ __forceinline__ void reduce(Real (&value)[kValues], Real* shared) {
+  reduce_lanes<Op>(value);
   if constexpr (kThreads > kWarp) {
     constexpr int kWarps = kThreads / kWarp;
     int warp = threadIdx.x / kWarp;
@@ -74,6 +246,36 @@ __device__ __forceinline__ void reduce(Real (&value)[kValues], Real* shared) {
     }
     __syncthreads();
   }
+}
+
+// ---- the device ---------------------------------------------------------------------------------
+
+// The current device, asked once a thread and device. `kernel` is any of the build's: what was compiled for
+// an older architecture than the device's plans for that one.
+inline cudaError_t device_of(const void* kernel, Device& device) {
+  static thread_local int known = -1;
+  static thread_local Device cached;
+  int ordinal = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
+  if (error != cudaSuccess) return error;
+  if (ordinal != known) {
+    int major = 0, minor = 0;
+    auto ask = [&](int& value, cudaDeviceAttr attribute) {
+      if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, ordinal);
+    };
+    ask(major, cudaDevAttrComputeCapabilityMajor);
+    ask(minor, cudaDevAttrComputeCapabilityMinor);
+    ask(cached.sms, cudaDevAttrMultiProcessorCount);
+    ask(cached.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    ask(cached.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    cudaFuncAttributes attributes = {};
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+    cached.arch = std::min(10 * major + minor, attributes.ptxVersion);
+    known = ordinal;
+  }
+  device = cached;
+  return cudaSuccess;
 }
 
 }  // namespace cuda

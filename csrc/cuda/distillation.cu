@@ -1,4 +1,5 @@
-// The distillation loss and its gradient, a row a group of threads.
+// The distillation loss and its gradient. Four walks of a row, which cuda/plan.h chooses from; what they
+// compute on the way stands in math/distillation.h.
 #include <algorithm>
 #include <cfloat>
 
@@ -12,18 +13,12 @@ namespace {
 
 using math::CrossEntropy;
 using math::ForwardKL;
-
-// Launch table. A warp a row while a lane has at most 32 elements of a row: no barrier, and 4 rows a block
-// keep an SM full. Beyond that 256 threads a row: 3 blocks an SM at 80 registers, so that one row's barriers
-// hide behind the others' loads. Asking for at least one block an SM keeps ptxas from spilling to fit more.
-constexpr int kWarpRowClasses = 1024;
-constexpr int kRowsPerBlock = 4;
-constexpr int kRowThreads = 256;
-constexpr int64_t kMaxBlocks = 1 << 30;
+using math::RowResult;
+using math::RowSums;
 
 struct Exp2Nonpositive {
   template <class Real>
-  __device__ Real operator()(Real x) const {
+  __device__ __forceinline__ Real operator()(Real x) const {
     return math::exp2_nonpositive(x);
   }
 };
@@ -39,206 +34,858 @@ struct Lowest<double> {
   static constexpr double value = -DBL_MAX;
 };
 
-// Adds elements to a thread's own sums. Its maxima move rarely after the first few vectors, so rebasing
-// stands behind a branch.
-template <class Policy, CrossEntropy kHard, int kCount, class T, class Real>
-__device__ __forceinline__ void visit(math::RowSums<Real>& sums, const Vector<T, kCount>& z,
-                                      const Vector<T, kCount>& t, Real scale, bool smoothing) {
-  Real max_s = sums.max_s, max_t = sums.max_t;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    max_s = math::larger(widen(z.value[i]), max_s);
-    max_t = math::larger(widen(t.value[i]), max_t);
+// What a launch computes, the same for all its rows, so that every branch on it is uniform: one kernel for
+// all options. The host rounds the scalars.
+template <class Real>
+struct Task {
+  CrossEntropy hard;
+  bool smooth;
+  Real scale, temperature, alpha, smoothing, inv_classes;
+  double inv_denominator;
+  const double* device_inv_denominator;  // instead of it, or null
+  double* partial;  // one sum of losses a block or cluster, or null
+
+  __device__ Real factor(const DistillationParams& p) const {
+    double inverse = device_inv_denominator != nullptr ? *device_inv_denominator : inv_denominator;
+    return static_cast<Real>(inverse * p.gradient_scale);
   }
-  if (max_s > sums.max_s || max_t > sums.max_t) {
-    sums = math::rebase<Policy, kHard>(sums, max_s, max_t, scale, Exp2Nonpositive());
+};
+
+template <class Real>
+struct Row {
+  int64_t label;
+  Real weight;
+  bool ignored, invalid;
+
+  __device__ __forceinline__ bool skipped() const { return ignored || invalid; }
+  // The row's share of the loss, noted where the caller wants rows.
+  __device__ __forceinline__ double emit(const DistillationParams& p, int64_t row,
+                                         Real loss) const {
+    loss = ignored ? Real(0) : invalid ? static_cast<Real>(nan("")) : weight * loss;
+    if (p.row_loss != nullptr) static_cast<Real*>(p.row_loss)[row] = loss;
+    return loss;
   }
+};
+
+template <class Real>
+__device__ __forceinline__ Row<Real> read_row(const DistillationParams& p, int64_t row) {
+  int64_t label = p.labels != nullptr ? p.labels[row] : -1;
+  Real weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : Real(1);
+  return {label, weight, weight == Real(0) || (p.labels != nullptr && label == p.ignore_index),
+          p.labels != nullptr && (label < 0 || label >= p.classes)};
+}
+
+// ---- rows in registers --------------------------------------------------------------------------
+
+// One row in the registers of `lanes` neighbouring lanes: z and t come as logits, -inf where a lane has no
+// element, and z goes as the gradient but for the label's own share, result.at_label. An element's
+// exponentials are computed once; cross-entropy's own and, beside it, the student's twice. kChunks chunks of
+// kChunk elements, of which the first `chunks` are in use, then kEdge elements; valid(k) tells elements from
+// padding.
+template <class Policy, int kChunks, int kChunk, int kEdge, class Real, class Valid>
+__device__ __forceinline__ RowResult<Real> solve(const Task<Real>& task, Real label_z, Real factor,
+                                                 bool want_gradient, int chunks, int lanes,
+                                                 Real (&z)[kChunks * kChunk + kEdge],
+                                                 Real (&t)[kChunks * kChunk + kEdge], Valid valid) {
+  auto each = [&](auto visit) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    Real shifted = widen(z.value[i]) - max_s;
-    Real x = shifted * scale, y = (widen(t.value[i]) - max_t) * scale;
+    for (int c = 0; c < kChunks; ++c) {
+      if (c < chunks) {
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) visit(c * kChunk + j);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kEdge; ++j) visit(kChunks * kChunk + j);
+  };
+  const bool own = task.hard == CrossEntropy::kOwn;
+  Real maxima[2] = {Lowest<Real>::value, Lowest<Real>::value};
+  each([&](int k) {
+    maxima[0] = Max::apply(z[k], maxima[0]);
+    maxima[1] = Max::apply(t[k], maxima[1]);
+  });
+  reduce_lanes<Max>(maxima, lanes);
+
+  Real sums[3] = {0, 0, 0}, hard_sums[2] = {0, 0};
+  if (own) {
+    each([&](int k) {
+      hard_sums[0] += math::exp2_nonpositive((z[k] - maxima[0]) * Real(math::kLog2E));
+    });
+  }
+  if (task.smooth) {
+    each([&](int k) { hard_sums[1] += valid(k) ? z[k] - maxima[0] : Real(0); });
+  }
+  if (own || task.smooth) reduce_lanes<Sum>(hard_sums, lanes);
+  each([&](int k) {
+    Real x = (z[k] - maxima[0]) * task.scale, y = (t[k] - maxima[1]) * task.scale;
+    Real ex = math::exp2_nonpositive(x), ey = math::exp2_nonpositive(y);
+    sums[0] += ex;
+    sums[1] += ey;
+    sums[2] += Policy::term(x, y, ex, ey);
+    z[k] = own ? z[k] : ex;
+    t[k] = ey;
+  });
+  reduce_lanes<Sum>(sums, lanes);
+
+  RowSums<Real> row = {maxima[0], maxima[1],    sums[0],      sums[1],
+                       sums[2],   hard_sums[0], hard_sums[1], Real(0)};
+  RowResult<Real> result =
+      math::finish_row<Policy>(task.hard, row, task.inv_classes, task.temperature, task.alpha,
+                               task.smoothing, label_z - maxima[0], factor);
+  if (!want_gradient) return result;
+  if (own) {
+    each([&](int k) {
+      Real shifted = z[k] - maxima[0];
+      Real ex = math::exp2_nonpositive(shifted * task.scale);
+      Real eh = math::exp2_nonpositive(shifted * Real(math::kLog2E));
+      Real g = math::fma(result.of_hard, eh, -result.uniform);
+      z[k] = math::fma(result.of_ex, ex, math::fma(result.of_ey, t[k], g));
+    });
+  } else {
+    each([&](int k) {
+      z[k] = math::fma(result.of_ex, z[k], math::fma(result.of_ey, t[k], -result.uniform));
+    });
+  }
+  return result;
+}
+
+// One partial sum of losses a block, from the threads' own.
+__device__ __forceinline__ void emit_partial(double* partial, double total) {
+  __shared__ double shared[kTileThreads / kWarp];
+  double sum[1] = {total};
+  reduce<Sum, kTileThreads>(sum, shared);
+  if (threadIdx.x == 0 && partial != nullptr) partial[blockIdx.x] = sum[0];
+}
+static_assert(kTileThreads == kWarpThreads);
+
+// Blocks an SM that registers must allow.
+constexpr int kWarpBlocks = 4;
+constexpr int tile_blocks(int element_size) { return element_size == 8 ? 3 : 4; }
+
+// tile. A block copies a run of whole rows to shared memory as one flat image: global accesses are 16 bytes
+// whatever the rows' own alignment, and a row's few lanes find its elements anywhere. The gradient goes back
+// the same way, over the student's image.
+template <class T, class Policy>
+__global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
+    tile_kernel(const __grid_constant__ DistillationParams p,
+                const __grid_constant__ Task<typename Compute<T>::type> task, int lanes,
+                int tile_rows) {
+  using Real = typename Compute<T>::type;
+  constexpr int kCount = 16 / sizeof(T), kChunk = 2, kChunks = kTileLaneElements / kChunk;
+  __shared__ Vector<T> z_shared[kTileElements / kCount + 1], t_shared[kTileElements / kCount + 1];
+  const int classes = static_cast<int>(p.classes), thread = threadIdx.x;
+  const int lane = thread & (lanes - 1), group = thread / lanes, groups = kTileThreads / lanes;
+  const int chunks = (classes + lanes * kChunk - 1) / (lanes * kChunk);
+  const bool want_gradient = p.gradient != nullptr;
+  const bool flat = p.student_stride == classes && p.teacher_stride == classes &&
+                    (!want_gradient || p.gradient_stride == classes);
+  const Real factor = task.factor(p);
+  // i / classes is i * reciprocal / 2^20: exact as long as i * classes is at most 2^20.
+  const unsigned reciprocal = (1u << 20) / static_cast<unsigned>(classes) + 1;
+  static_assert(kTileElements * kTileClasses <= (1 << 20));
+  // Rows whose first elements share a bank start at different columns: a power of two of classes would have
+  // all lanes in one bank.
+  constexpr int kRound = 128 / sizeof(T), kWord = sizeof(T) < 4 ? 4 / sizeof(T) : 1;
+  const int common = min(classes & -classes, kRound);
+  const int in_warp = group & (kWarp / lanes - 1);
+  const int rotation = lane + (in_warp * common / kRound * max(lanes, kWord) & (common - 1));
+  double total = 0;
+
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * tile_rows; first < p.rows;
+       first += static_cast<int64_t>(gridDim.x) * tile_rows) {
+    const int rows = p.rows - first < tile_rows ? static_cast<int>(p.rows - first) : tile_rows;
+    const T* z_tile = static_cast<const T*>(p.student) + first * p.student_stride;
+    const T* t_tile = static_cast<const T*>(p.teacher) + first * p.teacher_stride;
+    T* g_tile = want_gradient ? static_cast<T*>(p.gradient) + first * p.gradient_stride : nullptr;
+    const Span<T, int> span(z_tile, t_tile, g_tile, rows * classes);
+    const bool vectors = flat && span.vectors;
+    const Place<int> edge = edge_place(span, thread & (kEdges - 1));
+    const bool has_edge = vectors && thread < kEdges && !edge.empty();
+    // The body's vectors keep their alignment.
+    const int shift = vectors ? (kCount - span.head) & (kCount - 1) : 0;
+    T *z_image = z_shared[0].value + shift, *t_image = t_shared[0].value + shift;
+
+    if (vectors) {
+#pragma unroll 4
+      for (int v = thread; v < span.body; v += kTileThreads) {
+        int i = span.head + v * kCount;
+        copy_async(z_image + i, z_tile + i);
+        copy_async(t_image + i, t_tile + i);
+      }
+      commit_copies();
+      if (has_edge) {
+        z_image[edge.first] = z_tile[edge.first];
+        t_image[edge.first] = t_tile[edge.first];
+      }
+      wait_copies<0>();
+    } else {
+#pragma unroll 4
+      for (int i = thread; i < span.elements; i += kTileThreads) {
+        int row = static_cast<int>(static_cast<unsigned>(i) * reciprocal >> 20);
+        int column = i - row * classes;
+        z_image[i] = z_tile[row * p.student_stride + column];
+        t_image[i] = t_tile[row * p.teacher_stride + column];
+      }
+    }
+    __syncthreads();
+
+#pragma unroll 1
+    for (int round = 0; round < tile_rows; round += groups) {
+      const int in_tile = round + group, start = in_tile * classes;
+      const bool live = in_tile < rows;
+      Row<Real> row = {-1, Real(0), true, false};
+      if (live) row = read_row<Real>(p, first + in_tile);
+      auto valid = [&](int k) { return live && lane + k * lanes < classes; };
+      // Less than twice `classes`, so that of it and of what remains after one turn the lesser is right.
+      auto column = [&](int k) {
+        unsigned turned = static_cast<unsigned>(rotation + k * lanes);
+        return static_cast<int>(min(turned, turned - static_cast<unsigned>(classes)));
+      };
+      Real z[kTileLaneElements], t[kTileLaneElements];
+#pragma unroll
+      for (int k = 0; k < kTileLaneElements; ++k) {
+        z[k] = t[k] = -Real(INFINITY);
+        if (valid(k)) {
+          z[k] = widen(z_image[start + column(k)]);
+          t[k] = widen(t_image[start + column(k)]);
+        }
+      }
+      const bool labelled = task.hard != CrossEntropy::kNone && !row.skipped();
+      const int label = labelled ? static_cast<int>(row.label) : 0;
+      Real label_z = labelled ? widen(z_image[start + label]) : Real(0);
+      RowResult<Real> result = solve<Policy, kChunks, kChunk, 0>(
+          task, label_z, row.weight * factor, want_gradient, chunks, lanes, z, t, valid);
+      if (live && lane == 0) total += row.emit(p, first + in_tile, result.loss);
+      if (!want_gradient) continue;
+      // Before any lane overwrites the label's logit all have read it.
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < kTileLaneElements; ++k) {
+        if (valid(k)) {
+          int at = column(k);
+          Real g = at == label ? z[k] - result.at_label : z[k];
+          narrow(row.skipped() ? Real(0) : g, z_image[start + at]);
+        }
+      }
+    }
+    __syncthreads();
+
+    if (want_gradient && vectors) {
+#pragma unroll 4
+      for (int v = thread; v < span.body; v += kTileThreads) {
+        int i = span.head + v * kCount;
+        *reinterpret_cast<Vector<T>*>(g_tile + i) = *reinterpret_cast<Vector<T>*>(z_image + i);
+      }
+      if (has_edge) g_tile[edge.first] = z_image[edge.first];
+    } else if (want_gradient) {
+#pragma unroll 4
+      for (int i = thread; i < span.elements; i += kTileThreads) {
+        int row = static_cast<int>(static_cast<unsigned>(i) * reciprocal >> 20);
+        g_tile[row * p.gradient_stride + i - row * classes] = z_image[i];
+      }
+    }
+    __syncthreads();
+  }
+  emit_partial(task.partial, total);
+}
+
+// warp. A warp reads a row into registers, 16 bytes a lane and access; a lane has at most one element of its
+// head or tail.
+template <class T, class Policy>
+__global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
+    warp_kernel(const __grid_constant__ DistillationParams p,
+                const __grid_constant__ Task<typename Compute<T>::type> task) {
+  using Real = typename Compute<T>::type;
+  constexpr int kCount = 16 / sizeof(T), kSlots = kWarpClasses / kWarp / kCount;
+  constexpr int kElements = kSlots * kCount;
+  const int lane = threadIdx.x % kWarp, classes = static_cast<int>(p.classes);
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kWarpThreads / kWarp);
+  const Real factor = task.factor(p);
+  double total = 0;
+
+  for (int64_t r = static_cast<int64_t>(blockIdx.x) * (kWarpThreads / kWarp) + threadIdx.x / kWarp;
+       r < p.rows; r += warps) {
+    const Row<Real> row = read_row<Real>(p, r);
+    const T* z_row = static_cast<const T*>(p.student) + r * p.student_stride;
+    const T* t_row = static_cast<const T*>(p.teacher) + r * p.teacher_stride;
+    T* g_row =
+        p.gradient != nullptr ? static_cast<T*>(p.gradient) + r * p.gradient_stride : nullptr;
+    const Span<T, int> span(z_row, t_row, g_row, classes);
+    const Place<int> edge = edge_place(span, lane);
+    const bool has_edge = lane < kEdges && !edge.empty();
+    const int slots = (span.body + kWarp - 1) / kWarp;
+    auto place = [&](int s) { return body_place(span, 0, span.body, s, lane, kWarp); };
+
+    if (row.skipped()) {
+      if (lane == 0) total += row.emit(p, r, Real(0));
+      if (g_row == nullptr) continue;
+      Vector<T> zero;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) narrow(Real(0), zero.value[j]);
+#pragma unroll 1
+      for (int s = 0; s < slots; ++s) store(g_row, place(s), zero);
+      if (has_edge) g_row[edge.first] = zero.value[0];
+      continue;
+    }
+    // Element k of this lane is at first + offset(k): neighbours within a vector, or 32 elements apart.
+    const int first = span.vectors ? span.head + lane * kCount : lane;
+    auto valid = [&](int k) {
+      if (k == kElements) return has_edge;
+      return span.vectors ? lane + k / kCount * kWarp < span.body : first + k * kWarp < classes;
+    };
+    Real z[kElements + 1], t[kElements + 1];
+    z[kElements] = has_edge ? widen(z_row[edge.first]) : -Real(INFINITY);
+    t[kElements] = has_edge ? widen(t_row[edge.first]) : -Real(INFINITY);
+    if (span.vectors) {
+      Vector<T> z_slot[kSlots], t_slot[kSlots];
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          narrow(-INFINITY, z_slot[s].value[j]);
+          narrow(-INFINITY, t_slot[s].value[j]);
+        }
+        if (valid(s * kCount)) {
+          z_slot[s] = *reinterpret_cast<const Vector<T>*>(z_row + first + s * kWarp * kCount);
+          t_slot[s] = *reinterpret_cast<const Vector<T>*>(t_row + first + s * kWarp * kCount);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kElements; ++k) {
+        z[k] = widen(z_slot[k / kCount].value[k % kCount]);
+        t[k] = widen(t_slot[k / kCount].value[k % kCount]);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kElements; ++k) {
+        z[k] = t[k] = -Real(INFINITY);
+        if (valid(k)) {
+          z[k] = widen(z_row[first + k * kWarp]);
+          t[k] = widen(t_row[first + k * kWarp]);
+        }
+      }
+    }
+    Real label_z = task.hard != CrossEntropy::kNone ? widen(z_row[row.label]) : Real(0);
+    RowResult<Real> result = solve<Policy, kSlots, kCount, 1>(
+        task, label_z, row.weight * factor, g_row != nullptr, slots, kWarp, z, t, valid);
+    if (lane == 0) total += row.emit(p, r, result.loss);
+    if (g_row == nullptr) continue;
+    // In place: the label's logit is read before any lane writes.
+    __syncwarp();
+    const int label = static_cast<int>(row.label);
+    if (has_edge)
+      narrow(z[kElements] - (edge.first == label ? result.at_label : Real(0)), g_row[edge.first]);
+    if (span.vectors) {
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) {
+        if (!valid(s * kCount)) continue;
+        int at = first + s * kWarp * kCount;
+        Vector<T> g;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          Real own = at + j == label ? result.at_label : Real(0);
+          narrow(z[s * kCount + j] - own, g.value[j]);
+        }
+        *reinterpret_cast<Vector<T>*>(g_row + at) = g;
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kElements; ++k) {
+        int at = first + k * kWarp;
+        if (valid(k)) narrow(z[k] - (at == label ? result.at_label : Real(0)), g_row[at]);
+      }
+    }
+  }
+  emit_partial(task.partial, total);
+}
+
+// ---- rows in shared memory, or read twice -------------------------------------------------------
+
+// Adds a vector's elements, none above the sums' maxima, to a thread's sums. kKeep: z and t go as their
+// exponentials, h as cross-entropy's own.
+template <class Policy, bool kKeep, class T, class Index, class Real>
+__device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums, Vector<T>& z,
+                                    Vector<T>& t, Vector<T>& h, const Place<Index>& place) {
+  constexpr int kCount = 16 / sizeof(T);
+  Real shifted[kCount];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    shifted[j] = widen(z.value[j]) - sums.max_s;
+    Real x = shifted[j] * task.scale, y = (widen(t.value[j]) - sums.max_t) * task.scale;
     Real ex = math::exp2_nonpositive(x), ey = math::exp2_nonpositive(y);
     sums.sum_s += ex;
     sums.sum_t += ey;
     sums.term += Policy::term(x, y, ex, ey);
-    if (kHard == CrossEntropy::kOwn)
-      sums.sum_hard += math::exp2_nonpositive(shifted * Real(math::kLog2E));
-    if (kHard != CrossEntropy::kNone && smoothing) {
-      sums.sum_z += shifted;
-      sums.count += Real(1);
+    if constexpr (kKeep) {
+      z.value[j] = ex;
+      t.value[j] = ey;
+    }
+  }
+  if (task.hard == CrossEntropy::kOwn) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      Real eh = math::exp2_nonpositive(shifted[j] * Real(math::kLog2E));
+      sums.sum_hard += eh;
+      if constexpr (kKeep) h.value[j] = eh;
+    }
+  }
+  if (task.smooth) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (place.holds(j)) {
+        sums.sum_z += shifted[j];
+        sums.count += Real(1);
+      }
     }
   }
 }
 
-// Reads z and t twice (the second time from L2 as far as the rows in flight fit there: 132 SMs * 3 rows *
-// 128 KB of bf16 at 32,000 classes is 51 MB, H100's L2 50 MB), writes the gradient once. 2 or 3 exponentials
-// an element and pass.
-template <class T, class Policy, CrossEntropy kHard, int kCount, int kThreads, int kRows>
-__global__ void __launch_bounds__(kThreads* kRows, 1)
-    rows_kernel(const DistillationParams p, double scale_fp64, const double* inv_denominator) {
-  using Real = typename Compute<T>::type;
-  constexpr int kWarps = kThreads / kWarp;
-  __shared__ Real shared[6 * kWarps];
-  const int lane = threadIdx.x;
-  const Real temperature = static_cast<Real>(p.temperature);
-  const Real scale = static_cast<Real>(scale_fp64);
-  const Real smoothing = static_cast<Real>(p.label_smoothing);
-  const Real factor = static_cast<Real>(*inv_denominator * p.gradient_scale);
-  const Real inv_classes = math::inverse(static_cast<Real>(p.classes));
-  const int64_t vectors = p.classes / kCount;
+// The maxima of a vector and of `max_s` and `max_t`.
+template <class T, class Real>
+__device__ __forceinline__ void raise(const Vector<T>& z, const Vector<T>& t, Real& max_s,
+                                      Real& max_t) {
+#pragma unroll
+  for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j) {
+    max_s = Max::apply(widen(z.value[j]), max_s);
+    max_t = Max::apply(widen(t.value[j]), max_t);
+  }
+}
 
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.y; row < p.rows;
-       row += static_cast<int64_t>(gridDim.x) * kRows) {
-    const T* z_row = static_cast<const T*>(p.student) + row * p.student_stride;
-    const T* t_row = static_cast<const T*>(p.teacher) + row * p.teacher_stride;
-    T* g_row = static_cast<T*>(p.gradient) + row * p.gradient_stride;
-    int64_t label = p.labels != nullptr ? p.labels[row] : -1;
-    Real weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : Real(1);
-    bool ignored = weight == Real(0) || (p.labels != nullptr && label == p.ignore_index);
-    bool invalid = p.labels != nullptr && (label < 0 || label >= p.classes);
-    if (ignored || invalid) {
-      if (lane == 0)
-        static_cast<Real*>(p.row_loss)[row] = ignored ? Real(0) : static_cast<Real>(nan(""));
-      if (p.gradient != nullptr) {
+template <class Policy, class Real>
+__device__ __forceinline__ void rebase(const Task<Real>& task, RowSums<Real>& sums, Real max_s,
+                                       Real max_t) {
+  if (max_s > sums.max_s || max_t > sums.max_t) {
+    sums = math::rebase<Policy>(task.hard, sums, max_s, max_t, task.scale, Exp2Nonpositive());
+  }
+}
+
+// The sums of a warp's parts, in every lane.
+template <class Policy, class Real>
+__device__ __forceinline__ RowSums<Real> merge_lanes(const Task<Real>& task,
+                                                     const RowSums<Real>& part) {
+  Real maxima[2] = {part.max_s, part.max_t};
+  reduce_lanes<Max>(maxima);
+  RowSums<Real> row =
+      math::rebase<Policy>(task.hard, part, maxima[0], maxima[1], task.scale, Exp2Nonpositive());
+  Real sums[3] = {row.sum_s, row.sum_t, row.term}, hard[3] = {row.sum_hard, row.sum_z, row.count};
+  reduce_lanes<Sum>(sums);
+  if (task.smooth || task.hard == CrossEntropy::kOwn) reduce_lanes<Sum>(hard);
+  return {maxima[0], maxima[1], sums[0], sums[1], sums[2], hard[0], hard[1], hard[2]};
+}
+
+// Blocks an SM that registers must allow.
+constexpr int row_blocks(bool held, int element_size) {
+  int threads = held ? held_max_threads(element_size) : kStreamThreads;
+  return (held ? 65536 / held_registers(element_size) : element_size == 8 ? 256 : 768) / threads;
+}
+
+constexpr int kHeldWarps = held_max_threads(2) / kWarp;
+
+template <class Real>
+struct alignas(16) Part {
+  RowSums<Real> sums;
+};
+
+// held, kHeld: a block or a cluster a row. A block's slice of the row is copied to shared memory at once,
+// in 4 groups (2 in fp64); while later groups are on their way the thread adds up the earlier ones. A thread reads only
+// what it copied, so no barrier guards the slots; the row's sums take one. fp64 keeps exponentials in the
+// slots, relative to the thread's maxima of the group, because computing them again would outlast the
+// memory traffic; narrower types compute them again.
+// stream, else: a block a row, read from global memory in both passes.
+template <class T, class Policy, bool kHeld>
+__global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamThreads,
+                                  row_blocks(kHeld, sizeof(T)))
+    row_kernel(const __grid_constant__ DistillationParams p,
+               const __grid_constant__ Task<typename Compute<T>::type> task, int cluster,
+               int capacity) {
+  using Real = typename Compute<T>::type;
+  using Index = std::conditional_t<kHeld, int, int64_t>;
+  constexpr int kCount = 16 / sizeof(T);
+  constexpr bool kKeep = kHeld && sizeof(Real) == 8;
+  constexpr int kGroups = kKeep ? 2 : kHeld ? 4 : 1;
+  extern __shared__ uint4 slots_shared[];
+  __shared__ Part<Real> parts[2][kHeldWarps];
+  const int thread = threadIdx.x, threads = blockDim.x, rank = kHeld ? cluster_rank() : 0;
+  const int warps = threads / kWarp, lane = thread % kWarp;
+  const Real factor = task.factor(p);
+  Vector<T>* z_slots = reinterpret_cast<Vector<T>*>(slots_shared) + thread;
+  Vector<T>* t_slots = z_slots + capacity * threads + kEdges;
+  Vector<T>* h_slots = t_slots + capacity * threads + kEdges;
+  double total = 0;
+  int turn = 0;
+  bool arrived = false;
+
+  const int64_t first = blockIdx.x / cluster, stride = gridDim.x / cluster;
+  for (int64_t r = first; r < p.rows; r += stride) {
+    const Row<Real> row = read_row<Real>(p, r);
+    const T* z_row = static_cast<const T*>(p.student) + r * p.student_stride;
+    const T* t_row = static_cast<const T*>(p.teacher) + r * p.teacher_stride;
+    T* g_row =
+        p.gradient != nullptr ? static_cast<T*>(p.gradient) + r * p.gradient_stride : nullptr;
+    const Span<T, Index> span(z_row, t_row, g_row, static_cast<Index>(p.classes));
+    const Index share = (span.body + cluster - 1) / cluster;
+    const Index begin = rank * share < span.body ? rank * share : span.body;
+    const Index end = begin + share < span.body ? begin + share : span.body;
+    // A last slot holds the row's head and tail, one element a thread.
+    const int body_slots = static_cast<int>((end - begin + threads - 1) / threads);
+    const int slots = body_slots + (rank == 0 && thread < kEdges && span.head + span.tail > 0);
+    auto place = [&](int s) {
+      return s < body_slots ? body_place(span, begin, end, s, thread, threads)
+                            : edge_place(span, thread);
+    };
+
+    if (row.skipped()) {
+      if (thread == 0 && rank == 0) total += row.emit(p, r, Real(0));
+      if (g_row == nullptr) continue;
+      Vector<T> zero;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) narrow(Real(0), zero.value[j]);
 #pragma unroll 1
-        for (int64_t i = lane; i < p.classes; i += kThreads) narrow(Real(0), g_row[i]);
-      }
+      for (int s = 0; s < slots; ++s) store(g_row, place(s), zero);
       continue;
     }
-    Real label_z = kHard != CrossEntropy::kNone ? static_cast<Real>(widen(z_row[label])) : Real(0);
 
-    math::RowSums<Real> sums = {Lowest<Real>::value, Lowest<Real>::value, 0, 0, 0, 0, 0, 0};
+    const int group_slots = (body_slots + kGroups) / kGroups;  // the edges' slot included
+    if constexpr (kHeld) {
 #pragma unroll 1
-    for (int64_t i = lane; i < vectors; i += kThreads) {
-      visit<Policy, kHard>(sums, reinterpret_cast<const Vector<T, kCount>*>(z_row)[i],
-                           reinterpret_cast<const Vector<T, kCount>*>(t_row)[i], scale,
-                           smoothing > Real(0));
-    }
+      for (int g = 0; g < kGroups; ++g) {
 #pragma unroll 1
-    for (int64_t i = vectors * kCount + lane; i < p.classes; i += kThreads) {
-      Vector<T, 1> z = {z_row[i]}, t = {t_row[i]};
-      visit<Policy, kHard>(sums, z, t, scale, smoothing > Real(0));
-    }
-    Real maxima[2] = {sums.max_s, sums.max_t};
-    reduce<Max, kThreads>(maxima, shared);
-    sums = math::rebase<Policy, kHard>(sums, maxima[0], maxima[1], scale, Exp2Nonpositive());
-    Real values[6] = {sums.sum_s, sums.sum_t, sums.term, sums.sum_hard, sums.sum_z, sums.count};
-    reduce<Sum, kThreads>(values, shared);
-    sums = {maxima[0], maxima[1], values[0], values[1], values[2], values[3], values[4], values[5]};
-
-    math::RowResult<Real> result =
-        math::finish_row<Policy, kHard>(sums, inv_classes, temperature, static_cast<Real>(p.alpha),
-                                        smoothing, label_z - sums.max_s, weight * factor);
-    if (lane == 0) static_cast<Real*>(p.row_loss)[row] = weight * result.loss;
-    if (p.gradient == nullptr) continue;
-
-    auto gradient = [&](Real z, Real t, int64_t i) {
-      Real shifted = z - sums.max_s;
-      Real ex = math::exp2_nonpositive(shifted * scale);
-      Real ey = math::exp2_nonpositive((t - sums.max_t) * scale);
-      Real g = math::fma(result.of_ey, ey, -result.uniform);
-      if (kHard == CrossEntropy::kOwn)
-        g = math::fma(result.of_hard, math::exp2_nonpositive(shifted * Real(math::kLog2E)), g);
-      g = math::fma(result.of_ex, ex, g);
-      return i == label ? g - result.at_label : g;
-    };
-#pragma unroll 1
-    for (int64_t i = lane; i < vectors; i += kThreads) {
-      Vector<T, kCount> z = reinterpret_cast<const Vector<T, kCount>*>(z_row)[i];
-      Vector<T, kCount> t = reinterpret_cast<const Vector<T, kCount>*>(t_row)[i];
-      Vector<T, kCount> g;
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        narrow(gradient(widen(z.value[j]), widen(t.value[j]), i * kCount + j), g.value[j]);
+        for (int s = g * group_slots; s < min(slots, (g + 1) * group_slots); ++s) {
+          auto here = place(s);
+          if (here.empty()) continue;
+          if (here.template whole<kCount>()) {
+            copy_async(z_slots + s * threads, z_row + here.first);
+            copy_async(t_slots + s * threads, t_row + here.first);
+          } else {
+            z_slots[s * threads] = load(z_row, here);
+            t_slots[s * threads] = load(t_row, here);
+          }
+        }
+        commit_copies();
       }
-      reinterpret_cast<Vector<T, kCount>*>(g_row)[i] = g;
     }
+    Real label_z =
+        task.hard != CrossEntropy::kNone ? static_cast<Real>(widen(z_row[row.label])) : Real(0);
+
+    RowSums<Real> sums = {Lowest<Real>::value, Lowest<Real>::value, 0, 0, 0, 0, 0, 0};
+    Real group_max_s[kGroups], group_max_t[kGroups];
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        if (g == kGroups - 4) wait_copies<3>();
+        if (g == kGroups - 3) wait_copies<2>();
+        if (g == kGroups - 2) wait_copies<1>();
+        if (g == kGroups - 1) wait_copies<0>();
+        const int from = g * group_slots, to = min(slots, (g + 1) * group_slots);
+        Real max_s = sums.max_s, max_t = sums.max_t;
+#pragma unroll 2
+        for (int s = from; s < to; ++s) {
+          if (place(s).empty()) continue;
+          raise(z_slots[s * threads], t_slots[s * threads], max_s, max_t);
+        }
+        rebase<Policy>(task, sums, max_s, max_t);
+        group_max_s[g] = max_s;
+        group_max_t[g] = max_t;
 #pragma unroll 1
-    for (int64_t i = vectors * kCount + lane; i < p.classes; i += kThreads) {
-      narrow(gradient(widen(z_row[i]), widen(t_row[i]), i), g_row[i]);
+        for (int s = from; s < to; ++s) {
+          auto here = place(s);
+          if (here.empty()) continue;
+          Vector<T> z = z_slots[s * threads], t = t_slots[s * threads], h;
+          add<Policy, kKeep>(task, sums, z, t, h, here);
+          if constexpr (kKeep) {
+            z_slots[s * threads] = z;
+            t_slots[s * threads] = t;
+            if (task.hard == CrossEntropy::kOwn) h_slots[s * threads] = h;
+          }
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int s = 0; s < slots; ++s) {
+        auto here = place(s);
+        if (here.empty()) continue;
+        Vector<T> z = load(z_row, here), t = load(t_row, here), h;
+        Real max_s = sums.max_s, max_t = sums.max_t;
+        raise(z, t, max_s, max_t);
+        rebase<Policy>(task, sums, max_s, max_t);
+        add<Policy, false>(task, sums, z, t, h, here);
+      }
     }
+
+    // Every warp merges the parts of all warps of the cluster. Two turns of parts: who writes the next
+    // row's has passed that row's barrier after all have read this row's.
+    sums = merge_lanes<Policy>(task, sums);
+    if (lane == 0) parts[turn][thread / kWarp].sums = sums;
+    if (cluster > 1) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
+    sums = {Lowest<Real>::value, Lowest<Real>::value, 0, 0, 0, 0, 0, 0};
+    for (int i = lane; i < warps * cluster; i += kWarp) {
+      const Part<Real>* mine = &parts[turn][i % warps];
+      RowSums<Real> part = cluster > 1 ? read_peer(mine, i / warps).sums : mine->sums;
+      sums = math::merge<Policy>(task.hard, sums, part, task.scale, Exp2Nonpositive());
+    }
+    if (cluster > 1 && r + stride >= p.rows) {
+      cluster_arrive();
+      arrived = true;
+    }
+    turn ^= 1;
+    sums = merge_lanes<Policy>(task, sums);
+    RowResult<Real> result =
+        math::finish_row<Policy>(task.hard, sums, task.inv_classes, task.temperature, task.alpha,
+                                 task.smoothing, label_z - sums.max_s, row.weight * factor);
+    if (thread == 0 && rank == 0) total += row.emit(p, r, result.loss);
+    if (g_row == nullptr) continue;
+
+#pragma unroll 1
+    for (int g = 0; g < kGroups; ++g) {
+      // What brings a group's kept exponentials to the row's maxima.
+      Real of_ex = result.of_ex, of_ey = result.of_ey, of_hard = result.of_hard;
+      if constexpr (kKeep) {
+        Real max_s = group_max_s[0], max_t = group_max_t[0];
+#pragma unroll
+        for (int i = 1; i < kGroups; ++i) {
+          max_s = i == g ? group_max_s[i] : max_s;
+          max_t = i == g ? group_max_t[i] : max_t;
+        }
+        of_ex *= math::exp2_nonpositive((max_s - sums.max_s) * task.scale);
+        of_ey *= math::exp2_nonpositive((max_t - sums.max_t) * task.scale);
+        of_hard *= math::exp2_nonpositive((max_s - sums.max_s) * Real(math::kLog2E));
+      }
+      const int from = kHeld ? g * group_slots : 0,
+                to = kHeld ? min(slots, (g + 1) * group_slots) : slots;
+#pragma unroll 1
+      for (int s = from; s < to; ++s) {
+        auto here = place(s);
+        if (here.empty()) continue;
+        Vector<T> z, t;
+        if constexpr (kHeld) {
+          z = z_slots[s * threads];
+          t = t_slots[s * threads];
+        } else {
+          z = load(z_row, here);
+          t = load(t_row, here);
+        }
+        Real gradient[kCount];
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) gradient[j] = -result.uniform;
+        if (task.hard == CrossEntropy::kOwn) {
+          Vector<T> h;
+          if constexpr (kKeep) h = h_slots[s * threads];
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            Real eh;
+            if constexpr (kKeep) {
+              eh = h.value[j];
+            } else {
+              Real u = (widen(z.value[j]) - sums.max_s) * Real(math::kLog2E);
+              // Of 6 exponentials a 16-bit element's time allows 6.6: this one goes to the FMA units.
+              if constexpr (sizeof(T) == 2) {
+                eh = math::exp2_polynomial(u);
+              } else {
+                eh = math::exp2_nonpositive(u);
+              }
+            }
+            gradient[j] = math::fma(of_hard, eh, gradient[j]);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          Real ex, ey;
+          if constexpr (kKeep) {
+            ex = z.value[j];
+            ey = t.value[j];
+          } else {
+            ex = math::exp2_nonpositive((widen(z.value[j]) - sums.max_s) * task.scale);
+            ey = math::exp2_nonpositive((widen(t.value[j]) - sums.max_t) * task.scale);
+          }
+          gradient[j] = math::fma(of_ex, ex, math::fma(of_ey, ey, gradient[j]));
+        }
+        if (row.label >= here.first && row.label <= here.at(kCount - 1)) {
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            if (here.at(j) == row.label) gradient[j] -= result.at_label;
+          }
+        }
+        Vector<T> out;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) narrow(gradient[j], out.value[j]);
+        store(g_row, here, out);
+      }
+    }
+  }
+  if (thread == 0 && rank == 0 && task.partial != nullptr) task.partial[first] = total;
+  // A block stays while others of its cluster may read its parts.
+  if (cluster > 1) {
+    if (!arrived) cluster_arrive();
+    cluster_wait();
   }
 }
 
-// One block: the sum of value(row) over all rows, in a fixed order.
+// ---- sums over rows -----------------------------------------------------------------------------
+
+constexpr int kSumThreads = 1024;
+// Rows that one block adds up in the time of a launch or two.
+constexpr int64_t kRowsPerSumBlock = 65536;
+constexpr int64_t kMaxSumBlocks = 256;
+
+// The sum of value(i) for i = begin, begin + stride, ... over a block, in a fixed order.
 template <class Value>
-__device__ double block_sum(int64_t rows, Value value) {
-  __shared__ double shared[kRowThreads / kWarp];
+__device__ __forceinline__ double block_sum(int64_t begin, int64_t end, int64_t stride,
+                                            Value value) {
+  __shared__ double shared[kSumThreads / kWarp];
   double sum[1] = {0};
-  for (int64_t row = threadIdx.x; row < rows; row += kRowThreads) sum[0] += value(row);
-  reduce<Sum, kRowThreads>(sum, shared);
+#pragma unroll 8
+  for (int64_t i = begin; i < end; i += stride) sum[0] += value(i);
+  reduce<Sum, kSumThreads>(sum, shared);
   return sum[0];
 }
 
-// What losses and gradients are multiplied by: 1 / denominator, 0 where that is 0.
+// The kept rows' weights: one sum a block, or of a single block the inverse.
 template <class Real>
-__global__ void inv_denominator_kernel(const DistillationParams p, double* inv_denominator) {
-  double sum = block_sum(p.denominator < 0 ? p.rows : 0, [&](int64_t row) {
-    if (p.labels != nullptr && p.labels[row] == p.ignore_index) return 0.0;
-    return p.weight != nullptr ? static_cast<double>(static_cast<const Real*>(p.weight)[row]) : 1.0;
+__global__ void __launch_bounds__(kSumThreads)
+    weight_kernel(const __grid_constant__ DistillationParams p, double* out) {
+  double sum = block_sum(static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x, p.rows,
+                         static_cast<int64_t>(gridDim.x) * kSumThreads, [&](int64_t row) {
+    Real weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : Real(1);
+    bool ignored = p.labels != nullptr && p.labels[row] == p.ignore_index;
+    return ignored ? 0.0 : static_cast<double>(weight);
   });
-  if (p.denominator >= 0) sum = p.denominator;
-  if (threadIdx.x == 0) *inv_denominator = sum != 0 ? 1 / sum : 0;
+  if (threadIdx.x == 0) out[blockIdx.x] = gridDim.x == 1 ? (sum != 0 ? 1 / sum : 0) : sum;
+}
+
+__global__ void __launch_bounds__(kSumThreads)
+    inverse_kernel(const double* sums, int64_t count, double* out) {
+  double sum = block_sum(threadIdx.x, count, kSumThreads, [&](int64_t i) { return sums[i]; });
+  if (threadIdx.x == 0) *out = sum != 0 ? 1 / sum : 0;
 }
 
 template <class Real>
-__global__ void total_loss_kernel(const DistillationParams p, const double* inv_denominator) {
-  double sum = block_sum(p.rows, [&](int64_t row) {
-    return static_cast<double>(static_cast<const Real*>(p.row_loss)[row]);
-  });
-  if (threadIdx.x == 0) *static_cast<Real*>(p.loss) = static_cast<Real>(sum * *inv_denominator);
+__global__ void __launch_bounds__(kSumThreads)
+    loss_kernel(const double* partial, int64_t count, double inv_denominator,
+                const double* device_inv_denominator, Real* loss) {
+  double sum = block_sum(threadIdx.x, count, kSumThreads, [&](int64_t i) { return partial[i]; });
+  double factor = device_inv_denominator != nullptr ? *device_inv_denominator : inv_denominator;
+  if (threadIdx.x == 0) *loss = static_cast<Real>(sum * factor);
 }
 
-template <class T, CrossEntropy kHard, int kCount>
-void launch_rows(const DistillationParams& p, const double* inv_denominator, cudaStream_t stream) {
-  if (p.classes <= kWarpRowClasses) {
-    int64_t blocks = std::min(kMaxBlocks, (p.rows + kRowsPerBlock - 1) / kRowsPerBlock);
-    rows_kernel<T, ForwardKL, kHard, kCount, kWarp, kRowsPerBlock>
-        <<<static_cast<unsigned>(blocks), dim3(kWarp, kRowsPerBlock), 0, stream>>>(
-            p, math::kLog2E / p.temperature, inv_denominator);
-  } else {
-    int64_t blocks = std::min(kMaxBlocks, p.rows);
-    rows_kernel<T, ForwardKL, kHard, kCount, kRowThreads, 1>
-        <<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(p, math::kLog2E / p.temperature,
-                                                                    inv_denominator);
-  }
+// ---- launches -----------------------------------------------------------------------------------
+
+CrossEntropy cross_entropy(const DistillationParams& p) {
+  if (p.labels == nullptr || p.alpha == 1) return CrossEntropy::kNone;
+  return p.temperature == 1 ? CrossEntropy::kShared : CrossEntropy::kOwn;
 }
 
-template <class T, int kCount>
-void launch_hard(const DistillationParams& p, const double* inv_denominator, cudaStream_t stream) {
-  if (p.labels == nullptr || p.alpha == 1) {
-    launch_rows<T, CrossEntropy::kNone, kCount>(p, inv_denominator, stream);
-  } else if (p.temperature == 1) {
-    launch_rows<T, CrossEntropy::kShared, kCount>(p, inv_denominator, stream);
-  } else {
-    launch_rows<T, CrossEntropy::kOwn, kCount>(p, inv_denominator, stream);
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks,
+                          const DistillationPlan& plan, cudaStream_t stream,
+                          Arguments... arguments) {
+  if (plan.shared > 48 * 1024) {
+    cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
+    if (error != cudaSuccess) return error;
   }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks * plan.cluster));
+  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = plan.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+template <class T, class Policy>
+cudaError_t launch_rows(const DistillationParams& p, const Task<typename Compute<T>::type>& task,
+                        const DistillationPlan& plan, cudaStream_t stream) {
+  int64_t blocks = plan.partials(p.rows);
+  switch (plan.walk) {
+    case Walk::kTile:
+      return launch_kernel(tile_kernel<T, Policy>, blocks, plan, stream, p, task, plan.lanes,
+                           plan.rows);
+    case Walk::kWarp:
+      if constexpr (sizeof(T) < 8)
+        return launch_kernel(warp_kernel<T, Policy>, blocks, plan, stream, p, task);
+      break;
+    case Walk::kHeld:
+      return launch_kernel(row_kernel<T, Policy, true>, blocks, plan, stream, p, task, plan.cluster,
+                           plan.slots);
+    case Walk::kStream:
+      return launch_kernel(row_kernel<T, Policy, false>, blocks, plan, stream, p, task, 1, 0);
+  }
+  return cudaErrorInvalidValue;
 }
 
 template <class T>
-cudaError_t launch(const DistillationParams& p, double* inv_denominator, cudaStream_t stream) {
+cudaError_t launch(const DistillationParams& p, cudaStream_t stream) {
   using Real = typename Compute<T>::type;
-  constexpr int kCount = 16 / sizeof(T);
-  inv_denominator_kernel<Real><<<1, kRowThreads, 0, stream>>>(p, inv_denominator);
-  bool vectors = aligned<T>(p.student, p.student_stride, kCount) &&
-                 aligned<T>(p.teacher, p.teacher_stride, kCount) &&
-                 (p.gradient == nullptr || aligned<T>(p.gradient, p.gradient_stride, kCount));
-  if (p.rows > 0 && vectors) launch_hard<T, kCount>(p, inv_denominator, stream);
-  if (p.rows > 0 && !vectors) launch_hard<T, 1>(p, inv_denominator, stream);
-  if (p.loss != nullptr) total_loss_kernel<Real><<<1, kRowThreads, 0, stream>>>(p, inv_denominator);
+  Device device;
+  cudaError_t error =
+      device_of(reinterpret_cast<const void*>(row_kernel<T, ForwardKL, true>), device);
+  if (error != cudaSuccess) return error;
+  CrossEntropy hard = cross_entropy(p);
+  DistillationPlan plan =
+      plan_distillation(p.classes, sizeof(T), hard == CrossEntropy::kOwn, device);
+
+  // The workspace: the inverse denominator, sums of weights, partial losses.
+  double *inverse = p.workspace, *weights = inverse + 1, *partial = weights + kMaxSumBlocks;
+  bool ask = p.denominator < 0;
+  if (ask) {
+    int64_t blocks = std::min(kMaxSumBlocks, (p.rows + kRowsPerSumBlock - 1) / kRowsPerSumBlock);
+    blocks = std::max<int64_t>(blocks, 1);
+    weight_kernel<Real><<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(
+        p, blocks == 1 ? inverse : weights);
+    if (blocks > 1) inverse_kernel<<<1, kSumThreads, 0, stream>>>(weights, blocks, inverse);
+  }
+  Task<Real> task = {hard,
+                     hard != CrossEntropy::kNone && p.label_smoothing > 0,
+                     static_cast<Real>(math::kLog2E / p.temperature),
+                     static_cast<Real>(p.temperature),
+                     static_cast<Real>(p.alpha),
+                     static_cast<Real>(p.label_smoothing),
+                     static_cast<Real>(1.0 / static_cast<double>(p.classes)),
+                     p.denominator > 0 ? 1 / p.denominator : 0,
+                     ask ? inverse : nullptr,
+                     p.loss != nullptr ? partial : nullptr};
+  if (p.rows > 0) error = launch_rows<T, ForwardKL>(p, task, plan, stream);
+  if (error != cudaSuccess) return error;
+  if (p.loss != nullptr) {
+    loss_kernel<Real>
+        <<<1, kSumThreads, 0, stream>>>(partial, plan.partials(p.rows), task.inv_denominator,
+                                        task.device_inv_denominator, static_cast<Real*>(p.loss));
+  }
   return cudaGetLastError();
 }
 
+// Multiplies rows by a factor that is on the device; a block looks at the factor before any data.
 template <class T>
-__global__ void scale_kernel(const ScaleParams p) {
+__global__ void __launch_bounds__(256) scale_kernel(const __grid_constant__ ScaleParams p) {
   using Real = typename Compute<T>::type;
+  constexpr int kCount = 16 / sizeof(T);
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
     Real factor = static_cast<const Real*>(p.factor)[p.per_row ? row : 0];
     if (factor == Real(1)) continue;
     T* data = static_cast<T*>(p.data) + row * p.stride;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.classes;
-         i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-      narrow(static_cast<Real>(widen(data[i])) * factor, data[i]);
+    const Span<T, int64_t> span(data, data, data, p.classes);
+    for (int64_t begin = static_cast<int64_t>(blockIdx.x) * blockDim.x; begin < span.body + kEdges;
+         begin += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+      int64_t item = begin + threadIdx.x;
+      Place<int64_t> here = item < span.body ? body_place<T, int64_t>(span, item, item + 1, 0, 0, 1)
+                                             : edge_place(span, static_cast<int>(item - span.body));
+      if (item >= span.body + kEdges || here.empty()) continue;
+      Vector<T> x = load(data, here);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j)
+        narrow(static_cast<Real>(widen(x.value[j])) * factor, x.value[j]);
+      store(data, here, x);
     }
   }
 }
@@ -247,22 +894,31 @@ template <class T>
 cudaError_t launch_scale(const ScaleParams& p, cudaStream_t stream) {
   constexpr int kThreads = 256;
   if (p.rows == 0) return cudaSuccess;
-  unsigned columns =
-      static_cast<unsigned>(std::min<int64_t>(64, (p.classes + kThreads - 1) / kThreads));
-  unsigned rows = static_cast<unsigned>(std::min<int64_t>(32768, p.rows));
-  scale_kernel<T><<<dim3(columns, rows), kThreads, 0, stream>>>(p);
+  ScaleParams flat = p;
+  if (!p.per_row && p.stride == p.classes) {
+    flat.classes = flat.stride = p.rows * p.classes;
+    flat.rows = 1;
+  }
+  int64_t items = flat.classes / (16 / static_cast<int>(sizeof(T))) + kEdges;
+  unsigned rows = static_cast<unsigned>(std::min<int64_t>(32768, flat.rows));
+  unsigned columns = static_cast<unsigned>(
+      std::min<int64_t>(std::max<int64_t>(2048 / rows, 1), (items + kThreads - 1) / kThreads));
+  scale_kernel<T><<<dim3(columns, rows), kThreads, 0, stream>>>(flat);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t distillation(const DistillationParams& p, double* inv_denominator,
-                         cudaStream_t stream) {
+int64_t distillation_workspace(int64_t rows) {
+  return 1 + kMaxSumBlocks + std::min(rows, kMaxPartials);
+}
+
+cudaError_t distillation(const DistillationParams& p, cudaStream_t stream) {
   switch (p.dtype) {
-    case Dtype::kFloat32: return launch<float>(p, inv_denominator, stream);
-    case Dtype::kFloat64: return launch<double>(p, inv_denominator, stream);
-    case Dtype::kBFloat16: return launch<__nv_bfloat16>(p, inv_denominator, stream);
-    case Dtype::kFloat16: return launch<__half>(p, inv_denominator, stream);
+    case Dtype::kFloat32: return launch<float>(p, stream);
+    case Dtype::kFloat64: return launch<double>(p, stream);
+    case Dtype::kBFloat16: return launch<__nv_bfloat16>(p, stream);
+    case Dtype::kFloat16: return launch<__half>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -8,8 +8,9 @@
 namespace kdkernels {
 namespace cuda {
 
-// p.row_loss is required; inv_denominator is a workspace of one device fp64. A label out of range gives its row NaN loss and zero gradient.
-cudaError_t distillation(const DistillationParams& p, double* inv_denominator, cudaStream_t stream);
+// A label out of range gives its row NaN loss and zero gradient.
+cudaError_t distillation(const DistillationParams& p, cudaStream_t stream);
+int64_t distillation_workspace(int64_t rows);  // doubles
 cudaError_t scale_rows(const ScaleParams& p, cudaStream_t stream);
 cudaError_t noise(const NoiseParams& p, cudaStream_t stream);
 int64_t noise_dot_blocks(int64_t numel);

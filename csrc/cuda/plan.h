@@ -34,7 +34,7 @@ enum class Walk { kTile, kWarp, kHeld, kStream };
 
 constexpr int kTileClasses = 512, kTileElements = 2048, kTileThreads = 128, kTileLaneElements = 16;
 constexpr int kWarpClasses = 1024, kWarpThreads = 128;
-constexpr int kStreamThreads = 256, kHeldMaxThreads = 512, kMaxCluster = 8;
+constexpr int kStreamThreads = 256, kMaxCluster = 8;
 constexpr int kEdges =
     16;  // slots of one element: up to 8 before a row's first 16 bytes, up to 8 after
 constexpr int kBusyThreads = 768;  // an SM
@@ -58,6 +58,10 @@ struct DistillationPlan {
   }
 };
 
+// What ptxas is held to for `held`: registers a thread, of an SM's 65536, and threads a block.
+constexpr int held_registers(int element_size) { return element_size == 8 ? 128 : 64; }
+constexpr int held_max_threads(int element_size) { return element_size == 8 ? 256 : 512; }
+
 constexpr int held_planes(int element_size, bool own_exponential) {
   return element_size == 8 && own_exponential ? 3 : 2;
 }
@@ -70,10 +74,15 @@ inline DistillationPlan held_plan(int64_t classes, int element_size, int planes,
   for (int threads = 128;; threads *= 2) {
     int64_t slots = (share + threads - 1) / threads;
     int64_t shared = (slots * threads + kEdges) * planes * 16;
+    int resident = 65536 / held_registers(element_size);  // threads an SM
     blocks_per_sm = 0;
-    if (shared + kBlockReserve <= device.shared_per_block)
-      blocks_per_sm = static_cast<int>(device.shared_per_sm / (shared + kBlockReserve));
-    if (blocks_per_sm * threads >= kBusyThreads || threads == kHeldMaxThreads) {
+    if (shared + kBlockReserve <= device.shared_per_block) {
+      int64_t by_shared = device.shared_per_sm / (shared + kBlockReserve);
+      blocks_per_sm =
+          static_cast<int>(by_shared < resident / threads ? by_shared : resident / threads);
+    }
+    if (blocks_per_sm * threads >= (resident < kBusyThreads ? resident : kBusyThreads) ||
+        threads == held_max_threads(element_size)) {
       bool fits = blocks_per_sm > 0;
       return {Walk::kHeld,
               threads,

@@ -17,7 +17,8 @@ namespace math {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// How cross-entropy gets its exponentials e^(z - max_s).
+// How cross-entropy gets its exponentials e^(z - max_s). The same for all rows of a call: a constant where
+// a walker is compiled for each, a uniform branch where it is not.
 enum class CrossEntropy {
   kNone,  // alpha = 1, or no labels
   kShared,  // T = 1: they are the student's own
@@ -89,8 +90,9 @@ KD_FN Acc larger(Acc a, Acc b) {
 }
 
 // The sums of a part relative to other maxima, each at least the part's own. exp2_fn: 2^x for x <= 0.
-template <class Policy, CrossEntropy kHard, class Acc, class Exp2>
-KD_FN RowSums<Acc> rebase(const RowSums<Acc>& part, Acc max_s, Acc max_t, Acc scale, Exp2 exp2_fn) {
+template <class Policy, class Acc, class Exp2>
+KD_FN RowSums<Acc> rebase(CrossEntropy hard, const RowSums<Acc>& part, Acc max_s, Acc max_t,
+                          Acc scale, Exp2 exp2_fn) {
   Acc grown = max_s - part.max_s;
   Acc dx = grown * scale, dy = (max_t - part.max_t) * scale;
   Acc fx = exp2_fn(-dx), fy = exp2_fn(-dy);
@@ -100,17 +102,18 @@ KD_FN RowSums<Acc> rebase(const RowSums<Acc>& part, Acc max_s, Acc max_t, Acc sc
   out.sum_s = fx * part.sum_s;
   out.sum_t = fy * part.sum_t;
   out.term = Policy::moved(part, dx, dy, fx, fy);
-  if (kHard == CrossEntropy::kOwn) out.sum_hard = exp2_fn(-grown * Acc(kLog2E)) * part.sum_hard;
+  if (hard == CrossEntropy::kOwn) out.sum_hard = exp2_fn(-grown * Acc(kLog2E)) * part.sum_hard;
   out.sum_z = part.count == Acc(0) ? Acc(0) : part.sum_z - part.count * grown;
   return out;
 }
 
 // The sums of two parts as the sums of both.
-template <class Policy, CrossEntropy kHard, class Acc, class Exp2>
-KD_FN RowSums<Acc> merge(const RowSums<Acc>& a, const RowSums<Acc>& b, Acc scale, Exp2 exp2_fn) {
+template <class Policy, class Acc, class Exp2>
+KD_FN RowSums<Acc> merge(CrossEntropy hard, const RowSums<Acc>& a, const RowSums<Acc>& b, Acc scale,
+                         Exp2 exp2_fn) {
   Acc max_s = larger(a.max_s, b.max_s), max_t = larger(a.max_t, b.max_t);
-  RowSums<Acc> x = rebase<Policy, kHard>(a, max_s, max_t, scale, exp2_fn);
-  RowSums<Acc> y = rebase<Policy, kHard>(b, max_s, max_t, scale, exp2_fn);
+  RowSums<Acc> x = rebase<Policy>(hard, a, max_s, max_t, scale, exp2_fn);
+  RowSums<Acc> y = rebase<Policy>(hard, b, max_s, max_t, scale, exp2_fn);
   x.sum_s += y.sum_s;
   x.sum_t += y.sum_t;
   x.term += y.term;
@@ -129,9 +132,10 @@ struct RowResult {
 };
 
 // label_z = z[label] - max_s. `factor` is the row's weight over the denominator, for the gradient only.
-template <class Policy, CrossEntropy kHard, class Acc>
-KD_FN RowResult<Acc> finish_row(const RowSums<Acc>& sums, Acc inv_classes, Acc temperature,
-                                Acc alpha, Acc smoothing, Acc label_z, Acc factor) {
+template <class Policy, class Acc>
+KD_FN RowResult<Acc> finish_row(CrossEntropy hard, const RowSums<Acc>& sums, Acc inv_classes,
+                                Acc temperature, Acc alpha, Acc smoothing, Acc label_z,
+                                Acc factor) {
   RowResult<Acc> row;
   row.loss = row.of_ex = row.of_ey = row.of_hard = row.uniform = row.at_label = Acc(0);
   Acc inv_s = inverse(sums.sum_s), inv_t = inverse(sums.sum_t);
@@ -141,13 +145,13 @@ KD_FN RowResult<Acc> finish_row(const RowSums<Acc>& sums, Acc inv_classes, Acc t
     row.of_ex *= alpha * factor;
     row.of_ey *= alpha * factor;
   }
-  if (kHard != CrossEntropy::kNone) {
-    Acc sum = kHard == CrossEntropy::kShared ? sums.sum_s : sums.sum_hard;
-    Acc hard = log_acc(sum) - (Acc(1) - smoothing) * label_z;
-    if (smoothing > Acc(0)) hard -= smoothing * inv_classes * sums.sum_z;
-    row.loss += (Acc(1) - alpha) * hard;
+  if (hard != CrossEntropy::kNone) {
+    Acc sum = hard == CrossEntropy::kShared ? sums.sum_s : sums.sum_hard;
+    Acc cross_entropy = log_acc(sum) - (Acc(1) - smoothing) * label_z;
+    if (smoothing > Acc(0)) cross_entropy -= smoothing * inv_classes * sums.sum_z;
+    row.loss += (Acc(1) - alpha) * cross_entropy;
     Acc scale = (Acc(1) - alpha) * factor;
-    if (kHard == CrossEntropy::kShared) {
+    if (hard == CrossEntropy::kShared) {
       row.of_ex += scale * inv_s;
     } else {
       row.of_hard = scale * inverse(sum);

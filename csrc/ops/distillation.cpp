@@ -212,11 +212,9 @@ std::tuple<Tensor, Tensor> forward(const Call& call, bool want_gradient, bool in
   if (cuda) {
 #if defined(KDKERNELS_WITH_CUDA)
     c10::cuda::CUDAGuard guard(student.device());
-    Tensor row_loss = call.reduction == kNone ? loss : at::empty({rows}, options.dtype(acc));
-    Tensor inv_denominator = at::empty({1}, options.dtype(at::kDouble));
-    p.row_loss = row_loss.mutable_data_ptr();
-    C10_CUDA_CHECK(cuda::distillation(p, inv_denominator.mutable_data_ptr<double>(),
-                                      c10::cuda::getCurrentCUDAStream()));
+    Tensor workspace = at::empty({cuda::distillation_workspace(rows)}, options.dtype(at::kDouble));
+    p.workspace = workspace.mutable_data_ptr<double>();
+    C10_CUDA_CHECK(cuda::distillation(p, c10::cuda::getCurrentCUDAStream()));
 #endif
   } else {
     cpu::distillation(p, at::get_num_threads());
