@@ -1,0 +1,636 @@
+"""What the CUDA kernels cost on an H100, counted without one: python bench/counts.py
+
+Our kernels and the peers' (Liger, torch.compile) run in the emulator of tests/ptx, which counts the
+bytes and instructions of their PTX; the H100's limits make them times. Nothing is timed. Needs nvcc
+for ours, Triton for the peers'. The peers' launches have their true size, but only their first
+blocks run and stand for the others; ours have fewer rows instead.
+
+How a time is made of counts; the launches of an op come one after another:
+
+    moved   bytes from and to memory: the sectors of all requests, or, where all that the blocks on
+            the GPU at one time touch fits its L2, each tensor of the launch once; nothing stays
+            there from one launch to the next
+    slots   warp instructions: those of the PTX but moves, and those that ptxas adds (SASS below),
+            less the logic that it merges, by the kernel's ratio of LOP3 to logic instructions
+    time    the longest of moved / bandwidth and the instructions of each unit over its rate, on as
+            many SMs as there are blocks; no latency, no launch overhead
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+# NVIDIA H100 Tensor Core GPU datasheet (SXM): 3.35 TB/s, 67 TFLOPS in FP32. NVIDIA H100 Tensor Core
+# GPU Architecture (whitepaper): 132 SMs, 128 FP32 lanes an SM, 50 MB of L2. The boost clock is what
+# makes them one: 67e12 / (132 * 128 * 2).
+BANDWIDTH, SMS, L2, CLOCK = 3.35e12, 132, 50e6, 1.98e9
+# Results a clock and SM. CUDA C++ Programming Guide, "Arithmetic Instructions", throughput table,
+# compute capability 9.0: FP32 add, multiply and fma 128, FP64 64; exp2, log2, reciprocal, root 16;
+# 32-bit integer arithmetic, comparisons and conversions 64. Nsight Compute documentation,
+# "Pipelines": integer multiplication runs beside FP32 on FMA, logic, comparisons and other integer
+# work on ALU. The guide's "Compute Capability 9.0": 4 warp schedulers, an instruction a clock each;
+# shared memory: 32 banks of 4 bytes a clock, one pass.
+RATES = {
+    "slots": 4,
+    "mufu": 16,
+    "fma": 128,
+    "multiply": 64,
+    "alu": 64,
+    "fp64": 64,
+    "shared": 1,
+}
+# CUDA C++ Programming Guide, "Technical specifications per compute capability", 9.0.
+THREADS_PER_SM, BLOCKS_PER_SM, REGISTERS_PER_SM, SHARED_PER_SM = 2048, 32, 65536, 228 << 10
+
+# What ptxas 13.0 makes of an instruction for sm_90a beside the instruction itself, on the path that
+# ordinary numbers take, read off its SASS: (MUFU, FP32, ALU).
+SASS = {
+    "div.rn.f32": (1, 4, 2),
+    "div.full.f32": (1, 4, 2),
+    "rcp.rn.f32": (1, 2, 4),
+    "sqrt.rn.f32": (1, 3, 3),
+    "ex2.approx.f32": (0, 2, 1),
+    "lg2.approx.f32": (0, 2, 1),
+    "rsqrt.approx.f32": (0, 2, 1),
+    "add.s64": (0, 0, 1),
+    "sub.s64": (0, 0, 1),
+    "mul.lo.s64": (0, 0, 3),
+}
+CLASSES = [10, 1000, 32000, 50257, 128256, 200000]
+ELEMENTS = 1 << 24  # of a loss, in at least 512 rows: its launches fill the GPU
+
+
+@dataclasses.dataclass
+class Cost:
+    """One launch, or one op that PyTorch runs by itself: only its bytes count."""
+
+    kernel: str
+    blocks: float = SMS
+    resident: int = SMS  # blocks that the GPU runs at one time
+    moved: float = 0  # bytes
+    useful: float = 0  # bytes that threads asked for
+    sectors: float = 0
+    mufu: float = 0  # thread instructions
+    fma: float = 0  # FP32 and integer multiplication
+    multiply: float = 0  # integer multiplication alone
+    alu: float = 0
+    fp64: float = 0
+    memory: float = 0
+    slots: float = 0  # warp instructions
+    shared: float = 0  # passes
+    registers: int = 0
+    spills: int = 0  # bytes a thread
+
+    def seconds(self):
+        sms = min(self.blocks, SMS) * CLOCK
+        compute = {name: getattr(self, name) / (sms * rate) for name, rate in RATES.items()}
+        return {"bytes": self.moved / BANDWIDTH, **compute}
+
+
+# ---- counting ------------------------------------------------------------------------------------
+
+
+class Counter:
+    """Runs the launches that it is called with in the emulator, their first blocks at least."""
+
+    def __init__(self, blocks=None):
+        self.blocks, self.costs = blocks, []
+
+    def __call__(self, launch):
+        if not hasattr(launch, "ptx"):
+            total = launch.read + launch.written
+            self.costs.append(Cost(f"PyTorch's {launch.op}", moved=total, useful=total))
+            return
+        x, *yz = launch.grid
+        part = (min(x, self.blocks or x), *yz)
+        with library(launch.ptx).run() as run:
+            args = []
+            for value in launch.args:
+                if torch.is_tensor(value):
+                    run.buffer(torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()))
+                    value = value.data_ptr()
+                args.append(0 if value is None else value)
+            run.launch(launch.kernel, part, launch.block, args, shared=launch.shared)
+        (done,) = run.launches
+        each_once = sum(launch.touched())
+        self.costs.append(cost(done, launch.ptx, math.prod(launch.grid), each_once))
+
+
+@functools.cache
+def library(text):
+    import ptx
+
+    return ptx.load(text)
+
+
+def unit(opcode):
+    """The unit of RATES that executes a PTX instruction, "logic" (of ALU), "memory" or None."""
+    name, *words = opcode.split(".")
+    if name in ("ex2", "lg2", "sin", "cos", "tanh", "rcp", "sqrt", "rsqrt") and "rn" not in words:
+        return "mufu"
+    if name in ("ld", "st", "atom", "red", "shfl", "cp"):
+        return None if words[:1] == ["param"] else "memory"
+    if name in ("mov", "cvta", "bra", "ret", "bar", "barrier", "call", "membar", "fence", "exit"):
+        return None
+    if words[-1:] == ["f64"] and name != "cvt":
+        return "fp64"
+    if words[-1:] == ["f32"] and name in ("add", "sub", "mul", "fma", "mad", "div", "rcp", "sqrt"):
+        return "fma"
+    if name in ("mul", "mad", "mul24", "mad24", "madc", "dp4a", "dp2a"):
+        return "fp64" if words[-1:] == ["f64"] else "multiply"
+    return "logic" if name in ("and", "or", "xor", "not", "lop3") else "alu"
+
+
+def cost(done, text, blocks, each_once):
+    """The Cost of a launch of `blocks` blocks, of which those of `done` ran."""
+    counts, scale = done.counts, blocks / math.prod(done.grid)
+    of_unit = collections.Counter()
+    extra = 0.0
+    for opcode, n in counts["opcodes"].items():
+        of_unit[unit(opcode)] += n
+        more = SASS.get(opcode, (0, 0, 0))
+        of_unit.update(dict(zip(("mufu", "fma", "alu"), (n * m for m in more), strict=True)))
+        extra += n * sum(more)
+    registers, spills, left = sass(text, done.kernel)
+    merged = of_unit["logic"] * (1 - left)
+    warps, block_threads = counts["warp_instructions"], math.prod(done.block)
+    resident = SMS * min(
+        BLOCKS_PER_SM,
+        THREADS_PER_SM // block_threads,
+        REGISTERS_PER_SM // (registers * block_threads),
+        SHARED_PER_SM // (1024 + done.static_shared + done.dynamic_shared),
+    )
+    traffic = counts["memory"].items()
+    of_global = [t for what, t in traffic if what.startswith(("global", "generic"))]
+    of_shared = [t for what, t in traffic if what.startswith("shared")]
+    sectors = scale * sum(t["sectors"] for t in of_global)
+    return Cost(
+        done.kernel,
+        blocks,
+        resident,
+        moved=moved(32 * sectors, each_once, blocks, resident),
+        useful=scale * sum(min(t["bytes"], 32 * t["sectors"]) for t in of_global),
+        sectors=sectors,
+        mufu=scale * of_unit["mufu"],
+        fma=scale * (of_unit["fma"] + of_unit["multiply"]),
+        multiply=scale * of_unit["multiply"],
+        alu=scale * (of_unit["alu"] + of_unit["logic"] - merged),
+        fp64=scale * of_unit["fp64"],
+        memory=scale * of_unit["memory"],
+        slots=scale * (sum(warps.values()) - warps["move"] + (extra - merged) / 32),
+        shared=scale
+        * sum(max(t["requests"], t["bytes"] / 128) + t["conflicts"] for t in of_shared),
+        registers=registers,
+        spills=spills,
+    )
+
+
+def moved(requested, each_once, blocks, resident):
+    at_least = min(requested, each_once)
+    return at_least if at_least * min(1, resident / blocks) <= L2 else requested
+
+
+@functools.cache
+def sass(text, kernel):
+    """Registers and bytes spilled a thread, and logic instructions in SASS for one in PTX."""
+    common, *functions = re.split(r"(?m)^(?=\.(?:visible |weak )?\.entry )", text)
+    (body,) = [f for f in functions if re.match(rf"[.\w ]*\b{re.escape(kernel)}\b", f)]
+    body = body[: body.index("\n}") + 3]
+    body = re.sub(r"(?m)^\s*\.(loc|pragma)\b.*", "", body)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "k.ptx").write_text(common + body)
+
+        def output(*command):
+            return subprocess.run(
+                command, cwd=folder, check=True, capture_output=True, text=True
+            )  # fmt: skip
+
+        arch = re.search(r"(?m)^\.target (\w+)", common)[1]
+        said = output(tool("ptxas"), "-v", f"-arch={arch}", "k.ptx", "-o", "k.cubin").stderr
+        listing = output(tool("cuobjdump"), "-sass", "k.cubin").stdout
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    spills = sum(
+        map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups())
+    )
+    logic = len(re.findall(r"(?m)^\s+(?:@!?%\w+ )?(?:and|or|xor|not)\.b(?:32|64)|lop3\.b32", body))
+    return registers, spills, min(1.0, listing.count("LOP3") / max(1, logic))
+
+
+@functools.cache
+def tool(name):
+    """A program of the CUDA toolkit; Triton brings its own, and the toolkit may lack some."""
+    import ptx
+
+    folders = [Path(ptx.toolkit().nvcc).parent]
+    if triton := importlib.util.find_spec("triton"):
+        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    return shutil.which(name, path=":".join(map(str, folders))) or name
+
+
+# ---- the peers -----------------------------------------------------------------------------------
+
+TEMPERATURE, ALPHA, STD = 2.0, 0.5, 0.1
+
+
+def rows_of(classes):
+    return max(512, ELEMENTS // classes)
+
+
+RESNET18 = [(40, 256), (1, 9408), (4, 36864), (1, 73728), (3, 147456), (1, 294912), (3, 589824)]
+RESNET18 += [(1, 1179648), (3, 2359296), (1, 8192), (1, 32768), (1, 131072), (1, 512000), (1, 1000)]
+LISTS = {
+    "one tensor": [1 << 20],
+    "ResNet-18's": [n for count, n in RESNET18 for _ in range(count)],
+}
+
+
+def distillation(z, t, labels):
+    """What people write; kdkernels.reference without the rows that it drops."""
+    log_q, p = F.log_softmax(z / TEMPERATURE, -1), F.softmax(t / TEMPERATURE, -1)
+    return TEMPERATURE**2 * F.kl_div(log_q, p, reduction="batchmean")
+
+
+def with_labels(z, t, labels):
+    return ALPHA * distillation(z, t, labels) + (1 - ALPHA) * F.cross_entropy(z, labels)
+
+
+def divergence(log_q, p, labels):
+    return F.kl_div(log_q, p, reduction="batchmean")
+
+
+def jsd(z, t, labels):
+    return jsd_of_logs(F.log_softmax(z, -1), F.log_softmax(t, -1), labels)
+
+
+def jsd_of_logs(log_q, log_p, labels):
+    log_m = torch.logaddexp(log_q, log_p) - math.log(2)
+    return sum((x.exp() * (x - log_m)).sum(-1).mean() / 2 for x in (log_q, log_p))
+
+
+def cross_entropy(z, t, labels):
+    return F.cross_entropy(z, labels)
+
+
+# The tensors of [rows, classes] that an op must move (two read and one written; one and one), what
+# is made of the logits before counting starts, and the op as people write it.
+LOSSES = {
+    "distillation": (3, lambda z, t: (z, t), distillation),
+    "distillation with labels": (3, lambda z, t: (z, t), with_labels),
+    "KL of log-probabilities": (3, lambda z, t: (z.log_softmax(-1), t.softmax(-1)), divergence),
+    "JSD": (3, lambda z, t: (z, t), jsd),
+    "JSD of log-probabilities": (
+        3,
+        lambda z, t: (z.log_softmax(-1), t.log_softmax(-1)),
+        jsd_of_logs,
+    ),
+    "cross-entropy": (2, lambda z, t: (z, t), cross_entropy),
+}
+
+
+def loss_peers():
+    """(op, name, whether torch.compile compiles it, call); calls take what LOSSES prepares."""
+    for op in ("distillation", "distillation with labels", "JSD", "cross-entropy"):
+        yield op, "PyTorch (its bytes alone)", False, LOSSES[op][2]
+        yield op, "torch.compile", True, LOSSES[op][2]
+    try:
+        from liger_kernel import transformers as liger
+    except ImportError:
+        print("no rows for Liger: liger_kernel is not installed", file=sys.stderr)
+        return
+    kl, js = liger.LigerKLDIVLoss(reduction="batchmean"), liger.LigerJSD()
+    ce = liger.LigerCrossEntropyLoss()
+
+    def kl_of_logits(z, t, labels):
+        log_q, p = F.log_softmax(z / TEMPERATURE, -1), F.softmax(t / TEMPERATURE, -1)
+        return TEMPERATURE**2 * kl(log_q, p)
+
+    yield "distillation", "Liger KLDiv, PyTorch's softmax", False, kl_of_logits
+    yield "KL of log-probabilities", "Liger KLDiv", False, lambda q, p, labels: kl(q, p)
+    yield (
+        "JSD",
+        "Liger JSD, PyTorch's softmax",
+        False,
+        lambda z, t, labels: js(F.log_softmax(z, -1), F.log_softmax(t, -1)),
+    )
+    yield "JSD of log-probabilities", "Liger JSD", False, lambda q, p, labels: js(q, p)
+    yield "cross-entropy", "Liger", False, lambda z, t, labels: ce(z, labels)
+
+
+def loss_inputs(op, rows, classes, dtype):
+    random = torch.Generator().manual_seed(0)
+    z, t = (torch.empty(rows, classes).normal_(0, 3, generator=random) for _ in range(2))
+    z, t = LOSSES[op][1](z, t)
+    labels = torch.randint(classes, (rows,), generator=random)
+    return z.to(dtype).requires_grad_(), t.to(dtype), labels
+
+
+def count_loss(op, compile_it, call, rows, classes, dtype, blocks):
+    """The costs of a peer's forward and backward, its loss and its gradient."""
+    import peers_ptx
+
+    z, t, labels = loss_inputs(op, rows, classes, dtype)
+    torch._dynamo.reset()
+    counter = Counter(blocks)
+    with peers_ptx.on_cpu(counter, eager=not compile_it):
+        loss = (peers_ptx.compiled(call) if compile_it else call)(z, t, labels)
+        loss.backward()
+    return counter.costs, loss, z.grad
+
+
+def check_loss(op, name, compile_it, call, dtype):
+    """What the emulated kernels of a peer compute is what PyTorch does in fp64."""
+    rows, classes = 5, 1000
+    _, loss, gradient = count_loss(op, compile_it, call, rows, classes, dtype, None)
+    z, t, labels = loss_inputs(op, rows, classes, dtype)
+    z = z.detach().double().requires_grad_()
+    want = LOSSES[op][2](z, t.double(), labels)
+    want.backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    message = f"{name}'s {op}: {{}}".format
+    torch.testing.assert_close(
+        loss.double(), want, rtol=tolerance, atol=tolerance, msg=lambda m: message(m)
+    )
+    torch.testing.assert_close(
+        gradient.double(), z.grad, rtol=tolerance, atol=tolerance / rows, msg=lambda m: message(m)
+    )
+
+
+def count_noise(sizes, dtype, blocks):
+    import peers_ptx
+
+    tensors = [torch.zeros(n, dtype=dtype) for n in sizes]
+    torch._dynamo.reset()
+    counter = Counter(blocks)
+    add = peers_ptx.compiled(lambda tensors: [x + STD * torch.randn_like(x) for x in tensors])
+    with peers_ptx.on_cpu(counter, eager=False):
+        return counter.costs, add(tensors)
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def ours():
+    import launchers
+
+    library = launchers.build("90")
+    texts = re.findall(rb"\.version [^\0]*", library.path.read_bytes())
+    return library, [text.decode() for text in texts if b".entry" in text]
+
+
+def launches_of(op, case):
+    """The launches of one case, whose results are what they must be."""
+    import launchers
+
+    library, _ = ours()
+    with library.run() as run:
+        got = op.launch(launchers.emulated(run, library), case)
+        run.check()
+    op.compare(case, got, op.expected(case))
+    return run.launches
+
+
+def our_costs(op, case_of, full, some=None):
+    """The costs of case_of(full), or what those of `some` and twice as much extrapolate to."""
+    _, texts = ours()
+    sizes = [full] if some is None else [some, 2 * some]
+    runs = []
+    for n in sizes:
+        runs.append([])
+        for done in launches_of(op, case_of(n)):
+            (text,) = [t for t in texts if re.search(rf"\.entry {re.escape(done.kernel)}\b", t)]
+            runs[-1].append(cost(done, text, math.prod(done.grid), math.inf))
+    costs, minimum = [], op.minimum_bytes(case_of(full))
+    for c, d in zip(runs[0], runs[-1], strict=True):
+        factor = 0 if some is None else (full - some) / some
+        grown = {
+            name: getattr(c, name) + factor * (getattr(d, name) - getattr(c, name))
+            for name in ("blocks", "useful", "sectors", "memory", *RATES)
+        }
+        requested = 32 * grown["sectors"]
+        grown["moved"] = moved(requested, minimum, grown["blocks"], c.resident)
+        costs.append(dataclasses.replace(c, **grown))
+    return costs
+
+
+def count_ours(dtype, classes, wanted):
+    """(op, size, costs, elements, minimal bytes an element) of our kernels."""
+    import launchers
+
+    ops = {op.name: op for op in launchers.OPS}
+    name = str(dtype).removeprefix("torch.")
+
+    for title, alpha in (("distillation", None), ("distillation with labels", ALPHA)):
+        for v in classes if wanted(title) else ():
+
+            def case(rows, v=v, alpha=alpha):
+                return launchers.Distillation(name, rows, v, TEMPERATURE, alpha)
+
+            full = rows_of(v)
+            costs = our_costs(ops["distillation"], case, full, max(4, (1 << 17) // v))
+            yield title, f"V = {v}", costs, full * v, 3 * dtype.itemsize
+    for title, sizes in LISTS.items() if wanted("noise") else ():
+        costs = our_costs(ops["noise"], lambda s: launchers.Noise(name, tuple(s)), sizes)
+        yield "noise", title, costs, sum(sizes), 2 * dtype.itemsize
+    replicas, steps = THREADS_PER_SM // 32 * SMS, 64
+    for samples, per_sample in ((100, False), (1000, True)) if wanted("regression") else ():
+        if dtype != torch.float32:  # computed in fp64 whatever the dtype
+            continue
+
+        def case(n, samples=samples, per_sample=per_sample):
+            return launchers.Regression(samples, n, steps, per_sample)
+
+        costs = our_costs(ops["noisy_linear_regression"], case, replicas, 64)
+        title = "a normal a sample" if per_sample else "a normal a step"
+        normals = replicas * steps * (samples if per_sample else 1)
+        yield (
+            "regression, an element a normal",
+            title,
+            costs,
+            normals,
+            8 * replicas * steps / normals,
+        )
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Row:
+    op: str
+    dtype: str
+    size: str
+    who: str
+    launches: int
+    elements: int
+    minimum: float  # bytes an element
+    moved: float  # times the minimum; likewise below
+    requested: float
+    sector_efficiency: float
+    mufu: float  # an element; likewise below
+    fma: float
+    alu: float
+    memory: float
+    slots: float
+    picoseconds: float
+    of_floor: float  # the time over that of the minimum at full bandwidth
+    bound_by: dict  # limit -> share of the time in launches that it binds
+    registers: int
+    spills: int
+
+
+def row(op, dtype, size, who, costs, elements, minimum):
+    def an_element(name):
+        return sum(getattr(c, name) for c in costs) / elements
+
+    seconds, bound_by = 0.0, collections.Counter()
+    for c in costs:
+        limit, time = max(c.seconds().items(), key=lambda item: item[1])
+        seconds += time
+        bound_by[limit] += time
+    useful, sectors = sum(c.useful for c in costs if c.sectors), sum(c.sectors for c in costs)
+    by_pytorch = sum(c.moved for c in costs if not c.sectors)
+    return Row(
+        op,
+        str(dtype).removeprefix("torch."),
+        size,
+        who,
+        len(costs),
+        elements,
+        minimum,
+        moved=an_element("moved") / minimum,
+        requested=(32 * sectors + by_pytorch) / elements / minimum,
+        sector_efficiency=useful / (32 * sectors) if sectors else math.nan,
+        **{name: an_element(name) for name in ("mufu", "fma", "alu", "memory", "slots")},
+        picoseconds=1e12 * seconds / elements,
+        of_floor=seconds / (minimum * elements / BANDWIDTH),
+        bound_by={limit: time / seconds for limit, time in bound_by.most_common()},
+        registers=max(c.registers for c in costs),
+        spills=max(c.spills for c in costs),
+    )
+
+
+HEADER = (
+    "size | kernels of | launches | moved / min | requested / min | sectors % | MUFU | FMA | ALU "
+    "| memory | slots | ps | x floor | bound by | registers | spills"
+)
+
+
+def markdown(rows):
+    lines = [
+        "# Counted costs on an H100 SXM",
+        "",
+        __doc__.split("\n\n", 1)[1].strip(),
+        "",
+        "MUFU to memory: instructions an element (slots: of a warp); ps: time an element; x floor:",
+        "over the time of the minimal bytes at full bandwidth; spills: bytes a thread.",
+    ]
+    for (op, dtype), group in groups(rows).items():
+        lines += ["", f"## {op}, {dtype}: at least {group[0].minimum:g} bytes an element", ""]
+        lines += [f"| {HEADER} |", "|" + "---|" * (HEADER.count("|") + 1)]
+        for r in group:
+            bound = ", ".join(f"{k} {v:.0%}" for k, v in r.bound_by.items() if v >= 0.01)
+            efficiency = "" if math.isnan(r.sector_efficiency) else f"{r.sector_efficiency:.1%}"
+            lines.append(
+                f"| {r.size} | {r.who} | {r.launches} | {r.moved:.3f} | {r.requested:.3f} "
+                f"| {efficiency} | {r.mufu:.2f} | {r.fma:.1f} | {r.alu:.1f} | {r.memory:.2f} "
+                f"| {r.slots:.3f} | {r.picoseconds:.2f} | {r.of_floor:.2f} | {bound} "
+                f"| {r.registers} | {r.spills} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def groups(rows):
+    grouped = collections.defaultdict(list)
+    for r in rows:
+        grouped[r.op, r.dtype].append(r)
+    return grouped
+
+
+def plot(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    grouped = groups([r for r in rows if math.isfinite(r.of_floor)])
+    height = [len(g) for g in grouped.values()]
+    figure, axes = plt.subplots(
+        len(grouped), 1, figsize=(9, 0.24 * sum(height) + 0.7 * len(height)), squeeze=False,
+        height_ratios=height, sharex=True, layout="constrained",
+    )  # fmt: skip
+    for axis, ((op, dtype), group) in zip(axes[:, 0], grouped.items(), strict=True):
+        labels = [f"{r.size}  {r.who}" for r in group]
+        colors = ["tab:green" if r.who == "kdkernels" else "tab:gray" for r in group]
+        axis.barh(range(len(group)), [r.of_floor for r in group], color=colors)
+        axis.set_yticks(range(len(group)), labels, fontsize=7)
+        axis.invert_yaxis()
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(f"{op}, {dtype}", fontsize=8, loc="left")
+        axis.set_xscale("log")
+    axes[-1, 0].set_xlabel("time that an H100's limits allow / time of the minimal bytes")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--classes", type=int, nargs="*", default=CLASSES)
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--ops", default=".", help="a regular expression: only ops that match it")
+    parser.add_argument("--who", default=".", help="likewise, whose kernels")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    options = parser.parse_args()
+    rows = []
+
+    def add(*row_of):
+        rows.append(row(*row_of))
+        print(f"{rows[-1].op}, {rows[-1].dtype}, {rows[-1].size}, {rows[-1].who}", file=sys.stderr)
+
+    def wanted(op, who="kdkernels"):
+        return re.search(options.ops, op) and re.search(options.who, who)
+
+    for dtype in (getattr(torch, name) for name in options.dtypes):
+        for op, size, costs, elements, minimum in count_ours(dtype, options.classes, wanted):
+            add(op, dtype, size, "kdkernels", costs, elements, minimum)
+        for op, who, compile_it, call in loss_peers():
+            if not wanted(op, who):
+                continue
+            check_loss(op, who, compile_it, call, dtype)
+            for v in options.classes:
+                blocks = min(16, max(2, (1 << 18) // v))
+                costs, *_ = count_loss(op, compile_it, call, rows_of(v), v, dtype, blocks)
+                minimum = LOSSES[op][0] * dtype.itemsize
+                add(op, dtype, f"V = {v}", who, costs, rows_of(v) * v, minimum)
+        for size, sizes in LISTS.items() if wanted("noise", "torch.compile") else ():
+            costs, _ = count_noise(sizes, dtype, 16)
+            add("noise", dtype, size, "torch.compile", costs, sum(sizes), 2 * dtype.itemsize)
+    rows.sort(key=lambda r: (r.op, r.dtype != "float32", r.size.rjust(20), r.who != "kdkernels"))
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = markdown(rows)
+    print(text)
+    (options.out / "counts.md").write_text(text)
+    (options.out / "counts.json").write_text(
+        json.dumps([dataclasses.asdict(r) for r in rows], indent=1)
+    )
+    plot(rows, options.out / "counts.png")
+
+
+if __name__ == "__main__":
+    main()
