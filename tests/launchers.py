@@ -1,12 +1,12 @@
 """Every CUDA launcher, declared once: how its arguments are made, what must come out, its cases.
 
-An Op in OPS gets emulated tests and GPU tests (test_launchers.py) and can be counted (bench/counts.py).
+An Op in OPS gets emulated tests and GPU tests (test_launchers.py) and can be counted
+(bench/counts.py).
 """
 
 import math
-import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ptx
@@ -21,13 +21,17 @@ HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # relative
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def build(arch=("75", "80", "90"), emulated=True):
-    """The launchers as a library, on the emulator or for the GPU of this machine."""
-    include = [ROOT / "csrc", Path(torch.__path__[0]) / "include"]
-    flags = ("-Xcompiler", "-fvisibility=hidden") if not emulated else ()
-    if emulated:
-        return ptx.build("launchers", SOURCES, arch, flags, include)
-    return ptx.build_native("launchers", SOURCES, arch, flags, include)
+INCLUDE = [ROOT / "csrc", Path(torch.__path__[0]) / "include"]
+
+
+def build(arch=("75", "80", "90")):
+    """The launchers on the emulator, with PTX for these architectures."""
+    return ptx.build("launchers", SOURCES, arch, include=INCLUDE)
+
+
+def build_native():
+    """The launchers for the GPU of this machine, a Python module."""
+    return ptx.build_native("launchers", SOURCES, include=INCLUDE)
 
 
 # ---- devices ------------------------------------------------------------------------------------
@@ -70,8 +74,8 @@ def emulated(run, lib):
     return Device(lib.python, "cpu", announce)
 
 
-def gpu(lib):
-    return Device(lib.python, "cuda", stream=torch.cuda.current_stream().cuda_stream)
+def gpu(module):
+    return Device(module, "cuda", stream=torch.cuda.current_stream().cuda_stream)
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """Every CUDA kernel, executed: by the emulator everywhere, on the GPU where there is one."""
 
-import dataclasses
-
 import launchers
 import ptx
 import pytest
@@ -22,8 +20,8 @@ def emulated_library():
 
 
 @pytest.fixture(scope="module")
-def native_library():
-    return launchers.build(emulated=False)
+def native():
+    return launchers.build_native()
 
 
 def run_emulated(library, op, case, **options):
@@ -53,6 +51,6 @@ def test_emulated(emulated_library, op, case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("op", "case"), CASES)
-def test_gpu(native_library, op, case):
-    got = op.launch(launchers.gpu(native_library), case)
+def test_gpu(native, op, case):
+    got = op.launch(launchers.gpu(native), case)
     op.compare(case, got, op.expected(case))

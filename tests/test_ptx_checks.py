@@ -1,4 +1,4 @@
-"""The emulator finds planted bugs, says where they are, and finds nothing in the same kernels without them."""
+"""The emulator finds planted bugs and says where; without them it finds nothing."""
 
 import ctypes
 import re

@@ -15,7 +15,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ DEVICES = {
 
 
 def aligned(array, offset=0):
-    """A copy of a numpy array as device memory would hold it: `offset` elements past 256 aligned bytes."""
+    """A copy of a numpy array as on a device: `offset` elements past 256 aligned bytes."""
     shift = offset * array.itemsize
     raw = np.zeros(array.nbytes + shift + 256, np.uint8)
     begin = -raw.ctypes.data % 256 + shift
@@ -135,7 +134,10 @@ def _headers(sources, include):
 
 
 def build(name, sources, arch="90", flags=(), include=()):
-    """Compile .cu and .cpp files to PTX of one or several architectures and host code, cached by content."""
+    """Compile .cu and .cpp files to PTX and host code, cached by content.
+
+    arch: one compute capability or several, of which a run takes the highest that its device has.
+    """
     home = toolkit()
     archs = [arch] if isinstance(arch, str) else list(arch)
     python = f"-I{sysconfig.get_path('include')}"
@@ -156,6 +158,27 @@ def build(name, sources, arch="90", flags=(), include=()):
         _compile([[CXX, *link, "-Wl,--no-whole-archive", *objects, "-o", partial]])
         partial.rename(library)
     return Library(library, name, int(archs[-1].rstrip("a")))
+
+
+def build_native(name, sources, flags=(), include=()):
+    """The same sources for the GPU of this machine, as a Python module."""
+    home = toolkit()
+    python = f"-I{sysconfig.get_path('include')}"
+    flags = (*NVCC_FLAGS, "-arch=native", *flags, *(f"-I{path}" for path in include), python)
+    digest = _digest([*sources, *_headers(sources, include)], flags, home.version)
+    library = CACHE / f"{name}-native-{digest}" / f"{name}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        _compile([[home.nvcc, *flags, "-Xcompiler", "-fPIC", "-shared", *sources, "-o", library]])
+    return _import(library, name)
+
+
+def _import(path, name):
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
 
 @functools.cache
@@ -187,7 +210,7 @@ class Library:
         self.c = ctypes.CDLL(str(path))
         for function in ("error", "output", "launches", "parameters", "kernels"):
             getattr(self.c, f"ptx_{function}").restype = ctypes.c_char_p
-        self.c.ptx_begin.argtypes = [ctypes.c_int] * 6 + [ctypes.c_uint64] + [ctypes.c_int] * 3
+        self.c.ptx_begin.argtypes = [ctypes.c_int] * 6 + [ctypes.c_uint64] + [ctypes.c_int] * 4
         self.c.ptx_buffer.argtypes = [
             *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int)
         ]
@@ -195,11 +218,7 @@ class Library:
     @functools.cached_property
     def python(self):
         """The pybind11 module that the library defines under its name."""
-        loader = importlib.machinery.ExtensionFileLoader(self.name, str(self.path))
-        spec = importlib.util.spec_from_file_location(self.name, self.path, loader=loader)
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-        return module
+        return _import(self.path, self.name)
 
     def run(self, arch=None, seed=0, **options):
         """A fresh device, as a context manager; see Run."""
@@ -211,13 +230,17 @@ class Run:
 
     arch: what the device says it is, which may be more than the PTX's own; seed: the order of
     blocks and warps, and all else that a device may choose. shuffle=False: blocks start in
-    ascending order. resident: blocks or clusters that run at the same time. perturb=False: approximate
-    functions are correctly rounded instead of as wrong as documented.
+    ascending order. resident: blocks or clusters that run at the same time. perturb=False:
+    approximate functions are correctly rounded instead of as wrong as documented.
+    undefined_shuffles=True: a shuffle from a lane that takes no part gives random bits, which the
+    PTX ISA allows, and is no finding.
     """
 
-    def __init__(self, library, arch, seed, shuffle=True, resident=3, perturb=True):
+    def __init__(
+        self, library, arch, seed, shuffle=True, resident=3, perturb=True, undefined_shuffles=False
+    ):
         self.library, self.arch, self.seed = library, int(str(arch).rstrip("a")), seed
-        self.options = (int(shuffle), resident, int(perturb))
+        self.options = (int(shuffle), resident, int(perturb), int(undefined_shuffles))
         self.launches, self.output = [], ""
         self._keep = []
 

@@ -698,6 +698,8 @@ uint32_t compare_halves(Context& c, Type type, int half) {
   for (int i = 0; i < kLanes; ++i) {
     float x = widen(type, static_cast<uint16_t>(a[i] >> 16 * half)),
           y = widen(type, static_cast<uint16_t>(b[i] >> 16 * half));
+    if (c.ins.ftz && std::fabs(x) < 0x1p-14f) x = 0;
+    if (c.ins.ftz && std::fabs(y) < 0x1p-14f) y = 0;
     bits |= static_cast<uint32_t>(compared(c.ins.compare, x, y)) << i;
   }
   return bits;
@@ -1005,17 +1007,21 @@ double error_of(uint64_t bits) {
   return static_cast<double>(static_cast<int64_t>(bits)) * 0x1p-63;
 }
 
+// The largest error of an approximate function: the sum of what is given.
 struct Bound {
-  double relative, absolute;
+  double relative = 0, absolute = 0, ulps = 0;
 };
 
-double moved(const Context& c, double exact, uint64_t operand, Bound bound) {
-  if (!c.machine.options.perturb || !std::isfinite(exact)) return exact;
-  double e = error_of(operand);
-  return exact + e * (bound.relative * std::fabs(exact) + bound.absolute);
+// What is documented includes the rounding to the type, which comes afterwards.
+double moved(const Context& c, double exact, uint64_t operand, Type type, Bound bound) {
+  if (!c.machine.options.perturb || !std::isfinite(exact) || exact == 0) return exact;
+  int digits = type == Type::f64 ? 53 : type == Type::f32 ? 24 : is_bf16(type) ? 8 : 11;
+  int lowest = type == Type::f64 ? -1022 : type == Type::f32 || is_bf16(type) ? -126 : -14;
+  double ulp = std::ldexp(1.0, std::max(std::ilogb(exact), lowest) - (digits - 1));
+  double error = bound.relative * std::fabs(exact) + bound.absolute + bound.ulps * ulp - ulp / 2;
+  return exact + error_of(operand) * std::fmax(error, 0.0);
 }
 
-// Names and documented errors: PTX ISA 9.0, section 9.7.3 (fp32, fp64) and 9.7.4 (f16, bf16).
 double exact_function(const std::string& name, double x) {
   if (name == "ex2") return std::exp2(x);
   if (name == "lg2") return x < 0 ? std::numeric_limits<double>::quiet_NaN() : std::log2(x);
@@ -1027,39 +1033,58 @@ double exact_function(const std::string& name, double x) {
   return 1 / std::sqrt(x);
 }
 
-Bound bound_of(const std::string& name, double x, Type type) {
-  if (type == Type::f16 || type == Type::f16x2)
-    return name == "tanh" ? Bound{0, 0x1p-10} : Bound{0x1p-9, 0};
-  if (type == Type::bf16 || type == Type::bf16x2) return {0x1p-7, 0};
-  if (type == Type::f64) return {0x1p-20, 0};  // rcp and rsqrt .approx.ftz.f64
-  if (name == "ex2") return {0x1p-22, 0};
-  if (name == "lg2") return x > 0.5 && x < 2 ? Bound{0, 0x1p-22} : Bound{0x1p-22, 0};
-  if (name == "sin" || name == "cos") return {0, std::fabs(x) <= 3.15 ? 0x1p-20 : 0x1p-14};
-  if (name == "tanh") return {0x1p-11, 0};
-  if (name == "rsqrt") return {0x1.12p-23, 0};
-  return {0x1p-23, 0};  // rcp, sqrt
+// Documented errors: PTX ISA 9.0, sections 9.7.3 (fp32, fp64) and 9.7.4 (f16, bf16).
+Bound bound_of(const std::string& name, double x, Type type, bool ftz) {
+  if (is_bf16(type)) return name == "tanh" ? Bound{0, 0x1p-8} : Bound{0x1p-7};
+  if (type == Type::f16 || type == Type::f16x2) {
+    return name == "tanh" ? Bound{0, std::exp2(-10.987)} : Bound{std::exp2(-9.9)};
+  }
+  if (type == Type::f64) return ftz ? Bound{0x1p-20} : Bound{0, 0, 1};
+  if (name == "ex2") return {0, 0, 2};
+  if (name == "rcp") return {0, 0, 1};
+  if (name == "lg2") return x > 0.5 && x < 2 ? Bound{0, 0x1p-22} : Bound{0x1p-22};
+  if (name == "sin" || name == "cos") {
+    return {0, std::exp2(std::fabs(x) <= 2 * M_PI ? -20.5 : -14.7)};
+  }
+  if (name == "tanh") return {0x1p-11};
+  if (name == "rsqrt") return {std::exp2(-22.9)};
+  return {0x1p-23};
 }
 
-template <class T>
-Status approximate(Context& c) {
-  T a[kLanes], d[kLanes];
+Status approximate_fp32(Context& c) {
+  float a[kLanes], d[kLanes] = {};
   literal(c, 1, a);
   flush_all(c.ins, a);
   const std::string& name = c.ins.words[0];
   for (int i = 0; i < kLanes; ++i) {
     if (!(c.active >> i & 1)) continue;
-    T x = a[i];
-    // The fp64 ones see the upper word only.
-    if (sizeof(T) == 8)
-      x = as<T>(static_cast<decltype(bits_of(x))>(bits_of(x) &
-                                                  ~((sizeof(T) == 8 ? 1ull << 32 : 1ull) - 1)));
-    double y = exact_function(name, x);
-    d[i] = static_cast<T>(moved(c, y, bits_of(x), bound_of(name, x, c.ins.type)));
-    if (sizeof(T) == 8)
-      d[i] = as<T>(static_cast<decltype(bits_of(x))>(bits_of(d[i]) &
-                                                     ~((sizeof(T) == 8 ? 1ull << 32 : 1ull) - 1)));
+    double y = exact_function(name, a[i]);
+    d[i] = static_cast<float>(
+        moved(c, y, bits_of(a[i]), Type::f32, bound_of(name, a[i], Type::f32, true)));
   }
   finish(c.ins, d);
+  put(c, c.operand(0), d);
+  return Status::kNext;
+}
+
+// rcp and rsqrt .approx.ftz.f64 see and make the upper word only; rsqrt.approx.f64 is accurate.
+Status approximate_fp64(Context& c) {
+  double a[kLanes], d[kLanes] = {};
+  literal(c, 1, a);
+  const std::string& name = c.ins.words[0];
+  constexpr uint64_t kUpper = 0xFFFFFFFF00000000ull;
+  for (int i = 0; i < kLanes; ++i) {
+    double x = a[i];
+    if (c.ins.ftz) {
+      x = as<double>(bits_of(x) & kUpper);
+      if (std::fpclassify(a[i]) == FP_SUBNORMAL) x = std::copysign(0.0, x);
+    }
+    double y = exact_function(name, x);
+    d[i] = moved(c, y, bits_of(x), Type::f64, bound_of(name, x, Type::f64, c.ins.ftz));
+    if (c.ins.ftz)
+      d[i] = a[i] != a[i] || d[i] != d[i] ? as<double>(0x7FFFFFFF00000000ull)
+                                          : as<double>(bits_of(d[i]) & kUpper);
+  }
   put(c, c.operand(0), d);
   return Status::kNext;
 }
@@ -1067,7 +1092,8 @@ Status approximate(Context& c) {
 Status approximate_halves(Context& c) {
   const std::string& name = c.ins.words[0];
   return halves(c, 1, [&](float x, float, float) {
-    return moved(c, exact_function(name, x), bits_of(x), bound_of(name, x, c.ins.type));
+    return moved(c, exact_function(name, x), bits_of(x), c.ins.type,
+                 bound_of(name, x, c.ins.type, c.ins.ftz));
   });
 }
 
@@ -1077,8 +1103,8 @@ Status divide_approximately(Context& c) {
   return floats<float, 2>(c, [&](float a, float b, float) {
     if (!full && std::fabs(b) > 0x1p126f && !std::isinf(a) && b == b)
       return std::copysign(0.0f, a) * std::copysign(1.0f, b);
-    return static_cast<float>(
-        moved(c, static_cast<double>(a) / b, bits_of(a) * 31ull + bits_of(b), {0x1p-22, 0}));
+    return static_cast<float>(moved(c, static_cast<double>(a) / b, bits_of(a) * 31ull + bits_of(b),
+                                    Type::f32, {0, 0, 2}));
   });
 }
 
@@ -1125,7 +1151,7 @@ Handler float_handler(const Instruction& ins) {
                    : what == "infinite"   ? k == FP_INFINITE
                    : what == "number"     ? k != FP_NAN
                    : what == "notanumber" ? k == FP_NAN
-                   : what == "normal"     ? k == FP_NORMAL
+                   : what == "normal"     ? k == FP_NORMAL || k == FP_ZERO
                                           : k == FP_SUBNORMAL;
         bits |= static_cast<uint32_t>(yes) << i;
       }
@@ -1139,7 +1165,7 @@ Handler float_handler(const Instruction& ins) {
   }
   if (ins.approx || name == "tanh") {
     for (const char* known : {"ex2", "lg2", "sin", "cos", "tanh", "rcp", "sqrt", "rsqrt"}) {
-      if (name == known) return approximate<T>;
+      if (name == known) return sizeof(T) == 4 ? approximate_fp32 : approximate_fp64;
     }
     return nullptr;
   }
@@ -1288,6 +1314,7 @@ Handler by_bits(Type type) {
 
 Handler arithmetic_handler(Instruction& ins) {
   const std::string& name = ins.words[0];
+  if (has(ins, "xorsign")) return nullptr;
   Type t = ins.type;
   static const std::vector<std::string> special_functions = {"ex2",  "lg2", "sin",  "cos",
                                                              "tanh", "rcp", "sqrt", "rsqrt"};

@@ -131,6 +131,7 @@ struct Instruction {
   bool ftz = false, sat = false, approx = false, nan = false, abs = false;
   Space space = Space::generic;
   uint8_t vector = 1;
+  uint8_t unused = 0;  // elements of a vector load that nothing reads, as bits
   int compare = 0, combine = 0, mode = 0;
   Class kind = Class::integer;
   int site = -1;  // in the source
@@ -304,6 +305,8 @@ struct Options {
   bool shuffle = true;  // the order of blocks
   int resident = 3;  // blocks or clusters that run at the same time
   bool perturb = true;  // approximate functions err as far as documented
+  // A shuffle from a lane that does not take part gives random bits, as the ISA allows, and no finding.
+  bool undefined_shuffles = false;
 };
 
 class Machine {

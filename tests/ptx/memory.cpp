@@ -172,7 +172,20 @@ void access(Context& c, const Operand& o, int bytes, Access how, Lanes& out) {
       if (first) out.space = space;
     }
     first = false;
-    out.bytes[i] = resolve(c, i, space, out.address[i], bytes, how);
+    if (c.ins.unused == 0) {
+      out.bytes[i] = resolve(c, i, space, out.address[i], bytes, how);
+      continue;
+    }
+    // A vector that the compiler made wider than what is used: the rest need not have been written.
+    bool aligned = out.address[i] % static_cast<uint64_t>(bytes) == 0;
+    int part = bytes_of(c.ins.type);
+    for (int k = 0; k < c.ins.vector; ++k) {
+      if (c.ins.unused >> k & 1) continue;
+      uint64_t at = out.address[i] + static_cast<uint64_t>(k * part);
+      out.bytes[i] =
+          resolve(c, i, space, aligned ? at : out.address[i], aligned ? part : bytes, how) -
+          k * part;
+    }
   }
   Direction direction = how == Access::kRead ? kLoad : how == Access::kWrite ? kStore : kAtomic;
   count(c, out.space, direction, out.address, bytes);
@@ -274,7 +287,8 @@ T integer_atomic(int op, T old, T b, T e) {
   }
 }
 
-uint64_t atomic_result(Type t, int op, uint64_t old, uint64_t b, uint64_t e) {
+// flushes: of subnormal fp32, which additions to global memory do and those to shared memory do not.
+uint64_t atomic_result(Type t, int op, uint64_t old, uint64_t b, uint64_t e, bool flushes) {
   auto f32 = [](uint64_t x) {
     float y;
     std::memcpy(&y, &x, 4);
@@ -287,7 +301,10 @@ uint64_t atomic_result(Type t, int op, uint64_t old, uint64_t b, uint64_t e) {
   };
   switch (t) {
     case Type::f32: {
-      float s = f32(old) + f32(b);
+      auto flush = [&](float x) {
+        return flushes && std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x;
+      };
+      float s = flush(flush(f32(old)) + flush(f32(b)));
       uint32_t bits;
       std::memcpy(&bits, &s, 4);
       return s != s ? 0x7FFFFFFFu : bits;
@@ -339,7 +356,8 @@ Status atomic(Context& c) {
     int i = (first + k) % kLanes;
     if (!(c.active >> i & 1)) continue;
     std::memcpy(&old[i], lanes.bytes[i], static_cast<size_t>(bytes));
-    uint64_t next = atomic_result(c.ins.type, c.ins.mode, old[i], b[i], e[i]);
+    uint64_t next =
+        atomic_result(c.ins.type, c.ins.mode, old[i], b[i], e[i], lanes.space == Space::global);
     std::memcpy(lanes.bytes[i], &next, static_cast<size_t>(bytes));
   }
   if (returns) put(c, c.operand(0), old);

@@ -752,6 +752,30 @@ class Parser {
     }
     fixups_.clear();
     targets_.clear();
+    mark_unused();
+  }
+
+  // Registers of vector loads that stand nowhere else in the function.
+  void mark_unused() {
+    std::unordered_map<uint32_t, int> uses;
+    auto count = [&](auto&& self, const Operand& o) -> void {
+      if (o.kind == Operand::kRegister || (o.kind == Operand::kAddress && o.has_base))
+        ++uses[o.slot];
+      for (const Operand& e : o.elements) self(self, e);
+    };
+    for (size_t pc = function_->begin; pc < module_->code.size(); ++pc) {
+      for (const Operand& o : module_->code[pc].operands) count(count, o);
+    }
+    for (size_t pc = function_->begin; pc < module_->code.size(); ++pc) {
+      Instruction& ins = module_->code[pc];
+      if (ins.words[0] != "ld" || ins.vector == 1) continue;
+      for (size_t k = 0; k < ins.operands[0].elements.size(); ++k) {
+        const Operand& e = ins.operands[0].elements[k];
+        if (e.kind == Operand::kSink || (e.kind == Operand::kRegister && uses[e.slot] == 1))
+          ins.unused |= static_cast<uint8_t>(1u << k);
+      }
+      if (ins.unused == (1u << ins.vector) - 1) ins.unused = 0;
+    }
   }
 
   const std::string& text_;

@@ -375,10 +375,10 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyK
 // ---- What Python calls -------------------------------------------------------------------------------------------------
 
 void ptx_begin(int arch, int sms, int shared_per_block, int shared_per_sm, int max_cluster, int l2,
-               uint64_t seed, int shuffle, int resident, int perturb) {
+               uint64_t seed, int shuffle, int resident, int perturb, int undefined_shuffles) {
   State& s = state();
   s.machine.device = {arch, sms, shared_per_block, shared_per_sm, max_cluster, l2};
-  s.machine.options = {seed, shuffle != 0, resident, perturb != 0};
+  s.machine.options = {seed, shuffle != 0, resident, perturb != 0, undefined_shuffles != 0};
   s.machine.memory.clear();
   s.machine.launches.clear();
   s.machine.output.clear();

@@ -178,12 +178,17 @@ Status shuffle(Context& c) {
       j = bottom | (offset & ~segment);
       inside = j <= top;
     }
+    in_range |= static_cast<uint32_t>(inside) << i;
     if (!inside) j = i;
-    if (!(c.active >> j & 1))
+    if (!(c.active >> j & 1)) {
+      if (c.machine.options.undefined_shuffles) {
+        d[i] = static_cast<uint32_t>(c.machine.random());
+        continue;
+      }
       fault(c, i, "shuffle from an inactive lane",
             "lane " + std::to_string(j) + " does not execute it");
+    }
     d[i] = a[j];
-    in_range |= static_cast<uint32_t>(inside) << i;
   }
   const Operand& o = c.operand(0);
   if (o.kind == Operand::kVector) {
