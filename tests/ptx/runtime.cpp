@@ -309,8 +309,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
                                                           int threads, size_t shared) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, host, threads, shared, 0);
 }
+// Another architecture is another device, so that what a library remembers of one is not taken for the other's.
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = state().machine.device.arch;
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
