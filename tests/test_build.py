@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -330,24 +329,3 @@ def test_one_openmp_runtime():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     found = re.findall(r"\S*/lib[gi]?omp\d*[.-]\S*", done.stdout)
     assert len(found) == 1, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
-@pytest.mark.parametrize("source", sorted(ROOT.glob("csrc/cuda/*.cu")), ids=lambda path: path.name)
-def test_cuda_sources_compile_without_warnings_and_spills(source, tmp_path):
-    toolkit = build.toolkit_of(shutil.which("nvcc"))
-    flags = [*build.NVCC_FLAGS, *build.gencode("8.0;9.0"), "-Xcompiler", "-fPIC", "-Xptxas", "-v"]
-    command = [toolkit.nvcc, *flags, "-I", str(ROOT / "csrc")]
-    command += ["-c", str(source), "-o", str(tmp_path / "kernel.o")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
-    assert "warning" not in said, said
-    kernels = re.findall(
-        r"entry function '(\S+)' for '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
-        said,
-        re.DOTALL,
-    )
-    assert {arch for _, arch, _, _ in kernels} == {"sm_80", "sm_90"}
-    spilling = [kernel for kernel in kernels if kernel[2:] != ("0", "0")]
-    assert not spilling, "\n".join(" ".join(kernel) for kernel in spilling)

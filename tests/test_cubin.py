@@ -1,0 +1,450 @@
+"""Static gates on the machine code that nvcc makes of csrc/cuda, for every architecture.
+
+What was found is kept in build/cubin by content, so that only a change compiles again.
+"""
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import runpy
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
+CACHE = ROOT / "build" / "cubin"
+build = SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
+
+ARCHS = "7.5;8.0;8.6;8.9;9.0a;10.0;12.0"
+VECTOR_LOAD = re.compile(r"(LDG|LDGSTS|UBLKCP)\b(?=.*\.(128|256))|UBLKCP")
+VECTOR_STORE = re.compile(r"STG\b.*\.(128|256)|UBLKCP")
+
+# Kernels that need no 16-byte loads, or no such stores, and why.
+NO_VECTOR_LOADS = {
+    "weight_kernel": "reads a label and a weight a row",
+    "inverse_kernel": "reads partial sums",
+    "loss_kernel": "reads partial sums",
+    "dot_total_kernel": "reads partial sums",
+    "per_step_kernel": "reads the samples once a block",
+    "per_sample_kernel": "finds the samples in L1",
+}
+NO_VECTOR_STORES = {
+    **NO_VECTOR_LOADS,
+    "dot_kernel": "writes a sum a block",
+}
+
+
+# What a streaming multiprocessor holds: "Technical Specifications per Compute Capability" in
+# NVIDIA's CUDA programming guide. CUDA takes `reserved` bytes of shared memory a block for itself.
+@dataclass(frozen=True)
+class Multiprocessor:
+    warps: int
+    blocks: int
+    shared: int
+    reserved: int = 1024
+    registers: int = 65536
+
+
+MULTIPROCESSORS = {
+    "75": Multiprocessor(32, 16, 64 << 10, reserved=0),
+    "80": Multiprocessor(64, 32, 164 << 10),
+    "86": Multiprocessor(48, 16, 100 << 10),
+    "89": Multiprocessor(48, 24, 100 << 10),
+    "90a": Multiprocessor(64, 32, 228 << 10),
+    "100": Multiprocessor(64, 32, 228 << 10),
+    "120": Multiprocessor(48, 24, 100 << 10),
+}
+
+
+def round_up(value, unit):
+    return -(-value // unit) * unit
+
+
+def blocks_per_sm(arch, threads, registers, shared):
+    """Blocks of so many threads, registers a thread and bytes of shared memory that an SM holds.
+
+    Registers are handed out 256 to a warp at a time and lie in the SM's four quarters, so that a
+    quarter holds whole warps; shared memory is handed out in 128 bytes, 256 before Ampere.
+    """
+    sm = MULTIPROCESSORS[arch]
+    warps = -(-threads // 32)
+    room = 4 * (sm.registers // 4 // round_up(32 * registers, 256))
+    memory = round_up(shared + sm.reserved, 256 if arch == "75" else 128)
+    by_memory = sm.shared // memory if memory else sm.blocks
+    return min(sm.blocks, sm.warps // warps, room // warps, by_memory)
+
+
+# ---- what nvcc made -----------------------------------------------------------------------------
+
+
+@dataclass
+class Kernel:
+    """What ptxas and cuobjdump say of a kernel on an architecture."""
+
+    name: str  # mangled
+    arch: str  # "90a"
+    registers: int
+    stack: int
+    shared: int  # bytes, static
+    spills: int  # bytes, stores and loads
+    threads: (
+        int  # a block at most, and blocks an SM at least: its __launch_bounds__; 0 if not given
+    )
+    blocks: int
+    opcodes: dict = field(default_factory=dict)  # {"LDG.E.128.CONSTANT": how many in the text}
+
+    def __str__(self):
+        return f"sm_{self.arch} {demangled(self.name)}"
+
+    @property
+    def function(self):
+        """tile_kernel of tile_kernel<float, ...>(...)."""
+        return re.match(r"\w+", demangled(self.name))[0]
+
+    def has(self, opcode):
+        return any(opcode.match(name) for name in self.opcodes)
+
+
+@functools.cache
+def demangled(name):
+    text = build.output_of("c++filt", "-p", name).strip() or name
+    for scope in ("(anonymous namespace)::", "kdkernels::cuda::", "kdkernels::math::"):
+        text = text.replace(scope, "")
+    return text.removeprefix("void ")
+
+
+@functools.cache
+def nvcc():
+    """The first nvcc that makes code for all of ARCHS; skips where there is none."""
+    wanted = {flag.split(",code=")[1].rstrip("af") for flag in build.gencode(ARCHS)}
+    for candidate in build.nvcc_candidates():
+        toolkit = build.toolkit_of(candidate)
+        if toolkit and wanted <= set(build.output_of(toolkit.nvcc, "--list-gpu-code").split()):
+            return toolkit.nvcc
+    return pytest.skip(f"no nvcc makes code for {ARCHS}")
+
+
+@functools.cache
+def cuobjdump():
+    """The toolkit's, PATH's or PyPI's cuobjdump; it finds nvdisasm beside itself."""
+    folders = [Path(nvcc()).parent, *os.environ.get("PATH", "").split(os.pathsep)]
+    folders += [folder / "bin" for folder in build.nvidia_wheel_folders()]
+    for folder in folders:
+        tool = Path(folder, "cuobjdump")
+        if os.access(tool, os.X_OK) and os.access(tool.with_name("nvdisasm"), os.X_OK):
+            return str(tool)
+    return pytest.skip(
+        "no cuobjdump and nvdisasm: `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`"
+    )
+
+
+def command(source, target):
+    """Compile as setup.py does, but for ARCHS, and with every warning an error."""
+    host = [flag for flag in build.CXX_FLAGS if flag.startswith("-W")] + ["-Werror"]
+    return [
+        *(nvcc(), *build.NVCC_FLAGS, *build.gencode(ARCHS)),
+        *("-Werror", "all-warnings", "-Xcompiler", ",".join(host), "-Xptxas", "-v"),
+        *("--threads", str(len(os.sched_getaffinity(0))), f"-I{ROOT / 'csrc'}"),
+        *("-c", str(source), "-o", str(target), "--keep", "--keep-dir", str(Path(target).parent)),
+    ]
+
+
+def compiled(source, folder):
+    """The kernels of a .cu file, or what the compilers said where they failed."""
+    done = subprocess.run(
+        command(source, folder / "kernels.o"), capture_output=True, text=True, check=False
+    )
+    said = done.stdout + done.stderr
+    wrong = [line for line in said.splitlines() if re.search(r"\b(warning|error|fatal)\b", line)]
+    if done.returncode != 0 or wrong:
+        return "\n".join(wrong) or said
+    bounds = dict(launch_bounds(folder))
+    pattern = (
+        r"entry function '(\S+)' for 'sm_(\w+)'.*?(\d+) bytes stack.*?(\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    )
+    kernels = {}
+    for name, arch, stack, stores, loads, registers, rest in re.findall(pattern, said, re.DOTALL):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        kernels[arch, name] = Kernel(
+            *(name, arch, int(registers), int(stack), int(shared[1]) if shared else 0),
+            *(int(stores) + int(loads), *bounds[arch, name]),
+        )
+    for arch, name, opcodes in disassembled(folder / "kernels.o"):
+        kernels[arch, name].opcodes = opcodes
+    return list(kernels.values())
+
+
+def launch_bounds(folder):
+    """((arch, kernel), (threads, blocks)) of each kernel in the PTX that nvcc kept."""
+    for path in folder.glob("*.ptx"):
+        text = path.read_text()
+        arch = re.search(r"^\.target sm_(\w+)", text, re.MULTILINE)[1]
+        for name, directives in re.findall(r"\.entry (\S+?)\(.*?\)([^{]*)\{", text, re.DOTALL):
+            found = [
+                re.search(rf"\.{kind} (\d+)", directives) for kind in ("maxntid", "minnctapersm")
+            ]
+            yield (arch, name), tuple(int(match[1]) if match else 0 for match in found)
+
+
+def disassembled(target):
+    """(arch, name, {opcode: count}) of each kernel in an object file."""
+    instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+    with subprocess.Popen(
+        [cuobjdump(), "-sass", target], stdout=subprocess.PIPE, text=True
+    ) as dump:
+        arch, opcodes = "", Counter()
+        for line in dump.stdout:
+            if match := instruction.match(line):
+                opcodes[match[1]] += 1
+            elif line.startswith("arch = sm_"):
+                arch = line.split("_")[1].strip()
+            elif "Function : " in line:
+                opcodes = Counter()
+                yield arch, line.split(" : ")[1].strip(), opcodes
+    assert dump.returncode == 0
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.name)
+def kernels(request, tmp_path_factory):
+    """Every kernel of a file on every architecture."""
+    texts = [Path(__file__), request.param, *sorted(ROOT.glob("csrc/**/*.*h"))]
+    key = hashlib.sha256(" ".join(command("", "")).encode())
+    key.update((build.output_of(nvcc(), "--version") + cuobjdump()).encode())
+    for path in texts:
+        key.update(path.read_bytes())
+    kept = CACHE / f"{request.param.stem}-{key.hexdigest()[:16]}.json"
+    if not kept.exists():
+        found = compiled(request.param, tmp_path_factory.mktemp("cubin"))
+        assert not isinstance(found, str), found
+        CACHE.mkdir(parents=True, exist_ok=True)
+        for old in CACHE.glob(f"{request.param.stem}-*.json"):
+            old.unlink()
+        kept.with_suffix(".new").write_text(json.dumps([vars(kernel) for kernel in found]))
+        kept.with_suffix(".new").replace(kept)
+    return [Kernel(**facts) for facts in json.loads(kept.read_text())]
+
+
+PLANTED = """
+__global__ void four(const float4* x, float4* y) { y[threadIdx.x] = x[threadIdx.x]; }
+__global__ void __launch_bounds__(256, 4) one(float* x) { x[threadIdx.x] += 1; }
+__global__ void local(int* x) {
+  int kept[64] = {};
+  for (int i = 0; i < 1000; ++i) kept[x[i] & 63] += i;
+  for (int i = 0; i < 64; ++i) x[i] = kept[i];
+}
+"""
+
+
+def test_faults_would_be_found(tmp_path):
+    source = tmp_path / "planted.cu"
+    source.write_text(PLANTED)
+    found = {(k.function, k.arch): k for k in compiled(source, tmp_path)}
+    assert len(found) == 3 * len(MULTIPROCESSORS)
+    for (function, _), kernel in found.items():
+        vector = kernel.has(VECTOR_LOAD), kernel.has(VECTOR_STORE)
+        assert vector == (function == "four",) * 2
+        assert (kernel.stack > 0) == (function == "local")
+        assert (kernel.threads, kernel.blocks) == ((256, 4) if function == "one" else (0, 0))
+    source.write_text("__global__ void k(int* x) { int unused = 1; x[0] = 2; }")
+    assert "unused" in compiled(source, tmp_path)
+
+
+def none_of(kernels, said=""):
+    assert not kernels, "\n".join(f"{kernel}{said and ': '}{said}" for kernel in kernels)
+
+
+# ---- the gates ----------------------------------------------------------------------------------
+
+
+def test_every_architecture_has_every_kernel(kernels):
+    names = {
+        arch: {k.name for k in kernels if k.arch == arch} for arch in {k.arch for k in kernels}
+    }
+    assert set(names) == {arch.replace(".", "") for arch in ARCHS.split(";")}
+    assert len(set(map(frozenset, names.values()))) == 1
+    assert all(kernel.opcodes for kernel in kernels)
+
+
+def test_values_stay_in_registers(kernels):
+    none_of([k for k in kernels if k.spills or k.stack or k.has(re.compile("LDL|STL"))])
+
+
+def test_global_memory_moves_16_bytes_at_a_time(kernels):
+    wanted = [k for k in kernels if k.function not in NO_VECTOR_LOADS]
+    none_of([k for k in wanted if not k.has(VECTOR_LOAD)], "no 16-byte load")
+    wanted = [k for k in kernels if k.function not in NO_VECTOR_STORES]
+    none_of([k for k in wanted if not k.has(VECTOR_STORE)], "no 16-byte store")
+
+
+def test_launch_bounds_hold(kernels):
+    """As many blocks live on an SM as __launch_bounds__ asks for, with static shared memory.
+
+    But for Turing, whose 64 KB of shared memory hold fewer than its registers do.
+    """
+    assert all(kernel.threads for kernel in kernels)
+
+    def fits(k):
+        shared = 0 if k.arch == "75" else k.shared
+        return blocks_per_sm(k.arch, k.threads, k.registers, shared) >= k.blocks
+
+    none_of([kernel for kernel in kernels if not fits(kernel)])
+
+
+# ---- occupancy, as csrc/cuda/plan.h counts on it ------------------------------------------------
+
+CLASSES = [
+    1,
+    2,
+    3,
+    7,
+    10,
+    32,
+    33,
+    100,
+    129,
+    257,
+    500,
+    512,
+    513,
+    1000,
+    1024,
+    1025,
+    2048,
+    5000,
+    10000,
+]
+CLASSES += [16384, 21841, 32000, 32001, 50257, 65536, 100000, 128256, 151936, 200000, 256000, 10**6]
+SIZES = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2}
+# The kernel of each Walk, in their order.
+WALKS = ["tile_kernel<", "warp_kernel<", "row_kernel<.*true>", "row_kernel<.*false>"]
+
+PLAN = """
+#include "cuda/plan.h"
+using namespace kdkernels::cuda;
+extern "C" void distillation(long classes, int size, bool own, int arch, int shared_per_block,
+                             int shared_per_sm, int* out) {
+  Device device = {arch, 100, shared_per_block, shared_per_sm};
+  DistillationPlan p = plan_distillation(classes, size, own, device);
+  out[0] = static_cast<int>(p.walk);
+  out[1] = p.threads;
+  out[2] = p.shared;
+  out[3] = kBusyThreads;
+}
+"""
+
+OCCUPANCY = """
+#include <cuda_occupancy.h>
+extern "C" int blocks(int major, int minor, int warps, long shared_per_sm, long reserved,
+                      int threads, int registers, long shared) {
+  cudaOccDeviceProp device;
+  device.computeMajor = major;
+  device.computeMinor = minor;
+  device.maxThreadsPerBlock = 1024;
+  device.maxThreadsPerMultiprocessor = 32 * warps;
+  device.regsPerBlock = device.regsPerMultiprocessor = 65536;
+  device.warpSize = 32;
+  device.sharedMemPerBlock = 48 << 10;
+  device.sharedMemPerMultiprocessor = shared_per_sm;
+  device.numSms = 100;
+  device.sharedMemPerBlockOptin = shared_per_sm - reserved;
+  device.reservedSharedMemPerBlock = reserved;
+  cudaOccFuncAttributes kernel;
+  kernel.maxThreadsPerBlock = 1024;
+  kernel.numRegs = registers;
+  kernel.sharedSizeBytes = 0;
+  kernel.partitionedGCConfig = PARTITIONED_GC_OFF;
+  kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+  kernel.maxDynamicSharedSizeBytes = shared_per_sm - reserved;
+  kernel.numBlockBarriers = 1;
+  cudaOccDeviceState state;
+  state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
+  cudaOccResult r;
+  if (cudaOccMaxActiveBlocksPerMultiprocessor(&r, &device, &kernel, &state, threads, shared))
+    return -1;
+  return r.activeBlocksPerMultiprocessor;
+}
+"""
+
+
+def library(text, folder, *includes):
+    """A shared library of a piece of C++."""
+    source, target = folder / "code.cpp", folder / "code.so"
+    source.write_text(text)
+    compiler = os.environ.get("CXX", "c++").split()
+    flags = ["-std=c++20", "-shared", "-fPIC", *(f"-I{path}" for path in includes)]
+    subprocess.run([*compiler, *flags, str(source), "-o", str(target)], check=True)
+    return ctypes.CDLL(str(target))
+
+
+def test_blocks_per_sm_is_what_nvidia_computes(tmp_path):
+    blocks = library(OCCUPANCY, tmp_path, Path(nvcc()).parent.parent / "include").blocks
+    blocks.argtypes = (
+        [ctypes.c_int] * 3 + [ctypes.c_long] * 2 + [ctypes.c_int] * 2 + [ctypes.c_long]
+    )
+    for arch, sm in MULTIPROCESSORS.items():
+        major, minor = divmod(int(arch.rstrip("a")), 10)
+        for threads in (32, 96, 128, 256, 384, 512, 1024):
+            for registers in (16, 32, 33, 40, 56, 57, 64, 72, 80, 81, 96, 128, 168, 255):
+                for shared in (0, 1000, 8 << 10, 20000, 48 << 10, 63 << 10, 99 << 10, 200000):
+                    if shared > sm.shared - sm.reserved:
+                        continue
+                    want = blocks(
+                        major, minor, sm.warps, sm.shared, sm.reserved, threads, registers, shared
+                    )
+                    got = blocks_per_sm(arch, threads, registers, shared)
+                    assert got == want, (arch, threads, registers, shared)
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """{(arch, element size, walk): {(threads, dynamic shared bytes)}} over CLASSES; "busy"."""
+    plan = library(PLAN, tmp_path_factory.mktemp("plan"), ROOT / "csrc").distillation
+    found = {}
+    for arch, sm in MULTIPROCESSORS.items():
+        shared = (ctypes.c_int(sm.shared - sm.reserved), ctypes.c_int(sm.shared))
+        for classes in CLASSES:
+            for size, own in itertools.product((2, 4, 8), (False, True)):
+                out = (ctypes.c_int * 4)()
+                number = int(arch.rstrip("a"))
+                plan(ctypes.c_long(classes), size, ctypes.c_bool(own), number, *shared, out)
+                found.setdefault((arch, size, out[0]), set()).add((out[1], out[2]))
+                found["busy"] = out[3]
+    return found
+
+
+@pytest.mark.parametrize(
+    "kernels", [ROOT / "csrc/cuda/distillation.cu"], ids=["distillation.cu"], indirect=True
+)
+def test_a_plan_has_room_for_its_kernel(kernels, plans):
+    """A block starts; and registers leave as many on an SM as the plan's table counts on."""
+    wrong, used = [], set()
+    for kernel in kernels:
+        name = demangled(kernel.name)
+        walk = next((i for i, pattern in enumerate(WALKS) if re.search(pattern, name)), None)
+        if walk is None:
+            continue
+        size = SIZES[re.search(r"<(\w+)", name)[1]]
+        used.add((kernel.arch, size, walk))
+        for threads, shared in plans.get((kernel.arch, size, walk), ()):
+            shared += kernel.shared
+            limit = MULTIPROCESSORS[kernel.arch].shared - MULTIPROCESSORS[kernel.arch].reserved
+            blocks = blocks_per_sm(kernel.arch, threads, kernel.registers, shared)
+            by_memory = blocks_per_sm(kernel.arch, threads, 16, shared)
+            wanted = min(by_memory, kernel.blocks or -(-plans["busy"] // threads))
+            if threads > kernel.threads or shared > limit or blocks < max(wanted, 1):
+                wrong.append(
+                    f"{kernel}: {kernel.registers} registers, {threads} threads, {shared} bytes: "
+                    f"{blocks} blocks an SM, {wanted} wanted"
+                )
+    assert not wrong, "\n".join(wrong)
+    assert used >= plans.keys() - {"busy"}
