@@ -77,7 +77,7 @@ struct NoiseDotParams {
   math::NoiseKey key;
   const int64_t* device_step;
   void* result;  // [], acc
-  double* partial;  // CUDA: workspace of noise_dot_blocks(numel) sums
+  double* partial;  // CUDA: workspace of cuda::kNoiseDotBlocks sums
 };
 
 // Replicas of one linear regression y ~ theta x under input noise, all in fp64.

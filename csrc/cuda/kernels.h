@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/plan.h"
 #include "params.h"
 
 namespace kdkernels {
@@ -13,7 +14,7 @@ cudaError_t distillation(const DistillationParams& p, cudaStream_t stream);
 int64_t distillation_workspace(int64_t rows);  // doubles
 cudaError_t scale_rows(const ScaleParams& p, cudaStream_t stream);
 cudaError_t noise(const NoiseParams& p, cudaStream_t stream);
-int64_t noise_dot_blocks(int64_t numel);
+// p.partial holds kNoiseDotBlocks (plan.h) sums.
 cudaError_t noise_dot(const NoiseDotParams& p, cudaStream_t stream);
 cudaError_t regression(const RegressionParams& p, cudaStream_t stream);
 

@@ -123,5 +123,65 @@ inline DistillationPlan plan_distillation(int64_t classes, int element_size, boo
   return best;
 }
 
+// ---- noise --------------------------------------------------------------------------------------
+//
+// 64 registers hold two groups of elements at work, so 4 blocks of 256 threads live on an SM of every chip.
+// The grid is as large as that, and chunks are as long as gives each block the same number of equal ones;
+// up to 32 steps, so that blocks read near each other and what a chunk starts with (the tensor, the first
+// rounds of Philox) is a hundredth of it.
+constexpr int kNoiseThreads = 256, kNoiseBlocksPerSm = 4, kNoiseMaxSteps = 32;
+// A sum has the same bits on every device: its grid does not depend on one. 4096 partial sums are added by one
+// block, and are 8 rounds of the blocks that live on an H100.
+constexpr int kNoiseDotBlocks = 4096;
+
+// Elements that a thread makes in a step: 16 bytes of them, and at least the 4 of a Philox counter.
+constexpr int noise_group(int element_size) { return element_size == 2 ? 8 : 4; }
+
+struct NoisePlan {
+  int blocks;  // at most
+  int steps;  // a chunk; a step is kNoiseThreads groups
+};
+
+// `steps` in all tensors of the launch together.
+inline NoisePlan plan_noise(int64_t steps, const Device& device) {
+  int64_t blocks = static_cast<int64_t>(device.sms) * kNoiseBlocksPerSm;
+  int64_t rounds = (steps + blocks * kNoiseMaxSteps - 1) / (blocks * kNoiseMaxSteps);
+  int64_t each = rounds == 0 ? 1 : (steps + blocks * rounds - 1) / (blocks * rounds);
+  return {static_cast<int>(blocks), static_cast<int>(each)};
+}
+
+// One chunk a block.
+inline NoisePlan plan_noise_dot(int64_t steps) {
+  int64_t each = steps == 0 ? 1 : (steps + kNoiseDotBlocks - 1) / kNoiseDotBlocks;
+  return {static_cast<int>((steps + each - 1) / each), static_cast<int>(each)};
+}
+
+// ---- regression ---------------------------------------------------------------------------------
+//
+// One normal a step: a warp a replica makes the normals of 32 steps at once and is then bound by the 5 fp64
+// operations that a step waits for, about 90 clocks; a thread a replica waits for its normal in every step,
+// about 450, but does not repeat those operations in 32 lanes. So a thread wins where an SM has more replicas
+// than pay for that: 450 clocks hold 115 steps of a warp at 64 fp64 operations a clock and an SM, and 6 at the
+// 2 of consumer chips.
+// One normal a sample and step: always a warp. The grid is what lives on the device; it strides over replicas.
+constexpr int kRegressionThreads = 256, kRegressionWarps = kRegressionThreads / 32;
+constexpr int kRegressionBlocksPerSm = 2;  // up to 128 registers
+// Samples that a warp keeps in registers, for the two variants that do: 4 and 12 a lane.
+constexpr int kRegressionFewSamples = 128, kRegressionSamples = 384;
+
+struct RegressionPlan {
+  bool warp;  // a warp a replica, else a thread
+  int blocks;
+};
+
+inline RegressionPlan plan_regression(int64_t replicas, bool per_sample, const Device& device) {
+  bool fast_fp64 = device.arch == 80 || device.arch == 90 || device.arch == 100;
+  bool warp = per_sample || replicas <= int64_t{device.sms} * (fast_fp64 ? 112 : 6);
+  int64_t a_block = warp ? kRegressionWarps : kRegressionThreads;
+  int64_t wanted = (replicas + a_block - 1) / a_block;
+  int64_t most = int64_t{device.sms} * kRegressionBlocksPerSm;
+  return {warp, static_cast<int>(wanted < most ? wanted : most)};
+}
+
 }  // namespace cuda
 }  // namespace kdkernels

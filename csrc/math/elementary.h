@@ -167,16 +167,19 @@ KD_FN float expm1(float x) {
   return x == 0.0f ? x : y;  // keeps -0
 }
 
+// Of (log(1 + f) - f + f^2 / 2) / f^3, |f| <= 1/3, the highest power first.
+KD_FN constexpr float log_coefficient(int i) {
+  constexpr float kCoefficient[] = {-0x1.07d88ap-3f, 0x1.1e6e2ap-3f,  -0x1.f3293ap-4f,
+                                    0x1.1ed52ap-3f,  -0x1.559cc0p-3f, 0x1.99d052p-3f,
+                                    -0x1.fffef8p-3f, 0x1.555506p-2f};
+  return kCoefficient[i];
+}
+
 // log(1 + f), |f| <= 1/3, plus e ln 2.
 KD_FN float log_reduced(float f, float e) {
-  float p = -0x1.07d88ap-3f;
-  p = fma(p, f, 0x1.1e6e2ap-3f);
-  p = fma(p, f, -0x1.f3293ap-4f);
-  p = fma(p, f, 0x1.1ed52ap-3f);
-  p = fma(p, f, -0x1.559cc0p-3f);
-  p = fma(p, f, 0x1.99d052p-3f);
-  p = fma(p, f, -0x1.fffef8p-3f);
-  p = fma(p, f, 0x1.555506p-2f);
+  float p = log_coefficient(0);
+  KD_UNROLL
+  for (int i = 1; i < 8; ++i) p = fma(p, f, log_coefficient(i));
   float s = f * f;
   float r = fma(s, fma(f, p, -0.5f), f);
   return fma(e, 0x1.62e43p-1f, r);
@@ -221,9 +224,8 @@ struct SinCos {
   float sin, cos;
 };
 
-// sin(pi x) and cos(pi x) from k = round(2 x), |x| < 2^24.
-KD_FN SinCos sincospi_reduced(float x, int32_t k) {
-  float r = fma(static_cast<float>(k), -0.5f, x);  // exact, in [-1/4, 1/4]
+// sin(pi r) and cos(pi r), |r| <= 1/4.
+KD_FN SinCos sincospi_quarter(float r) {
   float u = r * r;
   float a = fma(-0x1.2db5a6p-1f, u, 0x1.465facp+1f);
   a = fma(a, u, -0x1.4abbbep+2f);
@@ -232,10 +234,16 @@ KD_FN SinCos sincospi_reduced(float x, int32_t k) {
   c = fma(c, u, 0x1.03c1b0p+2f);
   c = fma(c, u, -0x1.3bd3ccp+2f);
   c = fma(c, u, 1.0f);
+  return {s, c};
+}
+
+// sin(pi x) and cos(pi x) from k = round(2 x), |x| < 2^24.
+KD_FN SinCos sincospi_reduced(float x, int32_t k) {
+  SinCos y = sincospi_quarter(fma(static_cast<float>(k), -0.5f, x));  // exact, in [-1/4, 1/4]
+  float s = y.sin, c = y.cos;
   bool swap = (k & 1) != 0;
   float sine = swap ? c : s, cosine = swap ? s : c;
   // The sign bits: bit 1 of k for the sine, of k + 1 for the cosine.
-  SinCos y;
   y.sin = float_from_bits(bits_from_float(sine) ^ ((k & 2) << 30));
   y.cos = float_from_bits(bits_from_float(cosine) ^ (((k + 1) & 2) << 30));
   return y;

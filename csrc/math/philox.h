@@ -19,36 +19,77 @@ struct Philox4x32 {
 
 // The two halves of a 32 x 32 bit product.
 KD_FN void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
-  low = a * b;
-#if defined(__CUDA_ARCH__)
-  high = __umulhi(a, b);
-#else
-  high = static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
-#endif
+  uint64_t product = static_cast<uint64_t>(a) * b;
+  low = static_cast<uint32_t>(product);
+  high = static_cast<uint32_t>(product >> 32);
 }
+
+template <class Word>
+KD_FN void philox_round(Philox4x32<Word>& c, uint32_t k0, uint32_t k1) {
+  Word high0, low0, high1, low1;
+  multiply(c.word[0], 0xD2511F53u, high0, low0);
+  multiply(c.word[2], 0xCD9E8D57u, high1, low1);
+  c.word[0] = high1 ^ c.word[1] ^ k0;
+  c.word[1] = low1;
+  c.word[2] = high0 ^ c.word[3] ^ k1;
+  c.word[3] = low0;
+}
+
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxBump0 = 0x9E3779B9u, kPhiloxBump1 = 0xBB67AE85u;
 
 // Counter words c0 to c3, key words k0 and k1. Word is uint32_t, or a vector of counters that has its own
 // multiply() and operator^.
 template <class Word>
 KD_FN Philox4x32<Word> philox4x32_10(Word c0, Word c1, Word c2, Word c3, uint32_t k0, uint32_t k1) {
+  Philox4x32<Word> c = {{c0, c1, c2, c3}};
   KD_UNROLL
-  for (int round = 0; round < 10; ++round) {
-    Word high0, low0, high1, low1;
-    multiply(c0, 0xD2511F53u, high0, low0);
-    multiply(c2, 0xCD9E8D57u, high1, low1);
-    c0 = high1 ^ c1 ^ k0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
-    c3 = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    philox_round(c, k0, k1);
+    k0 += kPhiloxBump0;
+    k1 += kPhiloxBump1;
   }
-  Philox4x32<Word> out;
-  out.word[0] = c0;
-  out.word[1] = c1;
-  out.word[2] = c2;
-  out.word[3] = c3;
-  return out;
+  return c;
+}
+
+// The key of every round, for a kernel that finds them in constant memory instead of adding.
+struct PhiloxKeys {
+  uint32_t round[kPhiloxRounds][2];
+};
+
+KD_FN PhiloxKeys philox_keys(uint32_t k0, uint32_t k1) {
+  PhiloxKeys keys;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    keys.round[round][0] = k0;
+    keys.round[round][1] = k1;
+    k0 += kPhiloxBump0;
+    k1 += kPhiloxBump1;
+  }
+  return keys;
+}
+
+// What counters that differ in their low word alone share of the first two rounds.
+struct PhiloxShared {
+  uint32_t word[4];
+};
+
+KD_FN PhiloxShared philox_shared(uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKeys& keys) {
+  uint32_t high1, low1, high0, low0;
+  multiply(c2, 0xCD9E8D57u, high1, low1);
+  multiply(high1 ^ c1 ^ keys.round[0][0], 0xD2511F53u, high0, low0);
+  return {{c3 ^ keys.round[0][1], low1 ^ keys.round[1][0], high0 ^ keys.round[1][1], low0}};
+}
+
+KD_FN Philox4x32<uint32_t> philox4x32_10(uint32_t c0, const PhiloxShared& shared,
+                                         const PhiloxKeys& keys) {
+  uint32_t high0, low0, high1, low1;
+  multiply(c0, 0xD2511F53u, high0, low0);
+  multiply(high0 ^ shared.word[0], 0xCD9E8D57u, high1, low1);
+  Philox4x32<uint32_t> c = {{high1 ^ shared.word[1], low1, low0 ^ shared.word[2], shared.word[3]}};
+  KD_UNROLL
+  for (int round = 2; round < kPhiloxRounds; ++round)
+    philox_round(c, keys.round[round][0], keys.round[round][1]);
+  return c;
 }
 
 }  // namespace math

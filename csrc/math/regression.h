@@ -21,10 +21,18 @@ KD_FN double regression_step(double theta, double mean_xx, double mean_xy, doubl
   return theta - lr * fma(lam, theta, gradient);
 }
 
+// E[(x + e)^2] and E[(x + e) y] for one e.
+struct NoisyMeans {
+  double xx, xy;
+};
+
+KD_FN NoisyMeans noisy_means(Moments m, double e) {
+  return {fma(e, fma(2.0, m.x, e), m.xx), fma(e, m.y, m.xy)};
+}
+
 KD_FN double regression_step(double theta, Moments m, double e, double lr, double lam) {
-  double mean_xx = fma(e, fma(2.0, m.x, e), m.xx);
-  double mean_xy = fma(e, m.y, m.xy);
-  return regression_step(theta, mean_xx, mean_xy, lr, lam);
+  NoisyMeans means = noisy_means(m, e);
+  return regression_step(theta, means.xx, means.xy, lr, lam);
 }
 
 }  // namespace math

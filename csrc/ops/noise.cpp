@@ -174,7 +174,7 @@ Tensor noise_dot_forward(const Tensor& x, KD_NOISE_PARAMS) {
   } else {
 #if defined(KDKERNELS_WITH_CUDA)
     c10::cuda::CUDAGuard guard(x.device());
-    Tensor partial = at::empty({cuda::noise_dot_blocks(p.numel)}, x.options().dtype(at::kDouble));
+    Tensor partial = at::empty({cuda::kNoiseDotBlocks}, x.options().dtype(at::kDouble));
     p.partial = partial.mutable_data_ptr<double>();
     C10_CUDA_CHECK(cuda::noise_dot(p, c10::cuda::getCurrentCUDAStream()));
 #endif

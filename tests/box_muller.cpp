@@ -1,0 +1,38 @@
+// The two forms of box_muller() in csrc/math/normal.h over every fp32 that a Philox word becomes.
+//
+// Prints four counts: words tried as r_a and how many of them differ in a bit, then the same of r_b. The
+// reciprocal root is the fp32 nearest to it.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <initializer_list>
+
+#include "math/normal.h"
+
+using namespace kdkernels::math;
+
+static bool same(NormalPair a, NormalPair b) { return std::memcmp(&a, &b, sizeof a) == 0; }
+
+int main() {
+  // Below 2^24 every word is its own float; above, one word for each float.
+  constexpr int64_t kExact = 1 << 24, kFloats = kExact + 8 * (kExact / 2);
+  auto word = [](int64_t i) {
+    if (i < kExact) return static_cast<uint32_t>(i);
+    int64_t binade = (i - kExact) / (kExact / 2), place = (i - kExact) % (kExact / 2);
+    return static_cast<uint32_t>((kExact / 2 + place) << (binade + 1));
+  };
+  auto root = [](float x) {
+    x = x < 0x1p-60f ? 0x1p-60f : x;
+    return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x)));
+  };
+  long bad_a = 0, bad_b = 0;
+#pragma omp parallel for reduction(+ : bad_a, bad_b)
+  for (int64_t i = 0; i <= kFloats; ++i) {
+    uint32_t r = i < kFloats ? word(i) : 0xFFFFFFFFu;  // which rounds to 2^32
+    for (uint32_t b : {12345u, 0x60000000u})
+      bad_a += !same(box_muller_plain(r, b), box_muller_scaled(r, b, root));
+    for (uint32_t a : {0u, 0x9E3779B9u, 0xFFFFFFFFu})
+      bad_b += !same(box_muller_plain(a, r), box_muller_scaled(a, r, root));
+  }
+  std::printf("%ld %ld %ld %ld\n", kFloats + 1, bad_a, kFloats + 1, bad_b);
+}
