@@ -125,10 +125,11 @@ inline DistillationPlan plan_distillation(int64_t classes, int element_size, boo
 
 // ---- noise --------------------------------------------------------------------------------------
 //
-// 64 registers hold two groups of elements at work, so 4 blocks of 256 threads live on an SM of every chip.
-// The grid is as large as that, and chunks are as long as gives each block the same number of equal ones;
-// up to 32 steps, so that blocks read near each other and what a chunk starts with (the tensor, the first
-// rounds of Philox) is a hundredth of it.
+// 64 registers hold two groups of elements at work, so 4 blocks of 256 threads live on an SM of every chip. A
+// block has one chunk of one tensor. Chunks are as long as gives every place for a block the same number of
+// equal ones; up to 32 steps, so that blocks read near each other, and what a chunk starts with (the tensor, the
+// first rounds of Philox) is a hundredth of it. A loop over chunks would cost more than starting a block: the
+// keys of Philox's rounds then no longer stay in uniform registers.
 constexpr int kNoiseThreads = 256, kNoiseBlocksPerSm = 4, kNoiseMaxSteps = 32;
 // A sum has the same bits on every device: its grid does not depend on one. 4096 partial sums are added by one
 // block, and are 8 rounds of the blocks that live on an H100.
@@ -138,22 +139,23 @@ constexpr int kNoiseDotBlocks = 4096;
 constexpr int noise_group(int element_size) { return element_size == 2 ? 8 : 4; }
 
 struct NoisePlan {
-  int blocks;  // at most
+  int blocks;  // for one tensor; each further one of a list adds at most one
   int steps;  // a chunk; a step is kNoiseThreads groups
 };
 
-// `steps` in all tensors of the launch together.
-inline NoisePlan plan_noise(int64_t steps, const Device& device) {
-  int64_t blocks = static_cast<int64_t>(device.sms) * kNoiseBlocksPerSm;
-  int64_t rounds = (steps + blocks * kNoiseMaxSteps - 1) / (blocks * kNoiseMaxSteps);
-  int64_t each = rounds == 0 ? 1 : (steps + blocks * rounds - 1) / (blocks * rounds);
-  return {static_cast<int>(blocks), static_cast<int>(each)};
+inline NoisePlan noise_chunks(int64_t steps, int64_t each) {
+  return {static_cast<int>((steps + each - 1) / each), static_cast<int>(each)};
 }
 
-// One chunk a block.
+// `steps` in all tensors of the launch together.
+inline NoisePlan plan_noise(int64_t steps, const Device& device) {
+  int64_t places = static_cast<int64_t>(device.sms) * kNoiseBlocksPerSm;
+  int64_t rounds = (steps + places * kNoiseMaxSteps - 1) / (places * kNoiseMaxSteps);
+  return noise_chunks(steps, steps == 0 ? 1 : (steps + places * rounds - 1) / (places * rounds));
+}
+
 inline NoisePlan plan_noise_dot(int64_t steps) {
-  int64_t each = steps == 0 ? 1 : (steps + kNoiseDotBlocks - 1) / kNoiseDotBlocks;
-  return {static_cast<int>((steps + each - 1) / each), static_cast<int>(each)};
+  return noise_chunks(steps, steps == 0 ? 1 : (steps + kNoiseDotBlocks - 1) / kNoiseDotBlocks);
 }
 
 // ---- regression ---------------------------------------------------------------------------------
