@@ -3,17 +3,19 @@
 Our kernels and the peers' (Liger, torch.compile) run in the emulator of tests/ptx, which counts the
 bytes and instructions of their PTX; the H100's limits make them times. Nothing is timed. Needs nvcc
 for ours, Triton for the peers'. The peers' launches have their true size, but only their first
-blocks run and stand for the others; ours have fewer rows instead.
+blocks run and stand for the others; of ours few rows run, or a smaller size.
 
 How a time is made of counts; the launches of an op come one after another:
 
     moved   bytes from and to memory: the sectors of all requests, or, where all that the blocks on
             the GPU at one time touch fits its L2, each tensor of the launch once; nothing stays
             there from one launch to the next
-    slots   warp instructions: those of the PTX but moves, and those that ptxas adds (SASS below),
-            less the logic that it merges, by the kernel's ratio of LOP3 to logic instructions
-    time    the longest of moved / bandwidth and the instructions of each unit over its rate, on as
-            many SMs as there are blocks; no latency, no launch overhead
+    units   the PTX instructions that ran, by the unit that executes them, times what ptxas made of
+            the kernel: its SASS instructions of that unit over its PTX instructions, both static
+            (it merges logic, drops moves and conversions, expands divisions)
+    slots   likewise, warp instructions of any unit
+    time    the longest of moved / bandwidth and each unit's instructions over its rate, on as many
+            SMs as there are blocks; no latency, no launch overhead
 """
 
 import argparse
@@ -58,22 +60,49 @@ RATES = {
 # CUDA C++ Programming Guide, "Technical specifications per compute capability", 9.0.
 THREADS_PER_SM, BLOCKS_PER_SM, REGISTERS_PER_SM, SHARED_PER_SM = 2048, 32, 65536, 228 << 10
 
-# What ptxas 13.0 makes of an instruction for sm_90a beside the instruction itself, on the path that
-# ordinary numbers take, read off its SASS: (MUFU, FP32, ALU).
+# The unit of a SASS instruction, by the beginning of its name: "CUDA Binary Utilities", the
+# instruction set of Hopper, beside the pipelines named above. Those of the uniform datapath, loads
+# of constants and control flow take an issue slot only.
 SASS = {
-    "div.rn.f32": (1, 4, 2),
-    "div.full.f32": (1, 4, 2),
-    "rcp.rn.f32": (1, 2, 4),
-    "sqrt.rn.f32": (1, 3, 3),
-    "ex2.approx.f32": (0, 2, 1),
-    "lg2.approx.f32": (0, 2, 1),
-    "rsqrt.approx.f32": (0, 2, 1),
-    "add.s64": (0, 0, 1),
-    "sub.s64": (0, 0, 1),
-    "mul.lo.s64": (0, 0, 3),
+    "mufu": ("MUFU",),
+    "multiply": ("IMAD", "IDP"),
+    "fma": ("FADD", "FMUL", "FFMA", "HADD", "HMUL", "HFMA"),
+    "fp64": ("DADD", "DMUL", "DFMA", "DSETP"),
+    "memory": (
+        "LDG",
+        "LDS",
+        "LDL",
+        "LD.",
+        "STG",
+        "STS",
+        "STL",
+        "ST.",
+        "ATOM",
+        "RED",
+        "SHFL",
+        "UBLK",
+    ),
+    "alu": (
+        *(
+            "LOP",
+            "PLOP",
+            "IADD",
+            "VIADD",
+            "ISETP",
+            "SEL",
+            "FSEL",
+            "FSETP",
+            "FMNMX",
+            "IMNMX",
+            "VIMNMX",
+        ),
+        *("SHF", "LEA", "PRMT", "F2FP", "I2F", "F2I", "F2F", "FRND", "MOV", "IABS", "SGXT", "BMSK"),
+        *("HSETP", "HMNMX", "HSET", "FSET", "P2R", "R2P", "VOTE"),
+    ),
 }
 CLASSES = [10, 1000, 32000, 50257, 128256, 200000]
-ELEMENTS = 1 << 24  # of a loss, in at least 512 rows: its launches fill the GPU
+ELEMENTS = 1 << 24  # of a peer's loss, in at least 512 rows: its launches fill the GPU
+ELEMENTS_OF_OURS = 1 << 21  # likewise; all of them run, or a few of the 512 rows
 
 
 @dataclasses.dataclass
@@ -140,35 +169,38 @@ def library(text):
 
 
 def unit(opcode):
-    """The unit of RATES that executes a PTX instruction, "logic" (of ALU), "memory" or None."""
+    """The unit that executes a PTX instruction; None where that is an issue slot and no more."""
     name, *words = opcode.split(".")
     if name in ("ex2", "lg2", "sin", "cos", "tanh", "rcp", "sqrt", "rsqrt") and "rn" not in words:
         return "mufu"
     if name in ("ld", "st", "atom", "red", "shfl", "cp"):
-        return None if words[:1] == ["param"] else "memory"
-    if name in ("mov", "cvta", "bra", "ret", "bar", "barrier", "call", "membar", "fence", "exit"):
+        return "memory"
+    if name in ("bra", "ret", "bar", "barrier", "call", "membar", "fence", "exit", "trap"):
         return None
     if words[-1:] == ["f64"] and name != "cvt":
         return "fp64"
     if words[-1:] == ["f32"] and name in ("add", "sub", "mul", "fma", "mad", "div", "rcp", "sqrt"):
         return "fma"
-    if name in ("mul", "mad", "mul24", "mad24", "madc", "dp4a", "dp2a"):
-        return "fp64" if words[-1:] == ["f64"] else "multiply"
-    return "logic" if name in ("and", "or", "xor", "not", "lop3") else "alu"
+    if words[-1:] != ["f32"] and name in ("mul", "mad", "madc", "mul24", "mad24", "dp4a", "dp2a"):
+        return "multiply"
+    return "alu"
+
+
+def is_move(opcode):
+    """Nothing that a machine does: registers are ptxas' choice, parameters are operands."""
+    return re.match(r"mov\b|cvta\b|(ld|st)\.param\b|createpolicy\b", opcode)
 
 
 def cost(done, text, blocks, each_once):
     """The Cost of a launch of `blocks` blocks, of which those of `done` ran."""
     counts, scale = done.counts, blocks / math.prod(done.grid)
+    registers, spills, ratio = compiled(text, done.kernel)
     of_unit = collections.Counter()
-    extra = 0.0
     for opcode, n in counts["opcodes"].items():
-        of_unit[unit(opcode)] += n
-        more = SASS.get(opcode, (0, 0, 0))
-        of_unit.update(dict(zip(("mufu", "fma", "alu"), (n * m for m in more), strict=True)))
-        extra += n * sum(more)
-    registers, spills, left = sass(text, done.kernel)
-    merged = of_unit["logic"] * (1 - left)
+        if not is_move(opcode):
+            of_unit[unit(opcode)] += n
+    of_unit = {name: scale * ratio[name] * of_unit[name] for name in SASS}
+    of_unit["fma"] += of_unit["multiply"]
     warps, block_threads = counts["warp_instructions"], math.prod(done.block)
     resident = SMS * min(
         BLOCKS_PER_SM,
@@ -187,17 +219,12 @@ def cost(done, text, blocks, each_once):
         moved=moved(32 * sectors, each_once, blocks, resident),
         useful=scale * sum(min(t["bytes"], 32 * t["sectors"]) for t in of_global),
         sectors=sectors,
-        mufu=scale * of_unit["mufu"],
-        fma=scale * (of_unit["fma"] + of_unit["multiply"]),
-        multiply=scale * of_unit["multiply"],
-        alu=scale * (of_unit["alu"] + of_unit["logic"] - merged),
-        fp64=scale * of_unit["fp64"],
-        memory=scale * of_unit["memory"],
-        slots=scale * (sum(warps.values()) - warps["move"] + (extra - merged) / 32),
+        slots=scale * ratio["slots"] * (sum(warps.values()) - warps["move"]),
         shared=scale
         * sum(max(t["requests"], t["bytes"] / 128) + t["conflicts"] for t in of_shared),
         registers=registers,
         spills=spills,
+        **of_unit,
     )
 
 
@@ -207,29 +234,29 @@ def moved(requested, each_once, blocks, resident):
 
 
 @functools.cache
-def sass(text, kernel):
-    """Registers and bytes spilled a thread, and logic instructions in SASS for one in PTX."""
-    common, *functions = re.split(r"(?m)^(?=\.(?:visible |weak )?\.entry )", text)
-    (body,) = [f for f in functions if re.match(rf"[.\w ]*\b{re.escape(kernel)}\b", f)]
-    body = body[: body.index("\n}") + 3]
-    body = re.sub(r"(?m)^\s*\.(loc|pragma)\b.*", "", body)
+def compiled(text, kernel):
+    """Registers and bytes spilled a thread, and {unit or "slots": SASS over PTX instructions}."""
+    common, *functions = re.split(r"(?m)^(?=(?:\.visible |\.weak )?\.entry )", text)
+    (body,) = [f for f in functions if re.match(rf"[.a-z ]*{re.escape(kernel)}\(", f)]
+    body = re.sub(r"(?m)^\s*\.(loc|pragma)\b.*", "", body[: body.index("\n}") + 3])
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "k.ptx").write_text(common + body)
 
         def output(*command):
-            return subprocess.run(
-                command, cwd=folder, check=True, capture_output=True, text=True
-            )  # fmt: skip
+            return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
 
         arch = re.search(r"(?m)^\.target (\w+)", common)[1]
         said = output(tool("ptxas"), "-v", f"-arch={arch}", "k.ptx", "-o", "k.cubin").stderr
-        listing = output(tool("cuobjdump"), "-sass", "k.cubin").stdout
+        listing = output(tool("nvdisasm"), "-c", "k.cubin").stdout
     registers = int(re.search(r"Used (\d+) registers", said)[1])
-    spills = sum(
-        map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups())
-    )
-    logic = len(re.findall(r"(?m)^\s+(?:@!?%\w+ )?(?:and|or|xor|not)\.b(?:32|64)|lop3\.b32", body))
-    return registers, spills, min(1.0, listing.count("LOP3") / max(1, logic))
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    made = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", listing)
+    made = [name for name in made if name != "NOP"]
+    given = re.findall(r"(?m)^\s*(?:\{\s*)?(?:@!?%\w+\s+)?([a-z][\w:.]*)(?=[\s;])", body)
+    given = [opcode for opcode in given if not is_move(opcode)]
+    units = collections.Counter(map(unit, given))
+    ratio = {u: sum(n.startswith(SASS[u]) for n in made) / max(1, units[u]) for u in SASS}
+    return registers, sum(map(int, spilled.groups())), ratio | {"slots": len(made) / len(given)}
 
 
 @functools.cache
@@ -255,7 +282,7 @@ def rows_of(classes):
 RESNET18 = [(40, 256), (1, 9408), (4, 36864), (1, 73728), (3, 147456), (1, 294912), (3, 589824)]
 RESNET18 += [(1, 1179648), (3, 2359296), (1, 8192), (1, 32768), (1, 131072), (1, 512000), (1, 1000)]
 LISTS = {
-    "one tensor": [1 << 20],
+    "one tensor": [1 << 24],
     "ResNet-18's": [n for count, n in RESNET18 for _ in range(count)],
 }
 
@@ -406,25 +433,27 @@ def launches_of(op, case):
     return run.launches
 
 
-def our_costs(op, case_of, full, some=None):
-    """The costs of case_of(full), or what those of `some` and twice as much extrapolate to."""
+def our_costs(op, case_of, each_once, full, some=None):
+    """The costs of case_of(full), or what those of `some` and twice as much extrapolate to.
+
+    each_once: the bytes of all tensors of case_of(full), each read or written once.
+    """
     _, texts = ours()
-    sizes = [full] if some is None else [some, 2 * some]
     runs = []
-    for n in sizes:
+    for n in [full] if some is None else [some, 2 * some]:
         runs.append([])
         for done in launches_of(op, case_of(n)):
             (text,) = [t for t in texts if re.search(rf"\.entry {re.escape(done.kernel)}\b", t)]
             runs[-1].append(cost(done, text, math.prod(done.grid), math.inf))
-    costs, minimum = [], op.minimum_bytes(case_of(full))
+    factor = 0 if some is None else (full - some) / some
+    costs = []
     for c, d in zip(runs[0], runs[-1], strict=True):
-        factor = 0 if some is None else (full - some) / some
         grown = {
             name: getattr(c, name) + factor * (getattr(d, name) - getattr(c, name))
             for name in ("blocks", "useful", "sectors", "memory", *RATES)
         }
         requested = 32 * grown["sectors"]
-        grown["moved"] = moved(requested, minimum, grown["blocks"], c.resident)
+        grown["moved"] = moved(requested, each_once, grown["blocks"], c.resident)
         costs.append(dataclasses.replace(c, **grown))
     return costs
 
@@ -434,7 +463,7 @@ def count_ours(dtype, classes, wanted):
     import launchers
 
     ops = {op.name: op for op in launchers.OPS}
-    name = str(dtype).removeprefix("torch.")
+    name, size = str(dtype).removeprefix("torch."), dtype.itemsize
 
     for title, alpha in (("distillation", None), ("distillation with labels", ALPHA)):
         for v in classes if wanted(title) else ():
@@ -442,30 +471,33 @@ def count_ours(dtype, classes, wanted):
             def case(rows, v=v, alpha=alpha):
                 return launchers.Distillation(name, rows, v, TEMPERATURE, alpha)
 
-            full = rows_of(v)
-            costs = our_costs(ops["distillation"], case, full, max(4, (1 << 17) // v))
-            yield title, f"V = {v}", costs, full * v, 3 * dtype.itemsize
+            rows = max(512, ELEMENTS_OF_OURS // v)
+            some = None if rows * v <= ELEMENTS_OF_OURS else 4
+            each_once = rows * (3 * v * size + 8 * (alpha is not None))
+            costs = our_costs(ops["distillation"], case, each_once, rows, some)
+            yield title, f"V = {v}", costs, rows * v, 3 * size
     for title, sizes in LISTS.items() if wanted("noise") else ():
-        costs = our_costs(ops["noise"], lambda s: launchers.Noise(name, tuple(s)), sizes)
-        yield "noise", title, costs, sum(sizes), 2 * dtype.itemsize
-    replicas, steps = THREADS_PER_SM // 32 * SMS, 64
-    for samples, per_sample in ((100, False), (1000, True)) if wanted("regression") else ():
-        if dtype != torch.float32:  # computed in fp64 whatever the dtype
-            continue
 
-        def case(n, samples=samples, per_sample=per_sample):
-            return launchers.Regression(samples, n, steps, per_sample)
+        def case(n, sizes=sizes):
+            return launchers.Noise(name, (n,) if len(sizes) == 1 else tuple(sizes))
 
-        costs = our_costs(ops["noisy_linear_regression"], case, replicas, 64)
-        title = "a normal a sample" if per_sample else "a normal a step"
-        normals = replicas * steps * (samples if per_sample else 1)
-        yield (
-            "regression, an element a normal",
-            title,
-            costs,
-            normals,
-            8 * replicas * steps / normals,
-        )
+        some = 1 << 20 if len(sizes) == 1 else None
+        costs = our_costs(ops["noise"], case, 2 * size * sum(sizes), sum(sizes), some)
+        yield "noise", title, costs, sum(sizes), 2 * size
+    if dtype == torch.float32 and wanted("regression"):  # it has no other dtype than fp64
+        replicas, steps = THREADS_PER_SM // 32 * SMS, 64
+        for title, samples, per_sample in (
+            ("a normal a step", 100, False),
+            ("a normal a sample", 1000, True),
+        ):
+
+            def case(n, samples=samples, per_sample=per_sample):
+                return launchers.Regression(samples, n, steps, per_sample)
+
+            normals = replicas * steps * (samples if per_sample else 1)
+            trajectory = 8 * replicas * (steps + 1)
+            costs = our_costs(ops["noisy_linear_regression"], case, trajectory, replicas, 64)
+            yield "regression, a normal", title, costs, normals, trajectory / normals
 
 
 # ---- the table -----------------------------------------------------------------------------------
