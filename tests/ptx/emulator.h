@@ -307,6 +307,8 @@ struct Options {
   bool perturb = true;  // approximate functions err as far as documented
   // A shuffle from a lane that does not take part gives random bits, as the ISA allows, and no finding.
   bool undefined_shuffles = false;
+  uint64_t limit =
+      uint64_t{1} << 28;  // warp instructions of a launch, against kernels that wait for ever
 };
 
 class Machine {

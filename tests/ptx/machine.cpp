@@ -398,6 +398,7 @@ void Machine::launch(Module& m, Function& kernel, Launch what, const std::vector
   dynamic_offset = (what.static_shared + m.dynamic_align - 1) / m.dynamic_align * m.dynamic_align;
   launches.push_back(what);
   current = &launches.back();
+  clock = 0;
   random.seed(options.seed);
   state_ = options.seed * 0x9E3779B97F4A7C15ull + 1;
   warp_hits_.assign(m.code.size(), 0);
@@ -424,6 +425,7 @@ void Machine::launch(Module& m, Function& kernel, Launch what, const std::vector
     size_t pick = draw() % ready_.size();
     Warp* warp = ready_[pick];
     run(*warp, 1 + static_cast<int>(draw() % 256));
+    if (clock > options.limit) deadlock();
     bool runnable = false;
     for (const Split& s : warp->splits) runnable = runnable || s.state == Split::kReady;
     if (!runnable) {
@@ -444,7 +446,7 @@ void Machine::launch(Module& m, Function& kernel, Launch what, const std::vector
 void Machine::deadlock() {
   Warp* first = nullptr;
   size_t split = 0;
-  std::string check = "deadlock";
+  std::string check = clock > options.limit ? "no progress" : "deadlock";
   std::ostringstream who;
   int listed = 0;
   for (auto& cluster : resident_) {

@@ -135,18 +135,27 @@ Status nothing(Context&) { return Status::kNext; }
 
 // ---- Within a warp ---------------------------------------------------------------------------------------------
 
-// The mask operand of a .sync instruction, the same in all its lanes; waits for the lanes that it names.
+// Waits for the lanes that the mask operand of a .sync instruction names. Lanes may stand here with different masks:
+// each group goes by itself.
 bool meet(Context& c, const Operand& mask) {
-  uint32_t members[kLanes];
+  uint32_t members[kLanes], same = 0;
   fetch(c, mask, members);
-  int first = __builtin_ctz(c.active);
+  uint32_t named = members[__builtin_ctz(c.active)];
   for (int i = 0; i < kLanes; ++i) {
     if (!(c.active >> i & 1)) continue;
-    if (!(members[i] >> i & 1))
+    if (!(members[i] >> i & 1)) {
       fault(c, i, "shuffle mask",
             "the mask leaves out lane " + std::to_string(i) + ", which executes it");
+    }
+    same |= (members[i] == named ? 1u : 0u) << i;
   }
-  uint32_t named = members[first];
+  if (same != c.active) {
+    Split& s = c.warp.splits[c.split];
+    Split others = {c.active & ~same, s.pc, s.frame};
+    s.mask &= ~others.mask;
+    c.active = same;
+    c.warp.splits.push_back(others);
+  }
   return converge(c, named) != 0;
 }
 
@@ -449,7 +458,7 @@ uint32_t converge(Context& c, uint32_t members) {
   for (size_t i = w.splits.size(); i-- > 0;) {
     Split& other = w.splits[i];
     if (i == c.split || other.pc != pc || other.frame != &c.frame ||
-        other.state != Split::kConverging)
+        other.state != Split::kConverging || (other.mask & ~members) != 0)
       continue;
     w.splits[c.split].mask |= other.mask;
     w.splits.erase(w.splits.begin() + static_cast<std::ptrdiff_t>(i));
