@@ -38,24 +38,29 @@ struct alignas(sizeof(T) * kCount) Vector {
 // ---- where elements lie -------------------------------------------------------------------------
 
 // `elements` neighbours that are read from two arrays and written to a third. Where all three addresses lie
-// alike relative to 16 bytes: `head` single elements, `body` vectors, `tail` single elements. Elsewhere
-// there are no vectors: `body` counts as many elements as vectors would hold, rounded up.
+// alike relative to 16 bytes: `head` single elements, `body` vectors, `tail` single elements. The first
+// `skew` (0 or 1) of the vectors is none: it makes the others start at an even multiple of 16 bytes, so that
+// a warp's 512 bytes are 16 sectors, not 17. Elsewhere there are no vectors: `body` counts as many elements
+// as vectors would hold, rounded up. At most elements / kCount + 1.
 template <class T, class Index>
 struct Span {
   static constexpr int kCount = 16 / sizeof(T);
   Index elements, body;
-  int head, tail;
+  int head, tail, skew;
   bool vectors;
 
   __device__ __forceinline__ Span(const T* a, const T* b, const T* c, Index n) : elements(n) {
-    unsigned offset = static_cast<unsigned>(reinterpret_cast<uintptr_t>(a)) % 16;
-    vectors =
-        offset == static_cast<unsigned>(reinterpret_cast<uintptr_t>(b)) % 16 &&
-        (c == nullptr || offset == static_cast<unsigned>(reinterpret_cast<uintptr_t>(c)) % 16);
-    head = vectors ? static_cast<int>((16 - offset) % 16 / sizeof(T)) : 0;
+    const unsigned at_a = static_cast<unsigned>(reinterpret_cast<uintptr_t>(a)),
+                   at_b = static_cast<unsigned>(reinterpret_cast<uintptr_t>(b)),
+                   at_c =
+                       c == nullptr ? at_a : static_cast<unsigned>(reinterpret_cast<uintptr_t>(c));
+    vectors = (((at_a ^ at_b) | (at_a ^ at_c)) & 15) == 0;
+    head = vectors ? static_cast<int>((0u - at_a) % 16 / sizeof(T)) : 0;
     head = n < head ? static_cast<int>(n) : head;
     body = vectors ? (n - head) / kCount : (n + kCount - 1) / kCount;
     tail = vectors ? static_cast<int>(n - head - body * kCount) : 0;
+    skew = vectors && (at_a + head * sizeof(T)) % 32 == 16;
+    body += skew;
   }
 };
 
@@ -83,8 +88,8 @@ __device__ __forceinline__ Place<Index> body_place(const Span<T, Index>& span, I
   Index item = begin + static_cast<Index>(slot) * team;
   if (span.vectors) {
     item += member;
-    Index first = span.head + item * kCount;
-    return {first, item < end ? first + kCount : first, 1};
+    Index first = span.head + (item - span.skew) * kCount;
+    return {first, item >= span.skew && item < end ? first + kCount : first, 1};
   }
   Index limit = end * kCount < span.elements ? end * kCount : span.elements;
   return {item * kCount + member, limit, team};

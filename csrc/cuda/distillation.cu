@@ -199,6 +199,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
     T* g_tile = want_gradient ? static_cast<T*>(p.gradient) + first * p.gradient_stride : nullptr;
     const Span<T, int> span(z_tile, t_tile, g_tile, rows * classes);
     const bool vectors = flat && span.vectors;
+    const int vector_count = span.body - span.skew;
     const Place<int> edge = edge_place(span, thread & (kEdges - 1));
     const bool has_edge = vectors && thread < kEdges && !edge.empty();
     // The body's vectors keep their alignment.
@@ -207,7 +208,8 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
 
     if (vectors) {
 #pragma unroll 4
-      for (int v = thread; v < span.body; v += kTileThreads) {
+      for (int v = thread - span.skew; v < vector_count; v += kTileThreads) {
+        if (v < 0) continue;
         int i = span.head + v * kCount;
         copy_async(z_image + i, z_tile + i);
         copy_async(t_image + i, t_tile + i);
@@ -272,7 +274,8 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
 
     if (want_gradient && vectors) {
 #pragma unroll 4
-      for (int v = thread; v < span.body; v += kTileThreads) {
+      for (int v = thread - span.skew; v < vector_count; v += kTileThreads) {
+        if (v < 0) continue;
         int i = span.head + v * kCount;
         *reinterpret_cast<Vector<T>*>(g_tile + i) = *reinterpret_cast<Vector<T>*>(z_image + i);
       }
@@ -310,7 +313,11 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
     const T* t_row = static_cast<const T*>(p.teacher) + r * p.teacher_stride;
     T* g_row =
         p.gradient != nullptr ? static_cast<T*>(p.gradient) + r * p.gradient_stride : nullptr;
-    const Span<T, int> span(z_row, t_row, g_row, classes);
+    Span<T, int> span(z_row, t_row, g_row, classes);
+    if (span.body > kSlots * kWarp) {  // no room for the skew
+      span.body -= span.skew;
+      span.skew = 0;
+    }
     const Place<int> edge = edge_place(span, lane);
     const bool has_edge = lane < kEdges && !edge.empty();
     const int slots = (span.body + kWarp - 1) / kWarp;
@@ -328,10 +335,12 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
       continue;
     }
     // Element k of this lane is at first + offset(k): neighbours within a vector, or 32 elements apart.
-    const int first = span.vectors ? span.head + lane * kCount : lane;
+    const int first = span.vectors ? span.head + (lane - span.skew) * kCount : lane;
     auto valid = [&](int k) {
       if (k == kElements) return has_edge;
-      return span.vectors ? lane + k / kCount * kWarp < span.body : first + k * kWarp < classes;
+      if (!span.vectors) return first + k * kWarp < classes;
+      const int item = lane + k / kCount * kWarp;
+      return item >= span.skew && item < span.body;
     };
     Real z[kElements + 1], t[kElements + 1];
     z[kElements] = has_edge ? widen(z_row[edge.first]) : -Real(INFINITY);
@@ -401,11 +410,12 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
 
 // ---- rows in shared memory, or read twice -------------------------------------------------------
 
-// Adds a vector's elements, none above the sums' maxima, to a thread's sums. kKeep: z and t go as their
-// exponentials, h as cross-entropy's own.
-template <class Policy, bool kKeep, class T, class Index, class Real>
+// Adds a vector's elements, none above the sums' maxima, to a thread's sums; their terms unguarded, so that
+// a NaN asks for add_terms. kKeep: terms are guarded, z and t go as their exponentials, h as cross-entropy's
+// own. valid(j) tells elements from padding.
+template <class Policy, bool kKeep, class T, class Real, class Valid>
 __device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums, Vector<T>& z,
-                                    Vector<T>& t, Vector<T>& h, const Place<Index>& place) {
+                                    Vector<T>& t, Vector<T>& h, Valid valid) {
   constexpr int kCount = 16 / sizeof(T);
   Real shifted[kCount];
 #pragma unroll
@@ -415,10 +425,12 @@ __device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums,
     Real ex = math::exp2_nonpositive(x), ey = math::exp2_nonpositive(y);
     sums.sum_s += ex;
     sums.sum_t += ey;
-    sums.term += Policy::term(x, y, ex, ey);
     if constexpr (kKeep) {
+      sums.term += Policy::term(x, y, ex, ey);
       z.value[j] = ex;
       t.value[j] = ey;
+    } else {
+      sums.term = Policy::add_unguarded(sums.term, x, y, ex, ey);
     }
   }
   if (task.hard == CrossEntropy::kOwn) {
@@ -432,7 +444,7 @@ __device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums,
   if (task.smooth) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      if (place.holds(j)) {
+      if (valid(j)) {
         sums.sum_z += shifted[j];
         sums.count += Real(1);
       }
@@ -440,16 +452,50 @@ __device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums,
   }
 }
 
-// The maxima of a vector and of `max_s` and `max_t`.
-template <class T, class Real>
-__device__ __forceinline__ void raise(const Vector<T>& z, const Vector<T>& t, Real& max_s,
-                                      Real& max_t) {
+// Adds a vector's guarded terms.
+template <class Policy, class T, class Real>
+__device__ __forceinline__ void add_terms(const Task<Real>& task, RowSums<Real>& sums,
+                                          const Vector<T>& z, const Vector<T>& t) {
 #pragma unroll
   for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j) {
-    max_s = Max::apply(widen(z.value[j]), max_s);
-    max_t = Max::apply(widen(t.value[j]), max_t);
+    Real x = (widen(z.value[j]) - sums.max_s) * task.scale;
+    Real y = (widen(t.value[j]) - sums.max_t) * task.scale;
+    sums.term += Policy::term(x, y, math::exp2_nonpositive(x), math::exp2_nonpositive(y));
   }
 }
+
+// The largest of many vectors' elements; 16-bit ones two at a time.
+template <class T>
+struct Largest {
+  T value = Lowest<T>::value;
+  __device__ __forceinline__ void add(const Vector<T>& x) {
+#pragma unroll
+    for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j)
+      value = Max::apply(x.value[j], value);
+  }
+  __device__ __forceinline__ T result() const { return value; }
+};
+template <class T, class Pair>
+struct LargestPair {
+  Pair value;
+  __device__ __forceinline__ LargestPair() {
+    narrow(-INFINITY, value.x);
+    narrow(-INFINITY, value.y);
+  }
+  __device__ __forceinline__ void add(const Vector<T>& x) {
+    Pair pairs[4];
+    memcpy(pairs, &x, sizeof pairs);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value = __hmax2(value, pairs[i]);
+  }
+  __device__ __forceinline__ float result() const {
+    return Max::apply(Max::apply(widen(value.x), widen(value.y)), Lowest<float>::value);
+  }
+};
+template <>
+struct Largest<__nv_bfloat16> : LargestPair<__nv_bfloat16, __nv_bfloat162> {};
+template <>
+struct Largest<__half> : LargestPair<__half, __half2> {};
 
 template <class Policy, class Real>
 __device__ __forceinline__ void rebase(const Task<Real>& task, RowSums<Real>& sums, Real max_s,
@@ -459,17 +505,17 @@ __device__ __forceinline__ void rebase(const Task<Real>& task, RowSums<Real>& su
   }
 }
 
-// The sums of a warp's parts, in every lane.
+// The sums of the parts of each `lanes` neighbouring lanes, in every one of them.
 template <class Policy, class Real>
 __device__ __forceinline__ RowSums<Real> merge_lanes(const Task<Real>& task,
-                                                     const RowSums<Real>& part) {
+                                                     const RowSums<Real>& part, int lanes) {
   Real maxima[2] = {part.max_s, part.max_t};
-  reduce_lanes<Max>(maxima);
+  reduce_lanes<Max>(maxima, lanes);
   RowSums<Real> row =
       math::rebase<Policy>(task.hard, part, maxima[0], maxima[1], task.scale, Exp2Nonpositive());
   Real sums[3] = {row.sum_s, row.sum_t, row.term}, hard[3] = {row.sum_hard, row.sum_z, row.count};
-  reduce_lanes<Sum>(sums);
-  if (task.smooth || task.hard == CrossEntropy::kOwn) reduce_lanes<Sum>(hard);
+  reduce_lanes<Sum>(sums, lanes);
+  if (task.smooth || task.hard == CrossEntropy::kOwn) reduce_lanes<Sum>(hard, lanes);
   return {maxima[0], maxima[1], sums[0], sums[1], sums[2], hard[0], hard[1], hard[2]};
 }
 
@@ -506,7 +552,7 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
   extern __shared__ uint4 slots_shared[];
   __shared__ Part<Real> parts[2][kHeldWarps];
   const int thread = threadIdx.x, threads = blockDim.x, rank = kHeld ? cluster_rank() : 0;
-  const int warps = threads / kWarp, lane = thread % kWarp;
+  const int warps = threads / kWarp, lane = thread % kWarp, log_warps = 31 - __clz(warps);
   const Real factor = task.factor(p);
   Vector<T>* z_slots = reinterpret_cast<Vector<T>*>(slots_shared) + thread;
   Vector<T>* t_slots = z_slots + capacity * threads + kEdges;
@@ -523,15 +569,20 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     T* g_row =
         p.gradient != nullptr ? static_cast<T*>(p.gradient) + r * p.gradient_stride : nullptr;
     const Span<T, Index> span(z_row, t_row, g_row, static_cast<Index>(p.classes));
-    const Index share = (span.body + cluster - 1) / cluster;
+    Index share = (span.body + cluster - 1) / cluster;
+    share += share % 2;  // as in held_plan: whole sectors
     const Index begin = rank * share < span.body ? rank * share : span.body;
     const Index end = begin + share < span.body ? begin + share : span.body;
-    // A last slot holds the row's head and tail, one element a thread.
-    const int body_slots = static_cast<int>((end - begin + threads - 1) / threads);
-    const int slots = body_slots + (rank == 0 && thread < kEdges && span.head + span.tail > 0);
+    // This thread's slots with something in them: `mine` of the body, then at most one with an element of
+    // the row's head or tail.
+    const Index rest = span.vectors ? end - begin - thread
+                                    : min(end * kCount, span.elements) - begin * kCount - thread;
+    const int log_step = 31 - __clz(span.vectors ? threads : threads * kCount);
+    const int mine = rest > 0 ? static_cast<int>((rest - 1) >> log_step) + 1 : 0;
+    const Place<Index> edge = edge_place(span, thread & (kEdges - 1));
+    const int slots = mine + (rank == 0 && thread < kEdges && !edge.empty());
     auto place = [&](int s) {
-      return s < body_slots ? body_place(span, begin, end, s, thread, threads)
-                            : edge_place(span, thread);
+      return s < mine ? body_place(span, begin, end, s, thread, threads) : edge;
     };
 
     if (row.skipped()) {
@@ -545,14 +596,13 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
       continue;
     }
 
-    const int group_slots = (body_slots + kGroups) / kGroups;  // the edges' slot included
+    const int group_slots = (slots + kGroups - 1) / kGroups;
     if constexpr (kHeld) {
 #pragma unroll 1
       for (int g = 0; g < kGroups; ++g) {
 #pragma unroll 1
         for (int s = g * group_slots; s < min(slots, (g + 1) * group_slots); ++s) {
           auto here = place(s);
-          if (here.empty()) continue;
           if (here.template whole<kCount>()) {
             copy_async(z_slots + s * threads, z_row + here.first);
             copy_async(t_slots + s * threads, t_row + here.first);
@@ -577,25 +627,33 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
         if (g == kGroups - 2) wait_copies<1>();
         if (g == kGroups - 1) wait_copies<0>();
         const int from = g * group_slots, to = min(slots, (g + 1) * group_slots);
-        Real max_s = sums.max_s, max_t = sums.max_t;
+        Largest<T> largest_s, largest_t;
 #pragma unroll 2
         for (int s = from; s < to; ++s) {
-          if (place(s).empty()) continue;
-          raise(z_slots[s * threads], t_slots[s * threads], max_s, max_t);
+          Vector<T> z = z_slots[s * threads], t = t_slots[s * threads];
+          largest_s.add(z);
+          largest_t.add(t);
         }
-        rebase<Policy>(task, sums, max_s, max_t);
-        group_max_s[g] = max_s;
-        group_max_t[g] = max_t;
+        group_max_s[g] = Max::apply(largest_s.result(), sums.max_s);
+        group_max_t[g] = Max::apply(largest_t.result(), sums.max_t);
+        rebase<Policy>(task, sums, group_max_s[g], group_max_t[g]);
+        const Real term = sums.term;
 #pragma unroll 1
         for (int s = from; s < to; ++s) {
-          auto here = place(s);
-          if (here.empty()) continue;
           Vector<T> z = z_slots[s * threads], t = t_slots[s * threads], h;
-          add<Policy, kKeep>(task, sums, z, t, h, here);
+          add<Policy, kKeep>(task, sums, z, t, h, [&](int j) { return place(s).holds(j); });
           if constexpr (kKeep) {
             z_slots[s * threads] = z;
             t_slots[s * threads] = t;
             if (task.hard == CrossEntropy::kOwn) h_slots[s * threads] = h;
+          }
+        }
+        if (!kKeep && sums.term != sums.term) {
+          sums.term = term;
+#pragma unroll 1
+          for (int s = from; s < to; ++s) {
+            Vector<T> z = z_slots[s * threads], t = t_slots[s * threads];
+            add_terms<Policy>(task, sums, z, t);
           }
         }
       }
@@ -603,18 +661,24 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
 #pragma unroll 1
       for (int s = 0; s < slots; ++s) {
         auto here = place(s);
-        if (here.empty()) continue;
         Vector<T> z = load(z_row, here), t = load(t_row, here), h;
-        Real max_s = sums.max_s, max_t = sums.max_t;
-        raise(z, t, max_s, max_t);
-        rebase<Policy>(task, sums, max_s, max_t);
-        add<Policy, false>(task, sums, z, t, h, here);
+        Largest<T> largest_s, largest_t;
+        largest_s.add(z);
+        largest_t.add(t);
+        rebase<Policy>(task, sums, Max::apply(largest_s.result(), sums.max_s),
+                       Max::apply(largest_t.result(), sums.max_t));
+        const Real term = sums.term;
+        add<Policy, false>(task, sums, z, t, h, [&](int j) { return here.holds(j); });
+        if (sums.term != sums.term) {
+          sums.term = term;
+          add_terms<Policy>(task, sums, z, t);
+        }
       }
     }
 
     // Every warp merges the parts of all warps of the cluster. Two turns of parts: who writes the next
     // row's has passed that row's barrier after all have read this row's.
-    sums = merge_lanes<Policy>(task, sums);
+    sums = merge_lanes<Policy>(task, sums, kWarp);
     if (lane == 0) parts[turn][thread / kWarp].sums = sums;
     if (cluster > 1) {
       cluster_arrive();
@@ -623,17 +687,19 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
       __syncthreads();
     }
     sums = {Lowest<Real>::value, Lowest<Real>::value, 0, 0, 0, 0, 0, 0};
-    for (int i = lane; i < warps * cluster; i += kWarp) {
-      const Part<Real>* mine = &parts[turn][i % warps];
-      RowSums<Real> part = cluster > 1 ? read_peer(mine, i / warps).sums : mine->sums;
-      sums = math::merge<Policy>(task.hard, sums, part, task.scale, Exp2Nonpositive());
+    const int count = warps * cluster;  // a power of two
+    for (int i = lane & (count - 1); i < count; i += kWarp) {
+      const Part<Real>* part = &parts[turn][i & (warps - 1)];
+      sums = math::merge<Policy>(task.hard, sums,
+                                 cluster > 1 ? read_peer(part, i >> log_warps).sums : part->sums,
+                                 task.scale, Exp2Nonpositive());
     }
     if (cluster > 1 && r + stride >= p.rows) {
       cluster_arrive();
       arrived = true;
     }
     turn ^= 1;
-    sums = merge_lanes<Policy>(task, sums);
+    sums = merge_lanes<Policy>(task, sums, min(count, kWarp));
     RowResult<Real> result =
         math::finish_row<Policy>(task.hard, sums, task.inv_classes, task.temperature, task.alpha,
                                  task.smoothing, label_z - sums.max_s, row.weight * factor);
@@ -660,7 +726,6 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
 #pragma unroll 1
       for (int s = from; s < to; ++s) {
         auto here = place(s);
-        if (here.empty()) continue;
         Vector<T> z, t;
         if constexpr (kHeld) {
           z = z_slots[s * threads];
@@ -682,9 +747,10 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
               eh = h.value[j];
             } else {
               Real u = (widen(z.value[j]) - sums.max_s) * Real(math::kLog2E);
-              // Of 6 exponentials a 16-bit element's time allows 6.6: this one goes to the FMA units.
+              // With this one a 16-bit element has 6 exponentials, of the 6.6 that its time allows: a
+              // quarter goes to the FMA units, which have less to spare.
               if constexpr (sizeof(T) == 2) {
-                eh = math::exp2_polynomial(u);
+                eh = j % 4 == 3 ? math::exp2_polynomial(u) : math::exp2_nonpositive(u);
               } else {
                 eh = math::exp2_nonpositive(u);
               }

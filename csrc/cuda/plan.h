@@ -69,8 +69,9 @@ constexpr int held_planes(int element_size, bool own_exponential) {
 // One launch of `held` if a block of it fits the device; slots is 0 if not. `planes`: 16-byte values a slot.
 inline DistillationPlan held_plan(int64_t classes, int element_size, int planes, int cluster,
                                   const Device& device, int& blocks_per_sm) {
-  int64_t count = 16 / element_size, vectors = (classes + count - 1) / count;
+  int64_t vectors = classes / (16 / element_size) + 1;  // Span::body at most
   int64_t share = (vectors + cluster - 1) / cluster;
+  share += share % 2;  // whole sectors of 32 bytes
   for (int threads = 128;; threads *= 2) {
     int64_t slots = (share + threads - 1) / threads;
     int64_t shared = (slots * threads + kEdges) * planes * 16;

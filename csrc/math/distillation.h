@@ -5,9 +5,9 @@
 //
 // A walker visits a row in parts. For each part it knows the largest logits so far, max_s and max_t, and
 // for each element the exponents x = (z - max_s) s, y = (t - max_t) s with s = log2(e) / T, and ex = 2^x,
-// ey = 2^y. Parts are merged when the maxima move. A divergence is a policy of four functions: an element's
-// term of its running sum, how that sum moves with the maxima, the divergence that comes of the sums, and an
-// element's gradient.
+// ey = 2^y. Parts are merged when the maxima move. A divergence is a policy of five functions: an element's
+// term of its running sum, guarded and not, how that sum moves with the maxima, the divergence that comes of
+// the sums, and an element's gradient.
 #pragma once
 
 #include "math/elementary.h"
@@ -64,6 +64,11 @@ struct ForwardKL {
   template <class Real>
   KD_FN Real term(Real x, Real y, Real, Real ey) {
     return ey == Real(0) ? Real(0) : ey * (y - x);
+  }
+  // The same added to a sum without the guard: NaN where the guard would have made a difference.
+  template <class Real>
+  KD_FN Real add_unguarded(Real sum, Real x, Real y, Real, Real ey) {
+    return fma(ey, y - x, sum);
   }
   // The sum of terms once all x fell by dx and all y by dy; fx = 2^-dx, fy = 2^-dy.
   template <class Acc>
