@@ -330,15 +330,18 @@ LOSSES = {
 }
 
 
+try:
+    from liger_kernel import transformers as liger
+except ImportError:
+    liger = None
+
+
 def loss_peers():
     """(op, name, whether torch.compile compiles it, call); calls take what LOSSES prepares."""
     for op in ("distillation", "distillation with labels", "JSD", "cross-entropy"):
         yield op, "PyTorch (its bytes alone)", False, LOSSES[op][2]
         yield op, "torch.compile", True, LOSSES[op][2]
-    try:
-        from liger_kernel import transformers as liger
-    except ImportError:
-        print("no rows for Liger: liger_kernel is not installed", file=sys.stderr)
+    if liger is None:
         return
     kl, js = liger.LigerKLDIVLoss(reduction="batchmean"), liger.LigerJSD()
     ce = liger.LigerCrossEntropyLoss()
@@ -564,7 +567,7 @@ HEADER = (
 )
 
 
-def markdown(rows):
+def markdown(rows, missing):
     lines = [
         "# Counted costs on an H100 SXM",
         "",
@@ -585,6 +588,8 @@ def markdown(rows):
                 f"| {r.slots:.3f} | {r.picoseconds:.2f} | {r.of_floor:.2f} | {bound} "
                 f"| {r.registers} | {r.spills} |"
             )
+    if missing:
+        lines += ["", "## Not counted", "", *(f"- {line}" for line in missing)]
     return "\n".join(lines) + "\n"
 
 
@@ -629,7 +634,9 @@ def main():
     parser.add_argument("--who", default=".", help="likewise, whose kernels")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     options = parser.parse_args()
-    rows = []
+    rows, missing = [], []
+    if liger is None:
+        missing.append("Liger: liger_kernel is not installed")
 
     def add(*row_of):
         rows.append(row(*row_of))
@@ -647,7 +654,12 @@ def main():
             check_loss(op, who, compile_it, call, dtype)
             for v in options.classes:
                 blocks = min(16, max(2, (1 << 18) // v))
-                costs, *_ = count_loss(op, compile_it, call, rows_of(v), v, dtype, blocks)
+                try:
+                    costs, *_ = count_loss(op, compile_it, call, rows_of(v), v, dtype, blocks)
+                except RuntimeError as error:  # an instruction that the emulator lacks
+                    missing.append(f"{op}, {dtype}, V = {v}, {who}: {str(error).splitlines()[0]}")
+                    print(missing[-1], file=sys.stderr)
+                    continue
                 minimum = LOSSES[op][0] * dtype.itemsize
                 add(op, dtype, f"V = {v}", who, costs, rows_of(v) * v, minimum)
         for size, sizes in LISTS.items() if wanted("noise", "torch.compile") else ():
@@ -655,7 +667,7 @@ def main():
             add("noise", dtype, size, "torch.compile", costs, sum(sizes), 2 * dtype.itemsize)
     rows.sort(key=lambda r: (r.op, r.dtype != "float32", r.size.rjust(20), r.who != "kdkernels"))
     options.out.mkdir(parents=True, exist_ok=True)
-    text = markdown(rows)
+    text = markdown(rows, missing)
     print(text)
     (options.out / "counts.md").write_text(text)
     (options.out / "counts.json").write_text(
