@@ -12,7 +12,7 @@ How a time is made of counts; the launches of an op come one after another:
             there from one launch to the next
     units   the PTX instructions that ran, by the unit that executes them, times what ptxas made of
             the kernel: its SASS instructions of that unit over its PTX instructions, both static
-            (it merges logic, drops moves and conversions, expands divisions)
+            and relative to those of FP32 (it merges logic, drops conversions, adds addressing)
     slots   likewise, warp instructions of any unit
     time    the longest of moved / bandwidth and each unit's instructions over its rate, on as many
             SMs as there are blocks; no latency, no launch overhead
@@ -99,6 +99,17 @@ SASS = {
         *("SHF", "LEA", "PRMT", "F2FP", "I2F", "F2I", "F2F", "FRND", "MOV", "IABS", "SGXT", "BMSK"),
         *("HSETP", "HMNMX", "HSET", "FSET", "P2R", "R2P", "VOTE"),
     ),
+}
+# What one PTX instruction takes in SASS beside an instruction of its own unit, on the path that
+# ordinary numbers take, as ptxas 13.0 makes it for sm_90a.
+EXPANDED = {
+    "div.rn.f32": {"mufu": 1, "fma": 4, "alu": 2},
+    "div.full.f32": {"mufu": 1, "fma": 4, "alu": 2},
+    "rcp.rn.f32": {"mufu": 1, "fma": 2, "alu": 4},
+    "sqrt.rn.f32": {"mufu": 1, "fma": 3, "alu": 3},
+    "ex2.approx.f32": {"fma": 2, "alu": 1},
+    "lg2.approx.f32": {"fma": 2, "alu": 1},
+    "rsqrt.approx.f32": {"fma": 2, "alu": 1},
 }
 CLASSES = [10, 1000, 32000, 50257, 128256, 200000]
 ELEMENTS = 1 << 24  # of a peer's loss, in at least 512 rows: its launches fill the GPU
@@ -191,17 +202,29 @@ def is_move(opcode):
     return re.match(r"mov\b|cvta\b|(ld|st)\.param\b|createpolicy\b", opcode)
 
 
+def by_unit(opcodes):
+    """{unit, and "slots" for all: instructions} of {PTX opcode: how many}."""
+    units = collections.Counter()
+    for opcode, n in opcodes.items():
+        if is_move(opcode):
+            continue
+        units.update({unit(opcode): n, "slots": n})
+        for other, more in EXPANDED.get(opcode, {}).items():
+            units.update({other: n * more, "slots": n * more})
+    return units
+
+
 def cost(done, text, blocks, each_once):
     """The Cost of a launch of `blocks` blocks, of which those of `done` ran."""
     counts, scale = done.counts, blocks / math.prod(done.grid)
     registers, spills, ratio = compiled(text, done.kernel)
-    of_unit = collections.Counter()
-    for opcode, n in counts["opcodes"].items():
-        if not is_move(opcode):
-            of_unit[unit(opcode)] += n
-    of_unit = {name: scale * ratio[name] * of_unit[name] for name in SASS}
+    ran = by_unit(counts["opcodes"])
+    of_unit = {name: scale * ratio[name] * ran[name] for name in SASS}
     of_unit["fma"] += of_unit["multiply"]
-    warps, block_threads = counts["warp_instructions"], math.prod(done.block)
+    warps, threads = counts["warp_instructions"], counts["thread_instructions"]
+    issued = sum(warps.values()) - warps["move"]
+    lanes = (sum(threads.values()) - threads["move"]) / issued  # that are active in the mean
+    block_threads = math.prod(done.block)
     resident = SMS * min(
         BLOCKS_PER_SM,
         THREADS_PER_SM // block_threads,
@@ -219,7 +242,7 @@ def cost(done, text, blocks, each_once):
         moved=moved(32 * sectors, each_once, blocks, resident),
         useful=scale * sum(min(t["bytes"], 32 * t["sectors"]) for t in of_global),
         sectors=sectors,
-        slots=scale * ratio["slots"] * (sum(warps.values()) - warps["move"]),
+        slots=scale * ratio["slots"] * ran["slots"] / lanes,
         shared=scale
         * sum(max(t["requests"], t["bytes"] / 128) + t["conflicts"] for t in of_shared),
         registers=registers,
@@ -248,15 +271,19 @@ def compiled(text, kernel):
         arch = re.search(r"(?m)^\.target (\w+)", common)[1]
         said = output(tool("ptxas"), "-v", f"-arch={arch}", "k.ptx", "-o", "k.cubin").stderr
         listing = output(tool("nvdisasm"), "-c", "k.cubin").stdout
+        listing = re.split(r"(?m)^\$__internal\S*:", listing)[0]
     registers = int(re.search(r"Used (\d+) registers", said)[1])
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     made = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", listing)
     made = [name for name in made if name != "NOP"]
     given = re.findall(r"(?m)^\s*(?:\{\s*)?(?:@!?%\w+\s+)?([a-z][\w:.]*)(?=[\s;])", body)
-    given = [opcode for opcode in given if not is_move(opcode)]
-    units = collections.Counter(map(unit, given))
+    units = by_unit(collections.Counter(given))
     ratio = {u: sum(n.startswith(SASS[u]) for n in made) / max(1, units[u]) for u in SASS}
-    return registers, sum(map(int, spilled.groups())), ratio | {"slots": len(made) / len(given)}
+    ratio["slots"] = len(made) / units["slots"]
+    # ptxas repeats the bodies of loops too, which FP32 shows: it merges some of it, and adds none.
+    repeated = max(1.0, ratio["fma"])
+    ratio = {u: r / repeated for u, r in ratio.items()} | {"mufu": 1.0, "memory": 1.0}
+    return registers, sum(map(int, spilled.groups())), ratio
 
 
 @functools.cache
