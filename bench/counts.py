@@ -674,7 +674,8 @@ def main():
 
     for dtype in (getattr(torch, name) for name in options.dtypes):
         for op, size, costs, elements, minimum in count_ours(dtype, options.classes, wanted):
-            add(op, dtype, size, "kdkernels", costs, elements, minimum)
+            held = torch.float64 if op.startswith("regression") else dtype
+            add(op, held, size, "kdkernels", costs, elements, minimum)
         for op, who, compile_it, call in loss_peers():
             if not wanted(op, who):
                 continue
