@@ -159,7 +159,7 @@ class Counter:
             return
         x, *yz = launch.grid
         part = (min(x, self.blocks or x), *yz)
-        with library(launch.ptx).run() as run:
+        with library(launch.ptx).run(same_values=True) as run:
             args = []
             for value in launch.args:
                 if torch.is_tensor(value):

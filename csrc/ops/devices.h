@@ -1,11 +1,41 @@
 // The kernels of every device that this build has, and what a CUDA launch needs of PyTorch.
 #pragma once
 
+#include <c10/core/Device.h>
+
 #include "cpu/kernels.h"
 #if defined(KDKERNELS_WITH_CUDA)
+#include "cuda/kernels.h"
+#if !defined(KDKERNELS_EMULATED)
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-
-#include "cuda/kernels.h"
 #endif
+#endif
+
+namespace kdkernels {
+
+// Whether an op's CUDA kernels run there. The tests' emulated build runs them on tensors of the CPU.
+inline bool on_cuda(const c10::Device& device) {
+#if defined(KDKERNELS_EMULATED)
+  return device.is_cpu();
+#else
+  return device.is_cuda();
+#endif
+}
+
+#if defined(KDKERNELS_WITH_CUDA)
+// launch(stream) on a device and its current stream.
+template <class Launch>
+void launch_cuda(const c10::Device& device, Launch launch) {
+#if defined(KDKERNELS_EMULATED)
+  cudaError_t error = launch(cudaStream_t{});
+  TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error));
+#else
+  c10::cuda::CUDAGuard guard(device);
+  C10_CUDA_CHECK(launch(c10::cuda::getCurrentCUDAStream()));
+#endif
+}
+#endif
+
+}  // namespace kdkernels

@@ -138,7 +138,7 @@ double gradient_scale(const Call& call) {
 // The loss and, if asked for, its gradient in the student's logits times gradient_scale: new, or written
 // over them.
 std::tuple<Tensor, Tensor> forward(const Call& call, bool want_gradient, bool inplace) {
-  bool cuda = call.student.is_cuda();
+  bool cuda = on_cuda(call.student.device());
   at::ScalarType acc = acc_type(call.student);
   auto options = call.student.options();
   c10::SymIntArrayRef shape = call.student.sym_sizes();
@@ -211,10 +211,9 @@ std::tuple<Tensor, Tensor> forward(const Call& call, bool want_gradient, bool in
   (call.reduction == kNone ? p.row_loss : p.loss) = loss.mutable_data_ptr();
   if (cuda) {
 #if defined(KDKERNELS_WITH_CUDA)
-    c10::cuda::CUDAGuard guard(student.device());
     Tensor workspace = at::empty({cuda::distillation_workspace(rows)}, options.dtype(at::kDouble));
     p.workspace = workspace.mutable_data_ptr<double>();
-    C10_CUDA_CHECK(cuda::distillation(p, c10::cuda::getCurrentCUDAStream()));
+    launch_cuda(student.device(), [&](cudaStream_t s) { return cuda::distillation(p, s); });
 #endif
   } else {
     cpu::distillation(p, at::get_num_threads());
@@ -250,9 +249,8 @@ Tensor scaled(const Tensor& gradient, const Tensor& grad_output, bool per_row, d
   if (per_row) factor = factor.unsqueeze(-1);
   if (!may_overwrite) return gradient.mul(factor).to(gradient.scalar_type());
 #if defined(KDKERNELS_WITH_CUDA)
-  if (gradient.is_cuda()) {
+  if (on_cuda(gradient.device())) {
     // A kernel that reads the factor on the device and returns at once where it is 1.
-    c10::cuda::CUDAGuard guard(gradient.device());
     Tensor on_device = factor.to(acc_type(gradient)).contiguous();
     int64_t classes = gradient.size(-1);
     ScaleParams p = {dtype_of(gradient),
@@ -262,7 +260,7 @@ Tensor scaled(const Tensor& gradient, const Tensor& grad_output, bool per_row, d
                      row_stride(gradient).value_or(classes),
                      on_device.const_data_ptr(),
                      per_row};
-    C10_CUDA_CHECK(cuda::scale_rows(p, c10::cuda::getCurrentCUDAStream()));
+    launch_cuda(gradient.device(), [&](cudaStream_t s) { return cuda::scale_rows(p, s); });
     return gradient;
   }
 #endif
@@ -315,7 +313,7 @@ struct DistillationLoss : torch::autograd::Function<DistillationLoss> {
     TORCH_CHECK_VALUE(
         last || !inplace || traced,
         "inplace is True, which allows one backward; pass inplace=False with retain_graph=True");
-    if (last && grad_output.is_cpu() && !per_row && scale == 1) {
+    if (last && grad_output.is_cpu() && !on_cuda(grad_output.device()) && !per_row && scale == 1) {
       double factor = grad_output.scalar_type() == at::kDouble
                           ? *grad_output.const_data_ptr<double>()
                           : *grad_output.const_data_ptr<float>();

@@ -73,7 +73,7 @@ Numbers numbers(const NoiseArgs& noise, const at::Device& device) {
   if (noise.step_tensor.has_value()) {
     const Tensor& tensor = *noise.step_tensor;
     check_scalar("step", tensor);
-    if (tensor.is_cpu()) {
+    if (tensor.is_cpu() && !on_cuda(tensor.device())) {
       step = *tensor.const_data_ptr<int64_t>();
     } else {
       TORCH_CHECK_VALUE(tensor.device() == device, "step is on ", tensor.device(),
@@ -115,12 +115,11 @@ void run_noise(const std::vector<NoiseTensor>& tensors, const std::vector<Dtype>
     NoiseParams p = {dtype,         group.data(), static_cast<int64_t>(group.size()),
                      n.seed_low,    n.seed_high,  n.step,
                      n.device_step, device_std};
-    if (device.is_cpu()) {
+    if (!on_cuda(device)) {
       cpu::noise(p, at::get_num_threads());
     } else {
 #if defined(KDKERNELS_WITH_CUDA)
-      c10::cuda::CUDAGuard guard(device);
-      C10_CUDA_CHECK(cuda::noise(p, c10::cuda::getCurrentCUDAStream()));
+      launch_cuda(device, [&](cudaStream_t s) { return cuda::noise(p, s); });
 #endif
     }
   }
@@ -138,7 +137,7 @@ Tensor noise_forward(const Tensor& x, bool add, const OptionalTensor& std_tensor
   const double* device_std = nullptr;
   Tensor on_device;
   if (std_tensor.has_value()) {
-    if (x.is_cpu()) {
+    if (!on_cuda(x.device())) {
       std = std_tensor->item<double>();
     } else {
       on_device = std_tensor->to(at::kDouble);
@@ -169,14 +168,13 @@ Tensor noise_dot_forward(const Tensor& x, KD_NOISE_PARAMS) {
                       n.device_step,
                       out.mutable_data_ptr(),
                       nullptr};
-  if (x.is_cpu()) {
+  if (!on_cuda(x.device())) {
     cpu::noise_dot(p, at::get_num_threads());
   } else {
 #if defined(KDKERNELS_WITH_CUDA)
-    c10::cuda::CUDAGuard guard(x.device());
     Tensor partial = at::empty({cuda::kNoiseDotBlocks}, x.options().dtype(at::kDouble));
     p.partial = partial.mutable_data_ptr<double>();
-    C10_CUDA_CHECK(cuda::noise_dot(p, c10::cuda::getCurrentCUDAStream()));
+    launch_cuda(x.device(), [&](cudaStream_t s) { return cuda::noise_dot(p, s); });
 #endif
   }
   return out;

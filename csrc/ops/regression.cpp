@@ -70,12 +70,11 @@ Tensor regression(const Tensor& x, const Tensor& y, const Tensor& theta, const T
   p.stream = static_cast<uint32_t>(stream);
   p.result = result.mutable_data_ptr<double>();
   p.trajectory = trajectory ? path.mutable_data_ptr<double>() : nullptr;
-  if (x.is_cpu()) {
+  if (!on_cuda(x.device())) {
     cpu::regression(p, at::get_num_threads());
   } else {
 #if defined(KDKERNELS_WITH_CUDA)
-    c10::cuda::CUDAGuard guard(x.device());
-    C10_CUDA_CHECK(cuda::regression(p, c10::cuda::getCurrentCUDAStream()));
+    launch_cuda(x.device(), [&](cudaStream_t s) { return cuda::regression(p, s); });
 #endif
   }
   return trajectory ? path : result;

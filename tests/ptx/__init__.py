@@ -75,11 +75,18 @@ class Launch:
 
 
 @functools.cache
-def toolkit():
-    """The CUDA toolkit that setup.py would take, or None."""
+def setup_module():
+    """setup.py, for its flags and its way to find a toolkit."""
     spec = importlib.util.spec_from_file_location("kdkernels_setup", ROOT / "setup.py")
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
+    return setup
+
+
+@functools.cache
+def toolkit():
+    """The CUDA toolkit that setup.py would take, or None."""
+    setup = setup_module()
     return setup.choose_toolkit("auto", "13.0", setup.nvcc_candidates())[0]
 
 
@@ -133,7 +140,7 @@ def _headers(sources, include):
     return sorted(found)
 
 
-def build(name, sources, arch="90", flags=(), include=()):
+def build(name, sources, arch="90", flags=(), include=(), link=()):
     """Compile .cu and .cpp files to PTX and host code, cached by content.
 
     arch: one compute capability or several, of which a run takes the highest that its device has.
@@ -144,7 +151,8 @@ def build(name, sources, arch="90", flags=(), include=()):
     targets = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs]
     flags = (*NVCC_FLAGS, *targets, *flags, *(f"-I{path}" for path in include), python)
     archive = _emulator()
-    digest = _digest([*sources, *_headers(sources, include)], flags, home.version, str(archive))
+    files = [*sources, *_headers(sources, include)]
+    digest = _digest(files, flags, link, str(archive), home.version)
     folder = CACHE / f"{name}-{digest}"
     library = folder / f"{name}.so"
     if not library.exists():
@@ -154,8 +162,9 @@ def build(name, sources, arch="90", flags=(), include=()):
         _compile([*nvcc, source, "-o", out] for source, out in zip(sources, objects, strict=True))
         partial = folder / f"{os.getpid()}.so"
         # Its own symbols first: torch brings the real CUDA runtime into the same process.
-        link = ["-shared", "-Wl,-Bsymbolic", "-Wl,--whole-archive", archive]
-        _compile([[CXX, *link, "-Wl,--no-whole-archive", *objects, "-o", partial]])
+        whole = ["-shared", "-Wl,-Bsymbolic-functions", "-Wl,--whole-archive", archive]
+        whole.append("-Wl,--no-whole-archive")
+        _compile([[CXX, *whole, *objects, *link, "-o", partial]])
         partial.rename(library)
     return Library(library, name, int(archs[-1].rstrip("a")))
 
@@ -210,7 +219,9 @@ class Library:
         self.c = ctypes.CDLL(str(path))
         for function in ("error", "output", "launches", "parameters", "kernels"):
             getattr(self.c, f"ptx_{function}").restype = ctypes.c_char_p
-        self.c.ptx_begin.argtypes = [ctypes.c_int] * 6 + [ctypes.c_uint64] + [ctypes.c_int] * 4
+        self.c.ptx_begin.argtypes = (
+            [ctypes.c_int] * 6 + [ctypes.c_uint64] + [ctypes.c_int] * 6 + [ctypes.c_uint64]
+        )
         self.c.ptx_buffer.argtypes = [
             *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int)
         ]
@@ -233,14 +244,23 @@ class Run:
     ascending order. resident: blocks or clusters that run at the same time. perturb=False:
     approximate functions are correctly rounded instead of as wrong as documented.
     undefined_shuffles=True: a shuffle from a lane that takes no part gives random bits, which the
-    PTX ISA allows, and is no finding.
+    PTX ISA allows, and is no finding. same_values=True: a store of what shared memory holds already
+    is no race. any_memory=True: kernels may touch memory of the process that
+    is no buffer; nothing is known of it. limit: warp instructions of a launch, beyond which it
+    is found to make no progress.
     """
 
-    def __init__(
-        self, library, arch, seed, shuffle=True, resident=3, perturb=True, undefined_shuffles=False
-    ):
+    def __init__(self, library, arch, seed, shuffle=True, resident=3, perturb=True, **more):
         self.library, self.arch, self.seed = library, int(str(arch).rstrip("a")), seed
-        self.options = (int(shuffle), resident, int(perturb), int(undefined_shuffles))
+        flags = {
+            "undefined_shuffles": False,
+            "same_values": False,
+            "any_memory": False,
+            "limit": 2**28,
+        }
+        if more.keys() - flags.keys():
+            raise TypeError(f"unknown options {more.keys() - flags.keys()}")
+        self.options = (int(shuffle), resident, int(perturb), *map(int, (flags | more).values()))
         self.launches, self.output = [], ""
         self._keep = []
 

@@ -307,6 +307,9 @@ struct Options {
   bool perturb = true;  // approximate functions err as far as documented
   // A shuffle from a lane that does not take part gives random bits, as the ISA allows, and no finding.
   bool undefined_shuffles = false;
+  // A store of what shared memory holds already races with nothing.
+  bool same_values = false;
+  bool any_memory = false;  // global memory that was not announced may be touched, too
   uint64_t limit =
       uint64_t{1} << 28;  // warp instructions of a launch, against kernels that wait for ever
 };

@@ -159,7 +159,7 @@ void count(Context& c, Space space, Direction direction, const uint64_t* address
   }
 }
 
-void access(Context& c, const Operand& o, int bytes, Access how, Lanes& out) {
+void access(Context& c, const Operand& o, int bytes, Access how, Lanes& out, uint32_t unseen = 0) {
   address_lanes(c, o, out.address);
   out.space = c.ins.space;
   bool first = true;
@@ -173,7 +173,7 @@ void access(Context& c, const Operand& o, int bytes, Access how, Lanes& out) {
     }
     first = false;
     if (c.ins.unused == 0) {
-      out.bytes[i] = resolve(c, i, space, out.address[i], bytes, how);
+      if (!(unseen >> i & 1)) out.bytes[i] = resolve(c, i, space, out.address[i], bytes, how);
       continue;
     }
     // A vector that the compiler made wider than what is used: the rest need not have been written.
@@ -213,25 +213,84 @@ Status load(Context& c) {
 
 Status store(Context& c) {
   int bytes = bytes_of(c.ins.type), n = c.ins.vector;
-  Lanes lanes;
-  access(c, c.operand(0), bytes * n, Access::kWrite, lanes);
+  uint64_t value[16][kLanes];
   const Operand& s = c.operand(1);
   for (int k = 0; k < n; ++k) {
-    uint64_t value[kLanes];
     const Operand& from =
         n == 1 && s.kind != Operand::kVector ? s : s.elements[static_cast<size_t>(k)];
     if (from.literal_bits == 64 && bytes == 4) {
       double literal;
       std::memcpy(&literal, &from.value, 8);
       float x = static_cast<float>(literal);
-      for (uint64_t& v : value) std::memcpy(&v, &x, sizeof x);
+      for (uint64_t& v : value[k]) std::memcpy(&v, &x, sizeof x);
     } else {
-      fetch_cells(c, from, value);
+      fetch_cells(c, from, value[k]);
     }
+  }
+  // Of lanes that store the same value to the same place one counts: the result is defined.
+  Lanes lanes;
+  address_lanes(c, c.operand(0), lanes.address);
+  uint32_t unseen = 0;
+  for (int i = 0; c.ins.space == Space::shared && i < kLanes; ++i) {
+    if (!(c.active >> i & 1)) continue;
+    for (int j = 0; j < i && !(unseen >> i & 1); ++j) {
+      bool same = (c.active >> j & 1) && lanes.address[j] == lanes.address[i];
+      for (int k = 0; same && k < n; ++k)
+        same = std::memcmp(&value[k][i], &value[k][j], static_cast<size_t>(bytes)) == 0;
+      if (same) unseen |= 1u << i;
+    }
+    bool same = c.machine.options.same_values &&
+                lanes.address[i] + static_cast<uint64_t>(bytes * n) <= c.block.shared.size();
+    for (int k = 0; same && k < n; ++k) {
+      uint64_t at = lanes.address[i] + static_cast<uint64_t>(k * bytes);
+      for (int b = 0; same && b < bytes; ++b)
+        same = c.block.shadow[at + static_cast<uint64_t>(b)].written;
+      same = same &&
+             std::memcmp(c.block.shared.data() + at, &value[k][i], static_cast<size_t>(bytes)) == 0;
+    }
+    if (same) unseen |= 1u << i;
+  }
+  access(c, c.operand(0), bytes * n, Access::kWrite, lanes, unseen);
+  for (int k = 0; k < n; ++k) {
     for (int i = 0; i < kLanes; ++i) {
-      if (c.active >> i & 1)
-        std::memcpy(lanes.bytes[i] + k * bytes, &value[i], static_cast<size_t>(bytes));
+      if ((c.active & ~unseen) >> i & 1)
+        std::memcpy(lanes.bytes[i] + k * bytes, &value[k][i], static_cast<size_t>(bytes));
     }
+  }
+  return Status::kNext;
+}
+
+// 8 x 8 matrices of 16-bit elements: lane 8 j + r holds the address of row r of matrix j, 16 bytes;
+// lane i holds elements 2 (i % 4) and the next of row i / 4 of each matrix, or transposed.
+Status matrix(Context& c) {
+  auto says = [&](const char* word) {
+    return std::find(c.ins.words.begin(), c.ins.words.end(), word) != c.ins.words.end();
+  };
+  bool loads = c.ins.words[0] == "ldmatrix", transposed = says("trans");
+  int n = says("x4") ? 4 : says("x2") ? 2 : 1;
+  if (c.active != kAllLanes) fault(c, 0, "inactive lanes", "all lanes must execute it");
+  uint64_t address[kLanes];
+  address_lanes(c, c.operand(loads ? 1 : 0), address);
+  uint8_t* rows[kLanes];
+  for (int i = 0; i < 8 * n; ++i)
+    rows[i] = resolve(c, i, Space::shared, address[i], 16, loads ? Access::kRead : Access::kWrite);
+  Traffic& t = c.machine.current->traffic[static_cast<int>(Space::shared)][loads ? kLoad : kStore];
+  ++t.requests;
+  t.bytes += static_cast<uint64_t>(128 * n);
+  for (int j = 0; j < n; ++j) {
+    uint32_t value[kLanes] = {};
+    const Operand& held = c.operand(loads ? 0 : 1);
+    const Operand& o = held.kind == Operand::kVector ? held.elements[static_cast<size_t>(j)] : held;
+    if (!loads) fetch(c, o, value);
+    for (int i = 0; i < kLanes; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        int row = i / 4, column = 2 * (i % 4) + half;
+        uint8_t* at = transposed ? rows[8 * j + column] + 2 * row : rows[8 * j + row] + 2 * column;
+        uint8_t* part = reinterpret_cast<uint8_t*>(&value[i]) + 2 * half;
+        std::memcpy(loads ? part : at, loads ? at : part, 2);
+      }
+    }
+    if (loads) put(c, o, value);
   }
   return Status::kNext;
 }
@@ -514,6 +573,7 @@ Allocation* Machine::find(uint64_t address, uint64_t& base) {
 uint8_t* global_bytes(Context& c, int lane, uint64_t address, int bytes, Access access) {
   uint64_t base = 0;
   Allocation* a = c.machine.find(address, base);
+  if (c.machine.options.any_memory && address > 65535) return reinterpret_cast<uint8_t*>(address);
   if (a == nullptr || address + static_cast<uint64_t>(bytes) > base + a->size) {
     std::string where = "global address " + hex(address);
     if (a != nullptr)
@@ -650,6 +710,7 @@ Handler memory_handler(Instruction& ins) {
     if (what == "wait_group" || what == "wait_all") return async_wait;
     return nullptr;
   }
+  if (name == "ldmatrix" || name == "stmatrix") return matrix;
   if (name == "prefetch" || name == "prefetchu" || name == "applypriority" || name == "discard")
     return nothing;
   ins.kind = Class::integer;

@@ -258,8 +258,12 @@ class Parser {
       } else if (word == ".v2" || word == ".v4") {
         ++here_;
         vector = static_cast<uint64_t>(word[2] - '0');
-      } else if (word == ".ptr" || word == ".global" || word == ".shared" || word == ".const" ||
-                 word == ".local") {
+      } else if (word == ".ptr") {  // what follows is said of the memory that it points to
+        ++here_;
+        while (peek().text[0] == '.') {
+          if (take() == ".align") integer();
+        }
+      } else if (word == ".global" || word == ".shared" || word == ".const" || word == ".local") {
         ++here_;
       } else if (word == ".attribute") {
         while (take() != ")") {

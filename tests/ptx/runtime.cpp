@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <mutex>
 #include <sstream>
 
 #include "emulator.h"
@@ -40,8 +41,9 @@ struct State {
     size_t shared;
     cudaStream_t stream;
   };
-  std::vector<Configuration> configurations;
+  static thread_local std::vector<Configuration> configurations;
 };
+thread_local std::vector<State::Configuration> State::configurations;
 
 State& state() {
   static State s;
@@ -107,6 +109,9 @@ void announce_globals(Module& module) {
 
 cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                    dim3 cluster) {
+  // One launch at a time, whatever the host's threads do.
+  static std::mutex mutex;
+  std::lock_guard<std::mutex> lock(mutex);
   State& s = state();
   if (!s.error.empty()) return s.last;
   ptx::Device& device = s.machine.device;
@@ -376,10 +381,18 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyK
 // ---- What Python calls -------------------------------------------------------------------------------------------------
 
 void ptx_begin(int arch, int sms, int shared_per_block, int shared_per_sm, int max_cluster, int l2,
-               uint64_t seed, int shuffle, int resident, int perturb, int undefined_shuffles) {
+               uint64_t seed, int shuffle, int resident, int perturb, int undefined_shuffles,
+               int same_values, int any_memory, uint64_t limit) {
   State& s = state();
   s.machine.device = {arch, sms, shared_per_block, shared_per_sm, max_cluster, l2};
-  s.machine.options = {seed, shuffle != 0, resident, perturb != 0, undefined_shuffles != 0};
+  s.machine.options = {seed,
+                       shuffle != 0,
+                       resident,
+                       perturb != 0,
+                       undefined_shuffles != 0,
+                       same_values != 0,
+                       any_memory != 0,
+                       limit};
   s.machine.memory.clear();
   s.machine.launches.clear();
   s.machine.output.clear();

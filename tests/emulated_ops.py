@@ -1,0 +1,40 @@
+"""A pytest plugin: kdkernels' ops run their CUDA kernels on CPU tensors, in the emulator.
+
+    python -m pytest -p emulated_ops tests/test_noise.py
+
+The ops are built a second time, so that what stands between PyTorch and the kernels' launchers runs
+as it would on a GPU: what they allocate, fill in and choose.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import ptx
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parent.parent
+ARCH = os.environ.get("KDKERNELS_EMULATED_ARCH", "90")
+
+
+def build():
+    setup = ptx.setup_module()
+    sources = [ROOT / "csrc/bindings.cpp"]
+    for pattern in ("ops/*.cpp", "cpu/*.cpp", "cuda/*.cu"):
+        sources += sorted((ROOT / "csrc").glob(pattern))
+    host = [flag for flag in setup.CXX_FLAGS if not flag.startswith(("-O", "-std", "-W", "-fvis"))]
+    flags = [word for flag in host for word in ("-Xcompiler", flag)]
+    flags += ["-DKDKERNELS_WITH_CUDA", "-DKDKERNELS_EMULATED", "-DTORCH_EXTENSION_NAME=_C"]
+    flags += ['-DKDKERNELS_CUDA_VERSION="emulated"', f'-DKDKERNELS_CUDA_ARCHS="{ARCH}"']
+    for path in (*cpp_extension.include_paths(), f"{ptx.toolkit().home}/include"):
+        flags += ["-isystem", path]
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-fopenmp"]
+    return ptx.build("_C", sources, ARCH, flags, [ROOT / "csrc"], libraries)
+
+
+if "kdkernels" in sys.modules:
+    raise ImportError("kdkernels was imported before its ops could be replaced")
+library = build()
+library.run(any_memory=True, limit=2**31, seed=os.getpid()).__enter__()
+sys.modules["kdkernels._C"] = library.python

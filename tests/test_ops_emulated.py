@@ -1,0 +1,40 @@
+"""The ops' own tests, with CUDA kernels in the emulator behind the ops instead of the CPU's."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import ptx
+import pytest
+
+HERE = Path(__file__).parent
+# What is said of the CPU alone, and what is too large to emulate.
+LEFT_OUT = {
+    "test_distillation.py": [
+        "2_to_the_31",
+        "out_of_range",  # a label: an error on the CPU, NaN on CUDA
+        "bad_argument_is_named",  # labels among them
+        "rows_left_out_are_not_read",  # the same bits whatever the rows' alignment
+    ],
+    "test_noise.py": ["2_to_the_31", "isa", "levels", "bad_address_is_named"],
+    "test_regression.py": ["mean_of_theta", "isa", "levels"],
+}
+
+
+@pytest.mark.skipif(ptx.toolkit() is None, reason="needs nvcc")
+@pytest.mark.parametrize("file", LEFT_OUT)
+def test_on_emulated_device(file):
+    chosen = " and ".join(f"not {name}" for name in LEFT_OUT[file])
+    command = [sys.executable, "-m", "pytest", "-p", "emulated_ops", "--no-header", "-k", chosen]
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, HERE / file],
+        cwd=HERE.parent,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50
