@@ -2,6 +2,7 @@
 // so that a launcher, the tests and the emulator all read the same table.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace kdkernels {
@@ -28,7 +29,7 @@ struct Device {
 // warp: 32 elements a lane is what registers hold; no barrier. fp64 would need twice the registers.
 // held: a cluster (sm_90 on) splits rows until 3 blocks fit an SM, so that one's loads hide behind the
 //   others' arithmetic; where none does that, it takes the split with most blocks an SM.
-//   Threads: the fewest that still make 24 warps an SM, because each thread adds to the row's reduction.
+//   Threads: the fewest that still make 16 warps an SM, because each thread adds to the row's reduction.
 // stream: 256 threads, 3 blocks an SM at up to 80 registers.
 enum class Walk { kTile, kWarp, kHeld, kStream };
 
@@ -37,7 +38,7 @@ constexpr int kWarpClasses = 1024, kWarpThreads = 128;
 constexpr int kStreamThreads = 256, kMaxCluster = 8;
 constexpr int kEdges =
     16;  // slots of one element: up to 8 before a row's first 16 bytes, up to 8 after
-constexpr int kBusyThreads = 768;  // an SM
+constexpr int kBusyThreads = 512;  // an SM
 constexpr int kBlockReserve = 3072;  // static shared memory and what CUDA takes of each block
 // Blocks or clusters of a launch; each leaves one partial sum of the loss, so one block adds them quickly.
 constexpr int64_t kMaxPartials = 16384;
@@ -62,6 +63,11 @@ struct DistillationPlan {
 constexpr int held_registers(int element_size) { return element_size == 8 ? 128 : 64; }
 constexpr int held_max_threads(int element_size) { return element_size == 8 ? 256 : 512; }
 
+// Blocks that an SM holds, whatever they take. CUDA C++ Programming Guide, "Technical specifications".
+constexpr int blocks_limit(int arch) {
+  return arch == 75 || arch == 86 ? 16 : arch == 89 || arch == 120 ? 24 : 32;
+}
+
 constexpr int held_planes(int element_size, bool own_exponential) {
   return element_size == 8 && own_exponential ? 3 : 2;
 }
@@ -72,17 +78,17 @@ inline DistillationPlan held_plan(int64_t classes, int element_size, int planes,
   int64_t vectors = classes / (16 / element_size) + 1;  // Span::body at most
   int64_t share = (vectors + cluster - 1) / cluster;
   share += share % 2;  // whole sectors of 32 bytes
-  for (int threads = 128;; threads *= 2) {
+  for (int threads = 32;; threads *= 2) {
     int64_t slots = (share + threads - 1) / threads;
     int64_t shared = (slots * threads + kEdges) * planes * 16;
     int resident = 65536 / held_registers(element_size);  // threads an SM
+    int most = std::min(resident / threads, blocks_limit(device.arch));
     blocks_per_sm = 0;
     if (shared + kBlockReserve <= device.shared_per_block) {
-      int64_t by_shared = device.shared_per_sm / (shared + kBlockReserve);
       blocks_per_sm =
-          static_cast<int>(by_shared < resident / threads ? by_shared : resident / threads);
+          std::min(most, device.shared_per_sm / static_cast<int>(shared + kBlockReserve));
     }
-    if (blocks_per_sm * threads >= (resident < kBusyThreads ? resident : kBusyThreads) ||
+    if (blocks_per_sm * threads >= std::min(resident, kBusyThreads) ||
         threads == held_max_threads(element_size)) {
       bool fits = blocks_per_sm > 0;
       return {Walk::kHeld,
