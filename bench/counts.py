@@ -256,12 +256,22 @@ def moved(requested, each_once, blocks, resident):
     return at_least if at_least * min(1, resident / blocks) <= L2 else requested
 
 
+def closing(text):
+    """Where the first brace of a text is closed; inline assembly has braces of its own."""
+    depth = 0
+    for brace in re.finditer(r"[{}]", text[(begin := text.index("\n{")) :]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return begin + brace.start()
+    raise ValueError("a kernel without end")
+
+
 @functools.cache
 def compiled(text, kernel):
     """Registers and bytes spilled a thread, and {unit or "slots": SASS over PTX instructions}."""
     common, *functions = re.split(r"(?m)^(?=(?:\.visible |\.weak )?\.entry )", text)
     (body,) = [f for f in functions if re.match(rf"[.a-z ]*{re.escape(kernel)}\(", f)]
-    body = re.sub(r"(?m)^\s*\.(loc|pragma)\b.*", "", body[: body.index("\n}") + 3])
+    body = re.sub(r"(?m)^\s*\.loc\b.*|//.*", "", body[: closing(body) + 1])
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "k.ptx").write_text(common + body)
 

@@ -91,6 +91,14 @@ PYBIND11_MODULE(launchers, m) {
     using Struct = cuda::DistillationPlan;
     Fields<Struct>(m, "DistillationPlan")
         FIELD(walk) FIELD(threads) FIELD(lanes) FIELD(rows) FIELD(cluster) FIELD(slots) FIELD(shared);
+  }
+  {
+    using Struct = cuda::NoisePlan;
+    Fields<Struct>(m, "NoisePlan") FIELD(blocks) FIELD(steps);
+  }
+  {
+    using Struct = cuda::RegressionPlan;
+    Fields<Struct>(m, "RegressionPlan") FIELD(warp) FIELD(blocks);
     // clang-format on
   }
   py::enum_<cuda::Walk>(m, "Walk")
@@ -120,4 +128,7 @@ PYBIND11_MODULE(launchers, m) {
     check(cuda::regression(p, reinterpret_cast<cudaStream_t>(stream)));
   });
   m.def("plan_distillation", cuda::plan_distillation);
+  m.def("plan_noise", cuda::plan_noise);
+  m.def("plan_noise_dot", cuda::plan_noise_dot);
+  m.def("plan_regression", cuda::plan_regression);
 }

@@ -1,0 +1,89 @@
+"""The table of launch configurations, csrc/cuda/plan.h: a pure function, tested as one."""
+
+import itertools
+
+import launchers
+import ptx
+import pytest
+
+pytestmark = pytest.mark.skipif(ptx.toolkit() is None, reason="needs nvcc")
+SIZES = [*range(1, 1100), *range(1100, 20000, 37), *range(20000, 270000, 997), 10**6, 2**31 + 5]
+WALKS = ["tile", "warp", "held", "stream"]
+KINDS = list(itertools.product(ptx.DEVICES, (2, 4, 8), (False, True)))
+
+
+@pytest.fixture(scope="module")
+def table():
+    return launchers.build().python
+
+
+def device(table, arch):
+    sms, block, multiprocessor, _, _ = ptx.DEVICES[arch]
+    sizes = {"shared_per_block": block, "shared_per_sm": multiprocessor}
+    return launchers.fill(table.Device(), arch=arch, sms=sms, **sizes)
+
+
+@pytest.mark.parametrize(("arch", "size", "own"), KINDS)
+def test_every_row_has_a_place(table, arch, size, own):
+    """Whatever the walk, its threads hold the row, and the device holds its blocks."""
+    d = device(table, arch)
+    last = 0
+    for classes in SIZES:
+        p = table.plan_distillation(classes, size, own, d)
+        assert p.threads % 32 == 0 and 32 <= p.threads <= 1024
+        assert p.shared + 2048 <= d.shared_per_block
+        assert p.cluster in ((1, 2, 4, 8) if arch >= 90 else (1,))
+        walk = WALKS.index(p.walk.name)
+        assert walk >= last, "the walks follow each other as rows grow"
+        last = walk
+        if p.walk.name == "tile":
+            assert p.lanes * 16 >= classes and p.rows % (p.threads // p.lanes) == 0
+            assert 0 < p.rows * classes <= 2048
+        if p.walk.name == "warp":
+            assert p.lanes == 32 and classes <= 1024 and p.rows == p.threads // 32
+        if p.walk.name == "held":
+            assert p.slots * p.threads * p.cluster * (16 // size) >= classes
+            planes = 3 if size == 8 and own else 2
+            assert p.shared >= p.slots * p.threads * planes * 16
+
+
+# V up to which a row is read once, from what a block's or a cluster's shared memory holds.
+HELD = {
+    **{(75, 2): 12000, (80, 2): 36800, (80, 4): 18400, (86, 2): 20400, (89, 4): 10200},
+    **{(90, 2): 425000, (90, 4): 212000, (90, 8): 110000, (100, 2): 425000, (120, 2): 163000},
+}
+
+
+@pytest.mark.parametrize(("arch", "size"), HELD)
+def test_long_rows_are_read_once(table, arch, size):
+    d, limit = device(table, arch), HELD[arch, size]
+    assert table.plan_distillation(limit, size, False, d).walk.name == "held"
+    assert table.plan_distillation(limit * 11 // 10, size, False, d).walk.name == "stream"
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize(("classes", "size"), [(32000, 2), (50257, 2), (128256, 2), (32000, 4)])
+def test_blocks_overlap(table, arch, classes, size):
+    """Three blocks an SM, so that one's loads hide behind the others' arithmetic."""
+    p = table.plan_distillation(classes, size, False, device(table, arch))
+    assert 3 * (p.shared + 3072) <= device(table, arch).shared_per_sm
+
+
+@pytest.mark.parametrize("arch", ptx.DEVICES)
+@pytest.mark.parametrize("steps", [0, 1, 131, 5000, 10**6, 2**31, 2**33])
+def test_noise_covers_every_step(table, arch, steps):
+    for p in (table.plan_noise(steps, device(table, arch)), table.plan_noise_dot(steps)):
+        assert p.steps >= 1 and (p.blocks - 1) * p.steps < max(1, steps) <= max(
+            1, p.blocks * p.steps
+        )
+    assert table.plan_noise(steps, device(table, arch)).steps <= 32
+    assert table.plan_noise_dot(steps).blocks <= table.noise_dot_blocks
+
+
+def test_replicas_get_warps_until_threads_pay(table):
+    d = device(table, 90)
+    few, many = (table.plan_regression(n, False, d) for n in (132 * 100, 132 * 200))
+    assert few.warp and not many.warp
+    assert table.plan_regression(10**6, True, d).warp, "a normal a sample: always a warp"
+    assert table.plan_regression(1, False, d).blocks == 1
+    assert table.plan_regression(10**9, True, d).blocks == 2 * 132, "no more than lives there"
