@@ -2,6 +2,7 @@
 # make test        build and run the tests
 # make lint        check the style of Python and C++; make format puts it right
 # make bench       build and run the benchmarks
+# make counts      what the CUDA kernels and their peers cost on an H100, counted without one
 # make gpu-test    the tests that need a GPU; SANITIZE=1 runs them under each tool of compute-sanitizer
 # make gpu-bench   the benchmarks on a GPU, into bench/results; ARGS="--only noise" and others: ARGS=--help
 #
@@ -14,8 +15,8 @@ TORCHVISION ?= 0.29.1
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-CXX_FILES := $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.cu" 2>/dev/null)
-SOURCES := setup.py pyproject.toml $(CXX_FILES)
+CXX_FILES = $(shell find $(1) -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.cu" 2>/dev/null)
+SOURCES := setup.py pyproject.toml $(call CXX_FILES,csrc)
 TOOLS := .venv/tools-torch-$(TORCH)
 # Another setting of these is another build.
 ARCHS := $(or $(subst $() ,_,$(subst ;,_,$(TORCH_CUDA_ARCH_LIST))),default)
@@ -34,7 +35,7 @@ SITE_PACKAGES = $(shell $(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_
 SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(addsuffix \
   /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-* $(SITE_PACKAGES)/nvidia/*)))
 
-.PHONY: setup reproduce test lint format bench gpu-test gpu-bench gpu gpu-seen clean
+.PHONY: setup reproduce test lint format bench counts gpu-test gpu-bench gpu gpu-seen clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -47,6 +48,10 @@ test: setup
 
 bench: setup
 	@$(BIN)/python -m pytest bench --benchmark-only
+
+counts: setup
+	@$(PIP) -q install --no-deps liger-kernel
+	@$(BIN)/python bench/counts.py $(ARGS)
 
 gpu-test: gpu
 	@$(GPU_PYTHON) -c "$$NEEDS" pytest hypothesis numpy scipy
@@ -94,12 +99,12 @@ export NEEDS
 lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(call CXX_FILES,csrc tests)
 
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(call CXX_FILES,csrc tests)
 
 clean:
 	rm -rf .venv build dist runs *.egg-info kdkernels/*.so
