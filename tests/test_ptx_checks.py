@@ -126,7 +126,7 @@ def test_launch_arguments_are_checked():
 
 @needs_nvcc
 def test_counts_of_a_copy():
-    """16 bytes a lane are 4 sectors for each 8 lanes and no bank conflict; a stride has conflicts."""
+    """16 bytes a lane are 4 sectors for each 8 lanes, no bank conflict; a stride has conflicts."""
     body = """
     .reg .b64 %rd<9>;
     .shared .align 16 .b8 s[8192];
