@@ -26,6 +26,7 @@ PLANTED = [
     ("missing_syncwarp", "missing syncwarp", "shared-memory race|never written"),
     ("write_after_read", None, "shared-memory race: "),
     ("missing_wait", "missing wait", "never written"),
+    ("mbarrier_wait", "mbarrier wait", "shared-memory race|never written"),
     ("cluster_before", "cluster before", "shared-memory race.*before a first barrier.cluster"),
     ("cluster_gone", "cluster gone", "shared memory of a block of the cluster that has ended"),
 ]
@@ -82,6 +83,15 @@ def test_nothing_is_found_without_the_bug(planted, name):
 def test_the_order_of_blocks_shows_in_the_bits(planted):
     results = {run(planted, "order_of_blocks", 1, seed)[1].tobytes() for seed in range(8)}
     assert len(results) > 1
+
+
+@needs_nvcc
+def test_barriers_that_exchange_and_count(planted):
+    x, out = run(planted, "mbarrier_wait", 0, 1)
+    np.testing.assert_array_equal(out[:64], x[63::-1] + (x[63::-1] + 1))
+    x, out = run(planted, "block_votes", 0, 1)
+    leads = np.arange(64) % 32 == 0
+    np.testing.assert_array_equal(out[:64], (x[:64] > 4).sum() + 100 + 1000 * leads)
 
 
 HEADER = ".version 9.0\n.target sm_90\n.address_size 64\n"

@@ -149,6 +149,44 @@ __global__ void missing_wait(const float* x, float* out, int) {
   out[threadIdx.x] = s[4 * threadIdx.x];  // missing wait
 }
 
+// Warps exchange values behind an mbarrier, twice.
+template <int kBug>
+__global__ void mbarrier_wait(const float* x, float* out, int) {
+  __shared__ float s[kThreads];
+  __shared__ uint64_t barrier;
+  uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(&barrier));
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(kThreads) : "memory");
+  }
+  __syncthreads();
+  float sum = 0;
+  for (int phase = 0; phase < 2; ++phase) {
+    s[threadIdx.x] = x[threadIdx.x] + phase;
+    asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(at) : "memory");
+    if (!kBug) {
+      asm volatile(
+          "{.reg .pred p; wait: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra wait;}" ::
+              "r"(at),
+          "r"(phase)
+          : "memory");
+    }
+    sum += s[kThreads - 1 - threadIdx.x];  // mbarrier wait
+    __syncthreads();
+  }
+  out[threadIdx.x] = sum;
+}
+
+// Barriers that count and vote; lanes that elect one of them.
+template <int kBug>
+__global__ void block_votes(const float* x, float* out, int) {
+  int many = __syncthreads_count(x[threadIdx.x] > 4);
+  int all = __syncthreads_and(x[threadIdx.x] >= 0), any = __syncthreads_or(x[threadIdx.x] > 1000);
+  uint32_t leader = 0, elected = 0;
+  asm volatile("{.reg .pred p; elect.sync %0|p, 0xffffffff; selp.u32 %1, 1, 0, p;}"
+               : "=r"(leader), "=r"(elected));
+  out[threadIdx.x] = many + 100 * all + 200 * any + 1000 * elected + leader;
+}
+
 // Blocks add in whatever order they come: not the same bits every time.
 template <int kBug>
 __global__ void order_of_blocks(const float* x, float* out, int) {
@@ -212,6 +250,8 @@ LAUNCHERS(shared_never_written, 1)
 LAUNCHERS(missing_syncwarp, 1)
 LAUNCHERS(write_after_read, 1)
 LAUNCHERS(missing_wait, 1)
+LAUNCHERS(mbarrier_wait, 1)
+LAUNCHERS(block_votes, 1)
 LAUNCHERS(order_of_blocks, 64)
 LAUNCHERS(cluster_before, 4)
 LAUNCHERS(cluster_gone, 4)
