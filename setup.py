@@ -108,7 +108,8 @@ def check_tools():
         )
     # Before 70.1 the command bdist_wheel came from the package wheel.
     old = tuple(int(part) for part in setuptools.__version__.split(".")[:2]) < (70, 1)
-    if old and importlib.util.find_spec("wheel") is None:
+    in_place = "build_ext" in sys.argv  # makes no wheel
+    if old and not in_place and importlib.util.find_spec("wheel") is None:
         stop(
             f"setuptools {setuptools.__version__} needs wheel: "
             f"run `pip install wheel ninja`, then `{PIP_BUILD}`."
