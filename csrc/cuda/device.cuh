@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "cuda/plan.h"
 #include "params.h"
@@ -34,6 +35,23 @@ template <class T, int kCount = 16 / sizeof(T)>
 struct alignas(sizeof(T) * kCount) Vector {
   T value[kCount];
 };
+
+// All of a vector's elements in the compute type.
+template <class T, class Real>
+__device__ __forceinline__ void widen_all(const Vector<T>& x, Real (&out)[16 / sizeof(T)]) {
+#pragma unroll
+  for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j) out[j] = widen(x.value[j]);
+}
+// A bfloat16 is the upper half of its float: two of a word are one instruction each.
+__device__ __forceinline__ void widen_all(const Vector<__nv_bfloat16>& x, float (&out)[8]) {
+  uint32_t words[4];
+  memcpy(words, &x, sizeof words);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = __uint_as_float(words[i] << 16);
+    out[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+  }
+}
 
 // ---- where elements lie -------------------------------------------------------------------------
 

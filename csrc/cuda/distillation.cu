@@ -446,12 +446,11 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
 
 // ---- rows in shared memory, or read twice -------------------------------------------------------
 
-// Adds a vector's elements, none above the sums' maxima, to a thread's sums; their terms unguarded, so that
-// a NaN asks for add_terms. kKeep: terms are guarded, z and t go as their exponentials, h as cross-entropy's
-// own. valid(j) tells elements from padding.
-template <class Policy, bool kKeep, class T, class Real, class Valid>
+// Adds a vector's elements, none above the sums' maxima, to a thread's sums. kKeep: z and t go as their
+// exponentials, h as cross-entropy's own.
+template <class Policy, bool kKeep, class T, class Real>
 __device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums, Vector<T>& z,
-                                    Vector<T>& t, Vector<T>& h, Valid valid) {
+                                    Vector<T>& t, Vector<T>& h) {
   constexpr int kCount = 16 / sizeof(T);
   Real shifted[kCount];
 #pragma unroll
@@ -461,12 +460,10 @@ __device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums,
     Real ex = math::exp2_nonpositive(x), ey = math::exp2_nonpositive(y);
     sums.sum_s += ex;
     sums.sum_t += ey;
+    sums.term += Policy::term(x, y, ex, ey);
     if constexpr (kKeep) {
-      sums.term += Policy::term(x, y, ex, ey);
       z.value[j] = ex;
       t.value[j] = ey;
-    } else {
-      sums.term = Policy::add_unguarded(sums.term, x, y, ex, ey);
     }
   }
   if (task.hard == CrossEntropy::kOwn) {
@@ -477,27 +474,77 @@ __device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums,
       if constexpr (kKeep) h.value[j] = eh;
     }
   }
-  if (task.smooth) {
+}
+
+// Of the elements that a place has, what label smoothing adds up.
+template <class T, class Index, class Real>
+__device__ __forceinline__ void add_smooth(RowSums<Real>& sums, const Vector<T>& z,
+                                           const Place<Index>& place) {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (valid(j)) {
-        sums.sum_z += shifted[j];
-        sums.count += Real(1);
-      }
+  for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j) {
+    if (place.holds(j)) {
+      sums.sum_z += widen(z.value[j]) - sums.max_s;
+      sums.count += Real(1);
     }
   }
 }
 
-// Adds a vector's guarded terms.
-template <class Policy, class T, class Real>
-__device__ __forceinline__ void add_terms(const Task<Real>& task, RowSums<Real>& sums,
-                                          const Vector<T>& z, const Vector<T>& t) {
-#pragma unroll
-  for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j) {
-    Real x = (widen(z.value[j]) - sums.max_s) * task.scale;
-    Real y = (widen(t.value[j]) - sums.max_t) * task.scale;
-    sums.term += Policy::term(x, y, math::exp2_nonpositive(x), math::exp2_nonpositive(y));
+// (v - max) * scale as one fma: v * scale - base. `error`, what rounding the base lost, is the same for all
+// elements, so that one factor makes their exponentials exact.
+struct Shift {
+  float scale, base, error;
+  __device__ __forceinline__ Shift(float max, float scale) : scale(scale), base(max * scale) {
+    error = math::fma(max, scale, -base);
   }
+  __device__ __forceinline__ float operator()(float v) const { return math::fma(v, scale, -base); }
+  // Of |error| <= 2^-9 the third power is nothing. Not so beyond, or of no maximum.
+  __device__ __forceinline__ bool small() const { return fabsf(base) <= 65536.0f; }
+  // 2^-error
+  __device__ __forceinline__ float factor() const {
+    constexpr double square = math::kLn2 * math::kLn2 / 2;
+    return math::fma(error, math::fma(error, float(square), -float(math::kLn2)), 1.0f);
+  }
+};
+struct Shifts {
+  Shift s, t, hard;
+  __device__ __forceinline__ Shifts(const Task<float>& task, float max_s, float max_t)
+      : s(max_s, task.scale), t(max_t, task.scale), hard(max_s, float(math::kLog2E)) {}
+  __device__ __forceinline__ bool small() const { return s.small() && t.small() && hard.small(); }
+};
+
+// add() in fewer instructions, for sums whose exponents still lack the shifts' errors; terms are unguarded:
+// NaN where the guard would have made a difference.
+template <class Policy, class T>
+__device__ __forceinline__ void add_shifted(const Task<float>& task, RowSums<float>& sums,
+                                            const Shifts& shifts, const Vector<T>& z,
+                                            const Vector<T>& t) {
+  constexpr int kCount = 16 / sizeof(T);
+  float zs[kCount], ts[kCount];
+  widen_all(z, zs);
+  widen_all(t, ts);
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    float x = shifts.s(zs[j]), y = shifts.t(ts[j]);
+    float ex = math::exp2_nonpositive(x), ey = math::exp2_nonpositive(y);
+    sums.sum_s += ex;
+    sums.sum_t += ey;
+    sums.term = Policy::add_unguarded(sums.term, x, y, ex, ey);
+  }
+  if (task.hard == CrossEntropy::kOwn) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) sums.sum_hard += math::exp2_nonpositive(shifts.hard(zs[j]));
+  }
+}
+
+// Adds to `sums` a part that add_shifted made relative to the same maxima.
+template <class Policy>
+__device__ __forceinline__ void add_part(RowSums<float>& sums, const RowSums<float>& part,
+                                         const Shifts& shifts) {
+  float of_s = shifts.s.factor(), of_t = shifts.t.factor();
+  sums.sum_s = math::fma(of_s, part.sum_s, sums.sum_s);
+  sums.sum_t = math::fma(of_t, part.sum_t, sums.sum_t);
+  sums.term += Policy::moved(part, shifts.s.error, shifts.t.error, of_s, of_t);
+  sums.sum_hard = math::fma(shifts.hard.factor(), part.sum_hard, sums.sum_hard);
 }
 
 // The largest of many vectors' elements; 16-bit ones two at a time.
@@ -586,16 +633,23 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
   using Index = std::conditional_t<kHeld, int, int64_t>;
   constexpr int kCount = 16 / sizeof(T);
   constexpr bool kKeep = kHeld && sizeof(Real) == 8;
+  // Wider types in shared memory have the instructions to spare, and not the registers.
+  constexpr bool kShift = sizeof(T) == 2 || (sizeof(T) == 4 && !kHeld);
   constexpr int kGroups = kKeep ? 2 : kHeld ? 4 : 1;
   extern __shared__ uint4 slots_shared[];
   __shared__ Part<Real> parts[2][kHeldWarps];
+  // Kept by thread 0; the others read the factor after a row's barrier.
+  __shared__ double total;
+  __shared__ Real factor;
   const int thread = threadIdx.x, threads = blockDim.x, rank = kHeld ? cluster_rank() : 0;
   const int warps = threads / kWarp, lane = thread % kWarp, log_warps = 31 - __clz(warps);
-  const Real factor = task.factor(p);
   Vector<T>* z_slots = reinterpret_cast<Vector<T>*>(slots_shared) + thread;
   Vector<T>* t_slots = z_slots + capacity * threads + kEdges;
   Vector<T>* h_slots = t_slots + capacity * threads + kEdges;
-  double total = 0;
+  if (thread == 0) {
+    total = 0;
+    factor = task.factor(p);
+  }
   int turn = 0;
   bool arrived = false;
 
@@ -611,17 +665,22 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     share += share % 2;  // as in held_plan: whole sectors
     const Index begin = rank * share < span.body ? rank * share : span.body;
     const Index end = begin + share < span.body ? begin + share : span.body;
-    // This thread's slots with something in them: `mine` of the body, then at most one with an element of
-    // the row's head or tail.
-    const Index rest = span.vectors ? end - begin - thread
-                                    : min(end * kCount, span.elements) - begin * kCount - thread;
+    // This thread's slots with something in them: `mine` of the body (the first may be the one that is none,
+    // and is passed over), then at most one with an element of the row's head or tail.
+    const Index own =
+        span.vectors ? end - begin : min(end * kCount, span.elements) - begin * kCount;
     const int log_step = 31 - __clz(span.vectors ? threads : threads * kCount);
-    const int mine = rest > 0 ? static_cast<int>((rest - 1) >> log_step) + 1 : 0;
+    const int mine = own > thread ? static_cast<int>((own - thread - 1) >> log_step) + 1 : 0;
+    const int skip = !kKeep && span.vectors && begin + thread < span.skew;
     const Place<Index> edge = edge_place(span, thread & (kEdges - 1));
     const int slots = mine + (rank == 0 && thread < kEdges && !edge.empty());
     auto place = [&](int s) {
       return s < mine ? body_place(span, begin, end, s, thread, threads) : edge;
     };
+    // Slots up to here are whole vectors, those from `skip` on; where they start.
+    const int whole = !kKeep && span.vectors ? mine : 0;
+    const Index at_first = span.head + (begin + thread - span.skew) * kCount;
+    auto at = [&](int s) { return at_first + static_cast<Index>(s) * (threads * kCount); };
 
     if (row.skipped()) {
       if (thread == 0 && rank == 0) total += row.emit(p, r, Real(0));
@@ -638,10 +697,17 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     if constexpr (kHeld) {
 #pragma unroll 1
       for (int g = 0; g < kGroups; ++g) {
+        const int to = min(slots, (g + 1) * group_slots), to_whole = min(to, whole);
+        int s = max(skip, g * group_slots);
 #pragma unroll 1
-        for (int s = g * group_slots; s < min(slots, (g + 1) * group_slots); ++s) {
+        for (; s < to_whole; ++s) {
+          copy_async(z_slots + s * threads, z_row + at(s));
+          copy_async(t_slots + s * threads, t_row + at(s));
+        }
+#pragma unroll 1
+        for (; s < to; ++s) {
           auto here = place(s);
-          if (here.template whole<kCount>()) {
+          if (kKeep && here.template whole<kCount>()) {
             copy_async(z_slots + s * threads, z_row + here.first);
             copy_async(t_slots + s * threads, t_row + here.first);
           } else {
@@ -652,19 +718,19 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
         commit_copies();
       }
     }
-    Real label_z =
+    const Real label_z =
         task.hard != CrossEntropy::kNone ? static_cast<Real>(widen(z_row[row.label])) : Real(0);
 
     RowSums<Real> sums = {Lowest<Real>::value, Lowest<Real>::value, 0, 0, 0, 0, 0, 0};
     Real group_max_s[kGroups], group_max_t[kGroups];
     if constexpr (kHeld) {
-#pragma unroll
+#pragma unroll 1
       for (int g = 0; g < kGroups; ++g) {
         if (g == kGroups - 4) wait_copies<3>();
         if (g == kGroups - 3) wait_copies<2>();
         if (g == kGroups - 2) wait_copies<1>();
         if (g == kGroups - 1) wait_copies<0>();
-        const int from = g * group_slots, to = min(slots, (g + 1) * group_slots);
+        const int from = max(skip, g * group_slots), to = min(slots, (g + 1) * group_slots);
         Largest<T> largest_s, largest_t;
 #pragma unroll 2
         for (int s = from; s < to; ++s) {
@@ -672,26 +738,45 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
           largest_s.add(z);
           largest_t.add(t);
         }
-        group_max_s[g] = Max::apply(largest_s.result(), sums.max_s);
-        group_max_t[g] = Max::apply(largest_t.result(), sums.max_t);
-        rebase<Policy>(task, sums, group_max_s[g], group_max_t[g]);
-        const Real term = sums.term;
+        const Real max_s = Max::apply(largest_s.result(), sums.max_s);
+        const Real max_t = Max::apply(largest_t.result(), sums.max_t);
+        rebase<Policy>(task, sums, max_s, max_t);
+        if (task.smooth) {
 #pragma unroll 1
-        for (int s = from; s < to; ++s) {
-          Vector<T> z = z_slots[s * threads], t = t_slots[s * threads], h;
-          add<Policy, kKeep>(task, sums, z, t, h, [&](int j) { return place(s).holds(j); });
-          if constexpr (kKeep) {
-            z_slots[s * threads] = z;
-            t_slots[s * threads] = t;
-            if (task.hard == CrossEntropy::kOwn) h_slots[s * threads] = h;
+          for (int s = from; s < to; ++s)
+            add_smooth(sums, Vector<T>(z_slots[s * threads]), place(s));
+        }
+        bool added = false;
+        if constexpr (kKeep) {
+#pragma unroll
+          for (int i = 0; i < kGroups; ++i) {
+            group_max_s[i] = i == g ? max_s : group_max_s[i];
+            group_max_t[i] = i == g ? max_t : group_max_t[i];
           }
         }
-        if (!kKeep && sums.term != sums.term) {
-          sums.term = term;
+        if constexpr (kShift) {
+          const Shifts shifts(task, max_s, max_t);
+          if (shifts.small()) {
+            RowSums<Real> part = {max_s, max_t, 0, 0, 0, 0, 0, 0};
+#pragma unroll 1
+            for (int s = from; s < to; ++s) {
+              const Vector<T> z = z_slots[s * threads], t = t_slots[s * threads];
+              add_shifted<Policy>(task, part, shifts, z, t);
+            }
+            added = part.term == part.term;
+            if (added) add_part<Policy>(sums, part, shifts);
+          }
+        }
+        if (!added) {
 #pragma unroll 1
           for (int s = from; s < to; ++s) {
-            Vector<T> z = z_slots[s * threads], t = t_slots[s * threads];
-            add_terms<Policy>(task, sums, z, t);
+            Vector<T> z = z_slots[s * threads], t = t_slots[s * threads], h;
+            add<Policy, kKeep>(task, sums, z, t, h);
+            if constexpr (kKeep) {
+              z_slots[s * threads] = z;
+              t_slots[s * threads] = t;
+              if (task.hard == CrossEntropy::kOwn) h_slots[s * threads] = h;
+            }
           }
         }
       }
@@ -705,12 +790,8 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
         largest_t.add(t);
         rebase<Policy>(task, sums, Max::apply(largest_s.result(), sums.max_s),
                        Max::apply(largest_t.result(), sums.max_t));
-        const Real term = sums.term;
-        add<Policy, false>(task, sums, z, t, h, [&](int j) { return here.holds(j); });
-        if (sums.term != sums.term) {
-          sums.term = term;
-          add_terms<Policy>(task, sums, z, t);
-        }
+        add<Policy, false>(task, sums, z, t, h);
+        if (task.smooth) add_smooth(sums, z, here);
       }
     }
 
@@ -744,6 +825,56 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     if (thread == 0 && rank == 0) total += row.emit(p, r, result.loss);
     if (g_row == nullptr) continue;
 
+    auto gradient_at = [&](Real z, Real t) {
+      Real g = -result.uniform;
+      if (task.hard == CrossEntropy::kOwn) {
+        Real eh = math::exp2_nonpositive((z - sums.max_s) * Real(math::kLog2E));
+        g = math::fma(result.of_hard, eh, g);
+      }
+      Real ex = math::exp2_nonpositive((z - sums.max_s) * task.scale);
+      Real ey = math::exp2_nonpositive((t - sums.max_t) * task.scale);
+      return math::fma(result.of_ex, ex, math::fma(result.of_ey, ey, g));
+    };
+    int done = 0;  // slots whose gradient is written
+    if constexpr (kShift) {
+      const Shifts shifts(task, sums.max_s, sums.max_t);
+      if (shifts.small()) {
+        const Real of_ex = result.of_ex * shifts.s.factor();
+        const Real of_ey = result.of_ey * shifts.t.factor();
+        const Real of_hard = result.of_hard * shifts.hard.factor();
+#pragma unroll 1
+        for (int s = skip; s < whole; ++s) {
+          Vector<T> z, t, out;
+          if constexpr (kHeld) {
+            z = z_slots[s * threads];
+            t = t_slots[s * threads];
+          } else {
+            z = *reinterpret_cast<const Vector<T>*>(z_row + at(s));
+            t = *reinterpret_cast<const Vector<T>*>(t_row + at(s));
+          }
+          Real zs[kCount], ts[kCount], gradient[kCount];
+          widen_all(z, zs);
+          widen_all(t, ts);
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            Real ex = math::exp2_nonpositive(shifts.s(zs[j]));
+            Real ey = math::exp2_nonpositive(shifts.t(ts[j]));
+            gradient[j] = math::fma(of_ex, ex, math::fma(of_ey, ey, -result.uniform));
+          }
+          if (task.hard == CrossEntropy::kOwn) {
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) {
+              Real eh = math::exp2_nonpositive(shifts.hard(zs[j]));
+              gradient[j] = math::fma(of_hard, eh, gradient[j]);
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) narrow(gradient[j], out.value[j]);
+          *reinterpret_cast<Vector<T>*>(g_row + at(s)) = out;
+        }
+        done = whole;
+      }
+    }
 #pragma unroll 1
     for (int g = 0; g < kGroups; ++g) {
       // What brings a group's kept exponentials to the row's maxima.
@@ -759,66 +890,50 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
         of_ey *= math::exp2_nonpositive((max_t - sums.max_t) * task.scale);
         of_hard *= math::exp2_nonpositive((max_s - sums.max_s) * Real(math::kLog2E));
       }
-      const int from = kHeld ? g * group_slots : 0,
-                to = kHeld ? min(slots, (g + 1) * group_slots) : slots;
+      const int from = kKeep ? max(skip, g * group_slots) : max(skip, done);
+      const int to = kKeep ? min(slots, (g + 1) * group_slots) : slots;
 #pragma unroll 1
       for (int s = from; s < to; ++s) {
         auto here = place(s);
-        Vector<T> z, t;
+        Vector<T> z, t, h, out;
         if constexpr (kHeld) {
           z = z_slots[s * threads];
           t = t_slots[s * threads];
+          if (kKeep && task.hard == CrossEntropy::kOwn) h = h_slots[s * threads];
         } else {
           z = load(z_row, here);
           t = load(t_row, here);
         }
-        Real gradient[kCount];
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) gradient[j] = -result.uniform;
-        if (task.hard == CrossEntropy::kOwn) {
-          Vector<T> h;
-          if constexpr (kKeep) h = h_slots[s * threads];
-#pragma unroll
-          for (int j = 0; j < kCount; ++j) {
-            Real eh;
-            if constexpr (kKeep) {
-              eh = h.value[j];
-            } else {
-              Real u = (widen(z.value[j]) - sums.max_s) * Real(math::kLog2E);
-              // With this one a 16-bit element has 6 exponentials, of the 6.6 that its time allows: a
-              // quarter goes to the FMA units, which have less to spare.
-              if constexpr (sizeof(T) == 2) {
-                eh = j % 4 == 3 ? math::exp2_polynomial(u) : math::exp2_nonpositive(u);
-              } else {
-                eh = math::exp2_nonpositive(u);
-              }
-            }
-            gradient[j] = math::fma(of_hard, eh, gradient[j]);
-          }
-        }
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-          Real ex, ey;
+          Real g;
           if constexpr (kKeep) {
-            ex = z.value[j];
-            ey = t.value[j];
+            g = task.hard == CrossEntropy::kOwn ? math::fma(of_hard, h.value[j], -result.uniform)
+                                                : -result.uniform;
+            g = math::fma(of_ex, z.value[j], math::fma(of_ey, t.value[j], g));
           } else {
-            ex = math::exp2_nonpositive((widen(z.value[j]) - sums.max_s) * task.scale);
-            ey = math::exp2_nonpositive((widen(t.value[j]) - sums.max_t) * task.scale);
+            g = gradient_at(widen(z.value[j]), widen(t.value[j]));
           }
-          gradient[j] = math::fma(of_ex, ex, math::fma(of_ey, ey, gradient[j]));
+          narrow(g, out.value[j]);
         }
-        if (row.label >= here.first && row.label <= here.at(kCount - 1)) {
+        if constexpr (kKeep) {
 #pragma unroll
           for (int j = 0; j < kCount; ++j) {
-            if (here.at(j) == row.label) gradient[j] -= result.at_label;
+            if (here.at(j) == row.label) out.value[j] -= result.at_label;
           }
         }
-        Vector<T> out;
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) narrow(gradient[j], out.value[j]);
         store(g_row, here, out);
       }
+      if constexpr (!kKeep) break;
+    }
+    // The label's share: the thread that wrote the label's element writes it again.
+    if (!kKeep && task.hard != CrossEntropy::kNone) {
+      const Index label = static_cast<Index>(row.label);
+      const Index member =
+          span.vectors ? (label - span.head) / kCount + span.skew - begin : label - begin * kCount;
+      const bool in_body = label >= span.head && member >= 0 && member < own;
+      if (in_body ? (member & (threads - 1)) == thread : slots > mine && label == edge.first)
+        narrow(gradient_at(label_z, widen(t_row[label])) - result.at_label, g_row[label]);
     }
   }
   if (thread == 0 && rank == 0 && task.partial != nullptr) task.partial[first] = total;
