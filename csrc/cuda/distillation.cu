@@ -596,10 +596,12 @@ __device__ __forceinline__ RowSums<Real> merge_lanes(const Task<Real>& task,
   reduce_lanes<Max>(maxima, lanes);
   RowSums<Real> row =
       math::rebase<Policy>(task.hard, part, maxima[0], maxima[1], task.scale, Exp2Nonpositive());
-  Real sums[3] = {row.sum_s, row.sum_t, row.term}, hard[3] = {row.sum_hard, row.sum_z, row.count};
+  Real sums[3] = {row.sum_s, row.sum_t, row.term}, hard[1] = {row.sum_hard};
+  Real smooth[2] = {row.sum_z, row.count};
   reduce_lanes<Sum>(sums, lanes);
-  if (task.smooth || task.hard == CrossEntropy::kOwn) reduce_lanes<Sum>(hard, lanes);
-  return {maxima[0], maxima[1], sums[0], sums[1], sums[2], hard[0], hard[1], hard[2]};
+  if (task.hard == CrossEntropy::kOwn) reduce_lanes<Sum>(hard, lanes);
+  if (task.smooth) reduce_lanes<Sum>(smooth, lanes);
+  return {maxima[0], maxima[1], sums[0], sums[1], sums[2], hard[0], smooth[0], smooth[1]};
 }
 
 // Blocks an SM that registers must allow.
@@ -636,6 +638,7 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
   // Wider types in shared memory have the instructions to spare, and not the registers.
   constexpr bool kShift = sizeof(T) == 2 || (sizeof(T) == 4 && !kHeld);
   constexpr int kGroups = kKeep ? 2 : kHeld ? 4 : 1;
+  constexpr int kLeastSlots = 4;  // that pay for what is done once a group
   extern __shared__ uint4 slots_shared[];
   __shared__ Part<Real> parts[2][kHeldWarps];
   // Kept by thread 0; the others read the factor after a row's barrier.
@@ -693,7 +696,8 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
       continue;
     }
 
-    const int group_slots = (slots + kGroups - 1) / kGroups;
+    int group_slots = (slots + kGroups - 1) / kGroups;
+    if constexpr (kShift) group_slots = max(group_slots, kLeastSlots);
     if constexpr (kHeld) {
 #pragma unroll 1
       for (int g = 0; g < kGroups; ++g) {
@@ -731,6 +735,7 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
         if (g == kGroups - 2) wait_copies<1>();
         if (g == kGroups - 1) wait_copies<0>();
         const int from = max(skip, g * group_slots), to = min(slots, (g + 1) * group_slots);
+        if (kShift && from >= to) continue;
         Largest<T> largest_s, largest_t;
 #pragma unroll 2
         for (int s = from; s < to; ++s) {
@@ -805,14 +810,14 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     } else {
       __syncthreads();
     }
-    sums = {Lowest<Real>::value, Lowest<Real>::value, 0, 0, 0, 0, 0, 0};
     const int count = warps * cluster;  // a power of two
-    for (int i = lane & (count - 1); i < count; i += kWarp) {
-      const Part<Real>* part = &parts[turn][i & (warps - 1)];
-      sums = math::merge<Policy>(task.hard, sums,
-                                 cluster > 1 ? read_peer(part, i >> log_warps).sums : part->sums,
-                                 task.scale, Exp2Nonpositive());
-    }
+    auto part = [&](int i) {
+      const Part<Real>* at = &parts[turn][i & (warps - 1)];
+      return cluster > 1 ? read_peer(at, i >> log_warps).sums : at->sums;
+    };
+    sums = part(lane & (count - 1));
+    for (int i = lane + kWarp; i < count; i += kWarp)
+      sums = math::merge<Policy>(task.hard, sums, part(i), task.scale, Exp2Nonpositive());
     if (cluster > 1 && r + stride >= p.rows) {
       cluster_arrive();
       arrived = true;
