@@ -120,17 +120,18 @@ __device__ __forceinline__ Solved<Real> solve(const Task<Real>& task, Real label
   reduce_lanes<Max>(maxima, lanes);
 
   Real sums[3] = {0, 0, 0}, hard_sums[2] = {0, 0};
-  if (own) {
-    each([&](int k) {
-      hard_sums[0] += math::exp2_nonpositive((z[k] - maxima[0]) * Real(math::kLog2E));
-    });
-  }
   if (task.smooth) {
     each([&](int k) { hard_sums[1] += valid(k) ? z[k] - maxima[0] : Real(0); });
   }
+  if (own) {
+    each([&](int k) {
+      z[k] -= maxima[0];
+      hard_sums[0] += math::exp2_nonpositive(z[k] * Real(math::kLog2E));
+    });
+  }
   if (own || task.smooth) reduce_lanes<Sum>(hard_sums, lanes);
-  auto sum = [&](int k) {
-    Real x = (z[k] - maxima[0]) * task.scale, y = (t[k] - maxima[1]) * task.scale;
+  auto sum = [&](int k, Real shifted) {
+    Real x = shifted * task.scale, y = (t[k] - maxima[1]) * task.scale;
     Real ex = math::exp2_nonpositive(x), ey = math::exp2_nonpositive(y);
     sums[0] += ex;
     sums[1] += ey;
@@ -139,9 +140,9 @@ __device__ __forceinline__ Solved<Real> solve(const Task<Real>& task, Real label
     return ex;
   };
   if (own) {
-    each([&](int k) { sum(k); });
+    each([&](int k) { sum(k, z[k]); });
   } else {
-    each([&](int k) { z[k] = sum(k); });
+    each([&](int k) { z[k] = sum(k, z[k] - maxima[0]); });
   }
   reduce_lanes<Sum>(sums, lanes);
 
@@ -154,9 +155,8 @@ __device__ __forceinline__ Solved<Real> solve(const Task<Real>& task, Real label
   if (!want_gradient) return result;
   if (own) {
     each([&](int k) {
-      Real shifted = z[k] - maxima[0];
-      Real ex = math::exp2_nonpositive(shifted * task.scale);
-      Real eh = math::exp2_nonpositive(shifted * Real(math::kLog2E));
+      Real ex = math::exp2_nonpositive(z[k] * task.scale);
+      Real eh = math::exp2_nonpositive(z[k] * Real(math::kLog2E));
       Real g = math::fma(result.of_hard, eh, -result.uniform);
       z[k] = math::fma(result.of_ex, ex, math::fma(result.of_ey, t[k], g));
     });
@@ -396,9 +396,15 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
         }
       }
 #pragma unroll
-      for (int k = 0; k < kElements; ++k) {
-        z[k] = widen(z_slot[k / kCount].value[k % kCount]);
-        t[k] = widen(t_slot[k / kCount].value[k % kCount]);
+      for (int s = 0; s < kSlots; ++s) {
+        Real z_wide[kCount], t_wide[kCount];
+        widen_all(z_slot[s], z_wide);
+        widen_all(t_slot[s], t_wide);
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          z[s * kCount + j] = z_wide[j];
+          t[s * kCount + j] = t_wide[j];
+        }
       }
     } else {
 #pragma unroll
@@ -618,12 +624,12 @@ struct alignas(16) Part {
 };
 
 // held, kHeld: a block or a cluster a row. A block's slice of the row is copied to shared memory at once,
-// in 4 groups (2 in fp64); while later groups are on their way the thread adds up the earlier ones. A thread
-// reads only what it copied, so no barrier guards the slots; the row's sums take one. fp64 keeps
+// in up to 4 groups (2 in fp64); while later groups are on their way the thread adds up the earlier ones. A
+// thread reads only what it copied, so no barrier guards the slots; the row's sums take one. fp64 keeps
 // exponentials in the slots, relative to the thread's maxima of the group, because computing them again
 // would outlast the memory traffic; narrower types compute them again. Bytes 1.00 times the least. 16 bits
-// and 32,000 classes: 4.2 special functions and about 37 instructions an element (copy 3, maxima 2, sums 14,
-// gradient 13, the row's reduction 5), or 5.8 and 46 with cross-entropy's own exponentials.
+// and 32,000 classes: 4.2 special functions an element and 25 instructions in the loops (copy 2, maxima 2,
+// sums 11, gradient 10), or 6.2 and 32 with cross-entropy's own exponentials; then what is done once a row.
 // stream, else: a block a row, read from global memory in both passes.
 template <class T, class Policy, bool kHeld>
 __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamThreads,
