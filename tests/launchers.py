@@ -294,6 +294,9 @@ def distillation_cases():
         yield Distillation(dtype, 0, 10)
         yield Distillation(dtype, 1500, 10, reduction="mean", alpha=0.5, ignored=0.1)
     yield Distillation("float32", 40000, 5)
+    for scale in (1e5, 1e25):  # beyond what an exponent in one fma holds
+        for options in ({}, {"alpha": 0.4, "smoothing": 0.1}, {"values": "masked"}):
+            yield Distillation("bfloat16", 3, 3001, scale=scale, **options)
     for dtype, classes in [
         *(("bfloat16", 32000), ("bfloat16", 50257), ("bfloat16", 128256), ("bfloat16", 200000)),
         *(("float32", 32001), ("float32", 128256), ("float32", 200000), ("float16", 151936)),
