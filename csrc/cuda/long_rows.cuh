@@ -1,0 +1,516 @@
+// Rows that shared memory holds, of a block or of a cluster, and rows that are read twice: the walks held and
+// stream of cuda/plan.h.
+#pragma once
+
+#include "cuda/row.cuh"
+
+namespace kdkernels {
+namespace cuda {
+namespace {
+
+// Adds a vector's elements, none above the sums' maxima, to a thread's sums. kKeep: z and t go as their
+// exponentials, h as cross-entropy's own.
+template <class Policy, bool kKeep, class T, class Real>
+__device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums, Vector<T>& z,
+                                    Vector<T>& t, Vector<T>& h) {
+  constexpr int kCount = 16 / sizeof(T);
+  Real shifted[kCount];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    shifted[j] = widen(z.value[j]) - sums.max_s;
+    Real x = shifted[j] * task.scale, y = (widen(t.value[j]) - sums.max_t) * task.scale;
+    Real ex = math::exp2_nonpositive(x), ey = math::exp2_nonpositive(y);
+    sums.sum_s += ex;
+    sums.sum_t += ey;
+    sums.term += Policy::term(x, y, ex, ey);
+    if constexpr (kKeep) {
+      z.value[j] = ex;
+      t.value[j] = ey;
+    }
+  }
+  if (task.hard == CrossEntropy::kOwn) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      Real eh = math::exp2_nonpositive(shifted[j] * Real(math::kLog2E));
+      sums.sum_hard += eh;
+      if constexpr (kKeep) h.value[j] = eh;
+    }
+  }
+}
+
+// Of the elements that a place has, what label smoothing adds up.
+template <class T, class Index, class Real>
+__device__ __forceinline__ void add_smooth(RowSums<Real>& sums, const Vector<T>& z,
+                                           const Place<Index>& place) {
+#pragma unroll
+  for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j) {
+    if (place.holds(j)) {
+      sums.sum_z += widen(z.value[j]) - sums.max_s;
+      sums.count += Real(1);
+    }
+  }
+}
+
+// (v - max) * scale as one fma: v * scale - base. `error`, what rounding the base lost, is the same for all
+// elements, so that one factor makes their exponentials exact.
+struct Shift {
+  float scale, base, error;
+  __device__ __forceinline__ Shift(float max, float scale) : scale(scale), base(max * scale) {
+    error = math::fma(max, scale, -base);
+  }
+  __device__ __forceinline__ float operator()(float v) const { return math::fma(v, scale, -base); }
+  // Of |error| <= 2^-9 the third power is nothing. Not so beyond, or of no maximum.
+  __device__ __forceinline__ bool small() const { return fabsf(base) <= 65536.0f; }
+  // 2^-error
+  __device__ __forceinline__ float factor() const {
+    constexpr double square = math::kLn2 * math::kLn2 / 2;
+    return math::fma(error, math::fma(error, float(square), -float(math::kLn2)), 1.0f);
+  }
+};
+struct Shifts {
+  Shift s, t, hard;
+  __device__ __forceinline__ Shifts(const Task<float>& task, float max_s, float max_t)
+      : s(max_s, task.scale), t(max_t, task.scale), hard(max_s, float(math::kLog2E)) {}
+  __device__ __forceinline__ bool small() const { return s.small() && t.small() && hard.small(); }
+};
+
+// add() in fewer instructions, for sums whose exponents still lack the shifts' errors; terms are unguarded:
+// NaN where the guard would have made a difference.
+template <class Policy, class T>
+__device__ __forceinline__ void add_shifted(const Task<float>& task, RowSums<float>& sums,
+                                            const Shifts& shifts, const Vector<T>& z,
+                                            const Vector<T>& t) {
+  constexpr int kCount = 16 / sizeof(T);
+  float zs[kCount], ts[kCount];
+  widen_all(z, zs);
+  widen_all(t, ts);
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    float x = shifts.s(zs[j]), y = shifts.t(ts[j]);
+    float ex = math::exp2_nonpositive(x), ey = math::exp2_nonpositive(y);
+    sums.sum_s += ex;
+    sums.sum_t += ey;
+    sums.term = Policy::add_unguarded(sums.term, x, y, ex, ey);
+  }
+  if (task.hard == CrossEntropy::kOwn) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) sums.sum_hard += math::exp2_nonpositive(shifts.hard(zs[j]));
+  }
+}
+
+// Adds to `sums` a part that add_shifted made relative to the same maxima.
+template <class Policy>
+__device__ __forceinline__ void add_part(RowSums<float>& sums, const RowSums<float>& part,
+                                         const Shifts& shifts) {
+  float of_s = shifts.s.factor(), of_t = shifts.t.factor();
+  sums.sum_s = math::fma(of_s, part.sum_s, sums.sum_s);
+  sums.sum_t = math::fma(of_t, part.sum_t, sums.sum_t);
+  sums.term += Policy::moved(part, shifts.s.error, shifts.t.error, of_s, of_t);
+  sums.sum_hard = math::fma(shifts.hard.factor(), part.sum_hard, sums.sum_hard);
+}
+
+// The largest of many vectors' elements; 16-bit ones two at a time.
+template <class T>
+struct Largest {
+  T value = Lowest<T>::value;
+  __device__ __forceinline__ void add(const Vector<T>& x) {
+#pragma unroll
+    for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j)
+      value = Max::apply(x.value[j], value);
+  }
+  __device__ __forceinline__ T result() const { return value; }
+};
+template <class T, class Pair>
+struct LargestPair {
+  Pair value;
+  __device__ __forceinline__ LargestPair() {
+    narrow(-INFINITY, value.x);
+    narrow(-INFINITY, value.y);
+  }
+  __device__ __forceinline__ void add(const Vector<T>& x) {
+    Pair pairs[4];
+    memcpy(pairs, &x, sizeof pairs);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value = __hmax2(value, pairs[i]);
+  }
+  __device__ __forceinline__ float result() const {
+    return Max::apply(Max::apply(widen(value.x), widen(value.y)), Lowest<float>::value);
+  }
+};
+template <>
+struct Largest<__nv_bfloat16> : LargestPair<__nv_bfloat16, __nv_bfloat162> {};
+template <>
+struct Largest<__half> : LargestPair<__half, __half2> {};
+
+template <class Policy, class Real>
+__device__ __forceinline__ void rebase(const Task<Real>& task, RowSums<Real>& sums, Real max_s,
+                                       Real max_t) {
+  if (max_s > sums.max_s || max_t > sums.max_t) {
+    sums = math::rebase<Policy>(task.hard, sums, max_s, max_t, task.scale, Exp2Nonpositive());
+  }
+}
+
+// The sums of the parts of each `lanes` neighbouring lanes, in every one of them.
+template <class Policy, class Real>
+__device__ __forceinline__ RowSums<Real> merge_lanes(const Task<Real>& task,
+                                                     const RowSums<Real>& part, int lanes) {
+  Real maxima[2] = {part.max_s, part.max_t};
+  reduce_lanes<Max>(maxima, lanes);
+  RowSums<Real> row =
+      math::rebase<Policy>(task.hard, part, maxima[0], maxima[1], task.scale, Exp2Nonpositive());
+  Real sums[3] = {row.sum_s, row.sum_t, row.term}, hard[1] = {row.sum_hard};
+  Real smooth[2] = {row.sum_z, row.count};
+  reduce_lanes<Sum>(sums, lanes);
+  if (task.hard == CrossEntropy::kOwn) reduce_lanes<Sum>(hard, lanes);
+  if (task.smooth) reduce_lanes<Sum>(smooth, lanes);
+  return {maxima[0], maxima[1], sums[0], sums[1], sums[2], hard[0], smooth[0], smooth[1]};
+}
+
+// Blocks an SM that registers must allow.
+constexpr int row_blocks(bool held, int element_size) {
+  int threads = held ? held_max_threads(element_size) : kStreamThreads;
+  return (held ? 65536 / held_registers(element_size) : element_size == 8 ? 256 : 768) / threads;
+}
+
+constexpr int kHeldWarps = held_max_threads(2) / kWarp;
+
+template <class Real>
+struct alignas(16) Part {
+  RowSums<Real> sums;
+};
+
+// held, kHeld: a block or a cluster a row. A block's slice of the row is copied to shared memory at once,
+// in up to 4 groups (2 in fp64); while later groups are on their way the thread adds up the earlier ones. A
+// thread reads only what it copied, so no barrier guards the slots; the row's sums take one. fp64 keeps
+// exponentials in the slots, relative to the thread's maxima of the group, because computing them again
+// would outlast the memory traffic; narrower types compute them again. Bytes 1.00 times the least. 16 bits
+// and 32,000 classes: 4.2 special functions an element and 25 instructions in the loops (copy 2, maxima 2,
+// sums 11, gradient 10), or 6.2 and 32 with cross-entropy's own exponentials; then what is done once a row.
+// stream, else: a block a row, read from global memory in both passes.
+template <class T, class Policy, bool kHeld>
+__global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamThreads,
+                                  row_blocks(kHeld, sizeof(T)))
+    row_kernel(const __grid_constant__ DistillationParams p,
+               const __grid_constant__ Task<typename Compute<T>::type> task, int cluster,
+               int capacity) {
+  using Real = typename Compute<T>::type;
+  using Index = std::conditional_t<kHeld, int, int64_t>;
+  constexpr int kCount = 16 / sizeof(T);
+  constexpr bool kKeep = kHeld && sizeof(Real) == 8;
+  // Wider types in shared memory have the instructions to spare, and not the registers.
+  constexpr bool kShift = sizeof(T) == 2 || (sizeof(T) == 4 && !kHeld);
+  constexpr int kGroups = kKeep ? 2 : kHeld ? 4 : 1;
+  constexpr int kLeastSlots = 4;  // that pay for what is done once a group
+  extern __shared__ uint4 slots_shared[];
+  __shared__ Part<Real> parts[2][kHeldWarps];
+  // Kept by thread 0; the others read the factor after a row's barrier.
+  __shared__ double total;
+  __shared__ Real factor;
+  const int thread = threadIdx.x, threads = blockDim.x, rank = kHeld ? cluster_rank() : 0;
+  const int warps = threads / kWarp, lane = thread % kWarp, log_warps = 31 - __clz(warps);
+  Vector<T>* z_slots = reinterpret_cast<Vector<T>*>(slots_shared) + thread;
+  Vector<T>* t_slots = z_slots + capacity * threads + kEdges;
+  Vector<T>* h_slots = t_slots + capacity * threads + kEdges;
+  if (thread == 0) {
+    total = 0;
+    factor = task.factor(p);
+  }
+  int turn = 0;
+  bool arrived = false;
+
+  const int64_t first = blockIdx.x / cluster, stride = gridDim.x / cluster;
+  for (int64_t r = first; r < p.rows; r += stride) {
+    const Row<Real> row = read_row<Real>(p, r);
+    const T* z_row = static_cast<const T*>(p.student) + r * p.student_stride;
+    const T* t_row = static_cast<const T*>(p.teacher) + r * p.teacher_stride;
+    T* g_row =
+        p.gradient != nullptr ? static_cast<T*>(p.gradient) + r * p.gradient_stride : nullptr;
+    const Span<T, Index> span(z_row, t_row, g_row, static_cast<Index>(p.classes));
+    Index share = (span.body + cluster - 1) / cluster;
+    share += share % 2;  // as in held_plan: whole sectors
+    const Index begin = rank * share < span.body ? rank * share : span.body;
+    const Index end = begin + share < span.body ? begin + share : span.body;
+    // This thread's slots with something in them: `mine` of the body (the first may be the one that is none,
+    // and is passed over), then at most one with an element of the row's head or tail.
+    const Index own =
+        span.vectors ? end - begin : min(end * kCount, span.elements) - begin * kCount;
+    const int log_step = 31 - __clz(span.vectors ? threads : threads * kCount);
+    const int mine = own > thread ? static_cast<int>((own - thread - 1) >> log_step) + 1 : 0;
+    const int skip = !kKeep && span.vectors && begin + thread < span.skew;
+    const Place<Index> edge = edge_place(span, thread & (kEdges - 1));
+    const int slots = mine + (rank == 0 && thread < kEdges && !edge.empty());
+    auto place = [&](int s) {
+      return s < mine ? body_place(span, begin, end, s, thread, threads) : edge;
+    };
+    // Slots up to here are whole vectors, those from `skip` on; where they start.
+    const int whole = !kKeep && span.vectors ? mine : 0;
+    const Index at_first = span.head + (begin + thread - span.skew) * kCount;
+    auto at = [&](int s) { return at_first + static_cast<Index>(s) * (threads * kCount); };
+
+    if (row.skipped()) {
+      if (thread == 0 && rank == 0) total += row.emit(p, r, Real(0));
+      if (g_row == nullptr) continue;
+      Vector<T> zero;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) narrow(Real(0), zero.value[j]);
+#pragma unroll 1
+      for (int s = 0; s < slots; ++s) store(g_row, place(s), zero);
+      continue;
+    }
+
+    int group_slots = (slots + kGroups - 1) / kGroups;
+    if constexpr (kShift) group_slots = max(group_slots, kLeastSlots);
+    if constexpr (kHeld) {
+#pragma unroll 1
+      for (int g = 0; g < kGroups; ++g) {
+        const int to = min(slots, (g + 1) * group_slots), to_whole = min(to, whole);
+        int s = max(skip, g * group_slots);
+#pragma unroll 1
+        for (; s < to_whole; ++s) {
+          copy_async(z_slots + s * threads, z_row + at(s));
+          copy_async(t_slots + s * threads, t_row + at(s));
+        }
+#pragma unroll 1
+        for (; s < to; ++s) {
+          auto here = place(s);
+          if (kKeep && here.template whole<kCount>()) {
+            copy_async(z_slots + s * threads, z_row + here.first);
+            copy_async(t_slots + s * threads, t_row + here.first);
+          } else {
+            z_slots[s * threads] = load(z_row, here);
+            t_slots[s * threads] = load(t_row, here);
+          }
+        }
+        commit_copies();
+      }
+    }
+    const Real label_z =
+        task.hard != CrossEntropy::kNone ? static_cast<Real>(widen(z_row[row.label])) : Real(0);
+
+    RowSums<Real> sums = {Lowest<Real>::value, Lowest<Real>::value, 0, 0, 0, 0, 0, 0};
+    Real group_max_s[kGroups], group_max_t[kGroups];
+    if constexpr (kHeld) {
+#pragma unroll 1
+      for (int g = 0; g < kGroups; ++g) {
+        if (g == kGroups - 4) wait_copies<3>();
+        if (g == kGroups - 3) wait_copies<2>();
+        if (g == kGroups - 2) wait_copies<1>();
+        if (g == kGroups - 1) wait_copies<0>();
+        const int from = max(skip, g * group_slots), to = min(slots, (g + 1) * group_slots);
+        if (kShift && from >= to) continue;
+        Largest<T> largest_s, largest_t;
+#pragma unroll 2
+        for (int s = from; s < to; ++s) {
+          Vector<T> z = z_slots[s * threads], t = t_slots[s * threads];
+          largest_s.add(z);
+          largest_t.add(t);
+        }
+        const Real max_s = Max::apply(largest_s.result(), sums.max_s);
+        const Real max_t = Max::apply(largest_t.result(), sums.max_t);
+        rebase<Policy>(task, sums, max_s, max_t);
+        if (task.smooth) {
+#pragma unroll 1
+          for (int s = from; s < to; ++s)
+            add_smooth(sums, Vector<T>(z_slots[s * threads]), place(s));
+        }
+        bool added = false;
+        if constexpr (kKeep) {
+#pragma unroll
+          for (int i = 0; i < kGroups; ++i) {
+            group_max_s[i] = i == g ? max_s : group_max_s[i];
+            group_max_t[i] = i == g ? max_t : group_max_t[i];
+          }
+        }
+        if constexpr (kShift) {
+          const Shifts shifts(task, max_s, max_t);
+          if (shifts.small()) {
+            RowSums<Real> part = {max_s, max_t, 0, 0, 0, 0, 0, 0};
+#pragma unroll 1
+            for (int s = from; s < to; ++s) {
+              const Vector<T> z = z_slots[s * threads], t = t_slots[s * threads];
+              add_shifted<Policy>(task, part, shifts, z, t);
+            }
+            added = part.term == part.term;
+            if (added) add_part<Policy>(sums, part, shifts);
+          }
+        }
+        if (!added) {
+#pragma unroll 1
+          for (int s = from; s < to; ++s) {
+            Vector<T> z = z_slots[s * threads], t = t_slots[s * threads], h;
+            add<Policy, kKeep>(task, sums, z, t, h);
+            if constexpr (kKeep) {
+              z_slots[s * threads] = z;
+              t_slots[s * threads] = t;
+              if (task.hard == CrossEntropy::kOwn) h_slots[s * threads] = h;
+            }
+          }
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int s = 0; s < slots; ++s) {
+        auto here = place(s);
+        Vector<T> z = load(z_row, here), t = load(t_row, here), h;
+        Largest<T> largest_s, largest_t;
+        largest_s.add(z);
+        largest_t.add(t);
+        rebase<Policy>(task, sums, Max::apply(largest_s.result(), sums.max_s),
+                       Max::apply(largest_t.result(), sums.max_t));
+        add<Policy, false>(task, sums, z, t, h);
+        if (task.smooth) add_smooth(sums, z, here);
+      }
+    }
+
+    // Every warp merges the parts of all warps of the cluster. Two turns of parts: who writes the next
+    // row's has passed that row's barrier after all have read this row's.
+    sums = merge_lanes<Policy>(task, sums, kWarp);
+    if (lane == 0) parts[turn][thread / kWarp].sums = sums;
+    if (cluster > 1) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
+    const int count = warps * cluster;  // a power of two
+    auto part = [&](int i) {
+      const Part<Real>* at = &parts[turn][i & (warps - 1)];
+      return cluster > 1 ? read_peer(at, i >> log_warps).sums : at->sums;
+    };
+    sums = part(lane & (count - 1));
+    for (int i = lane + kWarp; i < count; i += kWarp)
+      sums = math::merge<Policy>(task.hard, sums, part(i), task.scale, Exp2Nonpositive());
+    if (cluster > 1 && r + stride >= p.rows) {
+      cluster_arrive();
+      arrived = true;
+    }
+    turn ^= 1;
+    sums = merge_lanes<Policy>(task, sums, min(count, kWarp));
+    RowResult<Real> result =
+        math::finish_row<Policy>(task.hard, sums, task.inv_classes, task.temperature, task.alpha,
+                                 task.smoothing, label_z - sums.max_s, row.weight * factor);
+    if (thread == 0 && rank == 0) total += row.emit(p, r, result.loss);
+    if (g_row == nullptr) continue;
+
+    auto gradient_at = [&](Real z, Real t) {
+      Real g = -result.uniform;
+      if (task.hard == CrossEntropy::kOwn) {
+        Real eh = math::exp2_nonpositive((z - sums.max_s) * Real(math::kLog2E));
+        g = math::fma(result.of_hard, eh, g);
+      }
+      Real ex = math::exp2_nonpositive((z - sums.max_s) * task.scale);
+      Real ey = math::exp2_nonpositive((t - sums.max_t) * task.scale);
+      return math::fma(result.of_ex, ex, math::fma(result.of_ey, ey, g));
+    };
+    int done = 0;  // slots whose gradient is written
+    if constexpr (kShift) {
+      const Shifts shifts(task, sums.max_s, sums.max_t);
+      if (shifts.small()) {
+        const Real of_ex = result.of_ex * shifts.s.factor();
+        const Real of_ey = result.of_ey * shifts.t.factor();
+        const Real of_hard = result.of_hard * shifts.hard.factor();
+#pragma unroll 1
+        for (int s = skip; s < whole; ++s) {
+          Vector<T> z, t, out;
+          if constexpr (kHeld) {
+            z = z_slots[s * threads];
+            t = t_slots[s * threads];
+          } else {
+            z = *reinterpret_cast<const Vector<T>*>(z_row + at(s));
+            t = *reinterpret_cast<const Vector<T>*>(t_row + at(s));
+          }
+          Real zs[kCount], ts[kCount], gradient[kCount];
+          widen_all(z, zs);
+          widen_all(t, ts);
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            Real ex = math::exp2_nonpositive(shifts.s(zs[j]));
+            Real ey = math::exp2_nonpositive(shifts.t(ts[j]));
+            gradient[j] = math::fma(of_ex, ex, math::fma(of_ey, ey, -result.uniform));
+          }
+          if (task.hard == CrossEntropy::kOwn) {
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) {
+              Real eh = math::exp2_nonpositive(shifts.hard(zs[j]));
+              gradient[j] = math::fma(of_hard, eh, gradient[j]);
+            }
+          }
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) narrow(gradient[j], out.value[j]);
+          *reinterpret_cast<Vector<T>*>(g_row + at(s)) = out;
+        }
+        done = whole;
+      }
+    }
+#pragma unroll 1
+    for (int g = 0; g < kGroups; ++g) {
+      // What brings a group's kept exponentials to the row's maxima.
+      Real of_ex = result.of_ex, of_ey = result.of_ey, of_hard = result.of_hard;
+      if constexpr (kKeep) {
+        Real max_s = group_max_s[0], max_t = group_max_t[0];
+#pragma unroll
+        for (int i = 1; i < kGroups; ++i) {
+          max_s = i == g ? group_max_s[i] : max_s;
+          max_t = i == g ? group_max_t[i] : max_t;
+        }
+        of_ex *= math::exp2_nonpositive((max_s - sums.max_s) * task.scale);
+        of_ey *= math::exp2_nonpositive((max_t - sums.max_t) * task.scale);
+        of_hard *= math::exp2_nonpositive((max_s - sums.max_s) * Real(math::kLog2E));
+      }
+      const int from = kKeep ? max(skip, g * group_slots) : max(skip, done);
+      const int to = kKeep ? min(slots, (g + 1) * group_slots) : slots;
+#pragma unroll 1
+      for (int s = from; s < to; ++s) {
+        auto here = place(s);
+        Vector<T> z, t, h, out;
+        if constexpr (kHeld) {
+          z = z_slots[s * threads];
+          t = t_slots[s * threads];
+          if (kKeep && task.hard == CrossEntropy::kOwn) h = h_slots[s * threads];
+        } else {
+          z = load(z_row, here);
+          t = load(t_row, here);
+        }
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          Real g;
+          if constexpr (kKeep) {
+            g = task.hard == CrossEntropy::kOwn ? math::fma(of_hard, h.value[j], -result.uniform)
+                                                : -result.uniform;
+            g = math::fma(of_ex, z.value[j], math::fma(of_ey, t.value[j], g));
+          } else {
+            g = gradient_at(widen(z.value[j]), widen(t.value[j]));
+          }
+          narrow(g, out.value[j]);
+        }
+        if constexpr (kKeep) {
+#pragma unroll
+          for (int j = 0; j < kCount; ++j) {
+            if (here.at(j) == row.label) out.value[j] -= result.at_label;
+          }
+        }
+        store(g_row, here, out);
+      }
+      if constexpr (!kKeep) break;
+    }
+    // The label's share: the thread that wrote the label's element writes it again.
+    if (!kKeep && task.hard != CrossEntropy::kNone) {
+      const Index label = static_cast<Index>(row.label);
+      const Index member =
+          span.vectors ? (label - span.head) / kCount + span.skew - begin : label - begin * kCount;
+      const bool in_body = label >= span.head && member >= 0 && member < own;
+      if (in_body ? (member & (threads - 1)) == thread : slots > mine && label == edge.first)
+        narrow(gradient_at(label_z, widen(t_row[label])) - result.at_label, g_row[label]);
+    }
+  }
+  if (thread == 0 && rank == 0 && task.partial != nullptr) task.partial[first] = total;
+  // A block stays while others of its cluster may read its parts.
+  if (cluster > 1) {
+    if (!arrived) cluster_arrive();
+    cluster_wait();
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace kdkernels

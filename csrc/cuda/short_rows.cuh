@@ -1,0 +1,382 @@
+// Rows that registers hold: the walks tile and warp of cuda/plan.h.
+#pragma once
+
+#include "cuda/row.cuh"
+
+namespace kdkernels {
+namespace cuda {
+namespace {
+
+// visit(k) for the elements of the first `chunks` of kChunks chunks of kChunk, then for kEdge more; k is
+// known to the compiler, as registers need.
+template <int kChunks, int kChunk, int kEdge, class Visit>
+__device__ __forceinline__ void visit_chunks(int chunks, Visit visit) {
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    if (c < chunks) {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) visit(c * kChunk + j);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kEdge; ++j) visit(kChunks * kChunk + j);
+}
+
+template <class Real>
+struct Solved : RowResult<Real> {
+  Real max_s, max_t;
+};
+
+// One row in the registers of `lanes` neighbouring lanes: z and t come as logits, -inf where a lane has no
+// element, and z goes as the gradient but for the label's own share, result.at_label. An element's
+// exponentials are computed once; cross-entropy's own and, beside it, the student's twice. kChunks chunks of
+// kChunk elements, of which the first `chunks` are in use, then kEdge elements; valid(k) tells elements from
+// padding.
+template <class Policy, int kChunks, int kChunk, int kEdge, class Real, class Valid>
+__device__ __forceinline__ Solved<Real> solve(const Task<Real>& task, Real label_z, Real factor,
+                                              bool want_gradient, int chunks, int lanes,
+                                              Real (&z)[kChunks * kChunk + kEdge],
+                                              Real (&t)[kChunks * kChunk + kEdge], Valid valid) {
+  auto each = [&](auto visit) { visit_chunks<kChunks, kChunk, kEdge>(chunks, visit); };
+  const bool own = task.hard == CrossEntropy::kOwn;
+  Real maxima[2] = {Lowest<Real>::value, Lowest<Real>::value};
+  each([&](int k) {
+    maxima[0] = Max::apply(z[k], maxima[0]);
+    maxima[1] = Max::apply(t[k], maxima[1]);
+  });
+  reduce_lanes<Max>(maxima, lanes);
+
+  Real sums[3] = {0, 0, 0}, hard_sums[2] = {0, 0};
+  if (task.smooth) {
+    each([&](int k) { hard_sums[1] += valid(k) ? z[k] - maxima[0] : Real(0); });
+  }
+  if (own) {
+    each([&](int k) {
+      z[k] -= maxima[0];
+      hard_sums[0] += math::exp2_nonpositive(z[k] * Real(math::kLog2E));
+    });
+  }
+  if (own || task.smooth) reduce_lanes<Sum>(hard_sums, lanes);
+  auto sum = [&](int k, Real shifted) {
+    Real x = shifted * task.scale, y = (t[k] - maxima[1]) * task.scale;
+    Real ex = math::exp2_nonpositive(x), ey = math::exp2_nonpositive(y);
+    sums[0] += ex;
+    sums[1] += ey;
+    sums[2] += Policy::term(x, y, ex, ey);
+    t[k] = ey;
+    return ex;
+  };
+  if (own) {
+    each([&](int k) { sum(k, z[k]); });
+  } else {
+    each([&](int k) { z[k] = sum(k, z[k] - maxima[0]); });
+  }
+  reduce_lanes<Sum>(sums, lanes);
+
+  RowSums<Real> row = {maxima[0], maxima[1],    sums[0],      sums[1],
+                       sums[2],   hard_sums[0], hard_sums[1], Real(0)};
+  Solved<Real> result = {
+      math::finish_row<Policy>(task.hard, row, task.inv_classes, task.temperature, task.alpha,
+                               task.smoothing, label_z - maxima[0], factor),
+      maxima[0], maxima[1]};
+  if (!want_gradient) return result;
+  if (own) {
+    each([&](int k) {
+      Real ex = math::exp2_nonpositive(z[k] * task.scale);
+      Real eh = math::exp2_nonpositive(z[k] * Real(math::kLog2E));
+      Real g = math::fma(result.of_hard, eh, -result.uniform);
+      z[k] = math::fma(result.of_ex, ex, math::fma(result.of_ey, t[k], g));
+    });
+  } else {
+    each([&](int k) {
+      z[k] = math::fma(result.of_ex, z[k], math::fma(result.of_ey, t[k], -result.uniform));
+    });
+  }
+  return result;
+}
+
+// One partial sum of losses a block, from the threads' own.
+__device__ __forceinline__ void emit_partial(double* partial, double total) {
+  __shared__ double shared[kTileThreads / kWarp];
+  double sum[1] = {total};
+  reduce<Sum, kTileThreads>(sum, shared);
+  if (threadIdx.x == 0 && partial != nullptr) partial[blockIdx.x] = sum[0];
+}
+static_assert(kTileThreads == kWarpThreads);
+
+// Blocks an SM that registers must allow.
+constexpr int kWarpBlocks = 4;
+constexpr int tile_blocks(int element_size) { return element_size == 8 ? 3 : 4; }
+
+// tile. A block copies a run of whole rows to shared memory as one flat image: global accesses are 16 bytes
+// whatever the rows' own alignment, and a row's few lanes find its elements anywhere. The gradient goes back
+// the same way, over the student's image. Bytes 1.00 times the least, 2 special functions an element (5 with
+// cross-entropy's own), about 63 instructions at 128 classes and more below, since each lane finishes its
+// row: memory binds in fp32, instructions by about a fifth in 16 bits.
+template <class T, class Policy>
+__global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
+    tile_kernel(const __grid_constant__ DistillationParams p,
+                const __grid_constant__ Task<typename Compute<T>::type> task, int lanes,
+                int tile_rows) {
+  using Real = typename Compute<T>::type;
+  constexpr int kCount = 16 / sizeof(T), kChunk = 2, kChunks = kTileLaneElements / kChunk;
+  __shared__ Vector<T> z_shared[kTileElements / kCount + 1], t_shared[kTileElements / kCount + 1];
+  const int classes = static_cast<int>(p.classes), thread = threadIdx.x;
+  const int lane = thread & (lanes - 1), group = thread / lanes, groups = kTileThreads / lanes;
+  const int chunks = (classes + lanes * kChunk - 1) / (lanes * kChunk);
+  const bool want_gradient = p.gradient != nullptr;
+  const bool flat = p.student_stride == classes && p.teacher_stride == classes &&
+                    (!want_gradient || p.gradient_stride == classes);
+  const Real factor = task.factor(p);
+  // i / classes is i * reciprocal / 2^20: exact as long as i * classes is at most 2^20.
+  const unsigned reciprocal = (1u << 20) / static_cast<unsigned>(classes) + 1;
+  static_assert(kTileElements * kTileClasses <= (1 << 20));
+  // Rows whose first elements share a bank start at different columns: a power of two of classes would have
+  // all lanes in one bank.
+  constexpr int kRound = 128 / sizeof(T), kWord = sizeof(T) < 4 ? 4 / sizeof(T) : 1;
+  const int common = min(classes & -classes, kRound);
+  const int in_warp = group & (kWarp / lanes - 1);
+  const int rotation = lane + (in_warp * common / kRound * max(lanes, kWord) & (common - 1));
+  const int lane_elements = (classes - lane + lanes - 1) / lanes;
+  double total = 0;
+
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * tile_rows; first < p.rows;
+       first += static_cast<int64_t>(gridDim.x) * tile_rows) {
+    const int rows = p.rows - first < tile_rows ? static_cast<int>(p.rows - first) : tile_rows;
+    const T* z_tile = static_cast<const T*>(p.student) + first * p.student_stride;
+    const T* t_tile = static_cast<const T*>(p.teacher) + first * p.teacher_stride;
+    T* g_tile = want_gradient ? static_cast<T*>(p.gradient) + first * p.gradient_stride : nullptr;
+    const Span<T, int> span(z_tile, t_tile, g_tile, rows * classes);
+    const bool vectors = flat && span.vectors;
+    const int vector_count = span.body - span.skew;
+    const Place<int> edge = edge_place(span, thread & (kEdges - 1));
+    const bool has_edge = vectors && thread < kEdges && !edge.empty();
+    // The body's vectors keep their alignment.
+    const int shift = vectors ? (kCount - span.head) & (kCount - 1) : 0;
+    T *z_image = z_shared[0].value + shift, *t_image = t_shared[0].value + shift;
+
+    if (vectors) {
+#pragma unroll 4
+      for (int v = thread - span.skew; v < vector_count; v += kTileThreads) {
+        if (v < 0) continue;
+        int i = span.head + v * kCount;
+        copy_async(z_image + i, z_tile + i);
+        copy_async(t_image + i, t_tile + i);
+      }
+      commit_copies();
+      if (has_edge) {
+        z_image[edge.first] = z_tile[edge.first];
+        t_image[edge.first] = t_tile[edge.first];
+      }
+      wait_copies<0>();
+    } else {
+#pragma unroll 4
+      for (int i = thread; i < span.elements; i += kTileThreads) {
+        int row = static_cast<int>(static_cast<unsigned>(i) * reciprocal >> 20);
+        int column = i - row * classes;
+        z_image[i] = z_tile[row * p.student_stride + column];
+        t_image[i] = t_tile[row * p.teacher_stride + column];
+      }
+    }
+    __syncthreads();
+
+#pragma unroll 1
+    for (int round = 0; round < tile_rows; round += groups) {
+      const int in_tile = round + group, start = in_tile * classes;
+      const bool live = in_tile < rows;
+      Row<Real> row = {-1, Real(0), true, false};
+      if (live) row = read_row<Real>(p, first + in_tile);
+      const int mine = live ? lane_elements : 0;
+      auto valid = [&](int k) { return k < mine; };
+      // Less than twice `classes`, so that of it and of what remains after one turn the lesser is right.
+      auto column = [&](int k) {
+        unsigned turned = static_cast<unsigned>(rotation + k * lanes);
+        return static_cast<int>(min(turned, turned - static_cast<unsigned>(classes)));
+      };
+      Real z[kTileLaneElements], t[kTileLaneElements];
+      auto each = [&](auto visit) { visit_chunks<kChunks, kChunk, 0>(chunks, visit); };
+      each([&](int k) {
+        z[k] = t[k] = -Real(INFINITY);
+        if (valid(k)) {
+          z[k] = widen(z_image[start + column(k)]);
+          t[k] = widen(t_image[start + column(k)]);
+        }
+      });
+      const bool labelled = task.hard != CrossEntropy::kNone && !row.skipped();
+      const int label = labelled ? static_cast<int>(row.label) : 0;
+      Real label_z = labelled ? widen(z_image[start + label]) : Real(0);
+      const Solved<Real> result = solve<Policy, kChunks, kChunk, 0>(
+          task, label_z, row.weight * factor, want_gradient, chunks, lanes, z, t, valid);
+      if (live && lane == 0) total += row.emit(p, first + in_tile, result.loss);
+      if (!want_gradient) continue;
+      // The label's element, once more and with its share: no lane looks for it among its own.
+      T at_label;
+      if (labelled) {
+        Real ex = math::exp2_nonpositive((label_z - result.max_s) * task.scale);
+        Real ey =
+            math::exp2_nonpositive((widen(t_image[start + label]) - result.max_t) * task.scale);
+        Real eh = math::exp2_nonpositive((label_z - result.max_s) * Real(math::kLog2E));
+        Real g = task.hard == CrossEntropy::kOwn ? math::fma(result.of_hard, eh, -result.uniform)
+                                                 : -result.uniform;
+        g = math::fma(result.of_ex, ex, math::fma(result.of_ey, ey, g));
+        narrow(g - result.at_label, at_label);
+      }
+      __syncwarp();  // all lanes have read the label's logit
+      if (row.skipped()) {
+#pragma unroll
+        for (int k = 0; k < kTileLaneElements; ++k) z[k] = 0;
+      }
+      each([&](int k) {
+        if (valid(k)) narrow(z[k], z_image[start + column(k)]);
+      });
+      __syncwarp();
+      if (labelled && lane == 0) z_image[start + label] = at_label;
+    }
+    __syncthreads();
+
+    if (want_gradient && vectors) {
+#pragma unroll 4
+      for (int v = thread - span.skew; v < vector_count; v += kTileThreads) {
+        if (v < 0) continue;
+        int i = span.head + v * kCount;
+        *reinterpret_cast<Vector<T>*>(g_tile + i) = *reinterpret_cast<Vector<T>*>(z_image + i);
+      }
+      if (has_edge) g_tile[edge.first] = z_image[edge.first];
+    } else if (want_gradient) {
+#pragma unroll 4
+      for (int i = thread; i < span.elements; i += kTileThreads) {
+        int row = static_cast<int>(static_cast<unsigned>(i) * reciprocal >> 20);
+        g_tile[row * p.gradient_stride + i - row * classes] = z_image[i];
+      }
+    }
+    __syncthreads();
+  }
+  emit_partial(task.partial, total);
+}
+
+// warp. A warp reads a row into registers, 16 bytes a lane and access; a lane has at most one element of its
+// head or tail. Bytes 1.00 times the least, 2 special functions an element (5 with cross-entropy's own),
+// about 30 instructions at 1000 classes.
+template <class T, class Policy>
+__global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
+    warp_kernel(const __grid_constant__ DistillationParams p,
+                const __grid_constant__ Task<typename Compute<T>::type> task) {
+  using Real = typename Compute<T>::type;
+  constexpr int kCount = 16 / sizeof(T), kSlots = kWarpClasses / kWarp / kCount;
+  constexpr int kElements = kSlots * kCount;
+  const int lane = threadIdx.x % kWarp, classes = static_cast<int>(p.classes);
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (kWarpThreads / kWarp);
+  const Real factor = task.factor(p);
+  double total = 0;
+
+  for (int64_t r = static_cast<int64_t>(blockIdx.x) * (kWarpThreads / kWarp) + threadIdx.x / kWarp;
+       r < p.rows; r += warps) {
+    const Row<Real> row = read_row<Real>(p, r);
+    const T* z_row = static_cast<const T*>(p.student) + r * p.student_stride;
+    const T* t_row = static_cast<const T*>(p.teacher) + r * p.teacher_stride;
+    T* g_row =
+        p.gradient != nullptr ? static_cast<T*>(p.gradient) + r * p.gradient_stride : nullptr;
+    Span<T, int> span(z_row, t_row, g_row, classes);
+    if (span.body > kSlots * kWarp) {  // no room for the skew
+      span.body -= span.skew;
+      span.skew = 0;
+    }
+    const Place<int> edge = edge_place(span, lane);
+    const bool has_edge = lane < kEdges && !edge.empty();
+    const int slots = (span.body + kWarp - 1) / kWarp;
+    auto place = [&](int s) { return body_place(span, 0, span.body, s, lane, kWarp); };
+
+    if (row.skipped()) {
+      if (lane == 0) total += row.emit(p, r, Real(0));
+      if (g_row == nullptr) continue;
+      Vector<T> zero;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) narrow(Real(0), zero.value[j]);
+#pragma unroll 1
+      for (int s = 0; s < slots; ++s) store(g_row, place(s), zero);
+      if (has_edge) g_row[edge.first] = zero.value[0];
+      continue;
+    }
+    // Element k of this lane is at first + offset(k): neighbours within a vector, or 32 elements apart.
+    const int first = span.vectors ? span.head + (lane - span.skew) * kCount : lane;
+    auto valid = [&](int k) {
+      if (k == kElements) return has_edge;
+      if (!span.vectors) return first + k * kWarp < classes;
+      const int item = lane + k / kCount * kWarp;
+      return item >= span.skew && item < span.body;
+    };
+    Real z[kElements + 1], t[kElements + 1];
+    z[kElements] = has_edge ? widen(z_row[edge.first]) : -Real(INFINITY);
+    t[kElements] = has_edge ? widen(t_row[edge.first]) : -Real(INFINITY);
+    if (span.vectors) {
+      Vector<T> z_slot[kSlots], t_slot[kSlots];
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          narrow(-INFINITY, z_slot[s].value[j]);
+          narrow(-INFINITY, t_slot[s].value[j]);
+        }
+        if (valid(s * kCount)) {
+          z_slot[s] = *reinterpret_cast<const Vector<T>*>(z_row + first + s * kWarp * kCount);
+          t_slot[s] = *reinterpret_cast<const Vector<T>*>(t_row + first + s * kWarp * kCount);
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) {
+        Real z_wide[kCount], t_wide[kCount];
+        widen_all(z_slot[s], z_wide);
+        widen_all(t_slot[s], t_wide);
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          z[s * kCount + j] = z_wide[j];
+          t[s * kCount + j] = t_wide[j];
+        }
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kElements; ++k) {
+        z[k] = t[k] = -Real(INFINITY);
+        if (valid(k)) {
+          z[k] = widen(z_row[first + k * kWarp]);
+          t[k] = widen(t_row[first + k * kWarp]);
+        }
+      }
+    }
+    Real label_z = task.hard != CrossEntropy::kNone ? widen(z_row[row.label]) : Real(0);
+    const Solved<Real> result = solve<Policy, kSlots, kCount, 1>(
+        task, label_z, row.weight * factor, g_row != nullptr, slots, kWarp, z, t, valid);
+    if (lane == 0) total += row.emit(p, r, result.loss);
+    if (g_row == nullptr) continue;
+    // In place: the label's logit is read before any lane writes.
+    __syncwarp();
+    const int label = static_cast<int>(row.label);
+    if (has_edge)
+      narrow(z[kElements] - (edge.first == label ? result.at_label : Real(0)), g_row[edge.first]);
+    if (span.vectors) {
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) {
+        if (!valid(s * kCount)) continue;
+        int at = first + s * kWarp * kCount;
+        Vector<T> g;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          Real own = at + j == label ? result.at_label : Real(0);
+          narrow(z[s * kCount + j] - own, g.value[j]);
+        }
+        *reinterpret_cast<Vector<T>*>(g_row + at) = g;
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kElements; ++k) {
+        int at = first + k * kWarp;
+        if (valid(k)) narrow(z[k] - (at == label ? result.at_label : Real(0)), g_row[at]);
+      }
+    }
+  }
+  emit_partial(task.partial, total);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace kdkernels
