@@ -23,13 +23,6 @@ T as(Bits bits) {
 uint32_t bits_of(float x) { return as<uint32_t>(x); }
 uint64_t bits_of(double x) { return as<uint64_t>(x); }
 
-bool has(const Instruction& ins, const char* word) {
-  for (const std::string& w : ins.words) {
-    if (w == word) return true;
-  }
-  return false;
-}
-
 class RoundingScope {
  public:
   explicit RoundingScope(Rounding mode) : changed_(mode != Rounding::rn) {
@@ -1315,6 +1308,10 @@ Handler by_bits(Type type) {
 }
 
 }  // namespace
+
+uint16_t half_sum(Type type, uint16_t a, uint16_t b) {
+  return narrow(type, sum_to_odd(widen(type, a), widen(type, b)));
+}
 
 Handler arithmetic_handler(Instruction& ins) {
   const std::string& name = ins.words[0];

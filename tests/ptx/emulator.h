@@ -10,6 +10,7 @@
 // Source of the semantics: NVIDIA, "Parallel Thread Execution ISA", version 9.0.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -414,8 +415,14 @@ Handler memory_handler(Instruction& ins);
 Handler synchronize_handler(Instruction& ins);
 
 std::string describe(const Instruction& ins);
+// Whether a word is among the opcode and its modifiers.
+inline bool has(const Instruction& ins, const char* word) {
+  return std::find(ins.words.begin(), ins.words.end(), word) != ins.words.end();
+}
+// Of f16 or bf16, rounded once.
+uint16_t half_sum(Type type, uint16_t a, uint16_t b);
 // Makes the callee's frame of a call, its registers and places; frames are kept for the next call from there.
-Frame& enter(Warp& warp, Frame& parent, uint32_t pc, Function& function);
+Frame& enter(Frame& parent, uint32_t pc, Function& function);
 std::unique_ptr<Frame> new_frame(Function& function, Frame* parent, uint64_t local_base);
 // What a warp did so far is before whatever joins `clock` later.
 void publish(Warp& warp, std::vector<uint32_t>& clock);

@@ -175,8 +175,7 @@ std::unique_ptr<Frame> new_frame(Function& function, Frame* parent, uint64_t loc
   return frame;
 }
 
-Frame& enter(Warp& warp, Frame& parent, uint32_t pc, Function& function) {
-  (void)warp;
+Frame& enter(Frame& parent, uint32_t pc, Function& function) {
   auto& frame = parent.callees[pc];
   if (frame == nullptr) {
     frame = new_frame(function, &parent,

@@ -263,11 +263,8 @@ Status store(Context& c) {
 // 8 x 8 matrices of 16-bit elements: lane 8 j + r holds the address of row r of matrix j, 16 bytes;
 // lane i holds elements 2 (i % 4) and the next of row i / 4 of each matrix, or transposed.
 Status matrix(Context& c) {
-  auto says = [&](const char* word) {
-    return std::find(c.ins.words.begin(), c.ins.words.end(), word) != c.ins.words.end();
-  };
-  bool loads = c.ins.words[0] == "ldmatrix", transposed = says("trans");
-  int n = says("x4") ? 4 : says("x2") ? 2 : 1;
+  bool loads = c.ins.words[0] == "ldmatrix", transposed = has(c.ins, "trans");
+  int n = has(c.ins, "x4") ? 4 : has(c.ins, "x2") ? 2 : 1;
   if (c.active != kAllLanes) fault(c, 0, "inactive lanes", "all lanes must execute it");
   uint64_t address[kLanes];
   address_lanes(c, c.operand(loads ? 1 : 0), address);
@@ -298,36 +295,6 @@ Status matrix(Context& c) {
 enum AtomicOp { kAdd, kMin, kMax, kInc, kDec, kAnd, kOr, kXor, kExch, kCas };
 const char* const kAtomicNames[] = {"add", "min", "max", "inc",  "dec",
                                     "and", "or",  "xor", "exch", "cas"};
-
-float half_to_float(Type t, uint16_t h) {
-  if (t == Type::bf16 || t == Type::bf16x2) {
-    uint32_t bits = static_cast<uint32_t>(h) << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-  }
-  _Float16 x;
-  std::memcpy(&x, &h, 2);
-  return static_cast<float>(x);
-}
-
-// Sums of two 16-bit floats are exact in fp64, so they are rounded once.
-uint16_t half_sum(Type t, uint16_t a, uint16_t b) {
-  if (t == Type::bf16 || t == Type::bf16x2) {
-    float x = half_to_float(t, a), y = half_to_float(t, b), s = x + y;
-    if (s != s) return 0x7FFF;
-    // Round to odd in fp32 before bf16's own rounding.
-    double exact = static_cast<double>(x) + static_cast<double>(y);
-    uint32_t bits;
-    std::memcpy(&bits, &s, 4);
-    if (static_cast<double>(s) != exact && !(bits & 1)) bits += (exact > s) == (s > 0) ? 1 : -1;
-    return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-  }
-  _Float16 s = static_cast<_Float16>(half_to_float(t, a) + half_to_float(t, b));
-  uint16_t h;
-  std::memcpy(&h, &s, 2);
-  return s != s ? 0x7FFF : h;
-}
 
 template <class T>
 T integer_atomic(int op, T old, T b, T e) {

@@ -6,10 +6,6 @@
 namespace ptx {
 namespace {
 
-bool has(const Instruction& ins, const char* word) {
-  return std::find(ins.words.begin(), ins.words.end(), word) != ins.words.end();
-}
-
 void drop_empty(Warp& warp, size_t split) {
   if (warp.splits[split].mask == 0)
     warp.splits.erase(warp.splits.begin() + static_cast<std::ptrdiff_t>(split));
@@ -118,7 +114,7 @@ Status call(Context& c) {
     return Status::kNext;
   }
   uint32_t pc = c.warp.splits[c.split].pc;
-  Frame& callee = enter(c.warp, c.frame, pc, function);
+  Frame& callee = enter(c.frame, pc, function);
   callee.call = static_cast<uint32_t>(c.operand(0).value);
   for (size_t k = 0; k < call.arguments.size(); ++k) {
     for (int i = 0; i < kLanes; ++i) {
