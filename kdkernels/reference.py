@@ -2,107 +2,796 @@
 
 Written from the formulas, without the library's kernels. Noise agrees with theirs to rounding (the
 kernels' own functions are accurate to an ulp, not correctly rounded); everything else to the
-dtype's precision.
+dtype's precision. Losses are differentiable to any order in everything that requires grad.
 """
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdkernels.errors import NUMBER, OPTIONAL_TENSOR, TENSOR, fits
+
+# ---- distillation: the divergences ---------------------------------------------------------------
+
+MAX_TEACHERS, MAX_TOP_K = 8, 1024
+
+
+class Divergence(NamedTuple):
+    """What is known about one divergence D(p, q) of a teacher p and a student q."""
+
+    formula: str
+    source: str
+    parameters: dict[str, float]  # name -> default
+
+
+DIVERGENCES = {
+    "forward_kl": Divergence(
+        "sum p (log p - log q)", "Hinton, Vinyals and Dean, arXiv 1503.02531", {}
+    ),
+    "reverse_kl": Divergence("sum q (log q - log p)", "MiniLLM, arXiv 2306.08543", {}),
+    "js": Divergence(
+        "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; "
+        "beta 0 is forward_kl, beta 1 is reverse_kl",
+        "GKD, arXiv 2306.13649",
+        {"beta": 0.5},
+    ),
+    "skew_forward_kl": Divergence(
+        "KL(p || beta p + (1 - beta) q)", "DistiLLM, arXiv 2402.03898", {"beta": 0.1}
+    ),
+    "skew_reverse_kl": Divergence(
+        "KL(q || beta q + (1 - beta) p)", "DistiLLM, arXiv 2402.03898", {"beta": 0.1}
+    ),
+    "total_variation": Divergence("1/2 sum |p - q|", "f-distill, arXiv 2307.15190", {}),
+    "alpha_beta": Divergence(
+        "-1/(a b) sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a = divergence_alpha, "
+        "b = beta, continued to a = 0 or b = 0; (1, 0) is forward_kl, (0, 1) is reverse_kl",
+        "ABKD, arXiv 2505.04560",
+        {"divergence_alpha": 0.2, "beta": 0.7},
+    ),
+    "decoupled": Divergence(
+        "divergence_alpha KL(b_t || b_s) + beta KL(p' || q'), b = (probability of the label, of "
+        "all others), p' and q' the distributions over the others",
+        "DKD, arXiv 2203.08679, equation 7",
+        {"divergence_alpha": 1.0, "beta": 8.0},
+    ),
+}
+TOP_K_DIVERGENCES = ("forward_kl", "reverse_kl", "js")
+
+
+def divergence_parameters(
+    divergence: str, divergence_alpha: float | None = None, beta: float | None = None
+) -> dict[str, float]:
+    """A divergence's parameters, the defaults where None is given; checked."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence is {divergence!r}; it takes one of {', '.join(DIVERGENCES)}")
+    parameters = dict(DIVERGENCES[divergence].parameters)
+    largest = math.inf if "divergence_alpha" in parameters else 1
+    for name, value in (("divergence_alpha", divergence_alpha), ("beta", beta)):
+        if value is None:
+            continue
+        _take(name, value, NUMBER)
+        if name not in parameters:
+            raise ValueError(f"{name} is {value}, but {divergence} takes none")
+        if not 0 <= value <= largest or value == math.inf:
+            what = "in [0, 1]" if largest == 1 else "of at least 0"
+            raise ValueError(f"{name} is {value}; {divergence} takes a number {what}")
+        parameters[name] = float(value)
+    if divergence == "alpha_beta" and not any(parameters.values()):
+        raise ValueError("divergence_alpha and beta are 0; alpha_beta takes at most one that is 0")
+    return parameters
+
+
+# Below, log_p and log_q may hold -inf. What torch.where does not choose is finite, and so are its
+# derivatives: infinity times the 0 that flows into it would be NaN.
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Sum of a (log a - log b) over the last dimension; a class with a = 0 adds nothing."""
+    a = log_a.exp()
+    some = a != 0
+    return (a * (torch.where(some, log_a, 0.0) - torch.where(some, log_b, 0.0))).sum(-1)
+
+
+def _log_mixture(log_a: Tensor, log_b: Tensor, of_a: float) -> Tensor:
+    """log(of_a a + (1 - of_a) b)."""
+    if of_a in (0, 1):
+        return log_a if of_a else log_b
+    return _logsumexp(torch.stack((log_a + math.log(of_a), log_b + math.log1p(-of_a))), 0)
+
+
+def _logsumexp(x: Tensor, dim: int) -> Tensor:
+    """torch.logsumexp, with gradient 0 where all are -inf."""
+    none = (x == -math.inf).all(dim, keepdim=True)
+    return torch.where(none.squeeze(dim), -math.inf, torch.where(none, 0.0, x).logsumexp(dim))
+
+
+def _js(log_p, log_q, beta):
+    if beta in (0, 1):
+        return _kl(log_q, log_p) if beta else _kl(log_p, log_q)
+    log_m = _log_mixture(log_p, log_q, beta)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def _alpha_beta(log_p, log_q, a, b):
+    if b == 0:
+        return (_kl(a * log_p, a * log_q) + ((a * log_q).exp() - (a * log_p).exp()).sum(-1)) / a**2
+    if a == 0:
+        return _alpha_beta(log_q, log_p, b, 0)
+    both = a + b
+    of_p, of_q = (both * log_p).exp(), (both * log_q).exp()
+    product = (a * log_p + b * log_q).exp()
+    return (a / both * of_p + b / both * of_q - product).sum(-1) / (a * b)
+
+
+def _decoupled(log_p, log_q, labels, of_target, of_others):
+    """Sides that leave nothing beside the label: the teacher's gives a second term of 0."""
+    here = F.one_hot(labels, log_p.shape[-1]).bool()
+    binary, others = [], []
+    for log_side in (log_p, log_q):
+        beside = torch.where(here, -math.inf, log_side)
+        log_rest = _logsumexp(beside, -1)
+        log_label = log_side.gather(-1, labels[:, None]).squeeze(-1)
+        binary.append(torch.stack((log_label, log_rest), -1))
+        others.append(beside - torch.where(log_rest == -math.inf, 0.0, log_rest)[:, None])
+    return of_target * _kl(*binary) + (of_others * _kl(*others) if of_others else 0.0)
+
+
+def _divergence(name, log_p, log_q, parameters, labels=None):
+    a, b = parameters.get("divergence_alpha"), parameters.get("beta")
+    if name == "forward_kl":
+        return _kl(log_p, log_q)
+    if name == "reverse_kl":
+        return _kl(log_q, log_p)
+    if name == "js":
+        return _js(log_p, log_q, b)
+    if name == "skew_forward_kl":
+        return _kl(log_p, _log_mixture(log_p, log_q, b))
+    if name == "skew_reverse_kl":
+        return _kl(log_q, _log_mixture(log_q, log_p, b))
+    if name == "total_variation":
+        return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    if name == "alpha_beta":
+        return _alpha_beta(log_p, log_q, a, b)
+    return _decoupled(log_p, log_q, labels, a, b)
+
+
+# ---- distillation: from logits to distributions --------------------------------------------------
+
+
+def _transform(z: Tensor, scale: float, cap: float | None) -> Tensor:
+    """The logits as the losses take them; -inf stays."""
+    if cap is None:
+        return scale * z
+    excluded = z == -math.inf
+    return torch.where(
+        excluded, -math.inf, cap * (scale * torch.where(excluded, 0.0, z) / cap).tanh()
+    )
+
+
+def _standardized(u: Tensor) -> Tensor:
+    """(u - mean) / std over a row's finite logits, 0 where they are all equal; -inf stays."""
+    excluded = u == -math.inf
+    finite = torch.where(excluded, 0.0, u)
+    count = (~excluded).sum(-1, keepdim=True)
+    centred = torch.where(excluded, 0.0, finite - finite.sum(-1, keepdim=True) / count)
+    lowest = torch.where(excluded, math.inf, u).amin(-1, keepdim=True)
+    equal = (lowest == u.amax(-1, keepdim=True)).detach()
+    squares = torch.where(equal, 1.0, (centred**2).sum(-1, keepdim=True))
+    std = (squares / (count - 1).clamp(min=1)).sqrt()
+    return torch.where(excluded, -math.inf, torch.where(equal, 0.0, centred / std))
+
+
+def _as_logits(teacher: Tensor, kind: str) -> Tensor:
+    if kind != "probs":
+        return teacher
+    none = teacher == 0
+    return torch.where(none, -math.inf, torch.where(none, 1.0, teacher).log())
+
+
+def _mixed(log_probs: Sequence[Tensor], weights: Sequence[float], mixture: str) -> Tensor:
+    """One teacher of several; all weights > 0, sum 1."""
+    if len(log_probs) == 1:
+        return log_probs[0]
+    if mixture == "probs":
+        shares = [x + math.log(w) for x, w in zip(log_probs, weights, strict=True)]
+        return _logsumexp(torch.stack(shares), 0)
+    return sum(w * x for x, w in zip(log_probs, weights, strict=True)).log_softmax(-1)
+
+
+def _broken(logits: Tensor) -> Tensor:
+    """Rows with NaN or +inf, or without any logit above -inf."""
+    return ~((logits < math.inf).all(-1) & (logits > -math.inf).any(-1))
+
+
+def _poison(rows: Tensor, broken: Tensor) -> Tensor:
+    """NaN in broken rows, and in their gradient."""
+    return rows * torch.where(broken, math.nan, 1.0)[:, None]
+
+
+def _cross_entropy(u: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    log_q = u.log_softmax(-1)
+    loss = torch.zeros_like(log_q[:, 0])
+    if smoothing < 1:
+        loss = loss - (1 - smoothing) * log_q.gather(-1, labels[:, None]).squeeze(-1)
+    if smoothing > 0:
+        loss = loss - smoothing * log_q.mean(-1)
+    return loss
+
+
+# ---- distillation: rows and their reduction ------------------------------------------------------
+
+
+class RowStatistics(NamedTuple):
+    """What ``return_statistics=True`` returns beside the loss: one number a row, each ``[*]``, fp64
+    for fp64 logits, else fp32, without gradient; 0 for rows that are left out.
+
+    They are of p_t and p_s, the distributions that the divergence compares: at temperature T, after
+    scale, cap and standardisation; entropies in nats. Of a top-k teacher: with tail "renormalize"
+    of the distributions over the entries, with "bucket" of those over the entries and one class for
+    all others, with "ignore" the entries' terms alone; with the latter two the logsumexp is the
+    whole vocabulary's.
+    """
+
+    student_logsumexp: Tensor  #: logsumexp(z / T), z transformed
+    teacher_logsumexp: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    divergence: Tensor  #: D, without T^2 and alpha
+    top1_agreement: Tensor  #: 1 where both sides' largest logit is the same class's, else 0
+
+
+def _statistics(logits, log_probs, logsumexps, divergence) -> list[Tensor]:
+    """RowStatistics of rows, from lists of two: the student's and the teacher's."""
+    zero = torch.zeros_like(log_probs[0])
+    entropy = [-_kl(x, zero) for x in log_probs]
+    best = [x.argmax(-1) for x in logits]  # the first of equals
+    return [*logsumexps, *entropy, divergence, (best[0] == best[1]).to(divergence.dtype)]
+
+
+class _Rows:
+    """The rows that count: only they are touched, so that a NaN elsewhere does no harm."""
+
+    def __init__(self, student, labels, weight, ignore_index):
+        self.leading, classes = student.shape[:-1], student.shape[-1]
+        self.acc = torch.float64 if student.dtype == torch.float64 else torch.float32
+        count = math.prod(self.leading)
+        w = torch.ones(count, dtype=self.acc, device=student.device)
+        if weight is not None:
+            w = weight.reshape(-1).to(self.acc)
+        self.keep = w != 0
+        self.total_weight = w.sum()
+        self.labels = None
+        if labels is not None:
+            labels = labels.reshape(-1)
+            outside = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+            if outside.any():
+                raise ValueError(
+                    f"labels holds {labels[outside][0]}; it takes classes in [0, {classes})"
+                )
+            self.keep = self.keep & (labels != ignore_index)
+            self.total_weight = w[labels != ignore_index].sum()
+            self.labels = labels[self.keep]
+        self.weight = w[self.keep]
+
+    def of(self, x: Tensor) -> Tensor:
+        """The kept rows of a tensor whose last dimension is not of rows."""
+        x = x.reshape(self.keep.shape[0], x.shape[-1])[self.keep]
+        return x.to(self.acc) if x.is_floating_point() else x
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value a kept row to one a row, 0 for the others."""
+        out = torch.zeros(self.keep.shape[0], dtype=self.acc, device=values.device)
+        return out.masked_scatter(self.keep, values).reshape(self.leading)
+
+    def reduce(self, loss: Tensor, reduction: str, num_items) -> Tensor:
+        loss = self.weight * loss
+        if reduction == "none":
+            return self.spread(loss)
+        total = loss.sum()
+        if reduction == "mean":
+            divisor = self.total_weight if num_items is None else num_items
+            total = total / divisor if num_items is not None or divisor != 0 else total * 0
+        return total
+
+    def result(self, loss, statistics, reduction, num_items):
+        loss = self.reduce(loss, reduction, num_items)
+        if statistics is None:
+            return loss
+        return loss, RowStatistics(*(self.spread(s.detach()) for s in statistics))
+
+
+# ---- distillation: the losses --------------------------------------------------------------------
+
 
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
     temperature: float = 1.0,
     alpha: float | None = None,
+    divergence: str = "forward_kl",
+    divergence_alpha: float | None = None,
+    beta: float | None = None,
+    teacher_kind: str = "logits",
+    teacher_weights: Sequence[float] | None = None,
+    teacher_mixture: str = "probs",
+    standardize: bool = False,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_soft_cap: float | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     weight: Tensor | None = None,
     num_items: float | Tensor | None = None,
     reduction: str = "mean",
-) -> Tensor:
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, RowStatistics]:
     """``kdkernels.distillation_loss``; the same arguments, shapes, dtypes and results."""
-    _check(student_logits, teacher_logits, labels, weight)
+    _check_student(student_logits, labels, weight)
+    teachers, shares = _check_teachers(student_logits, teacher_logits, teacher_weights)
+    parameters = divergence_parameters(divergence, divergence_alpha, beta)
+    if divergence == "decoupled" and labels is None:
+        raise ValueError('labels is None; divergence="decoupled" needs labels')
+    _check_choice("teacher_kind", teacher_kind, ("logits", "log_probs", "probs"))
+    _check_choice("teacher_mixture", teacher_mixture, ("probs", "log_probs"))
+    _check_transform("", logit_scale, soft_cap)
+    _check_transform("teacher_", teacher_logit_scale, teacher_soft_cap)
+    if teacher_kind != "logits":
+        for name, value, default in (
+            ("teacher_logit_scale", teacher_logit_scale, 1),
+            ("teacher_soft_cap", teacher_soft_cap, None),
+        ):
+            if value != default:
+                raise ValueError(f'{name} is {value}, but teacher_kind is "{teacher_kind}"')
     _check_numbers(temperature, alpha, labels, label_smoothing, num_items, reduction)
     if alpha is None:
         alpha = 1.0 if labels is None else 0.5
-    leading, classes = student_logits.shape[:-1], student_logits.shape[-1]
-    acc = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    z = student_logits.reshape(-1, classes)
-    t = teacher_logits.detach().reshape(-1, classes)
-    w = torch.ones(z.shape[0], dtype=acc, device=z.device)
-    if weight is not None:
-        w = weight.reshape(-1).to(acc)
-    keep = w != 0
-    if labels is not None:
-        labels = labels.reshape(-1)
-        outside = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-        if outside.any():
-            raise ValueError(
-                f"labels holds {labels[outside][0]}; it takes classes in [0, {classes})"
-            )
-        keep &= labels != ignore_index
-        kept_weight = w[labels != ignore_index].sum()
-    else:
-        kept_weight = w.sum()
 
-    # Only kept rows are touched, so that a NaN elsewhere does no harm.
-    z, t, w = z[keep].to(acc), t[keep].to(acc), w[keep]
-    loss = torch.zeros(z.shape[0], dtype=acc, device=z.device)
+    rows = _Rows(student_logits, labels, weight, ignore_index)
+    z, teachers = rows.of(student_logits), [rows.of(t) for t in teachers]
+    broken = _broken(z)
     if alpha > 0:
-        log_ps = F.log_softmax(z / temperature, -1)
-        log_pt = F.log_softmax(t / temperature, -1)
-        pt = log_pt.exp()
-        difference = torch.where(pt == 0, 0.0, log_pt - log_ps)  # p log p = 0 at p = 0
-        loss = loss + alpha * temperature**2 * (pt * difference).sum(-1)
+        raw = [_as_logits(t.detach(), teacher_kind) for t in teachers]
+        broken = broken | torch.stack([_broken(t) for t in raw]).any(0)
+        excluded = torch.stack([t == -math.inf for t in raw])
+        together = excluded.all(0) if teacher_mixture == "probs" else excluded.any(0)
+        broken = broken | together.all(-1)
+        teachers = [_poison(t, broken) for t in teachers]
+    u = _transform(_poison(z, broken), logit_scale, soft_cap)
+
+    loss, statistics = torch.zeros_like(rows.weight), None
+    if alpha > 0 or return_statistics:
+        compared = [u]
+        for t in teachers:
+            t = _as_logits(t, teacher_kind)
+            compared.append(_transform(t, teacher_logit_scale, teacher_soft_cap))
+        if standardize:
+            compared = [_standardized(x) for x in compared]
+        compared = [x / temperature for x in compared]
+        log_q, *log_ps = (x.log_softmax(-1) for x in compared)
+        log_p = _mixed(log_ps, shares, teacher_mixture)
+        d = _divergence(divergence, log_p, log_q, parameters, rows.labels)
+        if alpha > 0:
+            loss = alpha * temperature**2 * d
+        if return_statistics:
+            # A mixture is one of probabilities; it has no logits.
+            both = (compared[0], compared[1] if len(teachers) == 1 else log_p)
+            logsumexps = [x.logsumexp(-1) for x in both]
+            statistics = _statistics(both, (log_q, log_p), logsumexps, d)
     if alpha < 1:
-        hard = F.cross_entropy(z, labels[keep], reduction="none", label_smoothing=label_smoothing)
-        loss = loss + (1 - alpha) * hard
-    loss = w * loss
-
-    if reduction == "none":
-        out = torch.zeros(keep.shape[0], dtype=acc, device=z.device)
-        return out.masked_scatter(keep, loss).reshape(leading)
-    total = loss.sum()
-    if reduction == "mean":
-        divisor = kept_weight if num_items is None else num_items
-        total = total / divisor if num_items is not None or divisor != 0 else total * 0
-    return total
+        loss = loss + (1 - alpha) * _cross_entropy(u, rows.labels, label_smoothing)
+    return rows.result(loss, statistics, reduction, num_items)
 
 
-def _check(student, teacher, labels, weight):
-    floating = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if logits.dtype not in floating:
-            raise TypeError(f"{name} has dtype {logits.dtype}; it takes a floating-point dtype")
-        if logits.layout != torch.strided:
-            raise ValueError(f"{name} has layout {logits.layout}; it takes a dense tensor")
-    if student.dtype != teacher.dtype:
-        raise TypeError(f"teacher_logits has dtype {teacher.dtype}, student_logits {student.dtype}")
+def topk_distillation_loss(
+    student_logits: Tensor,
+    teacher_values: Tensor,
+    teacher_indices: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    alpha: float | None = None,
+    divergence: str = "forward_kl",
+    beta: float | None = None,
+    tail: str = "renormalize",
+    teacher_kind: str = "logits",
+    teacher_logsumexp: Tensor | None = None,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    reduction: str = "mean",
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, RowStatistics]:
+    """``kdkernels.topk_distillation_loss``; the same arguments, shapes, dtypes and results."""
+    _check_student(student_logits, labels, weight)
+    _check_choice("divergence", divergence, TOP_K_DIVERGENCES)
+    parameters = divergence_parameters(divergence, None, beta)
+    _check_choice("tail", tail, ("renormalize", "bucket", "ignore"))
+    _check_choice("teacher_kind", teacher_kind, ("logits", "log_probs"))
+    _check_transform("", logit_scale, soft_cap)
+    _check_numbers(temperature, alpha, labels, label_smoothing, num_items, reduction)
+    _check_entries(student_logits, teacher_values, teacher_indices)
+    _check_logsumexp(student_logits, teacher_logsumexp, tail, teacher_kind, temperature)
+    if alpha is None:
+        alpha = 1.0 if labels is None else 0.5
+
+    rows = _Rows(student_logits, labels, weight, ignore_index)
+    z, values = rows.of(student_logits), rows.of(teacher_values)
+    index, classes = rows.of(teacher_indices).long(), z.shape[-1]
+    outside = (index < -1) | (index >= classes)
+    if outside.any():
+        raise ValueError(
+            f"teacher_indices holds {index[outside][0]}; it takes classes in [0, {classes}), and "
+            "-1 where there is none"
+        )
+    is_entry, at = index >= 0, index.clamp(min=0)
+    any_entry = is_entry.any(-1)
+    logsumexp = torch.zeros_like(rows.weight)
+    if teacher_logsumexp is not None:
+        logsumexp = rows.of(teacher_logsumexp[..., None]).squeeze(-1)
+
+    def entries_of(x):
+        return torch.where(is_entry, x.gather(-1, at), -math.inf)
+
+    values = torch.where(is_entry, values, -math.inf)
+    broken = torch.zeros_like(any_entry)
+    if alpha < 1 or tail != "renormalize":
+        broken = _broken(z)
+    if alpha > 0 and tail == "renormalize":
+        broken = broken | (any_entry & (_broken(entries_of(z)) | _broken(values)))
+    elif alpha > 0:
+        broken = broken | ~((values < math.inf).all(-1) & logsumexp.isfinite())
+    z, values = _poison(z, broken), _poison(values, broken)
+    entries = _transform(entries_of(z), logit_scale, soft_cap)
+
+    loss, statistics = torch.zeros_like(rows.weight), None
+    if alpha > 0 or return_statistics:
+        compared = [entries / temperature, values / temperature]
+        if tail == "renormalize":
+            logsumexps = [_logsumexp(x, -1) for x in compared]
+        else:
+            whole = _transform(z, logit_scale, soft_cap) / temperature
+            logsumexps = [whole.logsumexp(-1), logsumexp]
+        log_q, log_p = (
+            torch.where(is_entry, x - torch.where(any_entry, lse, 0.0)[:, None], -math.inf)
+            for x, lse in zip(compared, logsumexps, strict=True)
+        )
+        if tail == "bucket":
+            # Rows whose entries are all of the vocabulary have no rest, whatever rounding leaves.
+            rest = 1 - log_p.exp().sum(-1)
+            none = (rest <= 0) | (is_entry.sum(-1) == classes)
+            log_rest_p = torch.where(none, -math.inf, torch.where(none, 1.0, rest).log())
+            # Columns beside the entries; what is no entry marks one column more.
+            taken = torch.zeros(*z.shape[:1], classes + 1, dtype=torch.bool, device=z.device)
+            taken = taken.scatter(-1, torch.where(is_entry, index, classes), True)[:, :classes]
+            log_rest_q = _logsumexp(torch.where(taken, -math.inf, whole), -1) - logsumexps[0]
+            log_q = torch.cat((log_q, log_rest_q[:, None]), -1)
+            log_p = torch.cat((log_p, log_rest_p[:, None]), -1)
+        d = _divergence(divergence, log_p, log_q, parameters)
+        if alpha > 0:
+            loss = alpha * temperature**2 * d
+        if return_statistics:
+            statistics = _statistics(compared, (log_q, log_p), logsumexps, d)
+    if alpha < 1:
+        u = _transform(z, logit_scale, soft_cap)
+        loss = loss + (1 - alpha) * _cross_entropy(u, rows.labels, label_smoothing)
+    return rows.result(loss, statistics, reduction, num_items)
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: Tensor | Sequence[Tensor] | None = None,
+    teacher_values: Tensor | None = None,
+    teacher_indices: Tensor | None = None,
+    temperature: float = 1.0,
+    alpha: float | None = None,
+    divergence: str = "forward_kl",
+    divergence_alpha: float | None = None,
+    beta: float | None = None,
+    teacher_kind: str = "logits",
+    teacher_weights: Sequence[float] | None = None,
+    teacher_mixture: str = "probs",
+    tail: str = "renormalize",
+    teacher_logsumexp: Tensor | None = None,
+    standardize: bool = False,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_soft_cap: float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    reduction: str = "mean",
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, RowStatistics]:
+    """``kdkernels.linear_distillation_loss``; the same arguments, shapes, dtypes and results."""
+    student = _linear("student", student_hidden, student_weight, student_bias, student_hidden.dtype)
+    shared = {
+        "temperature": temperature,
+        "alpha": alpha,
+        "divergence": divergence,
+        "beta": beta,
+        "teacher_kind": teacher_kind,
+        "logit_scale": logit_scale,
+        "soft_cap": soft_cap,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "weight": weight,
+        "num_items": num_items,
+        "reduction": reduction,
+        "return_statistics": return_statistics,
+    }
+    of_dense = {
+        "divergence_alpha": divergence_alpha,
+        "teacher_weights": teacher_weights,
+        "teacher_mixture": teacher_mixture,
+        "standardize": standardize,
+        "teacher_logit_scale": teacher_logit_scale,
+        "teacher_soft_cap": teacher_soft_cap,
+    }
+    of_top_k = {"tail": tail, "teacher_logsumexp": teacher_logsumexp}
+    form = teacher_form(
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        teacher_logits,
+        teacher_values,
+        teacher_indices,
+    )
+    if form == "values":
+        refuse_others(of_dense, "teacher_values")
+        return topk_distillation_loss(
+            student, teacher_values, teacher_indices, labels, **shared, **of_top_k
+        )
+    refuse_others(of_top_k, "teacher_" + form)
+    if form == "hidden":
+        if teacher_kind != "logits":
+            raise ValueError(
+                f'teacher_kind is "{teacher_kind}"; with teacher_hidden it takes "logits"'
+            )
+        teacher_logits = _linear(
+            "teacher", teacher_hidden, teacher_weight, teacher_bias, student_hidden.dtype
+        )
+    elif isinstance(teacher_logits, (list, tuple)):
+        teacher_logits = [t.to(student.dtype) for t in teacher_logits]
+    else:
+        teacher_logits = teacher_logits.to(student.dtype)
+    return distillation_loss(student, teacher_logits, labels, **shared, **of_dense)
+
+
+def _linear(side, hidden, weight, bias, dtype) -> Tensor:
+    """Logits ``[*, V]``, in fp32 also from 16 bits."""
+    for name, x, dims in (("hidden", hidden, None), ("weight", weight, 2), ("bias", bias, 1)):
+        name = f"{side}_{name}"
+        if x is None and dims == 1:
+            continue
+        _take(name, x, TENSOR)
+        _check_floating(name, x)
+        if x.dtype != dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}, student_hidden {dtype}")
+        if x.dim() != dims if dims else x.dim() == 0:
+            shape = {None: "[*, H]", 2: "[V, H]", 1: "[V]"}[dims]
+            raise ValueError(f"{name} has shape {list(x.shape)}; it takes {shape}")
+    if hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"{side}_weight has shape {list(weight.shape)}; it takes [V, {hidden.shape[-1]}], "
+            "V and H >= 1"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{side}_bias has shape {list(bias.shape)}; it takes {list(weight.shape[:1])}"
+        )
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    return F.linear(hidden.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
+
+
+# ---- distillation: what the arguments must be ----------------------------------------------------
+
+_DEFAULTS = {
+    "divergence_alpha": None,
+    "teacher_weights": None,
+    "teacher_mixture": "probs",
+    "standardize": False,
+    "teacher_logit_scale": 1,
+    "teacher_soft_cap": None,
+    "tail": "renormalize",
+    "teacher_logsumexp": None,
+}
+
+
+def teacher_form(hidden, weight, bias, logits, values, indices) -> str:
+    """Which teacher linear_distillation_loss was given: "hidden", "logits" or "values"."""
+    forms = {"hidden": (hidden, weight), "logits": (logits, logits), "values": (values, indices)}
+    given = [form for form, parts in forms.items() if any(x is not None for x in parts)]
+    if len(given) != 1:
+        what = " and ".join(f"teacher_{form}" for form in given) or "teacher_hidden"
+        raise ValueError(
+            f"{what} {'are' if len(given) > 1 else 'is'} {'given' if given else 'None'}; it takes "
+            "one teacher: teacher_hidden with teacher_weight, teacher_logits, or teacher_values "
+            "with teacher_indices"
+        )
+    second = {"hidden": "weight", "logits": "logits", "values": "indices"}[given[0]]
+    for name, x in zip((given[0], second), forms[given[0]], strict=True):
+        if x is None:
+            raise ValueError(f"teacher_{name} is None, but its other half is given")
+    if bias is not None and given[0] != "hidden":
+        raise ValueError(f"teacher_bias goes with teacher_hidden, not with teacher_{given[0]}")
+    return given[0]
+
+
+def refuse_others(options: dict, teacher: str) -> None:
+    """Options that do not go with a form of teacher must be the defaults."""
+    for name, value in options.items():
+        default = _DEFAULTS[name]
+        if value is not default and (default is None or value != default):
+            raise ValueError(f"{name} does not go with {teacher}")
+
+
+def _take(name, value, kind):
+    if not fits(value, kind):
+        raise TypeError(f"{name} is a {type(value).__name__}; it takes {kind}")
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(choices)}")
+
+
+def _check_floating(name, tensor):
+    if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name} has dtype {tensor.dtype}; it takes a floating-point dtype")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} has layout {tensor.layout}; it takes a dense tensor")
+
+
+def _check_student(student, labels, weight):
+    _take("student_logits", student, TENSOR)
+    _check_floating("student_logits", student)
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ValueError(f"student_logits has shape {list(student.shape)}; it takes [*, V], V >= 1")
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"teacher_logits has shape {list(teacher.shape)}, student_logits {list(student.shape)}"
-        )
     for name, rows in (("labels", labels), ("weight", weight)):
-        if rows is not None and rows.shape != student.shape[:-1]:
-            raise ValueError(
-                f"{name} has shape {list(rows.shape)}; it takes {list(student.shape[:-1])}"
-            )
+        _take(name, rows, OPTIONAL_TENSOR)
+        if rows is not None:
+            _check_rows(name, rows, student)
     if labels is not None and labels.dtype != torch.int64:
         raise TypeError(f"labels has dtype {labels.dtype}; it takes int64")
-    for name, tensor in (("teacher_logits", teacher), ("weight", weight)):
-        if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"{name} requires grad, but no gradient flows to it; detach it")
+    if weight is not None and weight.is_complex():
+        raise TypeError(f"weight has dtype {weight.dtype}; it takes a real dtype")
+    _check_detached("weight", weight)
+
+
+def _check_rows(name, rows, student):
+    if rows.shape != student.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {list(rows.shape)}; it takes {list(student.shape[:-1])}"
+        )
+    _check_device(name, rows, student)
+
+
+def _check_device(name, tensor, student):
+    if tensor.device != student.device:
+        raise ValueError(f"{name} is on {tensor.device}, student_logits on {student.device}")
+
+
+def _check_detached(name, tensor):
+    if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
+        raise ValueError(f"{name} requires grad, but no gradient flows to it; detach it")
+
+
+def _check_teachers(student, teacher, weights) -> tuple[list[Tensor], list[float]]:
+    """The teachers with a weight above 0, and their weights, sum 1."""
+    several = isinstance(teacher, (list, tuple))
+    if not several:
+        _take("teacher_logits", teacher, TENSOR)
+        several = teacher.dim() == student.dim() + 1
+    teachers = list(teacher) if several else [teacher]
+    if not 1 <= len(teachers) <= MAX_TEACHERS:
+        raise ValueError(
+            f"teacher_logits holds {len(teachers)} teachers; it takes 1 to {MAX_TEACHERS}"
+        )
+    for one in teachers:
+        _take("teacher_logits", one, TENSOR)
+        _check_floating("teacher_logits", one)
+        if one.dtype != student.dtype:
+            raise TypeError(f"teacher_logits has dtype {one.dtype}, student_logits {student.dtype}")
+        if one.shape != student.shape:
+            raise ValueError(
+                f"teacher_logits has shape {list(one.shape)}, student_logits {list(student.shape)}"
+            )
+        _check_device("teacher_logits", one, student)
+    if weights is None:
+        return teachers, [1 / len(teachers)] * len(teachers)
+    if not several:
+        raise ValueError("teacher_weights goes with several teachers only")
+    if not isinstance(weights, (Sequence, Tensor)) or isinstance(weights, str):
+        raise TypeError(
+            f"teacher_weights is a {type(weights).__name__}; it takes a list of numbers"
+        )
+    weights = list(weights)
+    for w in weights:
+        _take("teacher_weights", w, NUMBER)
+    weights = [float(w) for w in weights]
+    if len(weights) != len(teachers):
+        raise ValueError(
+            f"teacher_weights holds {len(weights)} numbers for {len(teachers)} teachers"
+        )
+    if not all(0 <= w < math.inf for w in weights) or not 0 < sum(weights) < math.inf:
+        raise ValueError(
+            f"teacher_weights is {weights}; it takes finite numbers of at least 0, one above"
+        )
+    kept = [(t, w / sum(weights)) for t, w in zip(teachers, weights, strict=True) if w > 0]
+    return [t for t, _ in kept], [w for _, w in kept]
+
+
+def _check_entries(student, values, indices):
+    _take("teacher_values", values, TENSOR)
+    _take("teacher_indices", indices, TENSOR)
+    _check_floating("teacher_values", values)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"teacher_indices has dtype {indices.dtype}; it takes int32 or int64")
+    if values.dim() == 0 or values.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"teacher_values has shape {list(values.shape)}; it takes "
+            f"[{', '.join(map(str, student.shape[:-1]))}, K]"
+        )
+    if not 1 <= values.shape[-1] <= MAX_TOP_K:
+        raise ValueError(
+            f"teacher_values has shape {list(values.shape)}; it takes 1 to {MAX_TOP_K} a row"
+        )
+    if indices.shape != values.shape:
+        raise ValueError(
+            f"teacher_indices has shape {list(indices.shape)}, teacher_values {list(values.shape)}"
+        )
+    _check_device("teacher_values", values, student)
+    _check_device("teacher_indices", indices, student)
+
+
+def _check_logsumexp(student, logsumexp, tail, kind, temperature):
+    _take("teacher_logsumexp", logsumexp, OPTIONAL_TENSOR)
+    if logsumexp is not None:
+        if tail == "renormalize":
+            raise ValueError('teacher_logsumexp does not go with tail="renormalize"')
+        _check_floating("teacher_logsumexp", logsumexp)
+        _check_rows("teacher_logsumexp", logsumexp, student)
+    elif tail != "renormalize" and (kind != "log_probs" or temperature != 1):
+        raise ValueError(
+            f'teacher_logsumexp is None; tail="{tail}" needs it, but for teacher_kind="log_probs" '
+            "at temperature 1"
+        )
+
+
+def _check_transform(side, scale, cap):
+    _take(f"{side}logit_scale", scale, NUMBER)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{side}logit_scale is {scale}; it takes a finite number above 0")
+    if cap is not None:
+        _take(f"{side}soft_cap", cap, NUMBER)
+        if not 0 < cap < math.inf:
+            raise ValueError(f"{side}soft_cap is {cap}; it takes a finite number above 0, or None")
 
 
 def _check_numbers(temperature, alpha, labels, label_smoothing, num_items, reduction):
+    _take("temperature", temperature, NUMBER)
+    _take("alpha", 0 if alpha is None else alpha, NUMBER)
+    _take("label_smoothing", label_smoothing, NUMBER)
+    _take("num_items", 1 if num_items is None else num_items, NUMBER)
     if not 1e-15 <= temperature <= 1e15:
         raise ValueError(f"temperature is {temperature}; it takes a number from 1e-15 to 1e15")
     if alpha is not None and not 0 <= alpha <= 1:
