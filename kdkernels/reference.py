@@ -212,9 +212,14 @@ def _poison(rows: Tensor, broken: Tensor) -> Tensor:
     return rows * torch.where(broken, math.nan, 1.0)[:, None]
 
 
+def _nothing_of(*logits: Tensor) -> Tensor:
+    """A loss of 0 a row, which depends on the logits with gradient 0."""
+    return sum(x[:, :0].sum(-1) for x in logits)
+
+
 def _cross_entropy(u: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     log_q = u.log_softmax(-1)
-    loss = torch.zeros_like(log_q[:, 0])
+    loss = _nothing_of(u)
     if smoothing < 1:
         loss = loss - (1 - smoothing) * log_q.gather(-1, labels[:, None]).squeeze(-1)
     if smoothing > 0:
@@ -365,7 +370,7 @@ def distillation_loss(
         teachers = [_poison(t, broken) for t in teachers]
     u = _transform(_poison(z, broken), logit_scale, soft_cap)
 
-    loss, statistics = torch.zeros_like(rows.weight), None
+    loss, statistics = _nothing_of(z, *teachers), None
     if alpha > 0 or return_statistics:
         compared = [u]
         for t in teachers:
@@ -378,7 +383,7 @@ def distillation_loss(
         log_p = _mixed(log_ps, shares, teacher_mixture)
         d = _divergence(divergence, log_p, log_q, parameters, rows.labels)
         if alpha > 0:
-            loss = alpha * temperature**2 * d
+            loss = loss + alpha * temperature**2 * d
         if return_statistics:
             # A mixture is one of probabilities; it has no logits.
             both = (compared[0], compared[1] if len(teachers) == 1 else log_p)
@@ -453,7 +458,7 @@ def topk_distillation_loss(
     z, values = _poison(z, broken), _poison(values, broken)
     entries = _transform(entries_of(z), logit_scale, soft_cap)
 
-    loss, statistics = torch.zeros_like(rows.weight), None
+    loss, statistics = _nothing_of(z, values), None
     if alpha > 0 or return_statistics:
         compared = [entries / temperature, values / temperature]
         if tail == "renormalize":
@@ -478,7 +483,7 @@ def topk_distillation_loss(
             log_p = torch.cat((log_p, log_rest_p[:, None]), -1)
         d = _divergence(divergence, log_p, log_q, parameters)
         if alpha > 0:
-            loss = alpha * temperature**2 * d
+            loss = loss + alpha * temperature**2 * d
         if return_statistics:
             statistics = _statistics(compared, (log_q, log_p), logsumexps, d)
     if alpha < 1:
