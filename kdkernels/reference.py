@@ -438,6 +438,10 @@ def topk_distillation_loss(
             f"teacher_indices holds {index[outside][0]}; it takes classes in [0, {classes}), and "
             "-1 where there is none"
         )
+    ordered = index.sort(-1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        raise ValueError(f"teacher_indices holds {ordered[:, 1:][twice][0]} twice in a row")
     is_entry, at = index >= 0, index.clamp(min=0)
     any_entry = is_entry.any(-1)
     logsumexp = torch.zeros_like(rows.weight)
