@@ -2,6 +2,7 @@
 # make test        build and run the tests
 # make lint        check the style of Python and C++; make format puts it right
 # make bench       build and run the benchmarks
+# make peers       compare the losses with TRL, Liger-Kernel, torchdistill and PyTorch, installed beside .venv
 # make counts      what the CUDA kernels and their peers cost on an H100, counted without one
 # make gpu-test    the tests that need a GPU; SANITIZE=1 runs them under each tool of compute-sanitizer
 # make gpu-bench   the benchmarks on a GPU, into bench/results; ARGS="--only noise" and others: ARGS=--help
@@ -30,12 +31,16 @@ HOST := $(shell $(PYTHON) -c "import sys, torch; torch.version.cuda and \
 endif
 GPU_PYTHON := $(if $(HOST),$(PYTHON),$(BIN)/python)
 IN_PLACE := build/in-place-$(HOST)-$(or $(KDKERNELS_CUDA),1)-$(ARCHS)
+# Of these versions bench/peers.py knows where they differ. Of the second a file each runs, without the rest.
+PEERS := trl==1.16.0 liger-kernel==0.8.5 torchdistill==1.1.5
+PEERS_ALONE := mmrazor==1.0.0 axolotl==0.19.0 verl==0.9.1
+PEERS_BUILT := build/peers/built-$(TORCH)-$(subst $() ,-,$(PEERS))
 GPU_TESTS = $(shell grep -l "mark\.gpu" tests/test_*.py)
 SITE_PACKAGES = $(shell $(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(addsuffix \
   /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-* $(SITE_PACKAGES)/nvidia/*)))
 
-.PHONY: setup reproduce test lint format bench counts gpu-test gpu-bench gpu gpu-seen clean
+.PHONY: setup reproduce test lint format bench peers counts gpu-test gpu-bench gpu gpu-seen clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -52,6 +57,9 @@ bench: setup
 counts: setup
 	@$(PIP) -q install --no-deps liger-kernel
 	@$(BIN)/python bench/counts.py $(ARGS)
+
+peers: $(PEERS_BUILT) setup
+	@build/peers/bin/python bench/peers.py $(ARGS)
 
 gpu-test: gpu
 	@$(GPU_PYTHON) -c "$$NEEDS" pytest hypothesis numpy scipy
@@ -125,6 +133,18 @@ extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-depende
 print(*(name for names in extras.values() for name in names if not name.startswith('kdkernels')))
 endef
 export EXTRAS
+
+# A venv that sees .venv: what the peers need comes beside it, and .venv keeps its versions.
+$(PEERS_BUILT): $(TOOLS)
+	@echo "installing $(PEERS) and what they need into build/peers (500 MB)"
+	@rm -rf build/peers && $(BIN)/python -m venv --without-pip build/peers
+	@echo "import site; site.addsitedir('$(SITE_PACKAGES)')" > \
+	  $$(build/peers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
+	@echo "torch==$(TORCH)" > build/peers/constraints.txt
+	@build/peers/bin/python -m pip --disable-pip-version-check --no-input -q install \
+	  -c build/peers/constraints.txt $(PEERS)
+	@build/peers/bin/python -m pip --disable-pip-version-check --no-input -q install --no-deps $(PEERS_ALONE)
+	@touch $@
 
 # Only the C++ files that changed are compiled again.
 $(BUILT): $(TOOLS) $(SOURCES)
