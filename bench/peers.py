@@ -582,6 +582,9 @@ def of_others():
     yield Case("mmrazor DKDLoss", what, decoupled_loss, ours, every)
 
     axolotl = alone("axolotl", "integrations/kd/topk_logprob/forward_kl.py")
+    utils = vars(alone("axolotl", "integrations/kd/utils.py"))
+    path = "integrations/kd/kernels/liger.py"
+    axolotl_linear = alone("axolotl", path, **{"integrations.kd.utils": utils})
     clamps = types.SimpleNamespace(log_prob_min_clamp=None)
     config = types.SimpleNamespace(distillation_loss=clamps)
     stand_ins = {
@@ -611,6 +614,24 @@ def of_others():
     what = "top-k: ignore; forward_kl"
     yield Case("axolotl kd topk_logprob", f"{what}; num_items_in_batch", by_axolotl, lambda: terms)
     yield Case("verl compute_forward_kl_topk", what, by_verl, lambda: terms)
+
+    def linear(x, beta, T):
+        t = F.linear(x.th, x.tw, x.tb) / T
+        at = top_of_teacher(None, t)
+        known = at, t.gather(-1, at).log_softmax(-1), torch.ones_like(at), x.labels
+        module = axolotl_linear.LigerFusedLinearKLTopKLogprobLoss(0.0, 1.0, T, beta, compiled=False)
+        return module(x.w, x.h[None], *(y[None] for y in known), x.b)
+
+    def linear_topk(beta, T):
+        options = {"tail": "renormalize", "reduction": "sum"}
+        return js(beta, T, hidden="bias", support=top_of_teacher, **options)
+
+    name = "axolotl kd LigerFusedLinearKLTopKLogprobLoss"
+    what = "fused linear, top-k: renormalize; js, beta 0, 0.5, 1"
+    every = functools.partial(settings, beta=(0.0, 0.5, 1.0))
+    yield Case(name, f"{what}; T 1", linear, linear_topk, every(T=[1.0]))
+    why = "its loss has the factor T², its gradient has not"
+    yield Case(name, f"{what}; T 2", linear, linear_topk, every(T=[2.0]), differs=why)
 
 
 # ---- known failures ------------------------------------------------------------------------------
