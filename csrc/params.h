@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "math/divergence.h"
 #include "math/normal.h"
 
 namespace kdkernels {
@@ -38,6 +39,51 @@ struct DistillationParams {
   // the kept rows' weights, which a CUDA kernel finds on the device
   double gradient_scale;  // a further factor of the gradient, a power of two
   double* workspace;  // CUDA: distillation_workspace(rows) doubles
+};
+
+enum class Tail {
+  kNone,  // the teacher is dense
+  kRenormalize,  // both sides are softmaxes over a row's entries
+  kBucket,  // the entries and one class for the rest of the vocabulary
+  kIgnore,  // the sum over the entries only
+};
+
+constexpr int kMaxTeachers = 8, kMaxTopK = 1024;
+// Passes over a row. A whole row takes all of them in one call; slices of a vocabulary take one a call, between
+// which the ranks add up what the passes leave in `state`.
+enum Stage { kMoments = 1, kMaxima = 2, kSums = 4, kTerms = 8, kGradient = 16, kAllStages = 31 };
+
+// Any divergence, teacher and layout, beyond what DistillationParams alone says. `teacher` is not used.
+struct DivergenceParams : DistillationParams {
+  math::Divergence divergence;
+  double beta, second;  // its parameters
+  // Of the student's and of a teacher's logits: soft_cap * tanh(logit_scale * x / soft_cap); soft_cap 0: none.
+  double logit_scale, soft_cap, teacher_logit_scale, teacher_soft_cap;
+  bool standardize;
+  int teachers;  // 1 to kMaxTeachers
+  // [rows, classes], dtype, row strides below; or of top-k one matrix of values [rows, entries], acc, contiguous
+  const void* teacher_data[kMaxTeachers];
+  int64_t teacher_strides[kMaxTeachers];
+  double teacher_weights[kMaxTeachers];  // sum 1
+  bool probs;  // teachers are probabilities, else logits or log-probabilities
+  bool log_mix;  // several are mixed as logarithms, else as probabilities
+  void* teacher_gradient;  // [rows, classes] of the only teacher, or null
+  int64_t teacher_gradient_stride;
+  void* statistics;  // [math::kStatistics, rows], acc, or null
+
+  Tail tail;
+  int64_t entries;  // a row, at most kMaxTopK
+  const void* indices;  // [rows, entries] contiguous, int64 if wide_indices else int32; -1: none
+  bool wide_indices;
+  const void* teacher_logsumexp;  // [rows], acc, or null: 0
+  void* entry_gradient;  // [rows, entries], dtype, instead of `gradient`, or null
+
+  // A slice of the vocabulary: columns [first_class, first_class + classes) of all_classes. Labels and
+  // indices are of the whole.
+  int64_t first_class, all_classes;
+  int stages;
+  double* state;  // [math::kRowState, rows]; null: all stages in one call
+  const uint8_t* only;  // [rows]: rows to visit, or null: all. CUDA.
 };
 
 // data[r, i] *= factor[r], or *= factor[0]; nothing is touched where the factor is 1.

@@ -87,33 +87,45 @@ void set_isa(const std::string& name) {
 // which one thread does about this many exponentials or normals.
 constexpr int64_t kElementsPerThread = 16384;
 
-void distillation(const DistillationParams& p, int threads) {
-  const Kernels& k = kernels();
+namespace {
+
+void store(Dtype dtype, void* out, int64_t i, double value) {
+  if (dtype == Dtype::kFloat64) {
+    static_cast<double*>(out)[i] = value;
+  } else {
+    static_cast<float*>(out)[i] = static_cast<float>(value);
+  }
+}
+
+// All rows of a loss, shared among threads, and what the caller asked for of them.
+template <class Params>
+void losses(const Params& p, int threads,
+            void (*rows)(const Params&, int64_t begin, int64_t end, double* row_loss)) {
   constexpr int64_t kOnStack = 256;
   double on_stack[kOnStack];
   std::vector<double> on_heap(p.rows > kOnStack ? static_cast<size_t>(p.rows) : 0);
   double* row_loss = p.rows > kOnStack ? on_heap.data() : on_stack;
   int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(p.classes, 1));
   parallel_for(p.rows, grain, threads,
-               [&](int64_t begin, int64_t end) { k.distillation_rows(p, begin, end, row_loss); });
-  double sum = 0;
-  for (int64_t i = 0; i < p.rows; ++i) sum += row_loss[i];
-  double mean = p.denominator != 0 ? sum / p.denominator : 0.0;
-  bool fp64 = p.dtype == Dtype::kFloat64;
+               [&](int64_t begin, int64_t end) { rows(p, begin, end, row_loss); });
   if (p.loss != nullptr) {
-    if (fp64) {
-      *static_cast<double*>(p.loss) = mean;
-    } else {
-      *static_cast<float*>(p.loss) = static_cast<float>(mean);
-    }
+    double sum = 0;
+    for (int64_t i = 0; i < p.rows; ++i) sum += row_loss[i];
+    store(p.dtype, p.loss, 0, p.denominator != 0 ? sum / p.denominator : 0.0);
   }
   for (int64_t i = 0; p.row_loss != nullptr && i < p.rows; ++i) {
-    if (fp64) {
-      static_cast<double*>(p.row_loss)[i] = row_loss[i];
-    } else {
-      static_cast<float*>(p.row_loss)[i] = static_cast<float>(row_loss[i]);
-    }
+    store(p.dtype, p.row_loss, i, row_loss[i]);
   }
+}
+
+}  // namespace
+
+void distillation(const DistillationParams& p, int threads) {
+  losses(p, threads, kernels().distillation_rows);
+}
+
+void divergence(const DivergenceParams& p, int threads) {
+  losses(p, threads, kernels().divergence_rows);
 }
 
 void noise(const NoiseParams& p, int threads) {

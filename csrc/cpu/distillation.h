@@ -25,6 +25,14 @@ constexpr int kBlock = 1024;  // 3 logit or gradient blocks of 4 KB beside 12 KB
 constexpr int kFold = 128;
 constexpr int kPad = 16;  // the widest vector: block loops run over a multiple of it
 
+// Rows of any divergence; see cpu/divergence.h.
+template <class T>
+void divergence_rows_of(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss);
+
+// Below, the difference of two logarithms that D is here has lost digits, and the row is done again with terms
+// that have not.
+constexpr double kCloseDivergence = 0.05;
+
 KD_FN double exp2_fp64(double x) { return x == 0 ? 1.0 : __builtin_exp2(x); }
 
 // Exponentials of the rows a thread works on; grows, and is freed with the thread.
@@ -89,6 +97,21 @@ KD_FN math::RowSums<double> block_sums(const Real* z, const Real* t, int padded,
   return sums;
 }
 
+// The same call for the walker of any divergence.
+DivergenceParams forward_kl(const DistillationParams& p) {
+  DivergenceParams general = {};
+  static_cast<DistillationParams&>(general) = p;
+  general.divergence = math::Divergence::kForwardKL;
+  general.logit_scale = general.teacher_logit_scale = 1;
+  general.teachers = 1;
+  general.teacher_data[0] = p.teacher;
+  general.teacher_strides[0] = p.teacher_stride;
+  general.teacher_weights[0] = 1;
+  general.all_classes = p.classes;
+  general.stages = kAllStages;
+  return general;
+}
+
 template <class T, class Policy, math::CrossEntropy kHard>
 void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
   using Real = typename Compute<T>::type;
@@ -112,6 +135,8 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
   }
   // The same rounded factor for elements and for sums.
   const Real scale = static_cast<Real>(math::kLog2E / p.temperature);
+
+  const DivergenceParams general = forward_kl(p);
 
   for (int64_t row = begin; row < end; ++row) {
     const T* z_row = static_cast<const T*>(p.student) + row * p.student_stride;
@@ -153,6 +178,11 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
         kHard, sums, 1.0 / static_cast<double>(p.classes), p.temperature, p.alpha,
         p.label_smoothing, label_z - max.s, factor);
     row_loss[row] = weight * result.loss;
+    if (p.alpha > 0 &&
+        Policy::divergence(sums, 1 / sums.sum_s, 1 / sums.sum_t) < kCloseDivergence) {
+      divergence_rows_of<T>(general, row, row + 1, row_loss);
+      continue;
+    }
     if (!keep) continue;
 
     for (int64_t b = 0; b < blocks; ++b) {
@@ -195,13 +225,13 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
 template <class T>
 void rows_of(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
   using math::CrossEntropy;
-  using math::ForwardKL;
+  using math::OnePassKL;
   if (p.labels == nullptr || p.alpha == 1) {
-    rows<T, ForwardKL, CrossEntropy::kNone>(p, begin, end, row_loss);
+    rows<T, OnePassKL, CrossEntropy::kNone>(p, begin, end, row_loss);
   } else if (p.temperature == 1) {
-    rows<T, ForwardKL, CrossEntropy::kShared>(p, begin, end, row_loss);
+    rows<T, OnePassKL, CrossEntropy::kShared>(p, begin, end, row_loss);
   } else {
-    rows<T, ForwardKL, CrossEntropy::kOwn>(p, begin, end, row_loss);
+    rows<T, OnePassKL, CrossEntropy::kOwn>(p, begin, end, row_loss);
   }
 }
 

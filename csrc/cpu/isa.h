@@ -5,6 +5,7 @@
 // the same reason nothing here may use the standard library's templates.
 
 #include "cpu/distillation.h"
+#include "cpu/divergence.h"
 #include "cpu/noise.h"
 #include "cpu/regression.h"
 
@@ -38,8 +39,9 @@ bool elementary(const char* f, const float* x, float* y, int64_t n) {
 #define KD_STRING_(a) #a
 #define KD_STRING(a) KD_STRING_(a)
 extern const Kernels KD_JOIN(kernels_, KD_ISA);
-const Kernels KD_JOIN(kernels_, KD_ISA) = {KD_STRING(KD_ISA), distillation_rows, noise,
-                                           noise_dot,         regression,        elementary};
+const Kernels KD_JOIN(kernels_, KD_ISA) = {
+    KD_STRING(KD_ISA), distillation_rows, divergence_rows, noise,
+    noise_dot,         regression,        elementary};
 
 }  // namespace cpu
 }  // namespace kdkernels

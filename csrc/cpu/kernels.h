@@ -16,6 +16,7 @@ struct Kernels {
   // Rows [begin, end); row_loss is fp64 [rows].
   void (*distillation_rows)(const DistillationParams&, int64_t begin, int64_t end,
                             double* row_loss);
+  void (*divergence_rows)(const DivergenceParams&, int64_t begin, int64_t end, double* row_loss);
   // Elements [begin, end) of one tensor.
   void (*noise)(Dtype, const NoiseTensor&, math::NoiseKey, int64_t begin, int64_t end);
   double (*noise_dot)(const NoiseDotParams&, int64_t begin, int64_t end);
@@ -34,6 +35,7 @@ void set_isa(const std::string& name);
 
 // `threads` bounds the threads of a call; results do not depend on it.
 void distillation(const DistillationParams& params, int threads);
+void divergence(const DivergenceParams& params, int threads);
 void noise(const NoiseParams& params, int threads);
 void noise_dot(const NoiseDotParams& params, int threads);
 void regression(const RegressionParams& params, int threads);

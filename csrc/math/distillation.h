@@ -10,7 +10,7 @@
 // the sums, and an element's gradient.
 #pragma once
 
-#include "math/elementary.h"
+#include "math/divergence.h"
 
 namespace kdkernels {
 namespace math {
@@ -25,28 +25,6 @@ enum class CrossEntropy {
   kOwn,  // a third exponential an element
 };
 
-KD_FN double log_acc(double x) {
-#if defined(__CUDA_ARCH__)
-  return ::log(x);
-#else
-  return __builtin_log(x);
-#endif
-}
-KD_FN float log_acc(float x) { return log(x); }
-
-// 1 / x. On a GPU the fp32 one is the special function unit's, accurate to an ulp: an IEEE division there is
-// a function call, whose registers would be spilled around it.
-KD_FN float inverse(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return 1.0f / x;
-#endif
-}
-KD_FN double inverse(double x) { return 1.0 / x; }
-
 // Sums over the part of a row that was visited.
 template <class Acc>
 struct RowSums {
@@ -59,7 +37,7 @@ struct RowSums {
 };
 
 // KL(p_t || p_s) = sum p_t (log p_t - log p_s).
-struct ForwardKL {
+struct OnePassKL {
   // p_t = 0 contributes 0 whatever the student says; NaN stays NaN.
   template <class Real>
   KD_FN Real term(Real x, Real y, Real, Real ey) {
@@ -128,11 +106,16 @@ KD_FN RowSums<Acc> merge(CrossEntropy hard, const RowSums<Acc>& a, const RowSums
   return x;
 }
 
+// D comes out as a difference of logarithms of sums, whose rounding errors are some 1e-7: below this they would
+// be felt, and the walkers of math/row.h do the row again.
+constexpr double kNearRow = 0.05;
+
 // What a row's second pass needs: the gradient of element i is
 //   of_ex ex + of_ey ey + of_hard e^(z - max_s) - uniform - (i == label ? at_label : 0).
 template <class Acc>
 struct RowResult {
   Acc loss;
+  Acc divergence;  // infinity where nobody asks for it
   Acc of_ex, of_ey, of_hard, uniform, at_label;
 };
 
@@ -142,10 +125,12 @@ KD_FN RowResult<Acc> finish_row(CrossEntropy hard, const RowSums<Acc>& sums, Acc
                                 Acc temperature, Acc alpha, Acc smoothing, Acc label_z,
                                 Acc factor) {
   RowResult<Acc> row;
+  row.divergence = Acc(__builtin_inf());
   row.loss = row.of_ex = row.of_ey = row.of_hard = row.uniform = row.at_label = Acc(0);
   Acc inv_s = inverse(sums.sum_s), inv_t = inverse(sums.sum_t);
   if (alpha > Acc(0)) {
-    row.loss = alpha * temperature * temperature * Policy::divergence(sums, inv_s, inv_t);
+    row.divergence = Policy::divergence(sums, inv_s, inv_t);
+    row.loss = alpha * temperature * temperature * row.divergence;
     Policy::gradient(sums, inv_s, inv_t, temperature, row.of_ex, row.of_ey);
     row.of_ex *= alpha * factor;
     row.of_ey *= alpha * factor;

@@ -1,0 +1,576 @@
+// The row walker for any divergence, teacher and layout. Included by one file an ISA level.
+//
+// Each pass of math/row.h is a loop over one row, which L2 holds. Student and teacher are read where they lie
+// if nothing changes them (fp32 and fp64 without transforms), else once into a buffer of computed values;
+// their exponentials at temperature T are made once and kept, the terms' derivatives take the teacher's
+// place, and the gradient is written once. So the buffer takes 2 to 4 values a class, 6 with a gradient of
+// the teacher's.
+#pragma once
+
+#include "cpu/lane.h"
+#include "row_task.h"
+
+namespace kdkernels {
+namespace cpu {
+namespace {
+
+// The state's fields of one row lie `rows` apart.
+math::RowState load_state(const double* state, int64_t rows, int64_t row) {
+  double fields[math::kRowState];
+  for (int i = 0; i < math::kRowState; ++i) fields[i] = state[i * rows + row];
+  math::RowState out;
+  std::memcpy(&out, fields, sizeof out);
+  return out;
+}
+void store_state(const math::RowState& x, int64_t rows, int64_t row, double* state) {
+  double fields[math::kRowState];
+  std::memcpy(fields, &x, sizeof x);
+  for (int i = 0; i < math::kRowState; ++i) state[i * rows + row] = fields[i];
+}
+
+// in[0, n) as computed values, padded with excluded classes; their maximum.
+template <class T, class Real>
+Real widen_row(const T* in, int64_t n, int64_t padded, Real* out) {
+  Real m = -std::numeric_limits<Real>::max();
+#pragma omp simd reduction(max : m)
+  for (int64_t i = 0; i < n; ++i) {
+    Real x = widen(in[i]);
+    out[i] = x;
+    m = x > m ? x : m;
+  }
+  for (int64_t i = n; i < padded; ++i) out[i] = -kInfinity<Real>;
+  return m;
+}
+
+// One call's walk over rows. The members after `row` are of one row.
+template <class T>
+struct RowWalk {
+  using Real = typename Compute<T>::type;
+  using Transform = math::Transform<Real>;
+
+  const DivergenceParams& p;
+  const math::RowTask task;
+  const Transform of_student, of_teacher;
+  const bool wants_teacher;  // the teacher's gradient
+  const bool dense;  // the row's own classes are read, beside a top-k teacher's entries too
+  const bool shares_hard;  // cross-entropy's exponentials are those at temperature T
+  const bool watched;  // statistics are wanted, or may be by another slice
+  const int first_stage;
+  Lane<Real> own, entry;
+  Real *u, *t, *entry_u, *entry_t;  // planes for logits
+  int64_t* column;  // of an entry, or -1
+
+  int64_t row;
+  const T* z_row;
+  int64_t label_here;  // the label's class of the slice, or -1
+  double weight;
+  Real label_u, label_t, max_u, max_t;
+  math::RowState x;
+  math::RowNorm exact;
+  double total_u;
+
+  RowWalk(const DivergenceParams& params, RowBuffer& buffer)
+      : p(params),
+        task(row_task(params)),
+        of_student(Transform::of(p.logit_scale, p.soft_cap)),
+        of_teacher(Transform::of(p.teacher_logit_scale, p.teacher_soft_cap)),
+        wants_teacher(p.teacher_gradient != nullptr && p.alpha > 0),
+        dense(!task.renormalize || task.cross_entropy),
+        shares_hard(task.temperature == 1 && !task.standardize),
+        watched(p.statistics != nullptr || p.state != nullptr),
+        first_stage(p.stages & -p.stages) {
+    const int64_t padded = padded_to_vectors(p.classes),
+                  entries = task.entries ? padded_to_vectors(p.entries) : 0;
+    const int64_t planes = wants_teacher ? 6 : 4;
+    Real* memory = static_cast<Real*>(
+        buffer.reserve(static_cast<size_t>(planes * (padded + entries)) * sizeof(Real) +
+                       static_cast<size_t>(entries) * sizeof(int64_t)));
+    own = lane(memory, p.classes, padded);
+    entry = lane(memory + planes * padded, task.entries ? p.entries : 0, entries);
+    u = memory + 2 * padded;
+    t = memory + 3 * padded;
+    entry_u = memory + planes * padded + 2 * entries;
+    entry_t = entry_u + entries;
+    column = reinterpret_cast<int64_t*>(memory + planes * (padded + entries));
+  }
+
+  Lane<Real> lane(Real* memory, int64_t n, int64_t padded) const {
+    Real *q = memory, *probabilities = memory + padded, *more = memory + 4 * padded;
+    return {n,
+            padded,
+            memory + 2 * padded,
+            memory + 3 * padded,
+            q,
+            probabilities,
+            wants_teacher ? more : probabilities,
+            wants_teacher ? more + padded : probabilities};
+  }
+  const Lane<Real>& compared() const { return task.entries ? entry : own; }
+
+  // ---- a row ----
+
+  void walk(int64_t at, double& loss) {
+    row = at;
+    const int64_t label = p.labels != nullptr ? p.labels[row] : -1;
+    weight =
+        p.weight != nullptr ? static_cast<double>(static_cast<const Real*>(p.weight)[row]) : 1.0;
+    if ((p.labels != nullptr && label == p.ignore_index) || weight == 0) {
+      leave_out(loss);
+      return;
+    }
+    z_row = static_cast<const T*>(p.student) + row * p.student_stride;
+    label_here = label - p.first_class;
+    if (p.labels == nullptr || label_here < 0 || label_here >= p.classes) label_here = -1;
+
+    x = p.state != nullptr && first_stage > kMoments ? load_state(p.state, p.rows, row)
+                                                     : math::RowState{};
+    load();
+    if ((p.stages & kMoments) != 0 && task.standardize) find_moments();
+    set_aside();
+    math::scales(task, x, exact);
+    if ((p.stages & kMaxima) != 0) find_maxima();
+    if ((p.stages & (kSums | kTerms | kGradient)) != 0) add_exponentials();
+    if ((p.stages & (kTerms | kGradient)) != 0 && task.compares) add_terms();
+    if ((p.stages & kGradient) != 0) {
+      finish(label, loss);
+    } else {
+      store_state(x, p.rows, row, p.state);
+    }
+  }
+
+  void leave_out(double& loss) const {
+    if ((p.stages & kGradient) == 0) {
+      store_state(math::RowState{}, p.rows, row, p.state);
+      return;
+    }
+    loss = 0;
+    fill_gradients(Real(0), Real(0));
+    for (int i = 0; p.statistics != nullptr && i < math::kStatistics; ++i) statistic(i) = 0;
+  }
+
+  Real& statistic(int i) const { return static_cast<Real*>(p.statistics)[i * p.rows + row]; }
+  T* gradient_row() const { return static_cast<T*>(p.gradient) + row * p.gradient_stride; }
+  T* teacher_gradient_row() const {
+    return static_cast<T*>(p.teacher_gradient) + row * p.teacher_gradient_stride;
+  }
+  T* entry_gradient_row() const { return static_cast<T*>(p.entry_gradient) + row * p.entries; }
+  const T* teacher_row(int k) const {
+    return static_cast<const T*>(p.teacher_data[k]) + row * p.teacher_strides[k];
+  }
+
+  void fill_gradients(Real student, Real teacher) const {
+    auto fill = [](T* out, int64_t n, Real value) {
+      for (int64_t i = 0; i < n; ++i) narrow(value, out[i]);
+    };
+    if (p.gradient != nullptr) fill(gradient_row(), p.classes, student);
+    if (p.teacher_gradient != nullptr) fill(teacher_gradient_row(), p.classes, teacher);
+    if (p.entry_gradient != nullptr) fill(entry_gradient_row(), p.entries, student);
+  }
+
+  // ---- load ----
+
+  // The row itself, where it can be read as it is.
+  const Real* in_place(const T* in, bool changes, Real& max) const {
+    if constexpr (sizeof(T) == sizeof(Real)) {
+      if (own.n == own.padded && !changes && !task.aside_label && !task.entries) {
+        max = max_of(in, own.padded);
+        return in;
+      }
+    }
+    return nullptr;
+  }
+
+  void load() {
+    label_u = label_t = max_u = max_t = 0;
+    total_u = 0;
+    if (dense) {
+      own.u = in_place(z_row, !Transform::nothing(of_student), max_u);
+      if (own.u == nullptr) {
+        max_u = widen_row(z_row, own.n, own.padded, u);
+        own.u = u;
+        if (!Transform::nothing(of_student)) {
+          transform(of_student, u, own.padded);
+          max_u = max_of(u, own.padded);
+        }
+      }
+    }
+    if (label_here >= 0) {
+      label_u = Transform::apply(of_student, static_cast<Real>(widen(z_row[label_here])));
+    }
+    if (task.cross_entropy && task.smoothing > 0 && (p.stages & kSums) != 0) {
+      const Real* logits = own.u;
+      for (int64_t i = 0; i < own.n; ++i) total_u += logits[i];  // the padding is -inf
+    }
+    if (task.entries) {
+      load_entries();
+    } else if (task.compares) {
+      load_teacher();
+      if (label_here >= 0) label_t = own.t[label_here];
+    }
+  }
+
+  void load_teacher() {
+    const bool changes = p.probs || p.teachers > 1 || !Transform::nothing(of_teacher);
+    own.t = in_place(teacher_row(0), changes, max_t);
+    if (own.t != nullptr) return;
+    own.t = t;
+    if (p.teachers > 1) {
+      mix_teachers();
+    } else {
+      max_t = load_one(0, t);
+    }
+  }
+
+  Real load_one(int k, Real* out) const {
+    Real max = widen_row(teacher_row(k), own.n, own.padded, out);
+    if (!p.probs && Transform::nothing(of_teacher)) return max;
+    if (p.probs) {
+#pragma omp simd
+      for (int64_t i = 0; i < own.n; ++i) out[i] = math::log_acc(out[i]);
+    } else {
+      transform(of_teacher, out, own.padded);
+    }
+    return max_of(out, own.padded);
+  }
+
+  // Several teachers as one: the logarithm of their mixture times the temperature, so that it is logits again.
+  // A share may underflow where its logarithm does not.
+  void mix_teachers() {
+    Real* out = t;
+    bool first = true;
+    for (int k = 0; k < p.teachers; ++k) {
+      if (p.teacher_weights[k] == 0) continue;
+      Real* logits = own.q;
+      Real max = load_one(k, logits);
+      const double scale = scale_of(logits), w = p.teacher_weights[k];
+      double sum = p.log_mix ? 1.0
+                             : exponential_sum(logits, own.padded, max,
+                                               static_cast<Real>(scale * math::kLog2E));
+      Real factor = static_cast<Real>(p.log_mix ? scale * w : scale),
+           shift = static_cast<Real>(p.log_mix ? 0.0 : math::log_acc(w / sum));
+      bool log_mix = p.log_mix;
+#pragma omp simd
+      for (int64_t i = 0; i < own.padded; ++i) {
+        Real y = math::fma(logits[i] - max, factor, shift);
+        out[i] = first ? y : log_mix ? out[i] + y : log_add(out[i], y);
+      }
+      first = false;
+    }
+    Real temperature = static_cast<Real>(task.temperature);
+#pragma omp simd
+    for (int64_t i = 0; i < own.padded; ++i) out[i] *= temperature;
+    max_t = max_of(out, own.padded);
+  }
+
+  // Of one teacher's logits, standardised or not.
+  double scale_of(const Real* logits) const {
+    math::RowTask alone = task;
+    alone.mixed = false;
+    math::RowState moments = {};
+    math::RowNorm norm;
+    if (task.standardize) {
+      add_moments(logits, own.padded, moments.count_t, moments.moment_t, moments.square_t);
+    }
+    math::scales(alone, moments, norm);
+    return norm.scale_t;
+  }
+
+  void load_entries() {
+    const Real* values = static_cast<const Real*>(p.teacher_data[0]) + row * p.entries;
+    for (int64_t k = 0; k < entry.padded; ++k) {
+      int64_t at = -1;
+      if (k < entry.n) {
+        at = p.wide_indices ? static_cast<const int64_t*>(p.indices)[row * p.entries + k]
+                            : static_cast<const int32_t*>(p.indices)[row * p.entries + k];
+      }
+      at -= p.first_class;
+      column[k] = at >= 0 && at < p.classes ? at : -1;
+      bool here = column[k] >= 0;
+      entry_u[k] = here ? static_cast<Real>(widen(z_row[at])) : -kInfinity<Real>;
+      entry_t[k] = here ? values[k] : -kInfinity<Real>;
+    }
+    transform(of_student, entry_u, entry.padded);
+  }
+
+  // ---- moments, maxima, sums ----
+
+  void find_moments() {
+    add_moments(own.u, own.padded, x.count_s, x.moment_s, x.square_s);
+    if (!task.mixed) add_moments(own.t, own.padded, x.count_t, x.moment_t, x.square_t);
+  }
+
+  // Takes the label (DKD) or the entries out of the row's own classes.
+  void set_aside() {
+    if (task.aside_label && label_here >= 0) {
+      u[label_here] = t[label_here] = -kInfinity<Real>;
+      max_u = max_of(u, own.padded);
+      max_t = max_of(t, own.padded);
+    }
+    if (!task.entries || !dense) return;
+    for (int64_t k = 0; k < entry.n; ++k) {
+      if (column[k] >= 0) u[column[k]] = -kInfinity<Real>;
+    }
+    max_u = max_of(u, own.padded);
+  }
+
+  void find_maxima() {
+    x.max_s = dense ? max_u : math::kLowestState;
+    x.max_t = task.compares && !task.entries ? max_t : math::kLowestState;
+    x.entry_max_s = task.entries ? max_of(entry.u, entry.padded) : math::kLowestState;
+    x.entry_max_t = task.entries ? max_of(entry.t, entry.padded) : math::kLowestState;
+    x.best_s = x.best_t = 0;
+    if (!watched || !task.compares) return;
+    const Lane<Real>& best = compared();
+    Real top_s = static_cast<Real>(task.entries ? x.entry_max_s : x.max_s),
+         top_t = static_cast<Real>(task.entries ? x.entry_max_t : x.max_t);
+    int64_t s = where(best.u, best.n, top_s), t = where(best.t, best.n, top_t);
+    x.best_s = static_cast<double>(p.first_class + (task.entries ? column[s] : s));
+    x.best_t = static_cast<double>(p.first_class + (task.entries ? column[t] : t));
+  }
+
+  void add_exponentials() {
+    math::RowState now = {};
+    const Real scale_s = static_cast<Real>(exact.scale_s * math::kLog2E),
+               scale_t = static_cast<Real>(exact.scale_t * math::kLog2E),
+               max_s = finite_max<Real>(x.max_s), max_t = finite_max<Real>(x.max_t),
+               entry_max_s = finite_max<Real>(x.entry_max_s),
+               entry_max_t = finite_max<Real>(x.entry_max_t);
+    if (dense) now.sum_s = exponentials(own.u, own.q, own.padded, max_s, scale_s);
+    if (task.entries) {
+      now.entry_sum_s = exponentials(entry.u, entry.q, entry.padded, entry_max_s, scale_s);
+      now.entry_sum_t = exponentials(entry.t, entry.p, entry.padded, entry_max_t, scale_t);
+    } else if (task.compares) {
+      now.sum_t = exponentials(own.t, own.p, own.padded, max_t, scale_t);
+    }
+    if ((p.stages & kSums) == 0) return;
+    if (task.cross_entropy) {
+      now.hard =
+          shares_hard ? now.sum_s : exponential_sum(own.u, own.padded, max_s, kLog2EOf<Real>);
+      now.entry_hard = shares_hard
+                           ? now.entry_sum_s
+                           : exponential_sum(entry.u, entry.padded, entry_max_s, kLog2EOf<Real>);
+    }
+    for (int64_t k = 0; k < entry.n; ++k) now.entry_count += column[k] >= 0 ? 1.0 : 0.0;
+    x.sum_s = now.sum_s;
+    x.sum_t = now.sum_t;
+    x.hard = now.hard;
+    x.entry_sum_s = now.entry_sum_s;
+    x.entry_sum_t = now.entry_sum_t;
+    x.entry_hard = now.entry_hard;
+    x.entry_count = now.entry_count;
+    x.total_u = total_u;
+    x.label_s = label_u;
+    x.label_t = label_t;
+  }
+
+  // ---- terms ----
+
+  // What makes probabilities of the exponentials relative to these maxima.
+  double inverse_s(double max) const {
+    return exponent((max - exact.max_s) * exact.scale_s, exact.log_sum_s);
+  }
+  double inverse_t(double max) const {
+    return exponent((max - exact.max_t) * exact.scale_t, exact.log_sum_t);
+  }
+  static double exponent(double above, double log_sum) {
+    return log_sum == -kInfinity<double> ? 0.0 : exp2_fp64((above - log_sum) * math::kLog2E);
+  }
+
+  void add_terms() {
+    double logsumexp = p.teacher_logsumexp != nullptr
+                           ? static_cast<double>(static_cast<const Real*>(p.teacher_logsumexp)[row])
+                           : 0.0;
+    math::normalize(task, x, logsumexp, exact);
+    const bool aside = task.aside_label || task.entries;
+    auto norm = math::ElementNorm<Real>::of(exact, aside);
+    const Lane<Real>& lane = compared();
+    const double inv_s = inverse_s(task.entries ? x.entry_max_s : x.max_s),
+                 inv_t = inverse_t(task.entries ? x.entry_max_t : x.max_t);
+    if ((p.stages & kTerms) != 0) add_plain_terms(lane, norm, inv_s, inv_t);
+    const bool sensitive = p.divergence == math::Divergence::kTotalVariation ||
+                           p.divergence == math::Divergence::kAlphaBeta;
+    if (sensitive && p.state == nullptr) {
+      math::refine(exact, excess_of_q(lane, norm, inv_s, inv_t));
+      norm = math::ElementNorm<Real>::of(exact, aside);
+    }
+    Terms sums = terms(p, lane, norm, inv_s, inv_t, wants_teacher);
+    if ((p.stages & kTerms) == 0) return;
+    x.f = sums.f;
+    x.a = sums.a;
+    x.b = sums.b;
+    if (!task.standardize) return;
+    x.az = times_z(lane.a, lane.u, lane.padded, exact.s);
+    x.bz = wants_teacher ? times_z(lane.b, lane.t, lane.padded, exact.t) : 0.0;
+  }
+
+  // Sums that no divergence is needed for, before `a` takes the place of p.
+  void add_plain_terms(const Lane<Real>& lane, const math::ElementNorm<Real>& norm, double inv_s,
+                       double inv_t) {
+    using Norm = math::ElementNorm<Real>;
+    if (watched) {
+      x.self_s = inv_s * sum_of<Real>(lane.padded, [&](int64_t i) KD_INLINE_LAMBDA {
+        return math::times(lane.q[i], Norm::log_q(norm, lane.u[i]));
+      });
+      x.self_t = inv_t * sum_of<Real>(lane.padded, [&](int64_t i) KD_INLINE_LAMBDA {
+        return math::times(lane.p[i], Norm::log_p(norm, lane.t[i]));
+      });
+    }
+    if (task.standardize) {
+      x.qz = inv_s * times_z(lane.q, lane.u, lane.padded, exact.s);
+      x.pz = wants_teacher ? inv_t * times_z(lane.p, lane.t, lane.padded, exact.t) : 0.0;
+    }
+    if (!task.entries) return;
+    x.part_q = x.part_p = 0;
+    // One less their sum is a probability too, so they are added up in fp64.
+    for (int64_t k = 0; k < lane.n; ++k) {
+      x.part_q += lane.q[k] * inv_s;
+      x.part_p += math::exp_acc((lane.t[k] - exact.max_t) * exact.scale_t - exact.log_sum_t);
+    }
+  }
+
+  // The sum of w times the standardised logit; that of an excluded class is 0.
+  static double times_z(const Real* w, const Real* logits, int64_t padded,
+                        const math::RowMoments& moments) {
+    const Real mean = static_cast<Real>(moments.mean);
+    return moments.inv_std * sum_of<Real>(padded, [=](int64_t i) KD_INLINE_LAMBDA {
+      return logits[i] == -kInfinity<Real> ? Real(0) : w[i] * (logits[i] - mean);
+    });
+  }
+
+  // ---- loss and gradients ----
+
+  void finish(int64_t label, double& loss) {
+    const double factor = p.denominator != 0 ? weight / p.denominator * p.gradient_scale : 0.0;
+    const math::RowGradient g = math::finish(task, x, exact, factor);
+    loss = weight * g.loss;
+    if (p.statistics != nullptr) {
+      double values[math::kStatistics];
+      math::statistics_of(task, x, exact, static_cast<double>(label), g.divergence, values);
+      for (int i = 0; i < math::kStatistics; ++i) statistic(i) = static_cast<Real>(values[i]);
+    }
+    if (loss != loss) {
+      const Real nan = std::numeric_limits<Real>::quiet_NaN();
+      fill_gradients(nan, p.alpha > 0 ? nan : Real(0));
+      return;
+    }
+    if (p.gradient != nullptr) write_student(g);
+    if (task.entries && (p.gradient != nullptr || p.entry_gradient != nullptr)) write_entries(g);
+    if (p.teacher_gradient != nullptr) write_teacher(g);
+  }
+
+  // of_e: of exponentials relative to `max`.
+  LaneGradient<Real> lane_gradient(const math::RowGradient& g, double of_e, double max) const {
+    if (shares_hard) of_e += g.of_hard * math::exp_acc(max - g.hard_max);
+    return {static_cast<Real>(g.of_a),
+            static_cast<Real>(of_e),
+            static_cast<Real>(shares_hard ? 0.0 : g.of_hard),
+            static_cast<Real>(g.hard_max),
+            static_cast<Real>(g.uniform),
+            static_cast<Real>(g.of_z),
+            static_cast<Real>(exact.s.mean)};
+  }
+
+  void write_student(const math::RowGradient& g) {
+    T* out = gradient_row();
+    if (!dense) {
+      std::memset(static_cast<void*>(out), 0, static_cast<size_t>(own.n) * sizeof(T));
+      return;
+    }
+    const bool soft = p.alpha > 0 && !task.entries;  // else no class has a share of its own
+    LaneGradient<Real> of =
+        lane_gradient(g, soft ? g.of_q * inverse_s(x.max_s) : g.of_other, x.max_s);
+    if (!soft) of.of_a = 0;
+    const Real* a = soft ? own.a : own.q;
+    const Real at_label = label_here >= 0 ? label_gradient(g, of, a) : Real(0);
+    if (Transform::nothing(of_student) && of.of_z == Real(0)) {
+      write_gradient(own, a, of, out);
+    } else {
+      make_gradient(own, a, of, of_student, own.a);
+      for (int64_t i = 0; i < own.n; ++i) narrow(own.a[i], out[i]);
+    }
+    if (label_here >= 0) narrow(at_label, out[label_here]);
+  }
+
+  Real label_gradient(const math::RowGradient& g, const LaneGradient<Real>& of,
+                      const Real* a) const {
+    using Gradient = LaneGradient<Real>;
+    Real y;
+    if (task.aside_label) {
+      y = static_cast<Real>(g.label_s + g.of_hard * math::exp_acc(label_u - g.hard_max) -
+                            g.uniform);
+    } else {
+      y = Gradient::add_hard(of, Gradient::soft(of, a[label_here], own.q[label_here]), label_u);
+    }
+    y = Gradient::add_z(of, y, label_u) - static_cast<Real>(g.at_label);
+    return Transform::back(of_student, label_u, y);
+  }
+
+  void write_entries(const math::RowGradient& g) {
+    const bool soft = p.alpha > 0;
+    LaneGradient<Real> of =
+        lane_gradient(g, soft ? g.of_q * inverse_s(x.entry_max_s) : 0.0, x.entry_max_s);
+    if (!soft) of.of_a = 0;
+    make_gradient(entry, soft ? entry.a : entry.q, of, of_student, entry.a);
+    for (int64_t k = 0; k < entry.n; ++k) {
+      const bool here = column[k] >= 0;
+      Real y = here ? entry.a[k] : Real(0);
+      if (here && column[k] == label_here) {
+        y -= Transform::back(of_student, entry.u[k], static_cast<Real>(g.at_label));
+      }
+      if (p.entry_gradient != nullptr) narrow(y, entry_gradient_row()[k]);
+      if (p.gradient != nullptr && here) narrow(y, gradient_row()[column[k]]);
+    }
+  }
+
+  void write_teacher(const math::RowGradient& g) {
+    T* out = teacher_gradient_row();
+    if (!wants_teacher) {
+      std::memset(static_cast<void*>(out), 0, static_cast<size_t>(own.n) * sizeof(T));
+      return;
+    }
+    const Real of_b = static_cast<Real>(g.of_b),
+               of_p = static_cast<Real>(g.of_p * inverse_t(x.max_t)),
+               of_tz = static_cast<Real>(g.of_tz), mean = static_cast<Real>(exact.t.mean);
+    const Real* logits = own.t;
+    Real *b = own.b, *e = own.p;
+#pragma omp simd
+    for (int64_t i = 0; i < own.padded; ++i) {
+      Real y = math::fma(of_b, b[i], of_p * e[i]);
+      y = logits[i] == -kInfinity<Real> ? y : math::fma(of_tz, logits[i] - mean, y);
+      b[i] = Transform::back(of_teacher, logits[i], y);
+    }
+    if (task.aside_label && label_here >= 0) {
+      Real y = static_cast<Real>(g.label_t);
+      if (label_t != -kInfinity<Real>) y = math::fma(of_tz, label_t - mean, y);
+      b[label_here] = Transform::back(of_teacher, label_t, y);
+    }
+    if (p.probs) {  // of the logarithm so far
+      const T* probabilities = teacher_row(0);
+      for (int64_t i = 0; i < own.n; ++i) {
+        Real probability = widen(probabilities[i]);
+        b[i] = probability == Real(0) ? Real(0) : b[i] / probability;
+      }
+    }
+    for (int64_t i = 0; i < own.n; ++i) narrow(b[i], out[i]);
+  }
+};
+
+template <class T>
+void divergence_rows_of(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
+  static thread_local RowBuffer buffer;
+  RowWalk<T> walk(p, buffer);
+  for (int64_t row = begin; row < end; ++row) walk.walk(row, row_loss[row]);
+}
+
+void divergence_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
+  switch (p.dtype) {
+    case Dtype::kFloat32: return divergence_rows_of<float>(p, begin, end, row_loss);
+    case Dtype::kFloat64: return divergence_rows_of<double>(p, begin, end, row_loss);
+    case Dtype::kBFloat16: return divergence_rows_of<BFloat16>(p, begin, end, row_loss);
+    case Dtype::kFloat16: return divergence_rows_of<Float16>(p, begin, end, row_loss);
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace kdkernels

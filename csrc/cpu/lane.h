@@ -1,0 +1,230 @@
+// The loops over the classes of a row that any divergence needs, on computed values: fp32 or fp64. Included by
+// one file an ISA level.
+#pragma once
+
+#include "cpu/distillation.h"
+#include "math/row_element.h"
+
+namespace kdkernels {
+namespace cpu {
+namespace {
+
+template <class Real>
+constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+template <class Real>
+constexpr Real kLog2EOf = static_cast<Real>(math::kLog2E);
+
+// Classes [0, n) of a row, or entries of a top-k teacher, padded with excluded ones to whole vectors.
+template <class Real>
+struct Lane {
+  int64_t n, padded;
+  const Real *u, *t;  // transformed logits; where they need not be changed, the row itself
+  Real *q, *p;  // exponentials relative to some maxima
+  Real *a, *b;  // of ClassShare. a lies over p, unless b is wanted too
+};
+
+KD_FN int64_t padded_to_vectors(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+// A maximum that a sum of exponentials can be relative to, also where there is no logit.
+template <class Real>
+KD_FN Real finite_max(double max) {
+  return math::larger(static_cast<Real>(max), -std::numeric_limits<Real>::max());
+}
+
+template <class Real>
+KD_FN Real max_of(const Real* x, int64_t padded) {
+  Real m = -std::numeric_limits<Real>::max();
+#pragma omp simd reduction(max : m)
+  for (int64_t i = 0; i < padded; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+
+// The first of the classes with this logit.
+template <class Real>
+KD_FN int64_t where(const Real* x, int64_t n, Real value) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (x[i] == value) return i;
+  }
+  return 0;
+}
+
+template <class Real>
+KD_FN void transform(const math::Transform<Real>& f, Real* x, int64_t padded) {
+  using Transform = math::Transform<Real>;
+  if (Transform::nothing(f)) return;
+#pragma omp simd
+  for (int64_t i = 0; i < padded; ++i) x[i] = Transform::apply(f, x[i]);
+}
+
+// count, sum and sum of squares of the finite logits.
+template <class Real>
+void add_moments(const Real* x, int64_t padded, double& count, double& sum, double& squares) {
+  double n = 0, s = 0, ss = 0;
+#pragma omp simd reduction(+ : n, s, ss)
+  for (int64_t i = 0; i < padded; ++i) {
+    bool finite = x[i] != -kInfinity<Real>;
+    double v = finite ? x[i] : Real(0);
+    n += finite ? 1.0 : 0.0;
+    s += v;
+    ss += v * v;
+  }
+  count = n;
+  sum = s;
+  squares = ss;
+}
+
+// The sum of f(i) over [0, padded), in Real over kFold classes, beyond them in fp64.
+template <class Real, class F>
+KD_FN double sum_of(int64_t padded, F f) {
+  double total = 0;
+  for (int64_t first = 0; first < padded; first += kFold) {
+    int64_t last = first + kFold < padded ? first + kFold : padded;
+    Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = first; i < last; ++i) sum += f(i);
+    total += sum;
+  }
+  return total;
+}
+
+// y[i] = 2^((x[i] - max) scale); their sum.
+template <class Real>
+double exponentials(const Real* x, Real* y, int64_t padded, Real max, Real scale) {
+  return sum_of<Real>(padded, [=](int64_t i) KD_INLINE_LAMBDA {
+    return y[i] = math::exp2_nonpositive((x[i] - max) * scale);
+  });
+}
+
+// The sum alone.
+template <class Real>
+double exponential_sum(const Real* x, int64_t padded, Real max, Real scale) {
+  return sum_of<Real>(padded, [=](int64_t i) KD_INLINE_LAMBDA {
+    return math::exp2_nonpositive((x[i] - max) * scale);
+  });
+}
+
+// log(e^a + e^b); -inf where both are.
+template <class Real>
+KD_FN Real log_add(Real a, Real b) {
+  Real larger = a > b ? a : b, size = math::magnitude(a - b);
+  Real y = larger -
+           math::neg_log(Real(0), Real(1) + math::exp2_nonpositive(-size * kLog2EOf<Real>), false);
+  return larger == -kInfinity<Real> ? larger : y;
+}
+
+// ---- the divergence's terms -----------------------------------------------------------------------
+
+struct Terms {
+  double f, a, b;
+};
+
+template <class Real>
+KD_FN math::Element<Real> element(const Lane<Real>& x, const math::ElementNorm<Real>& norm,
+                                  Real inv_s, Real inv_t, int64_t i) {
+  using Norm = math::ElementNorm<Real>;
+  Real u = x.u[i], t = x.t[i];
+  return {x.p[i] * inv_t, x.q[i] * inv_s, Norm::d(norm, u, t), Norm::log_p(norm, t),
+          Norm::log_q(norm, u)};
+}
+
+// Sums over all classes; a, and b if wanted, are kept. inv_s and inv_t make probabilities of q and p.
+template <class Policy, bool kTeacher, class Real>
+void terms_of(const Lane<Real>& x, const math::ElementNorm<Real>& norm, Real inv_s, Real inv_t,
+              Real beta, Real second, Terms& out) {
+  Real *keep_a = x.a, *keep_b = x.b;
+  for (int64_t first = 0; first < x.padded; first += kFold) {
+    int64_t last = first + kFold < x.padded ? first + kFold : x.padded;
+    Real f = 0, a = 0, b = 0;
+#pragma omp simd reduction(+ : f, a, b)
+    for (int64_t i = first; i < last; ++i) {
+      math::ClassShare<Real> share = Policy::share(element(x, norm, inv_s, inv_t, i), beta, second);
+      keep_a[i] = share.a;
+      f += share.f;
+      a += share.a;
+      if constexpr (kTeacher) {
+        keep_b[i] = share.b;
+        b += share.b;
+      }
+    }
+    out.f += f;
+    out.a += a;
+    out.b += b;
+  }
+}
+
+template <class Real>
+Terms terms(const DivergenceParams& p, const Lane<Real>& x, const math::ElementNorm<Real>& norm,
+            double inv_s, double inv_t, bool teacher) {
+  Terms out = {0, 0, 0};
+  Real of_q = static_cast<Real>(inv_s), of_p = static_cast<Real>(inv_t),
+       beta = static_cast<Real>(p.beta), second = static_cast<Real>(p.second);
+  math::with_policy(p.divergence, [&](auto policy) {
+    using Policy = decltype(policy);
+    if (teacher) {
+      terms_of<Policy, true>(x, norm, of_q, of_p, beta, second, out);
+    } else {
+      terms_of<Policy, false>(x, norm, of_q, of_p, beta, second, out);
+    }
+  });
+  return out;
+}
+
+// The sum of q - p: see math::refine.
+template <class Real>
+double excess_of_q(const Lane<Real>& x, const math::ElementNorm<Real>& norm, double inv_s,
+                   double inv_t) {
+  Real of_q = static_cast<Real>(inv_s), of_p = static_cast<Real>(inv_t);
+  return sum_of<Real>(x.padded, [=](int64_t i) KD_INLINE_LAMBDA {
+    return math::difference(x.q[i] * of_q, x.p[i] * of_p,
+                            -math::ElementNorm<Real>::d(norm, x.u[i], x.t[i]));
+  });
+}
+
+// ---- gradients -------------------------------------------------------------------------------------
+
+// math::RowGradient for the classes of a lane, of_e being for exponentials in place of probabilities.
+template <class Real>
+struct LaneGradient {
+  Real of_a, of_e, of_hard, hard_max, uniform, of_z, mean;
+
+  KD_FN Real soft(const LaneGradient& g, Real a, Real e) {
+    return math::fma(g.of_a, a, math::fma(g.of_e, e, -g.uniform));
+  }
+  KD_FN Real add_hard(const LaneGradient& g, Real soft, Real u) {
+    return math::fma(g.of_hard, math::exp2_nonpositive((u - g.hard_max) * kLog2EOf<Real>), soft);
+  }
+  KD_FN Real add_z(const LaneGradient& g, Real y, Real u) {
+    return u == -kInfinity<Real> ? y : math::fma(g.of_z, u - g.mean, y);
+  }
+};
+
+// What most losses need: nothing but `soft` and cross-entropy's exponentials, rounded to where it goes.
+template <class T, class Real>
+void write_gradient(const Lane<Real>& x, const Real* a, const LaneGradient<Real>& g, T* out) {
+  using Gradient = LaneGradient<Real>;
+  if (g.of_hard == Real(0)) {
+#pragma omp simd
+    for (int64_t i = 0; i < x.n; ++i) narrow(Gradient::soft(g, a[i], x.q[i]), out[i]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < x.n; ++i) {
+      narrow(Gradient::add_hard(g, Gradient::soft(g, a[i], x.q[i]), x.u[i]), out[i]);
+    }
+  }
+}
+
+// The same in computed values, through the transform as well.
+template <class Real>
+void make_gradient(const Lane<Real>& x, const Real* a, const LaneGradient<Real>& g,
+                   const math::Transform<Real>& f, Real* out) {
+  using Gradient = LaneGradient<Real>;
+#pragma omp simd
+  for (int64_t i = 0; i < x.padded; ++i) {
+    Real y = Gradient::add_hard(g, Gradient::soft(g, a[i], x.q[i]), x.u[i]);
+    out[i] = math::Transform<Real>::back(f, x.u[i], Gradient::add_z(g, y, x.u[i]));
+  }
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace kdkernels

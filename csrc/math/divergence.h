@@ -1,0 +1,310 @@
+// One class's share of a divergence D(p, q) of a teacher p and a student q, and of its derivatives.
+//
+// Every divergence here is a sum over classes of f(p, q) >= 0. With a = df / d log q and b = df / d log p, its
+// gradient in the student's logits is a - q sum a, in the teacher's b - p sum b, both over the temperature. The
+// sum of a divergence's usual terms p (log p - log q) has terms of both signs, which cancel where the two
+// distributions are close; f adds to each what sums to zero: p (d - 1) + q with d = log p - log q.
+#pragma once
+
+#include "math/elementary.h"
+
+namespace kdkernels {
+namespace math {
+
+enum class Divergence {
+  kForwardKL,  // KL(p || q)
+  kReverseKL,  // KL(q || p)
+  kJS,  // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; 0 < beta < 1
+  kSkewForwardKL,  // KL(p || beta p + (1 - beta) q)                   (DistiLLM, arXiv 2402.03898)
+  kSkewReverseKL,  // KL(q || beta q + (1 - beta) p)
+  kTotalVariation,  // sum |p - q| / 2
+  kAlphaBeta,  // alpha = beta, beta = second                          (ABKD, arXiv 2505.04560, eq. 4)
+  kDecoupled,  // weights beta, second of target and non-target terms  (DKD, arXiv 2203.08679, eq. 7)
+};
+
+// ---- functions with an fp64 twin ----------------------------------------------------------------
+
+// 1 / x. On a GPU the fp32 one is the special function unit's, accurate to an ulp: an IEEE division there is
+// a function call, whose registers would be spilled around it.
+KD_FN float inverse(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+KD_FN double inverse(double x) { return 1.0 / x; }
+
+KD_FN float exp_acc(float x) { return exp(x); }
+KD_FN float log_acc(float x) { return log(x); }
+KD_FN float tanh_acc(float x) {
+  // Odd, and accurate at 0 as expm1 is.
+  float magnitude = x < 0.0f ? -x : x;
+  float e = expm1(-2.0f * magnitude);
+  float y = -e * inverse(e + 2.0f);
+  return x < 0.0f ? -y : (x == x ? y : x);
+}
+#if defined(__CUDA_ARCH__)
+KD_FN double exp_acc(double x) { return ::exp(x); }
+KD_FN double log_acc(double x) { return ::log(x); }
+KD_FN double tanh_acc(double x) { return ::tanh(x); }
+#else
+KD_FN double exp_acc(double x) { return __builtin_exp(x); }
+KD_FN double log_acc(double x) { return __builtin_log(x); }
+KD_FN double tanh_acc(double x) { return __builtin_tanh(x); }
+#endif
+
+// -log(1 + x) where x is exact, small or not; `sum` is 1 + x, exact too where x is not small.
+KD_FN float neg_log(float x, float sum, bool small) {
+  int32_t bits = bits_from_float(sum);
+  int32_t e = small ? 0 : (bits - kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
+  float f = small ? x : float_from_bits(bits - e) - 1.0f;
+  return -log_reduced(f, static_cast<float>(e >> 23));
+}
+KD_FN double neg_log(double x, double sum, bool small) {
+#if defined(__CUDA_ARCH__)
+  return small ? -::log1p(x) : -::log(sum);
+#else
+  return small ? -__builtin_log1p(x) : -__builtin_log(sum);
+#endif
+}
+
+// ---- differences that do not cancel -------------------------------------------------------------
+
+// Below this a series is the more accurate.
+constexpr double kSmall = 0.25;
+
+template <class Real>
+KD_FN Real magnitude(Real x) {
+  return x < Real(0) ? -x : x;
+}
+
+// sum over k >= 0 of x^k / (k + first)!, |x| < kSmall, to the precision of Real.
+template <int kFirst, class Real>
+KD_FN Real exp_tail(Real x) {
+  constexpr int kTerms = sizeof(Real) == 4 ? 6 : 11;
+  constexpr double kInverse[] = {1.0,
+                                 1.0,
+                                 1.0 / 2,
+                                 1.0 / 6,
+                                 1.0 / 24,
+                                 1.0 / 120,
+                                 1.0 / 720,
+                                 1.0 / 5040,
+                                 1.0 / 40320,
+                                 1.0 / 362880,
+                                 1.0 / 3628800,
+                                 1.0 / 39916800,
+                                 1.0 / 479001600,
+                                 1.0 / 6227020800.0};
+  Real y = static_cast<Real>(kInverse[kTerms + kFirst - 1]);
+  KD_UNROLL
+  for (int k = kTerms - 2; k >= 0; --k) y = fma(y, x, static_cast<Real>(kInverse[k + kFirst]));
+  return y;
+}
+
+// a (e - 1) + b where b = a exp(-e): never negative; b where a is 0.
+template <class Real>
+KD_FN Real excess(Real a, Real b, Real e) {
+  Real series = a * (e * e * exp_tail<2>(-e));
+  Real direct = fma(a, e - Real(1), b);
+  direct = direct < Real(0) ? Real(0) : direct;
+  Real y = magnitude(e) < Real(kSmall) ? series : direct;
+  return a == Real(0) ? b : y;
+}
+
+// a - b where b = a exp(-e).
+template <class Real>
+KD_FN Real difference(Real a, Real b, Real e) {
+  Real series = a * (e * exp_tail<1>(-e));
+  return magnitude(e) < Real(kSmall) ? series : a - b;
+}
+
+// a e; 0 where a is 0.
+template <class Real>
+KD_FN Real times(Real a, Real e) {
+  return a == Real(0) ? Real(0) : a * e;
+}
+
+// log(p / m) and log(q / m) of the mixture m = of_p p + of_q q, from d = log p - log q; of_p + of_q = 1.
+template <class Real>
+struct Mixture {
+  Real p, q;
+};
+template <class Real>
+KD_FN Mixture<Real> mixture(Real d, Real of_p, Real of_q) {
+  bool p_larger = d >= Real(0);
+  Real size = magnitude(d);
+  Real of_larger = p_larger ? of_p : of_q, of_smaller = p_larger ? of_q : of_p;
+  // The larger over m is 1 / (of_larger + of_smaller w), w = exp(-size); w may underflow.
+  Real w = exp2_nonpositive(-size * Real(1.4426950408889634));
+  bool small = size < Real(kSmall);
+  Real x = of_smaller * (-size * exp_tail<1>(-size));
+  Real larger = neg_log(x, fma(of_smaller, w, of_larger), small);
+  larger = of_larger == Real(0) ? size : larger;
+  Real smaller = larger - size;
+  return {p_larger ? larger : smaller, p_larger ? smaller : larger};
+}
+
+// log(1 + x) and phi(x) = (1 + x) log(1 + x) - x where x is exact, small or not; `sum` as above.
+template <class Real>
+struct LogAndPhi {
+  Real log, phi;
+};
+KD_FN LogAndPhi<float> log_and_phi(float x, float sum, bool small) {
+  int32_t bits = bits_from_float(sum);
+  int32_t e = small ? 0 : (bits - kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
+  float f = small ? x : float_from_bits(bits - e) - 1.0f;
+  // log(1 + f) = f - f^2 / 2 + f^3 p
+  float p = log_coefficient(0);
+  KD_UNROLL
+  for (int i = 1; i < 8; ++i) p = fma(p, f, log_coefficient(i));
+  float log = fma(static_cast<float>(e >> 23), 0x1.62e43p-1f, fma(f * f, fma(f, p, -0.5f), f));
+  float series = f * f * fma(f, fma(f, p, p - 0.5f), 0.5f);
+  return {log, small ? series : fma(sum, log, -x)};
+}
+KD_FN LogAndPhi<double> log_and_phi(double x, double sum, bool small) {
+  double log = -neg_log(x, sum, small);
+  return {log, fma(sum, log, -x)};
+}
+
+// ---- the divergences ----------------------------------------------------------------------------
+
+template <class Real>
+struct ClassShare {
+  Real f, a, b;
+};
+
+// Of one class: p, q, d = log p - log q, log_p and log_q. A class that both sides exclude has p = q = 0 and
+// d = NaN; it adds nothing.
+template <class Real>
+struct Element {
+  Real p, q, d, log_p, log_q;
+};
+
+struct ForwardKL {
+  template <class Real>
+  KD_FN ClassShare<Real> share(const Element<Real>& x, Real, Real) {
+    return {excess(x.p, x.q, x.d), difference(x.q, x.p, -x.d), times(x.p, x.d)};
+  }
+};
+
+struct ReverseKL {
+  template <class Real>
+  KD_FN ClassShare<Real> share(const Element<Real>& x, Real, Real) {
+    return {excess(x.q, x.p, -x.d), times(x.q, -x.d), difference(x.p, x.q, x.d)};
+  }
+};
+
+// With L the larger of p and q, s its opposite's share of m, w = 1 + y the smaller over L, and
+// phi(x) = (1 + x) log(1 + x) - x: m = L (1 + s y) and f = L (s phi(y) - phi(s y)).
+struct JS {
+  template <class Real>
+  KD_FN ClassShare<Real> share(const Element<Real>& x, Real beta, Real) {
+    Real rest = Real(1) - beta;
+    bool p_larger = x.d >= Real(0);
+    Real size = magnitude(x.d);
+    Real larger = p_larger ? x.p : x.q, s = p_larger ? rest : beta;
+    size = size < Real(1000) ? size : Real(1000);  // w is 0; 0 times infinity is not
+    bool small = size < Real(kSmall);
+    Real w = exp2_nonpositive(-size * Real(1.4426950408889634));
+    Real tail = exp_tail<2>(-size);
+    Real y = small ? size * fma(size, tail, Real(-1)) : w - Real(1);
+    Real phi = small ? size * size * fma(-tail, Real(1) + size, Real(1))
+                     : fma(-w, Real(1) + size, Real(1));
+    LogAndPhi<Real> of_m = log_and_phi(s * y, fma(s, w, Real(1) - s), small);
+    Real f = larger * fma(s, phi, -of_m.phi);
+    Real of_smaller = -of_m.log - size;
+    return {f > Real(0) ? f : Real(0), rest * times(x.q, p_larger ? of_smaller : -of_m.log),
+            beta * times(x.p, p_larger ? -of_m.log : of_smaller)};
+  }
+};
+
+struct SkewForwardKL {
+  template <class Real>
+  KD_FN ClassShare<Real> share(const Element<Real>& x, Real beta, Real) {
+    Real rest = Real(1) - beta, m = fma(beta, x.p, rest * x.q);
+    Mixture<Real> e = mixture(x.d, beta, rest);
+    Real q_minus_p = difference(x.q, x.p, -x.d);
+    // q / m and p / m are unbounded where their share in m is 0.
+    return {excess(x.p, m, e.p), times(rest * rest * q_minus_p, exp_acc(e.q)),
+            times(x.p, e.p) + times(beta * rest * q_minus_p, exp_acc(e.p))};
+  }
+};
+
+struct SkewReverseKL {
+  template <class Real>
+  KD_FN ClassShare<Real> share(const Element<Real>& x, Real beta, Real second) {
+    ClassShare<Real> y =
+        SkewForwardKL::share(Element<Real>{x.q, x.p, -x.d, x.log_q, x.log_p}, beta, second);
+    return {y.f, y.b, y.a};
+  }
+};
+
+struct TotalVariation {
+  template <class Real>
+  KD_FN ClassShare<Real> share(const Element<Real>& x, Real, Real) {
+    Real y = difference(x.q, x.p, -x.d);
+    Real sign = y > Real(0) ? Real(0.5) : y < Real(0) ? Real(-0.5) : y * Real(0.5);
+    return {sign * y, sign * x.q, -sign * x.p};
+  }
+};
+
+struct AlphaBeta {
+  template <class Real>
+  KD_FN ClassShare<Real> share(const Element<Real>& x, Real alpha, Real beta) {
+    Real both = alpha + beta;
+    Real pc = exp_acc(both * x.log_p), qc = exp_acc(both * x.log_q);
+    if (alpha == Real(0)) {  // the same way for a whole call
+      Real inv = inverse(beta);
+      return {inv * inv * excess(qc, pc, -beta * x.d), times(qc, -x.d),
+              inv * difference(pc, qc, beta * x.d)};
+    }
+    Real inv_alpha = inverse(alpha);
+    if (beta == Real(0)) {
+      return {inv_alpha * inv_alpha * excess(pc, qc, alpha * x.d),
+              inv_alpha * difference(qc, pc, -alpha * x.d), times(pc, x.d)};
+    }
+    Real inv_beta = inverse(beta), inv_both = inverse(both);
+    Real product = exp_acc(fma(alpha, x.log_p, beta * x.log_q));
+    Real e = beta * x.d, of_d = both * exp_tail<2>(-both * x.d) - beta * exp_tail<2>(-e);
+    Real series = pc * (x.d * x.d * (of_d * inv_alpha));
+    Real direct = fma(inv_beta, pc, inv_alpha * qc) * inv_both - inv_alpha * inv_beta * product;
+    Real f = magnitude(both * x.d) < Real(kSmall) ? series : direct;
+    return {f < Real(0) ? Real(0) : f, inv_alpha * difference(qc, product, -alpha * x.d),
+            inv_beta * difference(pc, product, e)};
+  }
+};
+
+// The usual terms, without what f adds, are f + plain (p - q), with derivatives a - plain q and b + plain p. A
+// sum over a part of the classes wants those.
+KD_FN double plain_share(Divergence divergence, double beta) {
+  switch (divergence) {
+    case Divergence::kForwardKL: return 1;
+    case Divergence::kReverseKL: return -1;
+    case Divergence::kSkewForwardKL: return 1 - beta;
+    case Divergence::kSkewReverseKL: return beta - 1;
+    default: return 0;
+  }
+}
+
+// f(policy) for the policy of a divergence. Decoupled is KL(p || q) of the classes beside the label; what is
+// special about it happens once a row.
+template <class F>
+KD_FN void with_policy(Divergence divergence, F f) {
+  switch (divergence) {
+    case Divergence::kForwardKL:
+    case Divergence::kDecoupled: return f(ForwardKL{});
+    case Divergence::kReverseKL: return f(ReverseKL{});
+    case Divergence::kJS: return f(JS{});
+    case Divergence::kSkewForwardKL: return f(SkewForwardKL{});
+    case Divergence::kSkewReverseKL: return f(SkewReverseKL{});
+    case Divergence::kTotalVariation: return f(TotalVariation{});
+    case Divergence::kAlphaBeta: return f(AlphaBeta{});
+  }
+}
+
+}  // namespace math
+}  // namespace kdkernels

@@ -1,0 +1,122 @@
+// What one class of a row takes from the row, in the type that elements are computed in.
+#pragma once
+
+#include "math/row.h"
+
+namespace kdkernels {
+namespace math {
+
+// u = cap tanh(scale z / cap), or scale z without a cap (0). -inf stays.
+template <class Real>
+struct Transform {
+  Real scale, inner, cap, inv_cap;
+
+  KD_FN Transform of(double scale, double cap) {
+    bool capped = cap > 0;
+    return {static_cast<Real>(scale), static_cast<Real>(capped ? scale / cap : 0.0),
+            static_cast<Real>(cap), static_cast<Real>(capped ? 1 / cap : 0.0)};
+  }
+  KD_FN bool nothing(const Transform& x) { return x.cap == Real(0) && x.scale == Real(1); }
+  KD_FN Real apply(const Transform& x, Real z) {
+    Real u = x.cap > Real(0) ? x.cap * tanh_acc(z * x.inner) : z * x.scale;
+    return z == -Real(__builtin_inf()) ? z : u;
+  }
+  // dL/dz of g = dL/du.
+  KD_FN Real back(const Transform& x, Real u, Real g) {
+    Real y = u * x.inv_cap;
+    Real slope = x.cap > Real(0) ? x.scale * ((Real(1) - y) * (Real(1) + y)) : x.scale;
+    return u == -Real(__builtin_inf()) && x.cap > Real(0) ? Real(0) : g * slope;
+  }
+};
+
+// RowNorm for elements.
+template <class Real>
+struct ElementNorm {
+  Real scale_s, scale_t, max_s, max_t, log_sum_s, log_sum_t;
+  // d = (t - early - u - late) scale - rho: differences of close logits are exact. Which of the two holds
+  // max_t - max_s depends on what rounds less. Two scales that differ (standardised logits) add (t - max_t) extra.
+  Real early, late, rho, extra;
+
+  // Where classes are set aside, there may be no others; those then have probability 0.
+  KD_FN ElementNorm of(RowNorm x, bool aside) {
+    if (aside && x.log_sum_s == -__builtin_inf()) x.log_sum_s = 0;
+    if (aside && x.log_sum_t == -__builtin_inf()) x.log_sum_t = 0;
+    ElementNorm y;
+    y.scale_s = static_cast<Real>(x.scale_s);
+    y.scale_t = static_cast<Real>(x.scale_t);
+    y.max_s = static_cast<Real>(x.max_s);
+    y.max_t = static_cast<Real>(x.max_t);
+    y.log_sum_s = static_cast<Real>(x.log_sum_s);
+    y.log_sum_t = static_cast<Real>(x.log_sum_t);
+    Real offset = y.max_t - y.max_s;
+    bool far = magnitude(offset) > Real(1);
+    y.early = far ? offset : Real(0);
+    y.late = far ? Real(0) : offset;
+    // What rounding took from the offset.
+    double lost = (x.max_t - x.max_s) - static_cast<double>(offset);
+    y.rho = static_cast<Real>(x.log_sum_t - x.log_sum_s + lost * x.scale_s);
+    y.extra = static_cast<Real>(x.scale_t - x.scale_s);
+    return y;
+  }
+  KD_FN Real log_q(const ElementNorm& x, Real u) {
+    return fma(u - x.max_s, x.scale_s, -x.log_sum_s);
+  }
+  KD_FN Real log_p(const ElementNorm& x, Real t) {
+    return fma(t - x.max_t, x.scale_t, -x.log_sum_t);
+  }
+  KD_FN Real d(const ElementNorm& x, Real u, Real t) {
+    Real below = t - x.max_t;
+    below = below > Real(-1e30) ? below : Real(-1e30);  // -inf times an extra of 0 would be NaN
+    return fma(t - x.early - u - x.late, x.scale_s, fma(below, x.extra, -x.rho));
+  }
+  KD_FN Element<Real> element(const ElementNorm& x, Real u, Real t) {
+    Element<Real> y;
+    y.log_q = log_q(x, u);
+    y.log_p = log_p(x, t);
+    y.d = d(x, u, t);
+    y.q = exp2_nonpositive(y.log_q * Real(1.4426950408889634));
+    y.p = exp2_nonpositive(y.log_p * Real(1.4426950408889634));
+    return y;
+  }
+};
+
+// RowGradient for elements.
+template <class Real>
+struct ElementGradient {
+  Real of_a, of_q, of_other, of_hard, hard_max, uniform, at_label, of_z, mean, label_s;
+  Real of_b, of_p, of_tz, mean_t, label_t;
+
+  KD_FN ElementGradient of(const RowGradient& x, const RowNorm& norm) {
+    return {static_cast<Real>(x.of_a),     static_cast<Real>(x.of_q),
+            static_cast<Real>(x.of_other),  static_cast<Real>(x.of_hard),
+            static_cast<Real>(x.hard_max), static_cast<Real>(x.uniform),
+            static_cast<Real>(x.at_label), static_cast<Real>(x.of_z),
+            static_cast<Real>(norm.s.mean), static_cast<Real>(x.label_s),
+            static_cast<Real>(x.of_b),     static_cast<Real>(x.of_p),
+            static_cast<Real>(x.of_tz),    static_cast<Real>(norm.t.mean),
+            static_cast<Real>(x.label_t)};
+  }
+  // In u, from what the divergence brings.
+  KD_FN Real student(const ElementGradient& x, bool cross_entropy, Real u, Real soft) {
+    if (cross_entropy) {
+      Real e = exp2_nonpositive((u - x.hard_max) * Real(1.4426950408889634));
+      soft += fma(x.of_hard, e, -x.uniform);
+    }
+    if (x.of_z != Real(0) && u != -Real(__builtin_inf())) soft = fma(x.of_z, u - x.mean, soft);
+    return soft;
+  }
+  KD_FN Real teacher(const ElementGradient& x, Real t, Real soft) {
+    return x.of_tz != Real(0) && t != -Real(__builtin_inf()) ? fma(x.of_tz, t - x.mean_t, soft)
+                                                             : soft;
+  }
+};
+
+// Moments of values near one of them, `pivot`, as sums of themselves.
+KD_FN void add_moments(double n, double pivot, double sum, double squares, double& moment,
+                       double& square) {
+  moment = sum + n * pivot;
+  square = squares + pivot * (2 * sum + n * pivot);
+}
+
+}  // namespace math
+}  // namespace kdkernels
