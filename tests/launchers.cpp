@@ -4,6 +4,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
+#include "math/row.h"
 
 namespace py = pybind11;
 using namespace kdkernels;
@@ -16,8 +17,9 @@ struct Fields : py::class_<Struct> {
   Fields(py::module_& m, const char* name) : py::class_<Struct>(m, name) {
     this->def(py::init([] { return Struct{}; }));
   }
-  template <class Value>
-  Fields& field(const char* name, Value Struct::* member) {
+  template <class Value, class Owner>  // the struct, or its base
+  Fields& field(const char* name, Value Owner::* of_owner) {
+    Value Struct::* member = of_owner;
     if constexpr (std::is_pointer_v<Value>) {
       this->def_property(name, [member](const Struct& s) {
         return reinterpret_cast<uintptr_t>(s.*member);
@@ -51,6 +53,44 @@ PYBIND11_MODULE(launchers, m) {
         FIELD(teacher_stride) FIELD(gradient_stride) FIELD(temperature) FIELD(alpha)
         FIELD(label_smoothing) FIELD(ignore_index) FIELD(denominator) FIELD(gradient_scale)
         FIELD(workspace);
+  }
+  py::enum_<math::Divergence>(m, "Divergence")
+      .value("forward_kl", math::Divergence::kForwardKL)
+      .value("reverse_kl", math::Divergence::kReverseKL)
+      .value("js", math::Divergence::kJS)
+      .value("skew_forward_kl", math::Divergence::kSkewForwardKL)
+      .value("skew_reverse_kl", math::Divergence::kSkewReverseKL)
+      .value("total_variation", math::Divergence::kTotalVariation)
+      .value("alpha_beta", math::Divergence::kAlphaBeta)
+      .value("decoupled", math::Divergence::kDecoupled);
+  py::enum_<Tail>(m, "Tail")
+      .value("none", Tail::kNone)
+      .value("renormalize", Tail::kRenormalize)
+      .value("bucket", Tail::kBucket)
+      .value("ignore", Tail::kIgnore);
+  {
+    using Struct = DivergenceParams;
+    Fields<Struct> fields(m, "DivergenceParams");
+    fields FIELD(dtype) FIELD(rows) FIELD(classes) FIELD(student) FIELD(gradient) FIELD(labels)
+        FIELD(weight) FIELD(row_loss) FIELD(loss) FIELD(student_stride) FIELD(gradient_stride)
+        FIELD(temperature) FIELD(alpha) FIELD(label_smoothing) FIELD(ignore_index)
+        FIELD(denominator) FIELD(gradient_scale) FIELD(workspace) FIELD(divergence) FIELD(beta)
+        FIELD(second) FIELD(logit_scale) FIELD(soft_cap) FIELD(teacher_logit_scale)
+        FIELD(teacher_soft_cap) FIELD(standardize) FIELD(probs) FIELD(log_mix)
+        FIELD(teacher_gradient) FIELD(teacher_gradient_stride) FIELD(statistics) FIELD(tail)
+        FIELD(entries) FIELD(indices) FIELD(wide_indices) FIELD(teacher_logsumexp)
+        FIELD(entry_gradient) FIELD(first_class) FIELD(all_classes) FIELD(stages) FIELD(state)
+        FIELD(only);
+    fields.def("set_teachers", [](Struct& p, const std::vector<uintptr_t>& data,
+                                  const std::vector<int64_t>& strides,
+                                  const std::vector<double>& weights) {
+      p.teachers = static_cast<int>(data.size());
+      for (size_t i = 0; i < data.size(); ++i) {
+        p.teacher_data[i] = reinterpret_cast<const void*>(data[i]);
+        p.teacher_strides[i] = strides[i];
+        p.teacher_weights[i] = weights[i];
+      }
+    });
   }
   {
     using Struct = ScaleParams;
@@ -93,6 +133,10 @@ PYBIND11_MODULE(launchers, m) {
         FIELD(walk) FIELD(threads) FIELD(lanes) FIELD(rows) FIELD(cluster) FIELD(slots) FIELD(shared);
   }
   {
+    using Struct = cuda::DivergencePlan;
+    Fields<Struct>(m, "DivergencePlan") FIELD(threads) FIELD(capacity) FIELD(shared);
+  }
+  {
     using Struct = cuda::NoisePlan;
     Fields<Struct>(m, "NoisePlan") FIELD(blocks) FIELD(steps);
   }
@@ -112,6 +156,12 @@ PYBIND11_MODULE(launchers, m) {
     check(cuda::distillation(p, reinterpret_cast<cudaStream_t>(stream)));
   });
   m.def("distillation_workspace", cuda::distillation_workspace);
+  m.def("divergence", [](const DivergenceParams& p, uintptr_t stream) {
+    check(cuda::divergence(p, reinterpret_cast<cudaStream_t>(stream)));
+  });
+  m.def("divergence_workspace", cuda::divergence_workspace);
+  m.attr("row_state") = math::kRowState;
+  m.attr("statistics") = math::kStatistics;
   m.def("scale_rows", [](const ScaleParams& p, uintptr_t stream) {
     check(cuda::scale_rows(p, reinterpret_cast<cudaStream_t>(stream)));
   });
@@ -128,6 +178,7 @@ PYBIND11_MODULE(launchers, m) {
     check(cuda::regression(p, reinterpret_cast<cudaStream_t>(stream)));
   });
   m.def("plan_distillation", cuda::plan_distillation);
+  m.def("plan_divergence", cuda::plan_divergence);
   m.def("plan_noise", cuda::plan_noise);
   m.def("plan_noise_dot", cuda::plan_noise_dot);
   m.def("plan_regression", cuda::plan_regression);

@@ -94,6 +94,8 @@ class Op:
     compare: Callable
     minimum_bytes: Callable
     cases: list = field(default_factory=list)
+    # Run on every generation; else on one and on another that takes its turn.
+    everywhere: bool = True
 
 
 def address(tensor):
@@ -132,8 +134,9 @@ class Distillation:
     inplace: bool = False
     pad: tuple = (0, 0, 0)  # elements between the rows of student, teacher, gradient
     offset: tuple = (0, 0, 0)  # elements past 256 aligned bytes
-    values: str = "normal"
+    values: str = "normal"  # "masked", "nan", "near"
     scale: float = 3.0
+    near: float = 1e-3  # how far "near" teachers are
 
     @property
     def torch_dtype(self):
@@ -155,6 +158,10 @@ def distillation_inputs(case):
         z[mask], t[mask] = -math.inf, -math.inf
     if case.values == "nan" and case.rows:
         z[0, case.classes // 2] = math.nan
+    if case.values == "near":  # all rows but the first
+        z = z.to(case.torch_dtype).double()
+        noise = torch.randn(shape, generator=g, dtype=torch.float64)
+        t[1:] = (z + case.near * noise)[1:]
     labels = weight = None
     if case.alpha is not None:
         labels = torch.randint(case.classes, (case.rows,), generator=g)
@@ -229,15 +236,26 @@ def distillation_expected(case):
     return {"loss": loss.detach().reshape(-1), "gradient": gradient}
 
 
-def distillation_compare(case, got, want):
-    exact = case.dtype == "float64"
-    # As in test_distillation.py: the largest share of a row in the loss, and of all rows.
-    z, t, labels, weight = distillation_inputs(case)
+def rows_shares(case):
+    """What each row counts in the loss."""
+    *_, labels, weight = distillation_inputs(case)
     share = torch.ones(case.rows).double() if weight is None else weight.double()
     if labels is not None:
         share = torch.where(labels == -100, 0.0, share)
     if case.reduction == "mean":
         share = share / max(share.sum().item(), 1e-30)
+    return share
+
+
+def compare_near(case, got, want):
+    """Rows of a loss that is all divergence, of students near their teachers."""
+    torch.testing.assert_close(got["loss"][1:].double(), want["loss"][1:], rtol=1e-4, atol=1e-14)
+
+
+def distillation_compare(case, got, want):
+    exact = case.dtype == "float64"
+    # As in test_distillation.py: the largest share of a row in the loss, and of all rows.
+    share = rows_shares(case)
     largest = share.max().item() if case.rows else 0.0
     total = largest if case.reduction == "none" else share.sum().item()
     temperature = case.temperature
@@ -248,6 +266,8 @@ def distillation_compare(case, got, want):
         atol=(1e-13 if exact else 4e-7) * temperature**2 * total,
         equal_nan=True,
     )
+    if case.values == "near" and case.alpha is None:
+        compare_near(case, got, want)
     if not case.gradient:
         return
     gradient = got["gradient"]
@@ -286,6 +306,8 @@ def distillation_cases():
             yield Distillation(dtype, 4, classes, values="masked", **hard)
             yield Distillation(dtype, 4, classes, values="nan", reduction="none")
             yield Distillation(dtype, 4, classes, scale=40.0)
+            yield Distillation(dtype, 4, classes, values="near", reduction="none")
+            yield Distillation(dtype, 4, classes, values="near", inplace=True, **hard)
             # Rows that start at any element, alike or not, apart or not.
             yield Distillation(dtype, 5, classes, offset=(1, 1, 1))
             yield Distillation(dtype, 5, classes, offset=(3, 3, 3), pad=(5, 5, 5))
@@ -293,6 +315,7 @@ def distillation_cases():
             yield Distillation(dtype, 5, classes, pad=(8, 16, 24), inplace=True)
         yield Distillation(dtype, 0, 10)
         yield Distillation(dtype, 1500, 10, reduction="mean", alpha=0.5, ignored=0.1)
+        yield Distillation(dtype, 2000, 10, alpha=0.5, values="near", weighted=True, ignored=0.5)
     yield Distillation("float32", 40000, 5)
     for scale in (1e5, 1e25):  # beyond what an exponent in one fma holds
         for options in ({}, {"alpha": 0.4, "smoothing": 0.1}, {"values": "masked"}):
@@ -304,6 +327,404 @@ def distillation_cases():
     ]:
         yield Distillation(dtype, 2, classes, alpha=0.5, temperature=3.0)
         yield Distillation(dtype, 2, classes, alpha=None, offset=(1, 1, 1))
+    yield Distillation("bfloat16", 2, 50257, alpha=0.5, values="near", inplace=True)
+    yield Distillation("float32", 2, 200000, values="near", reduction="none")
+
+
+# ---- any divergence -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Divergence(Distillation):
+    values: str = "normal"  # also "equal", "excluded"
+
+    divergence: str = "reverse_kl"
+    divergence_alpha: float | None = None
+    beta: float | None = None
+    kind: str = "logits"
+    teachers: int = 1
+    teacher_weights: tuple | None = None
+    mixture: str = "probs"
+    standardize: bool = False
+    logit_scale: float = 1.0
+    soft_cap: float | None = None
+    teacher_logit_scale: float = 1.0
+    teacher_soft_cap: float | None = None
+    tail: str | None = None  # a top-k teacher
+    entries: int = 0
+    wide: bool = True  # int64 indices
+    entry_gradient: bool = False
+    teacher_gradient: bool = False
+    statistics: bool = False
+    invalid: bool = False  # one row's label, or index
+    slices: int = 0  # of the vocabulary, one pass a launch; 0: all passes in one
+
+
+def divergence_inputs(case):
+    """student, list of teachers (or of values), labels, weight, indices, logsumexp."""
+    z, t, labels, weight = distillation_inputs(case)
+    g = generator(case.classes * 7 + case.entries)
+    shape = (case.rows, case.classes)
+    if case.values == "equal":
+        z[0], t[0] = 0.5, -2.0
+    if case.values == "excluded":  # what the teacher has
+        z[-1, -1] = -math.inf
+    teachers = [t.double()]
+    for _ in range(case.teachers - 1):
+        more = case.scale * torch.randn(shape, generator=g, dtype=torch.float64)
+        teachers.append(torch.where(t == -math.inf, -math.inf, more))
+    if case.kind != "logits":
+        teachers = [x.log_softmax(-1) for x in teachers]
+    if case.kind == "probs":
+        teachers = [x.exp() for x in teachers]
+    if case.tail is None:
+        return z, [x.to(case.torch_dtype) for x in teachers], labels, weight, None, None
+    values, index = teachers[0].topk(case.entries, -1)
+    shuffled = torch.rand(index.shape, generator=g).argsort(-1)
+    values, index = values.gather(-1, shuffled), index.gather(-1, shuffled)
+    logsumexp = None
+    if case.tail != "renormalize" and (case.kind == "logits" or case.temperature != 1):
+        logsumexp = (teachers[0] / case.temperature).logsumexp(-1).to(case.acc)
+    index[torch.rand(index.shape, generator=g) < 0.2] = -1
+    index[0] = -1  # a row without an entry
+    return z, [values.to(case.acc)], labels, weight, index, logsumexp
+
+
+# Fields of math::RowState, in its order, by how slices of a vocabulary are put together.
+MAXIMA, BEST = slice(6, 10), slice(10, 12)
+STAGES = {1: slice(0, 6), 2: slice(6, 12), 4: slice(12, 22), 8: slice(22, 33), 16: slice(0, 0)}
+
+
+def together(states, stage, entries):
+    """After a pass over each slice: what all of them then hold."""
+    fields = STAGES[stage]
+    joined = states[0].clone()
+    joined[fields] = sum(state[fields] for state in states)
+    if stage == 2:
+        maxima = torch.stack([state[MAXIMA] for state in states])
+        joined[MAXIMA] = maxima.amax(0)
+        first = maxima[:, 2:4] if entries else maxima[:, 0:2]
+        best = torch.stack([state[BEST] for state in states])
+        joined[BEST] = best.gather(0, first.argmax(0, keepdim=True))[0]
+    for state in states:
+        state.copy_(joined)
+
+
+def divergence_launch(device, case):
+    z, teachers, labels, weight, index, logsumexp = divergence_inputs(case)
+    lib, dtype, rows, classes = device.lib, case.torch_dtype, case.rows, case.classes
+    if case.invalid:
+        labels, index = (None if x is None else x.clone() for x in (labels, index))
+        (labels if index is None else index[:, 0])[1] = classes
+    student = device.put(padded(z, case.pad[0]), case.offset[0], "student")
+    if case.tail is None:
+        data = [padded(t, case.pad[1]) for t in teachers]
+        data = [device.put(t, case.offset[1], f"teacher {i}") for i, t in enumerate(data)]
+    else:
+        data = [device.put(teachers[0], name="values")]
+    gradient = entry_gradient = teacher_gradient = None
+    if case.entry_gradient:
+        entry_gradient = device.new((rows, case.entries), dtype, name="entry gradient")
+    elif case.gradient:
+        shape = (rows, classes + case.pad[2])
+        gradient = student if case.inplace else device.new(shape, dtype, case.offset[2], "gradient")
+    if case.teacher_gradient:
+        shape = (rows, classes + case.pad[1])
+        teacher_gradient = device.new(shape, dtype, case.offset[1], "teacher gradient")
+    labels = None if labels is None else device.put(labels, name="labels")
+    weight = None if weight is None else device.put(weight, name="weight")
+    if index is not None:
+        index = device.put(index if case.wide else index.int(), name="indices")
+    logsumexp = None if logsumexp is None else device.put(logsumexp, name="logsumexp")
+    none = case.reduction == "none"
+    row_loss = device.new((rows,), case.acc, name="row_loss") if none else None
+    loss = None if none else device.new((1,), case.acc, name="loss")
+    statistics = None
+    if case.statistics:
+        statistics = device.new((lib.statistics, rows), case.acc, name="statistics")
+    counted = case.reduction == "mean" and (labels is not None or weight is not None)
+    default = reference.divergence_parameters(case.divergence, case.divergence_alpha, case.beta)
+    alpha, beta = default.get("divergence_alpha"), default.get("beta", 0.0)
+    first, second = (beta, 0.0) if alpha is None else (alpha, beta)
+    p = fill(
+        lib.DivergenceParams(),
+        dtype=getattr(lib.Dtype, case.dtype),
+        rows=rows,
+        labels=address(labels),
+        weight=address(weight),
+        row_loss=address(row_loss),
+        loss=address(loss),
+        student_stride=classes + case.pad[0],
+        gradient_stride=classes + case.pad[0 if case.inplace else 2],
+        temperature=case.temperature,
+        alpha=1.0 if case.alpha is None else case.alpha,
+        label_smoothing=case.smoothing,
+        ignore_index=-100,
+        denominator=-1.0 if counted else (rows if case.reduction == "mean" else 1.0),
+        gradient_scale=1.0,
+        divergence=getattr(lib.Divergence, case.divergence),
+        beta=first,
+        second=second,
+        logit_scale=case.logit_scale,
+        soft_cap=case.soft_cap or 0.0,
+        teacher_logit_scale=case.teacher_logit_scale,
+        teacher_soft_cap=case.teacher_soft_cap or 0.0,
+        standardize=case.standardize,
+        probs=case.kind == "probs",
+        log_mix=case.mixture == "log_probs",
+        teacher_gradient_stride=classes + case.pad[1],
+        statistics=address(statistics),
+        tail=getattr(lib.Tail, case.tail or "none"),
+        entries=case.entries,
+        indices=address(index),
+        wide_indices=case.wide,
+        teacher_logsumexp=address(logsumexp),
+        entry_gradient=address(entry_gradient),
+        all_classes=classes,
+        stages=31,
+    )
+    strides = [classes + case.pad[1] if case.tail is None else case.entries] * len(data)
+    shares = torch.tensor(case.teacher_weights or [1.0] * len(data), dtype=torch.float64)
+    shares = (shares / shares.sum()).tolist()
+    cuts = [classes * i // max(1, case.slices) for i in range(max(1, case.slices) + 1)]
+    states = []
+    for _ in range(case.slices):
+        states.append(device.new((lib.row_state, rows), torch.float64, name="state"))
+    for stage in STAGES if case.slices else (31,):
+        for i, begin in enumerate(cuts[:-1]):
+            here = [0 if begin == 0 else begin * z.element_size()] * 3
+            # A launch of its own: nothing of the last is left in the workspace.
+            size = max(1, lib.divergence_workspace(rows))
+            workspace = device.new((size,), torch.float64, name="workspace")
+            fill(
+                p,
+                workspace=address(workspace),
+                classes=cuts[i + 1] - begin,
+                first_class=begin,
+                student=address(student) + here[0],
+                gradient=address(gradient) + here[1] if gradient is not None else 0,
+                teacher_gradient=address(teacher_gradient) + here[2]
+                if case.teacher_gradient
+                else 0,
+                state=address(states[i]) if case.slices else 0,
+                stages=stage,
+            )
+            at = [address(t) + (here[0] if case.tail is None else 0) for t in data]
+            p.set_teachers(at, strides, shares)
+            lib.divergence(p, device.stream)
+        if case.slices:
+            together(states, stage, case.tail is not None)
+    return cpu(
+        loss=loss if loss is not None else row_loss,
+        gradient=gradient if entry_gradient is None else entry_gradient,
+        teacher_gradient=teacher_gradient,
+        statistics=statistics,
+    )
+
+
+def divergence_expected(case):
+    z, teachers, labels, weight, index, logsumexp = divergence_inputs(case)
+    z = z.double().requires_grad_()
+    teachers = [t.double().requires_grad_(case.teacher_gradient) for t in teachers]
+    options = {
+        "temperature": case.temperature,
+        "divergence": case.divergence,
+        "beta": case.beta,
+        "teacher_kind": case.kind,
+        "logit_scale": case.logit_scale,
+        "soft_cap": case.soft_cap,
+        "weight": None if weight is None else weight.double(),
+        "reduction": case.reduction,
+        "return_statistics": True,
+    }
+    if labels is not None:
+        options |= {"alpha": case.alpha, "label_smoothing": case.smoothing}
+    if case.tail is None:
+        loss, statistics = reference.distillation_loss(
+            z, teachers, labels,
+            divergence_alpha=case.divergence_alpha,
+            standardize=case.standardize,
+            teacher_logit_scale=case.teacher_logit_scale,
+            teacher_soft_cap=case.teacher_soft_cap,
+            teacher_weights=case.teacher_weights,
+            teacher_mixture=case.mixture,
+            **options,
+        )  # fmt: skip
+    else:
+        loss, statistics = reference.topk_distillation_loss(
+            z, teachers[0], index, labels, tail=case.tail,
+            teacher_logsumexp=None if logsumexp is None else logsumexp.double(),
+            **options,
+        )  # fmt: skip
+    wanted = [z, teachers[0]] if case.teacher_gradient else [z]
+    gradient, *of_teacher = torch.autograd.grad(loss.sum(), wanted, materialize_grads=True)
+    if case.entry_gradient:
+        gradient = torch.where(index < 0, 0.0, gradient.gather(-1, index.clamp(min=0)))
+    out = {"loss": loss.detach().reshape(-1), "gradient": gradient}
+    if of_teacher:
+        out["teacher_gradient"] = of_teacher[0]
+    if case.statistics:
+        out["statistics"] = torch.stack(statistics)
+    if case.invalid:
+        out["loss"][1], out["gradient"][1] = math.nan, 0.0
+    return out
+
+
+def divergence_compare(case, got, want):
+    exact = case.dtype == "float64"
+    share = rows_shares(case)
+    largest = share.max().item() if case.rows else 0.0
+    total = largest if case.reduction == "none" else share.sum().item()
+    # alpha and beta of DKD are factors; those of ABKD divide, by as much as they lessen.
+    factor = 9.0 if case.divergence == "decoupled" else 1.0
+    near = case.values == "near"
+    torch.testing.assert_close(
+        got["loss"].double(),
+        want["loss"],
+        rtol=1e-4 if near else 1e-11 if exact else 2e-6,
+        atol=0 if near else (1e-13 if exact else 1e-6) * factor * case.temperature**2 * total,
+        equal_nan=True,
+    )
+    if case.statistics:
+        torch.testing.assert_close(
+            got["statistics"].double(), want["statistics"], rtol=1e-11 if exact else 4e-6,
+            atol=1e-12 if exact else 4e-6, equal_nan=True,
+        )  # fmt: skip
+    scale = max(1.0, largest * max(case.temperature, 1.0)) * factor
+    atol = (1e-13 if exact else 2e-6) * scale
+    for name, pad in (("gradient", 0 if case.inplace else 2), ("teacher_gradient", 1)):
+        if name not in got:
+            continue
+        values = got[name]
+        if case.pad[pad] and not case.entry_gradient:
+            outside = values[:, case.classes :]
+            assert outside.isnan().all(), "the padding between rows was written"
+            values = values[:, : case.classes]
+        if case.dtype == "float16":
+            atol += 2.0**-24
+        rtol = 1.001 * HALF_ULP.get(case.torch_dtype, 0.0)
+        if near:
+            atol = 1e-4 * want[name].abs().max().item()
+        if name == "teacher_gradient" and case.kind == "probs":  # over p
+            rtol += 1e-12 if exact else 2e-5
+        torch.testing.assert_close(
+            values.double(), want[name], rtol=rtol, atol=atol, equal_nan=True
+        )
+
+
+def divergence_bytes(case):
+    """Each tensor once; of a renormalised top-k teacher without cross-entropy, only the entries."""
+    size, acc = size_of(case.dtype), 8 if case.dtype == "float64" else 4
+    matrix = case.rows * case.classes * size
+    out = (case.gradient and not case.entry_gradient) * matrix
+    if case.tail is None:
+        return (1 + case.teachers + case.teacher_gradient) * matrix + out
+    entry = acc + (8 if case.wide else 4) + size * case.entry_gradient
+    read = case.tail != "renormalize" or case.alpha is not None
+    return case.rows * case.entries * (entry + (0 if read else size)) + read * matrix + out
+
+
+DIVERGENCES = tuple(reference.DIVERGENCES)
+
+
+def divergence_cases():
+    # A warp a row to a row of many chunks; what shared memory holds differs between generations.
+    sizes = (1, 2, 3, 7, 8, 10, 17, 33, 255, 512, 513, 1000, 1025, 2049, 5000, 9001)
+    hard = {"alpha": 0.3}
+    for d, dtype in enumerate(DTYPES):
+        for i, classes in enumerate(sizes):
+            name = DIVERGENCES[(i + d) % len(DIVERGENCES)]
+            yield Divergence(dtype, 3, classes, divergence=name, **hard, statistics=True)
+        for i, name in enumerate(DIVERGENCES):
+            of = {"divergence": name, "alpha": 0.3 if name == "decoupled" or i % 2 else None}
+            yield Divergence(dtype, 3, 100 + i, **of)
+            yield Divergence(dtype, 3, 700 - i, **of, statistics=True, teacher_gradient=True)
+        few = {"classes": 130, "dtype": dtype}
+        for i, name in enumerate(DIVERGENCES):
+            if i % 4 != d:  # the options, over divergences that take turns
+                continue
+            of = few | {"divergence": name, **hard}
+            yield Divergence(rows=7, **of, ignored=0.3, smoothing=0.1)
+            yield Divergence(rows=5, **of, weighted=True, reduction="none", kind="log_probs")
+            yield Divergence(rows=5, **of, kind="probs", teacher_gradient=True, temperature=3.0)
+            yield Divergence(rows=5, **of, standardize=True, teacher_gradient=True, statistics=True)
+            caps = {"logit_scale": 0.7, "soft_cap": 5.0}
+            yield Divergence(rows=5, **of, **caps, smoothing=0.2, teacher_soft_cap=4.0)
+            yield Divergence(
+                rows=3, **of, **caps, standardize=True, teacher_gradient=True,
+                teacher_logit_scale=1.5, inplace=True,
+            )  # fmt: skip
+            yield Divergence(rows=3, **of, teachers=3, statistics=True)
+            yield Divergence(
+                rows=3, **of, teachers=3, teacher_weights=(0.2, 0.0, 3.0), mixture="log_probs",
+                standardize=True, statistics=True,
+            )  # fmt: skip
+            yield Divergence(rows=3, **of, teachers=8, kind="probs", temperature=1.0)
+            yield Divergence(rows=3, **of, teachers=2, values="masked", teacher_soft_cap=9.0)
+            yield Divergence(rows=5, **of, values="masked", teacher_gradient=True, statistics=True)
+            yield Divergence(rows=3, **of, values="nan", reduction="none", statistics=True)
+            yield Divergence(rows=3, **of, values="equal", reduction="none", standardize=True)
+            yield Divergence(rows=3, **of, values="excluded", reduction="none")
+            yield Divergence(rows=5, **of, offset=(1, 1, 1), pad=(5, 5, 5), teacher_gradient=True)
+            yield Divergence(rows=5, **of, offset=(0, 1, 2), pad=(3, 0, 1))
+            yield Divergence(rows=5, **of, offset=(1, 2, 0), pad=(8, 16, 24), inplace=True)
+            yield Divergence(rows=5, **of, invalid=True, reduction="none")
+            yield Divergence(rows=5, **of, slices=1, statistics=True, ignored=0.3)
+            yield Divergence(
+                rows=3, **of, slices=3, statistics=True, smoothing=0.1, standardize=True,
+                teacher_gradient=True, weighted=True,
+            )  # fmt: skip
+            yield Divergence(rows=3, **of, slices=2, soft_cap=3.0, inplace=True)
+            yield Divergence(rows=3, **(of | {"alpha": 0.0}), smoothing=0.1)
+            yield Divergence(rows=3, **(of | {"alpha": 0.0}), statistics=True)
+            yield Divergence(rows=3, **of, gradient=False, statistics=True)
+            yield Divergence(rows=3, **of, scale=40.0)
+        for i, name in enumerate(DIVERGENCES[:-1]):
+            for near in (1e-2, 1e-4) if dtype in ("float32", "float64") else (0.3,):
+                of = {"divergence": name, "values": "near", "near": near, "reduction": "none"}
+                yield Divergence(dtype, 2, 1000 + 100 * i, **of)
+        yield Divergence(dtype, 0, 10)
+        yield Divergence(dtype, 700, 10, **hard, ignored=0.1)
+        yield from top_k_cases(dtype)
+    for name, beta in (("js", 0.1), ("skew_forward_kl", 0.9), ("skew_reverse_kl", 0.0)):
+        yield Divergence("float32", 3, 300, divergence=name, beta=beta)
+    for alpha, beta in ((0.0, 0.5), (1.0, 0.0), (2.0, 1.5)):
+        yield Divergence(
+            "float32", 3, 300, divergence="alpha_beta", divergence_alpha=alpha, beta=beta
+        )
+    decoupled = {"divergence": "decoupled", "divergence_alpha": 2.0}
+    yield Divergence("float32", 3, 300, **decoupled, beta=0.0, **hard)
+    yield Divergence("bfloat16", 2, 32000, statistics=True)
+    yield Divergence("bfloat16", 2, 50257, divergence="js", alpha=0.5, inplace=True)
+    yield Divergence("float16", 1, 128256, **decoupled, alpha=0.5, offset=(1, 1, 1))
+    yield Divergence("bfloat16", 1, 200000, divergence="total_variation", soft_cap=30.0)
+    yield Divergence("float32", 1, 40000, teachers=2, standardize=True)
+    yield Divergence("float32", 1, 200000, divergence="skew_forward_kl", slices=2)
+    yield Divergence("float64", 1, 60000, divergence="alpha_beta")
+
+
+def top_k_cases(dtype):
+    hard = {"alpha": 0.4}
+    names = ("forward_kl", "reverse_kl", "js")
+    tails = ("renormalize", "bucket", "ignore")
+    for i, (name, tail) in enumerate((n, t) for n in names for t in tails):
+        of = {"divergence": name, "tail": tail, "wide": i % 2 == 0, "dtype": dtype}
+        yield Divergence(rows=4, classes=300 + i, entries=7, **of, statistics=True)
+        yield Divergence(rows=4, classes=90, entries=64, **of, **hard, smoothing=0.1, soft_cap=8.0)
+        yield Divergence(rows=3, classes=120, entries=5, **of, **hard, kind="log_probs", slices=3)
+    for i, tail in enumerate(tails):
+        of = {"divergence": names[i], "tail": tail, "dtype": dtype}
+        yield Divergence(rows=3, classes=1, entries=1, **of)
+        yield Divergence(rows=3, classes=50, entries=50, **of, statistics=True)
+        yield Divergence(rows=3, classes=3000, entries=1024, **of, inplace=True)
+        yield Divergence(rows=5, classes=200, entries=9, **of, entry_gradient=True)
+        yield Divergence(rows=5, classes=200, entries=9, **of, invalid=True, reduction="none")
+        yield Divergence(
+            rows=4, classes=333, entries=40, **of, **hard, ignored=0.3, offset=(1, 0, 2),
+            pad=(3, 0, 2),
+        )  # fmt: skip
+        yield Divergence(rows=1 if dtype == "float64" else 2, classes=50257, entries=64, **of)
+        yield Divergence(rows=3, classes=200, entries=9, **of, **hard, values="nan")
 
 
 # ---- scaling of a gradient ----------------------------------------------------------------------
@@ -592,6 +1013,15 @@ OPS = [
         distillation_compare,
         lambda c: (2 + c.gradient) * c.rows * c.classes * size_of(c.dtype),
         list(distillation_cases()),
+    ),
+    Op(
+        "divergence",
+        divergence_launch,
+        divergence_expected,
+        divergence_compare,
+        divergence_bytes,
+        list(divergence_cases()),
+        everywhere=False,
     ),
     Op(
         "scale_rows",

@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cstdint>
 #include <cstring>
 
@@ -224,6 +225,17 @@ __device__ __forceinline__ Value read_peer(const Value* shared, int rank) {
 }
 
 // ---- reductions ---------------------------------------------------------------------------------
+
+template <class Real>
+struct Lowest;
+template <>
+struct Lowest<float> {
+  static constexpr float value = -FLT_MAX;
+};
+template <>
+struct Lowest<double> {
+  static constexpr double value = -DBL_MAX;
+};
 
 struct Sum {
   template <class Real>

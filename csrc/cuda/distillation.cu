@@ -2,7 +2,7 @@
 // what the walks compute on their way stands in math/distillation.h.
 #include <algorithm>
 
-#include "cuda/kernels.h"
+#include "cuda/divergence.h"
 #include "cuda/long_rows.cuh"
 #include "cuda/short_rows.cuh"
 
@@ -109,27 +109,70 @@ cudaError_t launch_rows(const DistillationParams& p, const Task<typename Compute
   return cudaErrorInvalidValue;
 }
 
+// The workspace: the inverse denominator, sums of weights, partial losses.
+constexpr int64_t kPartials = 1 + kMaxSumBlocks;
+
+struct Denominator {
+  double inverse;
+  const double* device_inverse;  // instead of it, or null
+};
+
+template <class Real>
+Denominator ask_denominator(const DistillationParams& p, cudaStream_t stream) {
+  if (p.denominator >= 0) return {p.denominator > 0 ? 1 / p.denominator : 0, nullptr};
+  double *inverse = p.workspace, *weights = inverse + 1;
+  int64_t blocks = std::min(kMaxSumBlocks, (p.rows + kRowsPerSumBlock - 1) / kRowsPerSumBlock);
+  blocks = std::max<int64_t>(blocks, 1);
+  weight_kernel<Real><<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(
+      p, blocks == 1 ? inverse : weights);
+  if (blocks > 1) inverse_kernel<<<1, kSumThreads, 0, stream>>>(weights, blocks, inverse);
+  return {0, inverse};
+}
+
+// The loss from the workspace's partial ones.
+template <class Real>
+cudaError_t add_partials(const DistillationParams& p, int64_t count, const Denominator& denominator,
+                         cudaStream_t stream) {
+  if (p.loss != nullptr) {
+    loss_kernel<Real>
+        <<<1, kSumThreads, 0, stream>>>(p.workspace + kPartials, count, denominator.inverse,
+                                        denominator.device_inverse, static_cast<Real*>(p.loss));
+  }
+  return cudaGetLastError();
+}
+
+// Partial losses of both launches of a distillation, at most.
+int64_t most_partials(int64_t rows) { return std::min(rows, kMaxPartials) + marked_partials(rows); }
+
+// The same loss of the rows that the mask marks.
+DivergenceParams near_rows(const DistillationParams& p, const uint8_t* mask) {
+  DivergenceParams q = {};
+  static_cast<DistillationParams&>(q) = p;
+  q.divergence = math::Divergence::kForwardKL;
+  q.logit_scale = q.teacher_logit_scale = 1;
+  q.teachers = 1;
+  q.teacher_data[0] = p.teacher;
+  q.teacher_strides[0] = p.teacher_stride;
+  q.teacher_weights[0] = 1;
+  q.all_classes = p.classes;
+  q.only = mask;
+  return q;
+}
+
 template <class T>
 cudaError_t launch(const DistillationParams& p, cudaStream_t stream) {
   using Real = typename Compute<T>::type;
   Device device;
   cudaError_t error =
-      device_of(reinterpret_cast<const void*>(row_kernel<T, ForwardKL, true>), device);
+      device_of(reinterpret_cast<const void*>(row_kernel<T, OnePassKL, true>), device);
   if (error != cudaSuccess) return error;
   CrossEntropy hard = cross_entropy(p);
   DistillationPlan plan =
       plan_distillation(p.classes, sizeof(T), hard == CrossEntropy::kOwn, device);
 
-  // The workspace: the inverse denominator, sums of weights, partial losses.
-  double *inverse = p.workspace, *weights = inverse + 1, *partial = weights + kMaxSumBlocks;
-  bool ask = p.denominator < 0;
-  if (ask) {
-    int64_t blocks = std::min(kMaxSumBlocks, (p.rows + kRowsPerSumBlock - 1) / kRowsPerSumBlock);
-    blocks = std::max<int64_t>(blocks, 1);
-    weight_kernel<Real><<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(
-        p, blocks == 1 ? inverse : weights);
-    if (blocks > 1) inverse_kernel<<<1, kSumThreads, 0, stream>>>(weights, blocks, inverse);
-  }
+  const Denominator denominator = ask_denominator<Real>(p, stream);
+  double* partial = p.workspace + kPartials;
+  uint8_t* near = reinterpret_cast<uint8_t*>(p.workspace + kPartials + most_partials(p.rows));
   Task<Real> task = {hard,
                      hard != CrossEntropy::kNone && p.label_smoothing > 0,
                      static_cast<Real>(math::kLog2E / p.temperature),
@@ -137,17 +180,21 @@ cudaError_t launch(const DistillationParams& p, cudaStream_t stream) {
                      static_cast<Real>(p.alpha),
                      static_cast<Real>(p.label_smoothing),
                      static_cast<Real>(1.0 / static_cast<double>(p.classes)),
-                     p.denominator > 0 ? 1 / p.denominator : 0,
-                     ask ? inverse : nullptr,
-                     p.loss != nullptr ? partial : nullptr};
-  if (p.rows > 0) error = launch_rows<T, ForwardKL>(p, task, plan, stream);
+                     denominator.inverse,
+                     denominator.device_inverse,
+                     p.loss != nullptr ? partial : nullptr,
+                     near};
+  if (p.rows > 0) error = launch_rows<T, OnePassKL>(p, task, plan, stream);
   if (error != cudaSuccess) return error;
-  if (p.loss != nullptr) {
-    loss_kernel<Real>
-        <<<1, kSumThreads, 0, stream>>>(partial, plan.partials(p.rows), task.inv_denominator,
-                                        task.device_inv_denominator, static_cast<Real*>(p.loss));
+  int64_t count = plan.partials(p.rows);
+  if (p.alpha > 0) {
+    const DivergenceParams again = near_rows(p, near);
+    error = divergence_rows(again, denominator.inverse, denominator.device_inverse,
+                            p.loss != nullptr ? partial + count : nullptr, stream);
+    if (error != cudaSuccess) return error;
+    count += divergence_partials(again);
   }
-  return cudaGetLastError();
+  return add_partials<Real>(p, count, denominator, stream);
 }
 
 // Multiplies rows by a factor that is on the device; a block looks at the factor before any data.
@@ -195,7 +242,7 @@ cudaError_t launch_scale(const ScaleParams& p, cudaStream_t stream) {
 }  // namespace
 
 int64_t distillation_workspace(int64_t rows) {
-  return 1 + kMaxSumBlocks + std::min(rows, kMaxPartials);
+  return kPartials + most_partials(rows) + (rows + 7) / 8;
 }
 
 cudaError_t distillation(const DistillationParams& p, cudaStream_t stream) {
@@ -206,6 +253,21 @@ cudaError_t distillation(const DistillationParams& p, cudaStream_t stream) {
     case Dtype::kFloat16: return launch<__half>(p, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+int64_t divergence_workspace(int64_t rows) { return kPartials + std::min(rows, kMaxPartials); }
+
+cudaError_t divergence(const DivergenceParams& p, cudaStream_t stream) {
+  const bool wide = p.dtype == Dtype::kFloat64;
+  const Denominator denominator =
+      wide ? ask_denominator<double>(p, stream) : ask_denominator<float>(p, stream);
+  cudaError_t error =
+      divergence_rows(p, denominator.inverse, denominator.device_inverse,
+                      p.loss != nullptr ? p.workspace + kPartials : nullptr, stream);
+  if (error != cudaSuccess) return error;
+  const int64_t count = divergence_partials(p);
+  return wide ? add_partials<double>(p, count, denominator, stream)
+              : add_partials<float>(p, count, denominator, stream);
 }
 
 cudaError_t scale_rows(const ScaleParams& p, cudaStream_t stream) {

@@ -12,6 +12,10 @@ namespace cuda {
 // A label out of range gives its row NaN loss and zero gradient.
 cudaError_t distillation(const DistillationParams& p, cudaStream_t stream);
 int64_t distillation_workspace(int64_t rows);  // doubles
+// Any divergence, teacher and layout; p.workspace holds divergence_workspace(rows) doubles. An index out of range
+// counts as such a label does.
+cudaError_t divergence(const DivergenceParams& p, cudaStream_t stream);
+int64_t divergence_workspace(int64_t rows);
 cudaError_t scale_rows(const ScaleParams& p, cudaStream_t stream);
 cudaError_t noise(const NoiseParams& p, cudaStream_t stream);
 // p.partial holds kNoiseDotBlocks (plan.h) sums.

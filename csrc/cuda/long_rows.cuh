@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     auto at = [&](int s) { return at_first + static_cast<Index>(s) * (threads * kCount); };
 
     if (row.skipped()) {
-      if (thread == 0 && rank == 0) total += row.emit(p, r, Real(0));
+      if (thread == 0 && rank == 0) total += row.emit(p, task, r, Real(0));
       if (g_row == nullptr) continue;
       Vector<T> zero;
 #pragma unroll
@@ -389,8 +389,9 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     RowResult<Real> result =
         math::finish_row<Policy>(task.hard, sums, task.inv_classes, task.temperature, task.alpha,
                                  task.smoothing, label_z - sums.max_s, row.weight * factor);
-    if (thread == 0 && rank == 0) total += row.emit(p, r, result.loss);
-    if (g_row == nullptr) continue;
+    const bool near = row.near(result);
+    if (thread == 0 && rank == 0) total += row.emit(p, task, r, result.loss, near);
+    if (g_row == nullptr || near) continue;
 
     auto gradient_at = [&](Real z, Real t) {
       Real g = -result.uniform;

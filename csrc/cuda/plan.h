@@ -130,6 +130,54 @@ inline DistillationPlan plan_distillation(int64_t classes, int element_size, boo
   return best;
 }
 
+// ---- any divergence -----------------------------------------------------------------------------
+//
+// A row has one block, which goes over it once a pass of math/row.h. What the passes read waits in shared
+// memory: the logits as they are, or `cooked`, which means transformed, of the compute type, with one more row
+// to bring them in. A row that fits is read from global memory once; of a longer one each pass brings in one
+// chunk after the other, of 32 KB so that 3 blocks fit the SMs of every device and one's loads hide behind the
+// others' arithmetic, mostly from L2.
+// Threads: the fewest that make kDivergenceBusy an SM, whose long chains of dependent instructions want many
+// warps; with at least kDivergenceWork classes each, because each adds to the reductions, one a pass. A short row
+// has a warp.
+constexpr int kDivergenceThreads = 512, kDivergenceBusy = 1024, kDivergenceWork = 16;
+constexpr int kChunkBytes = 32 * 1024;
+constexpr int kDivergenceStatic = 3072;  // bytes of static shared memory, at most
+constexpr int64_t kMarkedBlocks = 1024;  // of a launch over marked rows only
+
+struct DivergencePlan {
+  int threads;
+  int capacity;  // classes of a chunk, a multiple of 16 bytes of them
+  int shared;  // bytes of dynamic shared memory
+};
+
+// Bytes of shared memory a class; `sides`: rows of logits that are brought in, 0 to 2.
+constexpr int divergence_class_bytes(int element_size, bool cooked, int sides) {
+  int acc = element_size == 8 ? 8 : 4;
+  return sides == 0 ? 0 : cooked ? sides * acc + element_size : sides * element_size;
+}
+
+inline DivergencePlan plan_divergence(int64_t classes, int64_t entries, int element_size,
+                                      bool cooked, int sides, const Device& device) {
+  const int acc = element_size == 8 ? 8 : 4, group = 16 / element_size;
+  const int a_class = divergence_class_bytes(element_size, cooked, sides);
+  // An entry is two logits and a column; images of rows start at any element of 16 bytes.
+  const int64_t fixed = (entries * (2 * acc + 8) + 15) / 16 * 16 + 16 * (sides + cooked);
+  const int64_t whole = (classes + group - 1) / group * group;
+  const int64_t work = std::max(classes, entries);
+  const int reserve = 1024 + kDivergenceStatic;  // CUDA takes 1 KB of each block
+  int64_t capacity = sides == 0 ? 0 : whole;
+  if (fixed + capacity * a_class + reserve > device.shared_per_block)
+    capacity = kChunkBytes / a_class / group * group;
+  const int shared = static_cast<int>(fixed + capacity * a_class);
+  int threads = 32;
+  while (threads < kDivergenceThreads && threads * int64_t{kDivergenceWork} < work &&
+         device.shared_per_sm / (shared + reserve) * threads < kDivergenceBusy) {
+    threads *= 2;
+  }
+  return {threads, static_cast<int>(capacity), shared};
+}
+
 // ---- noise --------------------------------------------------------------------------------------
 //
 // 64 registers hold two groups of elements at work, so 4 blocks of 256 threads live on an SM of every chip. A

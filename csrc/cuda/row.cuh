@@ -4,8 +4,6 @@
 // 6 bytes (16 bits: two reads, one write) 6.6 special functions and 53 lane instructions, twice that at 12.
 #pragma once
 
-#include <cfloat>
-
 #include "cuda/device.cuh"
 #include "math/distillation.h"
 
@@ -14,7 +12,7 @@ namespace cuda {
 namespace {
 
 using math::CrossEntropy;
-using math::ForwardKL;
+using math::OnePassKL;
 using math::RowResult;
 using math::RowSums;
 
@@ -23,17 +21,6 @@ struct Exp2Nonpositive {
   __device__ __forceinline__ Real operator()(Real x) const {
     return math::exp2_nonpositive(x);
   }
-};
-
-template <class Real>
-struct Lowest;
-template <>
-struct Lowest<float> {
-  static constexpr float value = -FLT_MAX;
-};
-template <>
-struct Lowest<double> {
-  static constexpr double value = -DBL_MAX;
 };
 
 // What a launch computes, the same for all its rows, so that every branch on it is uniform: one kernel for
@@ -46,6 +33,7 @@ struct Task {
   double inv_denominator;
   const double* device_inv_denominator;  // instead of it, or null
   double* partial;  // one sum of losses a block or cluster, or null
+  uint8_t* near;  // [rows]: whether the general kernel is to do a row again
 
   __device__ Real factor(const DistillationParams& p) const {
     double inverse = device_inv_denominator != nullptr ? *device_inv_denominator : inv_denominator;
@@ -60,9 +48,16 @@ struct Row {
   bool ignored, invalid;
 
   __device__ __forceinline__ bool skipped() const { return ignored || invalid; }
+  // Whether the student is so near the teacher that the general kernel does the row again: then this one adds no
+  // loss and writes no gradient.
+  __device__ __forceinline__ bool near(const RowResult<Real>& result) const {
+    return !skipped() && result.divergence < Real(math::kNearRow);
+  }
   // The row's share of the loss, noted where the caller wants rows.
-  __device__ __forceinline__ double emit(const DistillationParams& p, int64_t row,
-                                         Real loss) const {
+  __device__ __forceinline__ double emit(const DistillationParams& p, const Task<Real>& task,
+                                         int64_t row, Real loss, bool near = false) const {
+    task.near[row] = near;
+    if (near) return 0;
     loss = ignored ? Real(0) : invalid ? static_cast<Real>(nan("")) : weight * loss;
     if (p.row_loss != nullptr) static_cast<Real*>(p.row_loss)[row] = loss;
     return loss;

@@ -207,7 +207,8 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
       Real label_z = labelled ? widen(z_image[start + label]) : Real(0);
       const Solved<Real> result = solve<Policy, kChunks, kChunk, 0>(
           task, label_z, row.weight * factor, want_gradient, chunks, lanes, z, t, valid);
-      if (live && lane == 0) total += row.emit(p, first + in_tile, result.loss);
+      const bool near = row.near(result);
+      if (live && lane == 0) total += row.emit(p, task, first + in_tile, result.loss, near);
       if (!want_gradient) continue;
       // The label's element, once more and with its share: no lane looks for it among its own.
       T at_label;
@@ -226,11 +227,13 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
 #pragma unroll
         for (int k = 0; k < kTileLaneElements; ++k) z[k] = 0;
       }
+      // Of a near row the image keeps the logits, which in place stay where they are.
+      const int out = near ? 0 : mine;
       each([&](int k) {
-        if (valid(k)) narrow(z[k], z_image[start + column(k)]);
+        if (k < out) narrow(z[k], z_image[start + column(k)]);
       });
       __syncwarp();
-      if (labelled && lane == 0) z_image[start + label] = at_label;
+      if (labelled && lane == 0 && !near) z_image[start + label] = at_label;
     }
     __syncthreads();
 
@@ -287,7 +290,7 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
     auto place = [&](int s) { return body_place(span, 0, span.body, s, lane, kWarp); };
 
     if (row.skipped()) {
-      if (lane == 0) total += row.emit(p, r, Real(0));
+      if (lane == 0) total += row.emit(p, task, r, Real(0));
       if (g_row == nullptr) continue;
       Vector<T> zero;
 #pragma unroll
@@ -346,8 +349,9 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
     Real label_z = task.hard != CrossEntropy::kNone ? widen(z_row[row.label]) : Real(0);
     const Solved<Real> result = solve<Policy, kSlots, kCount, 1>(
         task, label_z, row.weight * factor, g_row != nullptr, slots, kWarp, z, t, valid);
-    if (lane == 0) total += row.emit(p, r, result.loss);
-    if (g_row == nullptr) continue;
+    const bool near = row.near(result);
+    if (lane == 0) total += row.emit(p, task, r, result.loss, near);
+    if (g_row == nullptr || near) continue;
     // In place: the label's logit is read before any lane writes.
     __syncwarp();
     const int label = static_cast<int>(row.label);

@@ -322,7 +322,9 @@ KD_FN void statistics_of(const RowTask& task, const RowState& x, const RowNorm& 
   if (broken(task, x)) {
     for (int i = 0; i < kStatistics; ++i) values[i] = i == 5 ? 1.0 : __builtin_nan("");
   }
-  for (int i = 0; i < kStatistics; ++i) out[i] = values[i];
+  // A broken row has no distributions.
+  for (int i = 0; i < kStatistics; ++i)
+    out[i] = divergence == divergence || i == kStatistics - 1 ? values[i] : divergence;
 }
 
 }  // namespace math

@@ -1,0 +1,733 @@
+// How a block goes over a row of any divergence: what stands in shared memory, and the loops over its classes.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "math/row_element.h"
+
+namespace kdkernels {
+namespace cuda {
+namespace {
+
+// What a launch does, the same for all its rows.
+struct DivergenceTask {
+  math::RowTask row;
+  bool own;  // the columns beside a top-k teacher's entries are read
+  bool reads_teacher;  // a dense one
+  bool cooked;  // logits wait transformed
+  bool best;  // somebody asks where the largest logits are
+  bool refine;  // a pass over the row puts its sums right
+  int capacity;  // classes of a chunk
+  double inv_denominator;
+  const double* device_inv_denominator;  // instead of it, or null
+  double* partial;  // one sum of losses a block, or null
+};
+
+// Classes or entries that shared memory holds, as logits and in the end as gradients. `wide`: of the compute type.
+template <class T, class Real>
+struct Lane {
+  void *u, *t;
+  int64_t first;  // class of the first, of the slice
+  int n;
+  bool wide, has_teacher, entries;
+
+  __device__ __forceinline__ static Real at(const void* data, bool wide, int i) {
+    if constexpr (sizeof(T) == sizeof(Real)) {
+      return static_cast<const Real*>(data)[i];
+    } else {
+      return wide ? static_cast<const Real*>(data)[i] : widen(static_cast<const T*>(data)[i]);
+    }
+  }
+  __device__ __forceinline__ static void put(void* data, bool wide, int i, Real x) {
+    if (sizeof(T) == sizeof(Real) || wide) {
+      static_cast<Real*>(data)[i] = x;
+    } else {
+      narrow(x, static_cast<T*>(data)[i]);
+    }
+  }
+  __device__ __forceinline__ Real u_at(int i) const { return at(u, wide, i); }
+  __device__ __forceinline__ Real t_at(int i) const { return at(t, wide, i); }
+  __device__ __forceinline__ void put_u(int i, Real x) const { put(u, wide, i, x); }
+  __device__ __forceinline__ void put_t(int i, Real x) const { put(t, wide, i, x); }
+};
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr int kRefine = 6;  // a pass of this walker's own, between kSums and kTerms
+constexpr int kTotals = 11;  // sums of a pass, at most
+
+// What is the same for all threads of a row. Thread 0 writes it.
+template <class Real>
+struct RowShared {
+  math::RowState state;
+  math::RowNorm exact;
+  math::ElementNorm<Real> norm;
+  math::ElementGradient<Real> gradient;
+  double totals[kDivergenceThreads / kWarp][kTotals];
+  double loss;  // of the block
+  Real label_u, label_t;
+  // Of each of several teachers: what makes logarithms of its share of its logits.
+  Real mix_max[kMaxTeachers], mix_scale[kMaxTeachers], mix_shift[kMaxTeachers];
+};
+
+// `count` reductions over the block in a fixed order; thread 0 gets the results. A barrier must follow before
+// the next.
+template <class Op>
+__device__ __forceinline__ void reduce_block(double (&value)[kTotals], int count,
+                                             double (*shared)[kTotals]) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+#pragma unroll 1
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int v = 0; v < kTotals; ++v) {
+      if (v < count) value[v] = Op::apply(value[v], __shfl_xor_sync(0xFFFFFFFFu, value[v], step));
+    }
+  }
+  if (warps == 1) return;
+#pragma unroll
+  for (int v = 0; v < kTotals; ++v) {
+    if (lane == 0 && v < count) shared[warp][v] = value[v];
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+#pragma unroll 1
+  for (int w = 1; w < warps; ++w) {
+#pragma unroll
+    for (int v = 0; v < kTotals; ++v) {
+      if (v < count) value[v] = Op::apply(value[v], shared[w][v]);
+    }
+  }
+}
+
+// ---- global memory ------------------------------------------------------------------------------
+
+// Elements that an address lies past 16 bytes.
+template <class T>
+__device__ __forceinline__ int phase_of(const T* data) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16 / sizeof(T));
+}
+
+// visit(i) by some thread for each of n elements that lie beside whole vectors of 16 bytes, visit_vector(i) for
+// the first element of each of those.
+template <class T, class Index, class Vectors, class Edges>
+__device__ __forceinline__ void each_vector(int phase, Index n, Vectors visit_vector, Edges visit) {
+  constexpr int kCount = 16 / sizeof(T);
+  Index head = (kCount - phase) % kCount;
+  head = n < head ? n : head;
+  const Index body = (n - head) / kCount, tail = n - head - body * kCount;
+#pragma unroll 4
+  for (Index v = threadIdx.x; v < body; v += blockDim.x) visit_vector(head + v * kCount);
+  const int thread = threadIdx.x;
+  if (thread < head) visit(Index(thread));
+  if (thread >= kCount && thread - kCount < tail) visit(n - tail + thread - kCount);
+}
+
+// n elements to an image in shared memory that lies past 16 bytes as they do; there after wait_copies and a barrier.
+template <class T>
+__device__ __forceinline__ void bring(const T* from, int n, T* image) {
+  each_vector<T>(phase_of(from), n, [&](int i) { copy_async(image + i, from + i); },
+                 [&](int i) { image[i] = from[i]; });
+  commit_copies();
+}
+
+template <class T, class Real>
+__device__ __forceinline__ void fill(T* to, int64_t n, Real value) {
+  Vector<T> x;
+#pragma unroll
+  for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j) narrow(value, x.value[j]);
+  each_vector<T>(phase_of(to), n, [&](int64_t i) { *reinterpret_cast<Vector<T>*>(to + i) = x; },
+                 [&](int64_t i) { to[i] = x.value[0]; });
+}
+
+// A lane's gradients, which stand in its image, to global memory.
+template <class T, class Real>
+__device__ __forceinline__ void write(const void* image, bool wide, int n, T* to) {
+  const T* from = static_cast<const T*>(image);
+  if ((sizeof(T) < sizeof(Real) && wide) || phase_of(from) != phase_of(to)) {
+    for (int i = threadIdx.x; i < n; i += blockDim.x)
+      narrow(Lane<T, Real>::at(image, wide, i), to[i]);
+    return;
+  }
+  each_vector<T>(phase_of(to), n, [&](int i) {
+    *reinterpret_cast<Vector<T>*>(to + i) = *reinterpret_cast<const Vector<T>*>(from + i);
+  }, [&](int i) { to[i] = from[i]; });
+}
+
+// ---- the passes ---------------------------------------------------------------------------------
+
+// One block's walk over rows. Members that a row changes are the same in all threads, but for what its own
+// classes add up to.
+template <class T>
+struct RowWalk {
+  using Real = typename Compute<T>::type;
+  using Transform = math::Transform<Real>;
+  static constexpr int kCount = 16 / sizeof(T);
+
+  const DivergenceParams& p;
+  const DivergenceTask& task;
+  RowShared<Real>& shared;
+  // Shared memory: chunks of student and teacher, what cooked ones come through, entries.
+  char *student_image, *teacher_image;
+  T* raw;
+  Real *entry_u, *entry_t;
+  int64_t* column;
+
+  int64_t row;
+  int64_t label;  // of the slice; may lie outside
+  const T* z_row;
+  T *g_row, *gt_row;
+  int64_t staged;  // first class of the chunk in shared memory, or -1
+  bool first_pass;
+  Lane<T, Real> lane;
+  Real total_u;
+  double part_p;
+
+  __device__ __forceinline__ void start(int64_t at, int64_t its_label) {
+    row = at;
+    label = its_label - p.first_class;
+    z_row = static_cast<const T*>(p.student) + row * p.student_stride;
+    g_row = p.gradient != nullptr ? static_cast<T*>(p.gradient) + row * p.gradient_stride : nullptr;
+    gt_row = p.teacher_gradient != nullptr
+                 ? static_cast<T*>(p.teacher_gradient) + row * p.teacher_gradient_stride
+                 : nullptr;
+    staged = -1;
+    first_pass = true;
+    total_u = 0;
+    part_p = 0;
+  }
+  __device__ __forceinline__ const T* teacher_row(int k) const {
+    return static_cast<const T*>(p.teacher_data[k]) + row * p.teacher_strides[k];
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each(int n, F f) const {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < n; i += blockDim.x) f(i);
+  }
+
+  // A chunk of one side through `raw`: f(i, logit).
+  template <class F>
+  __device__ __forceinline__ void through_raw(const T* from, int n, F f) {
+    __syncthreads();
+    T* image = raw + phase_of(from);
+    bring(from, n, image);
+    wait_copies<0>();
+    __syncthreads();
+    each(n, [&](int i) { f(i, static_cast<Real>(widen(image[i]))); });
+  }
+  __device__ __forceinline__ Real teacher_logit(const Transform& transform, Real x) const {
+    return p.probs ? math::log_acc(x) : Transform::apply(transform, x);
+  }
+
+  // What is needed of each of several teachers to mix them.
+  __device__ __forceinline__ void prepare_mixture() {
+    const Transform transform = Transform::of(p.teacher_logit_scale, p.teacher_soft_cap);
+    enum { kMoment, kMax, kSum };
+    for (int k = 0; k < p.teachers; ++k) {
+      if (p.teacher_weights[k] == 0) continue;
+      for (int what = p.standardize ? kMoment : kMax; what <= (p.log_mix ? kMax : kSum); ++what) {
+        Real acc[4] = {what == kMax ? Lowest<Real>::value : Real(0), 0, 0, 0};
+        __syncthreads();
+        const Real scale = shared.mix_scale[k], max = shared.mix_max[k];
+        for (int64_t first = 0; first < p.classes; first += task.capacity) {
+          through_raw(teacher_row(k) + first, chunk(first), [&](int, Real x) {
+            Real y = teacher_logit(transform, x);
+            if (what == kMoment) add_moment(acc, y);
+            if (what == kMax) acc[0] = Max::apply(y, acc[0]);
+            if (what == kSum) acc[0] += math::exp2_nonpositive((y - max) * scale * Real(kLog2E));
+          });
+        }
+        double total[kTotals] = {static_cast<double>(acc[0])};
+        if (what == kMoment) moments_of_thread(acc, total);
+        if (what == kMax) {
+          reduce_block<Max>(total, 1, shared.totals);
+        } else {
+          reduce_block<Sum>(total, 3, shared.totals);
+        }
+        if (threadIdx.x != 0) continue;
+        if (what == kMoment) {
+          shared.state.count_t = total[0];
+          shared.state.moment_t = total[1];
+          shared.state.square_t = total[2];
+        } else if (what == kMax) {
+          math::RowTask alone = task.row;
+          alone.mixed = false;
+          math::scales(alone, shared.state, shared.exact);
+          shared.mix_max[k] = static_cast<Real>(total[0]);
+          shared.mix_scale[k] =
+              static_cast<Real>(shared.exact.scale_t * (p.log_mix ? p.teacher_weights[k] : 1.0));
+          shared.mix_shift[k] = 0;
+        } else {
+          shared.mix_shift[k] = static_cast<Real>(math::log_acc(p.teacher_weights[k] / total[0]));
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  // Classes [first, first + lane.n) into shared memory, cooked.
+  __device__ __forceinline__ void cook(int64_t first) {
+    Real* u = static_cast<Real*>(lane.u);
+    Real* t = static_cast<Real*>(lane.t);
+    const Transform of_student = Transform::of(p.logit_scale, p.soft_cap),
+                    of_teacher = Transform::of(p.teacher_logit_scale, p.teacher_soft_cap);
+    through_raw(z_row + first, lane.n,
+                [&](int i, Real x) { u[i] = Transform::apply(of_student, x); });
+    if (!lane.has_teacher) return;
+    const bool mix = p.teachers > 1;
+    if (mix) each(lane.n, [&](int i) { t[i] = p.log_mix ? Real(0) : -Real(INFINITY); });
+    for (int k = 0; k < p.teachers; ++k) {
+      if (mix && p.teacher_weights[k] == 0) continue;
+      const Real scale = shared.mix_scale[k], max = shared.mix_max[k], shift = shared.mix_shift[k];
+      through_raw(teacher_row(k) + first, lane.n, [&](int i, Real x) {
+        Real y = teacher_logit(of_teacher, x);
+        if (mix) {
+          y = math::fma(y - max, scale, shift);
+          y = p.log_mix ? t[i] + y : math::log_add(t[i], y);
+        }
+        t[i] = y;
+      });
+    }
+    if (mix) each(lane.n, [&](int i) { t[i] *= static_cast<Real>(p.temperature); });
+  }
+
+  // The chunk of the row's own classes from `first` on, what is set aside of them as -inf.
+  __device__ __forceinline__ void stage_chunk(int64_t first) {
+    const int n = chunk(first);
+    const T* z = z_row + first;
+    const T* t = task.reads_teacher ? teacher_row(0) + first : nullptr;
+    lane = {student_image, teacher_image, first, n, task.cooked, task.reads_teacher, false};
+    // Images lie past 16 bytes as what they are copied from, or to.
+    const T *like_u = task.cooked ? g_row : z_row, *like_t = task.cooked ? gt_row : t;
+    if (!task.cooked || sizeof(T) == sizeof(Real)) {
+      if (like_u != nullptr) lane.u = static_cast<T*>(lane.u) + phase_of(like_u);
+      if (like_t != nullptr) lane.t = static_cast<T*>(lane.t) + phase_of(like_t);
+    }
+    if (staged == first) return;
+    staged = first;
+    __syncthreads();  // the last chunk is no longer needed
+    if (task.cooked) {
+      cook(first);
+    } else {
+      bring(z, n, static_cast<T*>(lane.u));
+      if (t != nullptr) bring(t, n, static_cast<T*>(lane.t));
+      wait_copies<0>();
+    }
+    __syncthreads();
+    if (first_pass && task.row.smoothing > 0 && task.row.cross_entropy)
+      each(n, [&](int i) { total_u += lane.u_at(i); });
+    const bool has_label = holds_label();
+    if (!has_label && !task.row.entries) return;
+    const int at = static_cast<int>(label - first);
+    __syncthreads();
+    if (has_label && threadIdx.x == 0) {
+      shared.label_u = lane.u_at(at);
+      shared.label_t = task.reads_teacher ? lane.t_at(at) : Real(0);
+      if (task.row.aside_label) {
+        lane.put_u(at, -Real(INFINITY));
+        if (task.reads_teacher) lane.put_t(at, -Real(INFINITY));
+      }
+    }
+    __syncthreads();
+    if (!task.row.entries) return;
+    each(static_cast<int>(p.entries), [&](int k) {
+      if (column[k] >= first && column[k] < first + n)
+        lane.put_u(static_cast<int>(column[k] - first), -Real(INFINITY));
+    });
+    __syncthreads();
+  }
+
+  // Entries into shared memory; whether a column is none of the vocabulary's.
+  __device__ __forceinline__ bool load_entries() {
+    const Transform transform = Transform::of(p.logit_scale, p.soft_cap);
+    const Real* values = static_cast<const Real*>(p.teacher_data[0]) + row * p.entries;
+    bool bad = false;
+    each(static_cast<int>(p.entries), [&](int k) {
+      const int64_t i = row * p.entries + k;
+      int64_t at = p.wide_indices ? static_cast<const int64_t*>(p.indices)[i]
+                                  : static_cast<const int32_t*>(p.indices)[i];
+      bad |= at < -1 || at >= p.all_classes;
+      at -= p.first_class;
+      const bool here = at >= 0 && at < p.classes && !bad;
+      column[k] = here ? at : -1;
+      entry_u[k] =
+          here ? Transform::apply(transform, static_cast<Real>(widen(z_row[at]))) : -Real(INFINITY);
+      entry_t[k] = here ? values[k] : -Real(INFINITY);
+    });
+    return __syncthreads_or(bad);
+  }
+
+  // Whether the label is one of the lane's classes.
+  __device__ __forceinline__ bool holds_label() const {
+    return label >= lane.first && label < lane.first + lane.n;
+  }
+  __device__ __forceinline__ int chunk(int64_t first) const {
+    return static_cast<int>(p.classes - first < task.capacity ? p.classes - first : task.capacity);
+  }
+
+  // count, sum and sum of squares of finite logits, these two relative to the first, acc[3].
+  __device__ __forceinline__ static void add_moment(Real* acc, Real x) {
+    if (x == -Real(INFINITY)) return;
+    acc[3] = acc[0] == Real(0) ? x : acc[3];
+    Real y = x - acc[3];
+    acc[0] += Real(1);
+    acc[1] += y;
+    acc[2] = math::fma(y, y, acc[2]);
+  }
+  __device__ __forceinline__ static void moments_of_thread(const Real* acc, double* total) {
+    total[0] = acc[0];
+    math::add_moments(acc[0], acc[3], acc[1], acc[2], total[1], total[2]);
+  }
+
+  // What all threads need to know for a pass.
+  __device__ __forceinline__ void prepare(int stage, bool normalized, double weight) {
+    if (threadIdx.x == 0) {
+      math::RowState& state = shared.state;
+      if (stage >= kSums && !normalized) math::scales(task.row, state, shared.exact);
+      if (stage > kSums && !normalized) {
+        double logsumexp = p.teacher_logsumexp != nullptr
+                               ? static_cast<const Real*>(p.teacher_logsumexp)[row]
+                               : 0.0;
+        math::normalize(task.row, state, logsumexp, shared.exact);
+        shared.norm = element_norm();
+      }
+      if (stage == kGradient) finish_row(weight);
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ math::ElementNorm<Real> element_norm() const {
+    return math::ElementNorm<Real>::of(shared.exact, task.row.aside_label || task.row.entries);
+  }
+
+  __device__ __forceinline__ void finish_row(double weight) {
+    double inverse = task.device_inv_denominator != nullptr ? *task.device_inv_denominator
+                                                            : task.inv_denominator;
+    const math::RowGradient g =
+        math::finish(task.row, shared.state, shared.exact, weight * inverse * p.gradient_scale);
+    emit(weight * g.loss);
+    shared.gradient = math::ElementGradient<Real>::of(g, shared.exact);
+    if (p.statistics == nullptr) return;
+    double values[math::kStatistics];
+    math::statistics_of(task.row, shared.state, shared.exact,
+                        static_cast<double>(label + p.first_class), g.divergence, values);
+#pragma unroll
+    for (int i = 0; i < math::kStatistics; ++i)
+      static_cast<Real*>(p.statistics)[i * p.rows + row] = static_cast<Real>(values[i]);
+  }
+
+  // By thread 0.
+  __device__ __forceinline__ void emit(double loss) {
+    shared.loss += loss;
+    if (p.row_loss != nullptr) static_cast<Real*>(p.row_loss)[row] = static_cast<Real>(loss);
+  }
+
+  // ---- one pass over one lane, or over one chunk of it ----
+
+  __device__ __forceinline__ void add_moments(Real (&acc)[kTotals]) const {
+    each(lane.n, [&](int i) {
+      add_moment(acc, lane.u_at(i));
+      if (lane.has_teacher) add_moment(acc + 4, lane.t_at(i));
+    });
+    if (task.row.aside_label && holds_label() && threadIdx.x == 0) {
+      add_moment(acc, shared.label_u);
+      add_moment(acc + 4, shared.label_t);
+    }
+  }
+
+  __device__ __forceinline__ void add_maxima(Real (&acc)[kTotals], int64_t& at_s,
+                                             int64_t& at_t) const {
+    each(lane.n, [&](int i) {
+      Real u = lane.u_at(i), t = lane.has_teacher ? lane.t_at(i) : Lowest<Real>::value;
+      if (task.best) {
+        at_s = u > acc[0] ? lane.first + i : at_s;
+        at_t = t > acc[1] ? lane.first + i : at_t;
+      }
+      acc[0] = Max::apply(u, acc[0]);
+      acc[1] = Max::apply(t, acc[1]);
+    });
+  }
+
+  __device__ __forceinline__ void add_sums(Real (&acc)[kTotals]) const {
+    const math::RowState& x = shared.state;
+    const Real max_s = static_cast<Real>(lane.entries ? x.entry_max_s : x.max_s),
+               max_t = static_cast<Real>(lane.entries ? x.entry_max_t : x.max_t),
+               scale_s = static_cast<Real>(shared.exact.scale_s * kLog2E),
+               scale_t = static_cast<Real>(shared.exact.scale_t * kLog2E);
+    each(lane.n, [&](int i) {
+      Real u = lane.u_at(i) - max_s;
+      acc[0] += math::exp2_nonpositive(u * scale_s);
+      if (lane.has_teacher) acc[1] += math::exp2_nonpositive((lane.t_at(i) - max_t) * scale_t);
+      if (task.row.cross_entropy) acc[2] += math::exp2_nonpositive(u * Real(kLog2E));
+      if (lane.entries) acc[3] += column[i] >= 0 ? Real(1) : Real(0);
+    });
+  }
+
+  // What probabilities lack to a sum of 1, but for rounding.
+  __device__ __forceinline__ void add_excess(Real (&acc)[kTotals]) const {
+    const math::ElementNorm<Real> norm = shared.norm;
+    each(lane.n, [&](int i) {
+      const math::Element<Real> x =
+          math::ElementNorm<Real>::element(norm, lane.u_at(i), lane.t_at(i));
+      acc[0] += math::difference(x.q, x.p, -x.d);
+    });
+  }
+
+  // Of a divergence: terms, or gradients in place of the logits.
+  template <class Policy>
+  __device__ __forceinline__ void divergence(bool gradient, Real (&acc)[kTotals]) {
+    const math::ElementNorm<Real> norm = shared.norm;
+    const math::ElementGradient<Real>& g = shared.gradient;
+    const Real beta = static_cast<Real>(p.beta), second = static_cast<Real>(p.second);
+    const Transform of_student = Transform::of(p.logit_scale, p.soft_cap),
+                    of_teacher = Transform::of(p.teacher_logit_scale, p.teacher_soft_cap);
+    const bool entropies = p.statistics != nullptr || p.state != nullptr;
+    const Real mean_s = static_cast<Real>(shared.exact.s.mean),
+               inv_s = static_cast<Real>(shared.exact.s.inv_std),
+               mean_t = static_cast<Real>(shared.exact.t.mean),
+               inv_t = static_cast<Real>(shared.exact.t.inv_std);
+    each(lane.n, [&](int i) {
+      const Real u = lane.u_at(i), t = lane.t_at(i);
+      const math::Element<Real> x = math::ElementNorm<Real>::element(norm, u, t);
+      const math::ClassShare<Real> share = Policy::share(x, beta, second);
+      if (gradient) {
+        Real soft = math::fma(g.of_a, share.a, g.of_q * x.q);
+        Real y = math::ElementGradient<Real>::student(g, task.row.cross_entropy, u, soft);
+        const int64_t at = lane.entries ? column[i] : lane.first + i;
+        if (at == label) y -= g.at_label;
+        lane.put_u(i, Transform::back(of_student, u, y));
+        if (gt_row != nullptr) {
+          soft = math::fma(g.of_b, share.b, g.of_p * x.p);
+          y = math::ElementGradient<Real>::teacher(g, t, soft);
+          lane.put_t(i, p.probs ? y : Transform::back(of_teacher, t, y));
+        }
+        return;
+      }
+      acc[0] += share.f;
+      acc[1] += share.a;
+      acc[2] += share.b;
+      if (entropies) {
+        acc[3] += math::times(x.q, x.log_q);
+        acc[4] += math::times(x.p, x.log_p);
+      }
+      if (lane.entries) {
+        acc[5] += x.q;
+        // One less their sum is a probability too.
+        part_p +=
+            math::exp_acc((t - shared.exact.max_t) * shared.exact.scale_t - shared.exact.log_sum_t);
+      }
+      if (task.row.standardize) {
+        // What is excluded is so whatever mean and std are.
+        const Real z = u == -Real(INFINITY) ? Real(0) : (u - mean_s) * inv_s;
+        const Real zt = t == -Real(INFINITY) ? Real(0) : (t - mean_t) * inv_t;
+        acc[7] += math::times(share.a, z);
+        acc[8] += math::times(x.q, z);
+        acc[9] += math::times(share.b, zt);
+        acc[10] += math::times(x.p, zt);
+      }
+    });
+  }
+
+  // Gradients of classes that have no share of their own in the divergence.
+  __device__ __forceinline__ void other_gradients() const {
+    const math::ElementGradient<Real>& g = shared.gradient;
+    const Transform transform = Transform::of(p.logit_scale, p.soft_cap);
+    const Real max = static_cast<Real>(shared.state.max_s),
+               scale = static_cast<Real>(shared.exact.scale_s * kLog2E);
+    each(lane.n, [&](int i) {
+      const Real u = lane.u_at(i);
+      Real soft = g.of_other;
+      if (soft != Real(0)) soft *= math::exp2_nonpositive((u - max) * scale);
+      Real y = math::ElementGradient<Real>::student(g, task.row.cross_entropy, u, soft);
+      if ((lane.entries ? column[i] : lane.first + i) == label) y -= g.at_label;
+      lane.put_u(i, Transform::back(transform, u, y));
+      if (gt_row != nullptr) lane.put_t(i, Real(0));
+    });
+  }
+
+  // A chunk's gradients, as they stand in its images, to global memory.
+  __device__ __forceinline__ void write_chunk() {
+    const math::ElementGradient<Real>& g = shared.gradient;
+    const int at = static_cast<int>(label - lane.first);
+    __syncthreads();
+    if (holds_label() && task.row.aside_label && threadIdx.x == 0) {
+      const Transform of_student = Transform::of(p.logit_scale, p.soft_cap),
+                      of_teacher = Transform::of(p.teacher_logit_scale, p.teacher_soft_cap);
+      Real y = math::ElementGradient<Real>::student(g, task.row.cross_entropy, shared.label_u,
+                                                    g.label_s);
+      lane.put_u(at, Transform::back(of_student, shared.label_u, y - g.at_label));
+      if (gt_row != nullptr) {
+        y = math::ElementGradient<Real>::teacher(g, shared.label_t, g.label_t);
+        lane.put_t(at, p.probs ? y : Transform::back(of_teacher, shared.label_t, y));
+      }
+    }
+    each(static_cast<int>(task.row.entries ? p.entries : 0), [&](int k) {
+      if (column[k] >= lane.first && column[k] < lane.first + lane.n)
+        lane.put_u(static_cast<int>(column[k] - lane.first), entry_u[k]);
+    });
+    __syncthreads();
+    if (gt_row != nullptr && p.probs) {
+      // In the probability itself, which still stands in `raw`.
+      const T* prob = raw + phase_of(teacher_row(0) + lane.first);
+      each(lane.n, [&](int i) {
+        Real y = static_cast<Real>(widen(prob[i]));
+        lane.put_t(i, y == Real(0) ? Real(0) : lane.t_at(i) / y);
+      });
+      __syncthreads();
+    }
+    if (g_row != nullptr) write<T, Real>(lane.u, lane.wide, lane.n, g_row + lane.first);
+    if (gt_row != nullptr) write<T, Real>(lane.t, lane.wide, lane.n, gt_row + lane.first);
+  }
+
+  // What a pass added up over a lane, into the row's state.
+  __device__ __forceinline__ void collect(int stage, Real (&acc)[kTotals], int64_t at_s,
+                                          int64_t at_t) {
+    math::RowState& x = shared.state;
+    double total[kTotals];
+#pragma unroll
+    for (int v = 0; v < kTotals; ++v) total[v] = acc[v];
+    if (stage == kMaxima) {
+      reduce_block<Max>(total, 2, shared.totals);
+      if (threadIdx.x == 0) {
+        (lane.entries ? x.entry_max_s : x.max_s) = total[0];
+        (lane.entries ? x.entry_max_t : x.max_t) = total[1];
+      }
+      __syncthreads();
+      if (!task.best || lane.entries != task.row.entries) return;
+      // The first of those that found the largest.
+      const double max_s = lane.entries ? x.entry_max_s : x.max_s,
+                   max_t = lane.entries ? x.entry_max_t : x.max_t;
+      total[0] = acc[0] == max_s && at_s >= 0 ? -static_cast<double>(at_s) : -INFINITY;
+      total[1] = acc[1] == max_t && at_t >= 0 ? -static_cast<double>(at_t) : -INFINITY;
+      reduce_block<Max>(total, 2, shared.totals);
+      if (threadIdx.x == 0) {
+        x.best_s = best_class(-total[0]);
+        x.best_t = best_class(-total[1]);
+      }
+    } else {
+      if (stage == kMoments) {
+        moments_of_thread(acc, total);
+        moments_of_thread(acc + 4, total + 3);
+      }
+      if (stage == kSums && !lane.entries) total[3] = total_u;
+      if (stage == kTerms) total[6] = part_p;
+      const int count = stage == kMoments      ? 6
+                        : stage == kSums       ? 4
+                        : task.row.standardize ? kTotals
+                        : task.row.entries     ? 7
+                                               : 5;
+      reduce_block<Sum>(total, count, shared.totals);
+      if (stage == kRefine) __syncthreads();  // all have read what this changes
+      if (threadIdx.x == 0) keep(stage, total);
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ double best_class(double at) const {
+    if (!(at < INFINITY)) at = 0;
+    if (lane.entries) at = static_cast<double>(column[static_cast<int>(at)]);
+    return at + static_cast<double>(p.first_class);
+  }
+  __device__ __forceinline__ void keep(int stage, const double (&total)[kTotals]) {
+    math::RowState& x = shared.state;
+    if (stage == kMoments) {
+      x.count_s = total[0];
+      x.moment_s = total[1];
+      x.square_s = total[2];
+      x.count_t = total[3];
+      x.moment_t = total[4];
+      x.square_t = total[5];
+    } else if (stage == kSums && lane.entries) {
+      x.entry_sum_s = total[0];
+      x.entry_sum_t = total[1];
+      x.entry_hard = total[2];
+      x.entry_count = total[3];
+    } else if (stage == kSums) {
+      x.sum_s = total[0];
+      x.sum_t = total[1];
+      x.hard = total[2];
+      x.total_u = total[3];
+      const bool has_label = label >= 0 && label < p.classes;
+      x.label_s = has_label ? shared.label_u : Real(0);
+      x.label_t = has_label ? shared.label_t : Real(0);
+    } else if (stage == kRefine) {
+      math::refine(shared.exact, total[0]);
+      shared.norm = element_norm();
+    } else {
+      x.f = total[0];
+      x.a = total[1];
+      x.b = total[2];
+      x.self_s = total[3];
+      x.self_t = total[4];
+      x.part_q = total[5];
+      x.part_p = total[6];
+      x.az = total[7];
+      x.qz = total[8];
+      x.bz = total[9];
+      x.pz = total[10];
+    }
+  }
+
+  __device__ __forceinline__ void pass(int stage, double weight) {
+    if (stage == kGradient && g_row != nullptr && !task.own) {
+      const Real of_a = shared.gradient.of_a;  // NaN in a row that is
+      fill(g_row, p.classes, of_a == of_a ? Real(0) : of_a);
+    }
+    // A top-k teacher's entries, then the row's own classes.
+#pragma unroll 1
+    for (int entries = task.row.entries; entries >= 0; --entries) {
+      if (entries == 0 && (!task.own || (stage == kTerms && task.row.entries))) break;
+      Real acc[kTotals];
+#pragma unroll
+      for (int v = 0; v < kTotals; ++v) acc[v] = stage == kMaxima ? Lowest<Real>::value : Real(0);
+      int64_t at_s = -1, at_t = -1;
+      const bool compared = entries == task.row.entries;
+#pragma unroll 1
+      for (int64_t first = 0; first < (entries ? 1 : p.classes); first += task.capacity) {
+        if (entries) {
+          lane = {entry_u, entry_t, 0, static_cast<int>(p.entries), true, true, true};
+        } else {
+          stage_chunk(first);
+        }
+        if (stage == kMoments) add_moments(acc);
+        if (stage == kMaxima) add_maxima(acc, at_s, at_t);
+        if (stage == kSums) add_sums(acc);
+        if (stage == kRefine) add_excess(acc);
+        if (stage >= kTerms && compared && (stage == kTerms || p.alpha > 0)) {
+          math::with_policy(p.divergence, [&](auto policy) {
+            divergence<decltype(policy)>(stage == kGradient, acc);
+          });
+        } else if (stage == kGradient) {
+          other_gradients();
+        }
+        if (stage == kGradient && !entries) write_chunk();
+        if (entries) break;
+      }
+      if (stage != kGradient) {
+        collect(stage, acc, at_s, at_t);
+        continue;
+      }
+      __syncthreads();
+      if (!entries) continue;
+      each(static_cast<int>(p.entries), [&](int k) {
+        if (p.entry_gradient != nullptr)
+          narrow(column[k] >= 0 ? entry_u[k] : Real(0),
+                 static_cast<T*>(p.entry_gradient)[row * p.entries + k]);
+        if (g_row != nullptr && !task.own && column[k] >= 0) narrow(entry_u[k], g_row[column[k]]);
+      });
+    }
+  }
+};
+
+// Zero gradients of a row.
+template <class T>
+__device__ __forceinline__ void blank(const DivergenceParams& p, int64_t row) {
+  using Real = typename Compute<T>::type;
+  if (p.gradient != nullptr)
+    fill(static_cast<T*>(p.gradient) + row * p.gradient_stride, p.classes, Real(0));
+  if (p.teacher_gradient != nullptr)
+    fill(static_cast<T*>(p.teacher_gradient) + row * p.teacher_gradient_stride, p.classes, Real(0));
+  if (p.entry_gradient != nullptr)
+    fill(static_cast<T*>(p.entry_gradient) + row * p.entries, p.entries, Real(0));
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace kdkernels
