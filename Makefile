@@ -2,7 +2,7 @@
 # make test        build and run the tests
 # make lint        check the style of Python and C++; make format puts it right
 # make bench       build and run the benchmarks
-# make peers       compare the losses with TRL, Liger-Kernel, torchdistill and PyTorch, installed beside .venv
+# make peers       the losses against TRL's, Liger-Kernel's and others, installed beside .venv
 # make counts      what the CUDA kernels and their peers cost on an H100, counted without one
 # make gpu-test    the tests that need a GPU; SANITIZE=1 runs them under each tool of compute-sanitizer
 # make gpu-bench   the benchmarks on a GPU, into bench/results; ARGS="--only noise" and others: ARGS=--help
@@ -31,7 +31,7 @@ HOST := $(shell $(PYTHON) -c "import sys, torch; torch.version.cuda and \
 endif
 GPU_PYTHON := $(if $(HOST),$(PYTHON),$(BIN)/python)
 IN_PLACE := build/in-place-$(HOST)-$(or $(KDKERNELS_CUDA),1)-$(ARCHS)
-# Of these versions bench/peers.py knows where they differ. Of the second a file each runs, without the rest.
+# bench/peers.py knows where these versions differ from us. Of those alone only a file or two run.
 PEERS := trl==1.16.0 liger-kernel==0.8.5 torchdistill==1.1.5
 PEERS_ALONE := mmrazor==1.0.0 axolotl==0.19.0 verl==0.9.1
 PEERS_BUILT := build/peers/built-$(TORCH)-$(subst $() ,-,$(PEERS))
