@@ -3,10 +3,13 @@
 #include <torch/headeronly/version.h>
 
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include "cpu/kernels.h"
 #include "math/philox.h"
+#include "math/row.h"
 #include "ops/distillation.h"
+#include "ops/linear_distillation.h"
 #include "ops/noise.h"
 #include "ops/regression.h"
 
@@ -18,6 +21,88 @@ namespace {
 NoiseArgs noise_args(int64_t seed, int64_t step, int64_t stream, int64_t offset,
                      std::optional<at::Tensor> seed_tensor, std::optional<at::Tensor> step_tensor) {
   return {seed, step, stream, offset, std::move(seed_tensor), std::move(step_tensor)};
+}
+
+// An op through PyTorch's dispatcher, with what pybind11 makes of lists.
+template <class Argument>
+struct FromPython {
+  using type = Argument;
+};
+template <class Element>
+struct FromPython<at::ArrayRef<Element>> {
+  using type = const std::vector<Element>&;
+};
+template <class... Arguments, class Result>
+auto dispatched(const char* name, Result (*)(Arguments...)) {
+  auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Arguments...)>();
+  return [op](typename FromPython<Arguments>::type... arguments) { return op.call(arguments...); };
+}
+
+const char* name_of(math::Divergence divergence) {
+  switch (divergence) {
+    case math::Divergence::kForwardKL: return "forward_kl";
+    case math::Divergence::kReverseKL: return "reverse_kl";
+    case math::Divergence::kJS: return "js";
+    case math::Divergence::kSkewForwardKL: return "skew_forward_kl";
+    case math::Divergence::kSkewReverseKL: return "skew_reverse_kl";
+    case math::Divergence::kTotalVariation: return "total_variation";
+    case math::Divergence::kAlphaBeta: return "alpha_beta";
+    case math::Divergence::kDecoupled: return "decoupled";
+  }
+  return "";
+}
+
+// Options as the arguments of kdkernels.reference's functions.
+py::dict arguments_of(const LossOptions& o) {
+  using math::Divergence;
+  auto cap = [](double value) -> py::object {
+    return value == 0 ? py::object(py::none()) : py::float_(value);
+  };
+  constexpr const char* kReductions[] = {"none", "sum", "mean"};
+  constexpr const char* kTails[] = {"", "renormalize", "bucket", "ignore"};
+  bool two = o.divergence == Divergence::kAlphaBeta || o.divergence == Divergence::kDecoupled;
+  bool one = o.divergence == Divergence::kJS || o.divergence == Divergence::kSkewForwardKL ||
+             o.divergence == Divergence::kSkewReverseKL;
+  py::dict out;
+  out["temperature"] = o.temperature;
+  out["alpha"] = o.alpha;
+  out["divergence"] = name_of(o.divergence);
+  out["divergence_alpha"] = two ? py::object(py::float_(o.beta)) : py::none();
+  out["beta"] = two   ? py::object(py::float_(o.second))
+                : one ? py::object(py::float_(o.beta))
+                      : py::none();
+  out["teacher_kind"] = o.probs ? "probs" : "logits";
+  out["logit_scale"] = o.logit_scale;
+  out["soft_cap"] = cap(o.soft_cap);
+  out["label_smoothing"] = o.label_smoothing;
+  out["ignore_index"] = o.ignore_index;
+  out["num_items"] = cap(o.num_items);
+  out["reduction"] = kReductions[static_cast<int>(o.reduction)];
+  if (o.tail != Tail::kNone) {
+    out["tail"] = kTails[static_cast<int>(o.tail)];
+    return out;
+  }
+  out["teacher_weights"] = o.teacher_weights;
+  out["teacher_mixture"] = o.log_mix ? "log_probs" : "probs";
+  out["standardize"] = o.standardize;
+  out["teacher_logit_scale"] = o.teacher_logit_scale;
+  out["teacher_soft_cap"] = cap(o.teacher_soft_cap);
+  return out;
+}
+
+void set_gradients(py::function function) {
+  // Never freed: the interpreter is gone before this library's variables are.
+  auto* kept = new py::function(std::move(function));
+  set_differentiable_gradients([kept](const LossCall& call, const at::Tensor& grad_output) {
+    py::gil_scoped_acquire gil;
+    py::object out = (*kept)(call.student, call.teachers, call.labels, call.weight, call.indices,
+                             call.teacher_logsumexp, arguments_of(call.options), grad_output);
+    std::vector<at::Tensor> gradients;
+    for (const auto& gradient : out.cast<std::vector<std::optional<at::Tensor>>>()) {
+      gradients.push_back(gradient.value_or(at::Tensor()));
+    }
+    return gradients;
+  });
 }
 
 py::dict build_info() {
@@ -74,7 +159,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
 
   py::call_guard<py::gil_scoped_release> no_gil;
-  m.def("distillation_loss", distillation_loss, no_gil);
+  m.def("distillation_loss", dispatched("kdkernels::distillation_loss", distillation_loss), no_gil);
+  m.def("linear_distillation_loss",
+        dispatched("kdkernels::linear_distillation_loss", linear_distillation_loss), no_gil);
+  m.def("set_differentiable_gradients", set_gradients);
   m.def("randn_like",
         [](const at::Tensor& x, int64_t seed, int64_t step, int64_t stream, int64_t offset,
            std::optional<at::Tensor> seed_tensor, std::optional<at::Tensor> step_tensor) {
@@ -106,6 +194,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("noisy_linear_regression", noisy_linear_regression, no_gil);
 
   m.def("build_info", build_info);
+  m.attr("row_state") = math::kRowState;
   m.def("set_isa", [](const std::string& name) { cpu::set_isa(name); });
   m.def("elementary", elementary);
   m.def("philox", philox);

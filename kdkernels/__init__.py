@@ -11,7 +11,17 @@ except ImportError as error:
     ) from error
 
 from kdkernels import reference
-from kdkernels.distill import DistillationLoss, distillation_loss
+from kdkernels.distill import (
+    DistillationLoss,
+    RowStatistics,
+    TopK,
+    distillation_loss,
+    divergences,
+    linear_distillation_loss,
+    sample_teacher,
+    topk_distillation_loss,
+    topk_teacher,
+)
 from kdkernels.noise import (
     add_noise_,
     gradient_noise,
@@ -23,11 +33,18 @@ from kdkernels.noise import (
 __version__ = "0.1.0"
 __all__ = [
     "DistillationLoss",
+    "RowStatistics",
+    "TopK",
     "add_noise_",
     "distillation_loss",
+    "divergences",
     "gradient_noise",
     "input_noise",
+    "linear_distillation_loss",
     "noisy_linear_regression",
     "randn_like",
     "reference",
+    "sample_teacher",
+    "topk_distillation_loss",
+    "topk_teacher",
 ]

@@ -1,49 +1,127 @@
 """Distillation losses."""
 
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, overload
+
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from kdkernels import _C, reference
-from kdkernels.errors import INT, NUMBER, OPTIONAL_TENSOR, TENSOR, explain
+from kdkernels.errors import (
+    BOOL,
+    INT,
+    NUMBER,
+    NUMBERS,
+    OPTIONAL_NUMBER,
+    OPTIONAL_TENSOR,
+    STRING,
+    TENSOR,
+    explain,
+)
+from kdkernels.reference import Divergence, RowStatistics
 
 
+def divergences() -> dict[str, Divergence]:
+    """The divergences that the losses take as ``divergence``.
+
+    Returns:
+        Name -> (formula, source, parameters with their defaults). p is the teacher, q the student.
+    """
+    return dict(reference.DIVERGENCES)
+
+
+# ---- the losses on logits ------------------------------------------------------------------------
+
+
+@overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    return_statistics: Literal[False] = False,
+    **options,
+) -> Tensor: ...
+@overload
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    labels: Tensor | None = None,
+    *,
+    return_statistics: Literal[True],
+    **options,
+) -> tuple[Tensor, RowStatistics]: ...
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
     temperature: float = 1.0,
     alpha: float | None = None,
     divergence: str = "forward_kl",
+    divergence_alpha: float | None = None,
+    beta: float | None = None,
+    teacher_kind: str = "logits",
+    teacher_weights: Sequence[float] | None = None,
+    teacher_mixture: str = "probs",
+    standardize: bool = False,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_soft_cap: float | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     weight: Tensor | None = None,
     num_items: float | Tensor | None = None,
     reduction: str = "mean",
     inplace: bool = False,
+    return_statistics: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str = "fused",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, RowStatistics]:
     r"""Distillation loss of Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural
-    Network" (arXiv 1503.02531, section 2).
+    Network" (arXiv 1503.02531, section 2), for any divergence and teacher.
 
     For one row, with p_s = softmax(z / T) and p_t = softmax(t / T)::
 
-        loss = alpha * T^2 * KL(p_t || p_s) + (1 - alpha) * CE(z, label; label_smoothing)
+        loss = alpha * T^2 * D(p_t, p_s) + (1 - alpha) * CE(z, label; label_smoothing)
 
     T^2 keeps the size of the soft gradient independent of T (the paper's equation 4). The gradient
-    flows to the student only, and is made in the forward call, while the row is in cache: both
-    logits are read once and the gradient is written once.
+    is made in the forward call, while the row is in cache: both logits are read once and the
+    gradient is written once.
 
     Args:
-        student_logits: z, ``[*, V]``, fp32, fp64, bf16 or fp16, on CPU or CUDA; any strides.
-        teacher_logits: t, the shape, dtype and device of ``student_logits``; detached.
+        student_logits: z, ``[*, V]``, fp32, fp64, bf16 or fp16, on CPU or CUDA; any strides. A
+            DTensor sharded on its last dimension is taken as ``process_group`` says.
+        teacher_logits: t, the shape, dtype and device of ``student_logits``. If it requires grad it
+            gets its gradient (mutual learning, arXiv 1706.00384). Up to 8 teachers: a list, or one
+            more leading dimension, ``[M, *, V]``; mixed in the same pass, or by plain PyTorch where
+            one of them requires grad.
         labels: ``[*]``, int64 classes in [0, V) or ``ignore_index``. A row that is ignored has loss
             and gradient 0 and its logits are not read. None: the divergence alone.
         temperature: T > 0, from 1e-15 to 1e15.
         alpha: share of the divergence, in [0, 1]. Default 0.5 with labels, 1 without (and no other
-            then). With 1 the labels only say which rows are ignored; with 0 the teacher is not
-            read.
-        divergence: "forward_kl".
+            then). With 1 the labels only say which rows are ignored (and the target class of
+            "decoupled"); with 0 the teacher is not read.
+        divergence: D, one of ``kdkernels.divergences()``, which has formulas and sources:
+            "forward_kl", "reverse_kl", "js" (beta), "skew_forward_kl" (beta), "skew_reverse_kl"
+            (beta), "total_variation", "alpha_beta" (divergence_alpha, beta) or "decoupled"
+            (divergence_alpha, beta; needs labels).
+        divergence_alpha: first parameter of "alpha_beta" (default 0.2) and "decoupled" (1).
+        beta: parameter of "js" (default 0.5), of the skewed ones (0.1), second one of "alpha_beta"
+            (0.7) and "decoupled" (8).
+        teacher_kind: what ``teacher_logits`` holds: "logits", "log_probs" or "probs". The last two
+            are of temperature 1 and become softmax(log p / T); probabilities need no sum of 1.
+        teacher_weights: one number of at least 0 a teacher, scaled to sum 1. Default: equal.
+        teacher_mixture: several teachers are mixed as "probs", sum_m w_m p_m, or as "log_probs",
+            proportional to prod_m p_m^w_m.
+        standardize: z-score every row's logits on both sides before the divergence (Sun et al.,
+            arXiv 2403.01427), with the unbiased standard deviation; cross-entropy takes them as
+            they are.
+        logit_scale, soft_cap: the student's logits are soft_cap * tanh(logit_scale * z / soft_cap),
+            for divergence and cross-entropy; without ``soft_cap``, logit_scale * z.
+        teacher_logit_scale, teacher_soft_cap: the same for teachers, of kind "logits".
         label_smoothing: share in [0, 1] of the uniform distribution in the hard target.
         ignore_index: the label of rows to leave out.
         weight: ``[*]``, a factor for each row's loss, of any real dtype; a row with weight 0 is not
@@ -57,80 +135,537 @@ def distillation_loss(
             student_logits must not be a leaf, nor overlap the teacher but row for row; if it is a
             view, differentiate with respect to what it was made from. Has no effect where there is
             no gradient to make, or under a tracer.
+        return_statistics: also return numbers of every row, from the same pass.
+        process_group: its ranks share the vocabulary: each has an equal number of columns of both
+            logits, in the order of the ranks, and the same labels, which are of the whole
+            vocabulary. Every rank gets the same loss, and the gradient of its columns. Only numbers
+            of rows cross the group. One teacher; no second derivative.
         backend: "fused", or "reference" for plain PyTorch.
 
     Returns:
-        The loss, ``[]``, or ``[*]`` with reduction "none"; fp64 for fp64 logits, else fp32.
+        The loss, ``[]``, or ``[*]`` with reduction "none"; fp64 for fp64 logits, else fp32. With
+        ``return_statistics`` a pair of it and ``RowStatistics``, each ``[*]``, which are 0 for rows
+        left out and have no gradient.
 
-    Non-finite logits: -inf is a class without probability (0 where the teacher, too, excludes it;
-    an infinite loss where only the student does). A row with NaN, +inf, or only -inf gives NaN for
-    its loss and gradient and leaves other rows alone.
+    D is never negative, 0 where student and teacher are equal, and accurate to 1e-4 of itself down
+    to 1e-8 in fp32: the fused kernels add up terms that are not negative.
+
+    Non-finite logits: -inf is a class without probability (0 where both sides exclude it). A row
+    with NaN, +inf, or only -inf gives NaN for its loss and gradient and leaves other rows alone.
 
     The same bits come out for any number of threads. Differentiable twice and more, and through
     ``torch.compile``. On CUDA a label out of range gives NaN loss and zero gradient for its row.
 
     Raises:
         ValueError: shapes or devices differ, V is 0, a number or (on CPU) a label is out of range,
-            the teacher requires grad, or ``inplace`` is not possible.
+            a parameter does not belong to the divergence, or ``inplace`` is not possible.
         TypeError: a dtype is not supported or differs.
     """
-    if divergence != "forward_kl":
-        raise ValueError(f'divergence is "{divergence}"; it takes "forward_kl"')
+    several = isinstance(teacher_logits, (list, tuple))
+    if isinstance(teacher_logits, Tensor) and isinstance(student_logits, Tensor):
+        several = teacher_logits.dim() == student_logits.dim() + 1 > 1
+    teachers = list(teacher_logits) if several else [teacher_logits]
+    options = {
+        "temperature": temperature,
+        "alpha": alpha,
+        "divergence": divergence,
+        "divergence_alpha": divergence_alpha,
+        "beta": beta,
+        "teacher_kind": teacher_kind,
+        "teacher_weights": teacher_weights,
+        "teacher_mixture": teacher_mixture,
+        "standardize": standardize,
+        "logit_scale": logit_scale,
+        "soft_cap": soft_cap,
+        "teacher_logit_scale": teacher_logit_scale,
+        "teacher_soft_cap": teacher_soft_cap,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "weight": weight,
+        "num_items": num_items,
+        "reduction": reduction,
+    }
+    # The kernels make the gradient of one teacher.
+    if _plain(backend, process_group, teachers if several else ()):
+        return reference.distillation_loss(
+            student_logits,
+            teachers if several else teacher_logits,
+            labels,
+            **options,
+            return_statistics=return_statistics,
+        )
+    return _loss(
+        student_logits,
+        teachers,
+        labels,
+        **options,
+        inplace=inplace,
+        return_statistics=return_statistics,
+        process_group=process_group,
+    )
+
+
+@overload
+def topk_distillation_loss(
+    student_logits: Tensor,
+    teacher_values: Tensor,
+    teacher_indices: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_statistics: Literal[False] = False,
+    **options,
+) -> Tensor: ...
+@overload
+def topk_distillation_loss(
+    student_logits: Tensor,
+    teacher_values: Tensor,
+    teacher_indices: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_statistics: Literal[True],
+    **options,
+) -> tuple[Tensor, RowStatistics]: ...
+def topk_distillation_loss(
+    student_logits: Tensor,
+    teacher_values: Tensor,
+    teacher_indices: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    alpha: float | None = None,
+    divergence: str = "forward_kl",
+    beta: float | None = None,
+    tail: str = "renormalize",
+    teacher_kind: str = "logits",
+    teacher_logsumexp: Tensor | None = None,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    reduction: str = "mean",
+    inplace: bool = False,
+    sparse_gradient: bool = False,
+    return_statistics: bool = False,
+    process_group: ProcessGroup | None = None,
+    backend: str = "fused",
+) -> Tensor | tuple[Tensor, RowStatistics]:
+    r"""``distillation_loss`` from a few classes a row of the teacher: its top k, the student's own
+    top k (for reverse KL), or samples (``sample_teacher``).
+
+    With v the values, i a row's classes and u the student's transformed logits, p and q are, by
+    ``tail``::
+
+        "renormalize"  softmax(v / T) and softmax(u[i] / T): the entries alone; no other column is
+                       read, unless cross-entropy needs it
+        "bucket"       exp(v / T - teacher_logsumexp) and softmax(u / T)[i], and one more class with
+                       what is left of 1 on either side
+        "ignore"       the same p and q, and the sum over the entries only, which may be negative
+
+    Args:
+        student_logits: z, ``[*, V]``, as ``distillation_loss`` has it.
+        teacher_values: v, ``[*, K]``, K from 1 to 1024, fp32, fp64, bf16 or fp16 (not necessarily
+            the student's): logits, or log-probabilities. If it requires grad the loss is made by
+            plain PyTorch.
+        teacher_indices: ``[*, K]``, int32 or int64, classes in [0, V) that differ within a row, or
+            -1 for no entry. A row without entries has no divergence.
+        labels, temperature, alpha, logit_scale, soft_cap, label_smoothing, ignore_index, weight,
+            num_items, reduction, inplace, return_statistics, process_group, backend: as
+            ``distillation_loss`` has them. The hard loss is over all V classes.
+        divergence: "forward_kl", "reverse_kl" or "js".
+        beta: parameter of "js", default 0.5.
+        tail: "renormalize", "bucket" or "ignore".
+        teacher_kind: what ``teacher_values`` holds, "logits" or "log_probs".
+        teacher_logsumexp: ``[*]``, logsumexp of all V of the teacher's logits / T. For "bucket" and
+            "ignore" only, which need it unless the values are log-probabilities and T is 1.
+        sparse_gradient: return the gradient as a sparse COO tensor of K columns a row; for
+            "renormalize" and alpha 1. Has no effect under a tracer.
+
+    Returns:
+        As ``distillation_loss``. Statistics are of the distributions compared: of the entries, with
+        "bucket" of the rest as one class too; the student's logsumexp is of all classes but with
+        "renormalize"; the top 1 is among the entries.
+
+    On CUDA an index out of range, as a label, gives NaN loss and zero gradient for its row, and
+    that a row's classes differ is not checked.
+
+    Raises:
+        ValueError, TypeError: as ``distillation_loss``; K or ``teacher_logsumexp`` is not as said,
+            or (on CPU) an index is out of range or twice in a row.
+    """
+    options = {
+        "temperature": temperature,
+        "alpha": alpha,
+        "divergence": divergence,
+        "beta": beta,
+        "tail": tail,
+        "teacher_kind": teacher_kind,
+        "teacher_logsumexp": teacher_logsumexp,
+        "logit_scale": logit_scale,
+        "soft_cap": soft_cap,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "weight": weight,
+        "num_items": num_items,
+        "reduction": reduction,
+    }
+    if _plain(backend, process_group, (teacher_values,)):
+        return reference.topk_distillation_loss(
+            student_logits,
+            teacher_values,
+            teacher_indices,
+            labels,
+            **options,
+            return_statistics=return_statistics,
+        )
+    return _loss(
+        student_logits,
+        [teacher_values],
+        labels,
+        indices=teacher_indices,
+        **options,
+        inplace=inplace,
+        sparse_gradient=sparse_gradient,
+        return_statistics=return_statistics,
+        process_group=process_group,
+    )
+
+
+def _plain(backend: str, process_group: ProcessGroup | None, teachers: Sequence[Tensor]) -> bool:
+    """Whether plain PyTorch makes the loss: asked for, or for the gradient of `teachers`."""
     if backend not in ("fused", "reference"):
         raise ValueError(f'backend is "{backend}"; it takes "fused" or "reference"')
-    compiling = torch.compiler.is_compiling()
-    if compiling or backend == "reference" or isinstance(num_items, Tensor):
-        logits = (student_logits, teacher_logits, labels)
-        options = {
-            "temperature": temperature,
-            "alpha": alpha,
-            "label_smoothing": label_smoothing,
-            "ignore_index": ignore_index,
-            "weight": weight,
-        }
-        if backend == "reference":
-            return reference.distillation_loss(
-                *logits, **options, num_items=num_items, reduction=reduction
-            )
-        if isinstance(num_items, Tensor):
-            if reduction != "mean":
-                raise ValueError(f'num_items goes with reduction="mean" only, not "{reduction}"')
-            total = distillation_loss(*logits, **options, reduction="sum", inplace=inplace)
-            return total / num_items
-        op = torch.ops.kdkernels.distillation_loss
-        return op(*logits, **options, num_items=num_items, reduction=reduction)
+    plain = backend == "reference" or (
+        torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in teachers)
+    )
+    if plain and process_group is not None:
+        raise ValueError("process_group goes with kernels only, which need a teacher detached")
+    return plain
+
+
+def _loss(
+    student_logits: Tensor,
+    teachers: list[Tensor],
+    labels: Tensor | None,
+    *,
+    temperature: float,
+    alpha: float | None,
+    divergence: str,
+    divergence_alpha: float | None = None,
+    beta: float | None,
+    indices: Tensor | None = None,
+    tail: str = "none",
+    teacher_kind: str,
+    teacher_logsumexp: Tensor | None = None,
+    teacher_weights: Sequence[float] | None = None,
+    teacher_mixture: str = "probs",
+    standardize: bool = False,
+    logit_scale: float,
+    soft_cap: float | None,
+    teacher_logit_scale: float = 1.0,
+    teacher_soft_cap: float | None = None,
+    label_smoothing: float,
+    ignore_index: int,
+    weight: Tensor | None,
+    num_items: float | Tensor | None,
+    reduction: str,
+    inplace: bool,
+    sparse_gradient: bool = False,
+    return_statistics: bool,
+    process_group: ProcessGroup | None,
+) -> Tensor | tuple[Tensor, RowStatistics]:
+    """The kernels' loss, of a dense or a top-k teacher."""
+    total = None
+    if isinstance(num_items, Tensor):
+        if reduction != "mean":
+            raise ValueError(f'num_items goes with reduction="mean" only, not "{reduction}"')
+        total, num_items, reduction = num_items, None, "sum"
+    group, first_class, classes = "", 0, 0
+    if process_group is not None or type(student_logits) is not Tensor:
+        student_logits, teachers, group, first_class, classes = vocabulary_shard(
+            student_logits, teachers, process_group
+        )
+    op = (
+        torch.ops.kdkernels.distillation_loss
+        if torch.compiler.is_compiling()
+        else _C.distillation_loss
+    )
     try:
-        return _C.distillation_loss(
+        loss, statistics = op(
             student_logits,
-            teacher_logits,
+            teachers,
             labels,
+            indices,
+            teacher_logsumexp,
+            weight,
             temperature,
             alpha,
+            divergence,
+            divergence_alpha,
+            beta,
+            tail,
+            teacher_kind,
+            [] if teacher_weights is None else teacher_weights,
+            teacher_mixture,
+            standardize,
+            logit_scale,
+            soft_cap,
+            teacher_logit_scale,
+            teacher_soft_cap,
             label_smoothing,
             ignore_index,
-            weight,
             num_items,
             reduction,
             inplace,
+            sparse_gradient,
+            return_statistics,
+            group,
+            first_class,
+            classes,
         )
     except TypeError as error:
         raise explain(
             error,
             student_logits=(student_logits, TENSOR),
-            teacher_logits=(teacher_logits, TENSOR),
+            **_teacher_arguments(teachers, indices),
             labels=(labels, OPTIONAL_TENSOR),
+            teacher_logsumexp=(teacher_logsumexp, OPTIONAL_TENSOR),
+            weight=(weight, OPTIONAL_TENSOR),
             temperature=(temperature, NUMBER),
-            alpha=(0 if alpha is None else alpha, NUMBER),
+            alpha=(alpha, OPTIONAL_NUMBER),
+            divergence=(divergence, STRING),
+            divergence_alpha=(divergence_alpha, OPTIONAL_NUMBER),
+            beta=(beta, OPTIONAL_NUMBER),
+            tail=(tail, STRING),
+            teacher_kind=(teacher_kind, STRING),
+            teacher_weights=([] if teacher_weights is None else teacher_weights, NUMBERS),
+            teacher_mixture=(teacher_mixture, STRING),
+            standardize=(standardize, BOOL),
+            logit_scale=(logit_scale, NUMBER),
+            soft_cap=(soft_cap, OPTIONAL_NUMBER),
+            teacher_logit_scale=(teacher_logit_scale, NUMBER),
+            teacher_soft_cap=(teacher_soft_cap, OPTIONAL_NUMBER),
             label_smoothing=(label_smoothing, NUMBER),
             ignore_index=(ignore_index, INT),
-            weight=(weight, OPTIONAL_TENSOR),
-            num_items=(1 if num_items is None else num_items, NUMBER),
+            num_items=(num_items, OPTIONAL_NUMBER),
+            reduction=(reduction, STRING),
+            inplace=(inplace, BOOL),
+            sparse_gradient=(sparse_gradient, BOOL),
+            return_statistics=(return_statistics, BOOL),
         ) from None
+    if total is not None:
+        loss = loss / total
+    return (loss, RowStatistics(*statistics.unbind())) if return_statistics else loss
 
+
+def _teacher_arguments(teachers: list, indices: Tensor | None) -> dict[str, tuple[object, str]]:
+    if indices is not None:
+        return {"teacher_values": (teachers[0], TENSOR), "teacher_indices": (indices, TENSOR)}
+    odd = [t for t in teachers if not isinstance(t, Tensor)]
+    return {"teacher_logits": (odd[0] if odd else teachers[0], TENSOR)} if teachers else {}
+
+
+def vocabulary_shard(
+    student_logits: Tensor, teachers: list[Tensor], process_group: ProcessGroup | None
+) -> tuple[Tensor, list[Tensor], str, int, int]:
+    """This rank's columns of logits, and where they stand in the vocabulary.
+
+    Args:
+        student_logits: ``[*, V / p]``, or a DTensor ``[*, V]`` sharded on its last dimension.
+        teachers: tensors of that kind, or tensors of rows that all ranks have.
+        process_group: who shares the vocabulary; None for a DTensor, which knows.
+
+    Returns:
+        (student's columns, teachers' columns, name of the group, first column, V); the group is ""
+        where the vocabulary is whole.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(student_logits, DTensor):
+        if process_group is None:
+            return student_logits, teachers, "", 0, 0
+        own = student_logits.shape[-1]
+        first = process_group.rank() * own
+        return student_logits, teachers, process_group.group_name, first, process_group.size() * own
+    if process_group is not None:
+        raise ValueError("process_group is given, but student_logits is a DTensor, which has one")
+    mesh, placements = student_logits.device_mesh, student_logits.placements
+    last = student_logits.dim() - 1
+    split = [d for d, placement in enumerate(placements) if placement == Shard(last)]
+    others = [p for d, p in enumerate(placements) if d not in split and not p.is_replicate()]
+    if len(split) > 1 or others:
+        raise ValueError(
+            f"student_logits is a DTensor with placements {list(placements)}; it takes one that is "
+            f"sharded on its last dimension, {last}, of one dimension of the mesh"
+        )
+    local = []
+    for name, tensor in [("student_logits", student_logits)] + [
+        ("teacher_logits", teacher) for teacher in teachers
+    ]:
+        if isinstance(tensor, DTensor):
+            if tensor.placements != placements or tensor.device_mesh != mesh:
+                raise ValueError(f"{name} is placed otherwise than student_logits")
+            tensor = tensor.to_local()
+        local.append(tensor)
+    if not split:
+        return local[0], local[1:], "", 0, 0
+    _, offset = compute_local_shape_and_global_offset(student_logits.shape, mesh, placements)
+    group = mesh.get_group(split[0]).group_name
+    return local[0], local[1:], group, offset[-1], student_logits.shape[-1]
+
+
+def _differentiable_gradients(
+    student, teachers, labels, weight, indices, teacher_logsumexp, options, grad_output
+) -> tuple[Tensor | None, Tensor | None]:
+    """A loss's gradients in the student and in its one teacher, in plain PyTorch."""
+    options = options | {"weight": weight}
+    if indices is None:
+        several = len(teachers) > 1
+        teacher_weights = options.pop("teacher_weights")
+        loss = reference.distillation_loss(
+            student,
+            teachers if several else teachers[0],
+            labels,
+            **options,
+            teacher_weights=teacher_weights if several else None,
+        )
+    else:
+        del options["divergence_alpha"]
+        options["teacher_kind"] = "log_probs"  # which may lack a logsumexp, and else are the same
+        loss = reference.topk_distillation_loss(
+            student,
+            teachers[0],
+            indices,
+            labels,
+            **options,
+            teacher_logsumexp=teacher_logsumexp,
+        )
+    inputs = [x for x in (student, teachers[0]) if x.requires_grad]
+    gradients = iter(torch.autograd.grad(loss, inputs, grad_output, create_graph=True))
+    return tuple(next(gradients) if x.requires_grad else None for x in (student, teachers[0]))
+
+
+_C.set_differentiable_gradients(_differentiable_gradients)
+
+
+# ---- teachers of a few classes -------------------------------------------------------------------
+
+
+class TopK(NamedTuple):
+    """A teacher of a few classes a row, as ``topk_distillation_loss`` takes it.
+
+    values ``[*, K]``, indices ``[*, K]`` (int32), logsumexp ``[*]``: of all logits / temperature.
+    """
+
+    values: Tensor
+    indices: Tensor
+    logsumexp: Tensor
+
+
+def topk_teacher(
+    teacher_logits: Tensor, k: int, *, temperature: float = 1.0, by: Tensor | None = None
+) -> TopK:
+    """The k largest classes of each row.
+
+    Args:
+        teacher_logits: ``[*, V]``.
+        k: classes a row, from 1 to min(V, 1024).
+        temperature: T of the loss that will use it; ``logsumexp`` depends on it.
+        by: ``[*, V]``, whose k largest classes are taken instead of the teacher's own: the
+            student's logits, for a reverse KL on the student's support.
+
+    Returns:
+        The teacher's logits at those classes.
+
+    Raises:
+        ValueError: k or a shape is not as said.
+    """
+    classes = teacher_logits.shape[-1]
+    if not 1 <= k <= min(classes, reference.MAX_TOP_K):
+        raise ValueError(f"k is {k}; it takes from 1 to {min(classes, reference.MAX_TOP_K)}")
+    if by is not None and by.shape != teacher_logits.shape:
+        raise ValueError(
+            f"by has shape {list(by.shape)}; it takes that of teacher_logits, "
+            f"{list(teacher_logits.shape)}"
+        )
+    indices = (teacher_logits if by is None else by.detach()).topk(k, -1).indices
+    return TopK(
+        teacher_logits.gather(-1, indices),
+        indices.int(),
+        _logsumexp(teacher_logits, temperature),
+    )
+
+
+def sample_teacher(
+    teacher_logits: Tensor,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    proposal_power: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> TopK:
+    """Classes drawn from the teacher, with importance weights: "Sparse Logit Sampling" (Anshumann
+    et al., arXiv 2503.16870), whose gradient of the forward KL has the dense one's expectation.
+
+    k classes a row are drawn, with replacement, from a proposal proportional to p^proposal_power,
+    p = softmax(t / T). Each draw of class i weighs p_i / proposal_i; a class's draws are added up,
+    and a row's weights are scaled to sum 1.
+
+    Args:
+        teacher_logits: t, ``[*, V]``.
+        k: draws a row, from 1 to 1024.
+        temperature: T, that of the loss.
+        proposal_power: 1 draws from the teacher itself, 0 from all classes alike.
+        generator: of the draws; None: PyTorch's own.
+
+    Returns:
+        What ``topk_distillation_loss(..., tail="ignore", teacher_kind="log_probs",
+        teacher_logsumexp=sample.logsumexp, temperature=T)`` takes; classes that were drawn twice
+        leave entries with index -1 at the end of a row.
+
+    Raises:
+        ValueError: k or ``proposal_power`` is not as said.
+    """
+    if not 1 <= k <= reference.MAX_TOP_K:
+        raise ValueError(f"k is {k}; it takes from 1 to {reference.MAX_TOP_K}")
+    if not 0 <= proposal_power < float("inf"):
+        raise ValueError(f"proposal_power is {proposal_power}; it takes a number of at least 0")
+    acc = torch.float64 if teacher_logits.dtype == torch.float64 else torch.float32
+    log_p = torch.log_softmax(teacher_logits.detach().to(acc) / temperature, -1)
+    log_p = log_p.reshape(-1, log_p.shape[-1])
+    proposal = torch.softmax(log_p * proposal_power, -1).masked_fill(log_p == -torch.inf, 0)
+    drawn = torch.multinomial(proposal, k, replacement=True, generator=generator).sort(-1).values
+    weight = (
+        log_p.gather(-1, drawn) * (1 - proposal_power)
+    ).exp()  # times what is the same in a row
+    new = torch.ones_like(drawn, dtype=torch.bool)
+    new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    place = new.cumsum(-1) - 1
+    weights = torch.zeros_like(weight).scatter_add_(-1, place, weight)
+    indices = torch.full_like(drawn, -1).scatter_(-1, place, drawn)
+    values = temperature * (weights / weights.sum(-1, keepdim=True)).log()
+    shape = (*teacher_logits.shape[:-1], k)
+    return TopK(
+        values.masked_fill(indices < 0, 0).reshape(shape),
+        indices.int().reshape(shape),
+        values.new_zeros(shape[:-1]),
+    )
+
+
+def _logsumexp(logits: Tensor, temperature: float) -> Tensor:
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return torch.logsumexp(logits.to(acc) / temperature, -1)
+
+
+# ---- the module ----------------------------------------------------------------------------------
 
 _MODULE_OPTIONS = {
-    *("temperature", "alpha", "divergence", "label_smoothing", "ignore_index"),
-    *("reduction", "inplace", "backend"),
+    *("temperature", "alpha", "divergence", "divergence_alpha", "beta", "teacher_kind"),
+    *("teacher_weights", "teacher_mixture", "standardize", "logit_scale", "soft_cap"),
+    *("teacher_logit_scale", "teacher_soft_cap", "label_smoothing", "ignore_index", "reduction"),
+    *("inplace", "return_statistics", "process_group", "backend"),
 }
 
 
@@ -138,8 +673,11 @@ class DistillationLoss(nn.Module):
     """``distillation_loss`` as a module; takes its options, but not those that go with a batch.
 
     Args:
-        options: ``temperature``, ``alpha``, ``divergence``, ``label_smoothing``, ``ignore_index``,
-            ``reduction``, ``inplace``, ``backend``, as ``distillation_loss`` has them.
+        options: all keyword arguments of ``distillation_loss`` but ``weight`` and ``num_items``.
+
+    Raises:
+        ValueError: the divergence, or a parameter of it, is not one there is.
+        TypeError: an option is none.
     """
 
     def __init__(self, **options):
@@ -147,17 +685,22 @@ class DistillationLoss(nn.Module):
         unknown = options.keys() - _MODULE_OPTIONS
         if unknown:
             raise TypeError(f"DistillationLoss takes no argument {sorted(unknown)[0]!r}")
+        reference.divergence_parameters(
+            options.get("divergence", "forward_kl"),
+            options.get("divergence_alpha"),
+            options.get("beta"),
+        )
         self.options = options
 
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: Tensor | Sequence[Tensor],
         labels: Tensor | None = None,
         *,
         weight: Tensor | None = None,
         num_items: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, RowStatistics]:
         """The loss of one batch; see ``distillation_loss``."""
         return distillation_loss(
             student_logits,
@@ -169,5 +712,258 @@ class DistillationLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The options, as nn.Module prints them."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        """The divergence with its parameters, then the other options, as nn.Module prints them."""
+        shown = {"divergence": "forward_kl"} | self.options
+        shown |= reference.divergence_parameters(
+            shown["divergence"], shown.get("divergence_alpha"), shown.get("beta")
+        )
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+# ---- the loss of heads ---------------------------------------------------------------------------
+
+
+@overload
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    return_statistics: Literal[False] = False,
+    **options,
+) -> Tensor: ...
+@overload
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    return_statistics: Literal[True],
+    **options,
+) -> tuple[Tensor, RowStatistics]: ...
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: Tensor | Sequence[Tensor] | None = None,
+    teacher_values: Tensor | None = None,
+    teacher_indices: Tensor | None = None,
+    temperature: float = 1.0,
+    alpha: float | None = None,
+    divergence: str = "forward_kl",
+    divergence_alpha: float | None = None,
+    beta: float | None = None,
+    teacher_kind: str = "logits",
+    teacher_weights: Sequence[float] | None = None,
+    teacher_mixture: str = "probs",
+    tail: str = "renormalize",
+    teacher_logsumexp: Tensor | None = None,
+    standardize: bool = False,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_soft_cap: float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    reduction: str = "mean",
+    return_statistics: bool = False,
+    process_group: ProcessGroup | None = None,
+    memory_budget: int | None = None,
+    backend: str = "fused",
+) -> Tensor | tuple[Tensor, RowStatistics]:
+    r"""``distillation_loss`` or ``topk_distillation_loss`` of the logits that a linear layer makes
+    of hidden states, ``student_hidden @ student_weight.T + student_bias``, without the logits.
+
+    A chunk of rows at a time: its logits are made by a matrix product, the loss writes their
+    gradient over them, and two products more take that to the hidden states and to the weight. The
+    gradients that are needed are made in the forward call and scaled in backward. With reduction
+    "none", whose incoming gradients are not known before, all of it is done again in backward.
+
+    Args:
+        student_hidden: ``[*, H]``, fp32, fp64, bf16 or fp16, on CPU or CUDA.
+        student_weight: ``[V, H]``, its dtype and device, as all of the heads' tensors.
+        teacher_hidden, teacher_weight: ``[*, Ht]`` and ``[V, Ht]``: the teacher's own head; or, one
+            of the following instead.
+        teacher_logits: ``[*, V]``, a list of those, or ``[M, *, V]``, of any floating dtype; taken
+            in the student's.
+        teacher_values, teacher_indices: ``[*, K]``, a top-k teacher.
+        labels: ``[*]``, as ``distillation_loss`` has them. Rows that are ignored, or of weight 0,
+            are left out of all products (on CUDA read as 0): what they hold does no harm.
+        student_bias, teacher_bias: ``[V]``.
+        tail, teacher_logsumexp: of a top-k teacher, as ``topk_distillation_loss`` has them.
+        temperature, alpha, divergence, divergence_alpha, beta, teacher_kind, teacher_weights,
+            teacher_mixture, standardize, logit_scale, soft_cap, teacher_logit_scale,
+            teacher_soft_cap, label_smoothing, ignore_index, weight, num_items, reduction,
+            return_statistics: as ``distillation_loss`` has them. No gradient flows to a teacher.
+        process_group: its ranks share the vocabulary: each has an equal number of rows of the
+            weights and biases (columns of ``teacher_logits``), in the order of the ranks, and the
+            same hidden states, labels and options. Every rank gets the same loss and gradient of
+            the hidden states, and the gradients of its rows.
+        memory_budget: bytes of logits at a time, at least one row's. Default: a 25th of what the
+            logits of all rows would take (both sides', where the teacher has a head), at least
+            32 MiB. More is faster for 16 bits, whose products per chunk are short.
+        backend: "fused", or "reference" for plain PyTorch, which makes all logits.
+
+    Returns:
+        As ``distillation_loss``.
+
+    Memory, beyond arguments and gradients: the budget, and for 16-bit weights that require grad
+    their gradient in fp32, 4 bytes an element, where it is added up before it is rounded once (kept
+    until backward for fp16, which scales it first).
+
+    16 bits: logits are rounded as a linear layer's, and products summed in fp32. On a CPU with
+    bf16 instructions a chunk's share of the weight's gradient is rounded once more before it is
+    added; on others, and for fp16, nothing between the arguments and the gradients is rounded to
+    16 bits. Under autocast the heads' tensors take its dtype, as in ``torch.nn.functional.linear``.
+
+    Differentiable once, and through ``torch.compile``.
+
+    Raises:
+        ValueError: none or several teachers; a shape or number is not as said; a tensor of the
+            teacher requires grad; as ``distillation_loss``.
+        TypeError: a dtype is not supported or differs.
+    """
+    if backend not in ("fused", "reference"):
+        raise ValueError(f'backend is "{backend}"; it takes "fused" or "reference"')
+    student = {
+        "student_hidden": student_hidden,
+        "student_weight": student_weight,
+        "student_bias": student_bias,
+    }
+    tensors = {
+        "teacher_weight": teacher_weight,
+        "teacher_bias": teacher_bias,
+        "labels": labels,
+        "teacher_indices": teacher_indices,
+        "teacher_logsumexp": teacher_logsumexp,
+        "weight": weight,
+    }
+    options = {
+        "temperature": temperature,
+        "alpha": alpha,
+        "divergence": divergence,
+        "divergence_alpha": divergence_alpha,
+        "beta": beta,
+        "tail": tail,
+        "teacher_kind": teacher_kind,
+        "teacher_weights": teacher_weights,
+        "teacher_mixture": teacher_mixture,
+        "standardize": standardize,
+        "logit_scale": logit_scale,
+        "soft_cap": soft_cap,
+        "teacher_logit_scale": teacher_logit_scale,
+        "teacher_soft_cap": teacher_soft_cap,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "num_items": num_items,
+        "reduction": reduction,
+    }
+    forms = {"hidden": teacher_hidden, "logits": teacher_logits, "values": teacher_values}
+    if backend == "reference":
+        if process_group is not None:
+            raise ValueError('process_group does not go with backend="reference"')
+        return reference.linear_distillation_loss(
+            **student,
+            **tensors,
+            **{f"teacher_{form}": teacher for form, teacher in forms.items()},
+            **options,
+            return_statistics=return_statistics,
+        )
+    form = reference.teacher_form(
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        teacher_logits,
+        teacher_values,
+        teacher_indices,
+    )
+    others = _OF_DENSE_TEACHERS if form == "values" else ("tail", "teacher_logsumexp")
+    given = options | tensors
+    reference.refuse_others({name: given[name] for name in others}, "teacher_" + form)
+    if form == "hidden" and teacher_kind != "logits":
+        raise ValueError(f'teacher_kind is "{teacher_kind}"; with teacher_hidden it takes "logits"')
+    teachers = forms[form]
+    several = isinstance(teachers, (list, tuple))
+    if form == "logits" and isinstance(teachers, Tensor) and isinstance(student_hidden, Tensor):
+        several = teachers.dim() == student_hidden.dim() + 1
+    if not several and teacher_weights is not None:
+        raise ValueError("teacher_weights goes with several teachers only")
+    # Of one more dimension: along the first.
+    teachers = list(teachers) if several else [teachers]
+    options["tail"] = tail if form == "values" else "none"
+    options["teacher_weights"] = [] if teacher_weights is None else teacher_weights
+    if isinstance(num_items, Tensor):
+        if reduction != "mean":
+            raise ValueError(f'num_items goes with reduction="mean" only, not "{reduction}"')
+        options |= {"num_items": None, "reduction": "sum"}
+    group = ("", 0, 0)
+    if process_group is not None:
+        own = student_weight.shape[0]
+        group = (process_group.group_name, process_group.rank() * own, process_group.size() * own)
+    op = (
+        torch.ops.kdkernels.linear_distillation_loss
+        if torch.compiler.is_compiling()
+        else _C.linear_distillation_loss
+    )
+    try:
+        loss, statistics = op(
+            *student.values(),
+            teachers,
+            *tensors.values(),
+            *options.values(),
+            return_statistics,
+            *group,
+            memory_budget,
+        )
+    except TypeError as error:
+        odd = [t for t in teachers if not isinstance(t, Tensor)]
+        kinds = dict.fromkeys(student | tensors, OPTIONAL_TENSOR) | _OPTION_KINDS
+        kinds |= {"student_hidden": TENSOR, "student_weight": TENSOR}
+        given = student | tensors | options
+        raise explain(
+            error,
+            **{name: (value, kinds[name]) for name, value in given.items()},
+            **{f"teacher_{form}": ((odd or teachers or [None])[0], TENSOR)},
+            return_statistics=(return_statistics, BOOL),
+            memory_budget=(1 if memory_budget is None else memory_budget, INT),
+        ) from None
+    if isinstance(num_items, Tensor):
+        loss = loss / num_items
+    return (loss, RowStatistics(*statistics.unbind())) if return_statistics else loss
+
+
+_OF_DENSE_TEACHERS = (
+    *("divergence_alpha", "teacher_weights", "teacher_mixture", "standardize"),
+    *("teacher_logit_scale", "teacher_soft_cap"),
+)
+_OPTION_KINDS = {
+    "temperature": NUMBER,
+    "alpha": OPTIONAL_NUMBER,
+    "divergence": STRING,
+    "divergence_alpha": OPTIONAL_NUMBER,
+    "beta": OPTIONAL_NUMBER,
+    "tail": STRING,
+    "teacher_kind": STRING,
+    "teacher_weights": NUMBERS,
+    "teacher_mixture": STRING,
+    "standardize": BOOL,
+    "logit_scale": NUMBER,
+    "soft_cap": OPTIONAL_NUMBER,
+    "teacher_logit_scale": NUMBER,
+    "teacher_soft_cap": OPTIONAL_NUMBER,
+    "label_smoothing": NUMBER,
+    "ignore_index": INT,
+    "num_items": OPTIONAL_NUMBER,
+    "reduction": STRING,
+}

@@ -3,14 +3,23 @@
 from torch import Tensor
 
 TENSOR, OPTIONAL_TENSOR, NUMBER, INT = "a tensor", "a tensor or None", "a number", "an int"
-LIST = "a list"
+LIST, NUMBERS = "a list", "a sequence of numbers"
+OPTIONAL_NUMBER, STRING, BOOL = "a number or None", "a string", "a bool"
 
 
 def fits(value, kind: str) -> bool:
     """Whether a value is what one of this module's constants says."""
     if kind == LIST:
         return isinstance(value, list)
-    if kind == NUMBER:
+    if kind == NUMBERS:
+        return isinstance(value, (list, tuple)) and all(fits(item, NUMBER) for item in value)
+    if kind == STRING:
+        return isinstance(value, str)
+    if kind == BOOL:
+        return isinstance(value, bool)
+    if kind == OPTIONAL_NUMBER and value is None:
+        return True
+    if kind in (NUMBER, OPTIONAL_NUMBER):
         return hasattr(value, "__float__") or hasattr(value, "__index__")
     if kind == INT:
         return hasattr(value, "__index__")

@@ -422,12 +422,13 @@ def test_gradients_accumulate():
     torch.testing.assert_close(z.grad, 3 * once, rtol=1e-6, atol=1e-9)
 
 
-def test_only_the_student_gets_a_gradient():
+def test_who_requires_grad_gets_a_gradient():
     z, t = pair(5, 4)
-    loss = distillation_loss(z, t)
-    assert not loss.requires_grad
+    assert not distillation_loss(z, t).requires_grad
+    t.requires_grad_()
+    assert distillation_loss(z, t).requires_grad
     with torch.no_grad():
-        distillation_loss(z, t.clone().requires_grad_())
+        assert not distillation_loss(z, t).requires_grad
 
 
 # ---- in place -----------------------------------------------------------------------------------
@@ -735,7 +736,8 @@ BAD = [
     ("teacher_logits", ValueError, lambda: distillation_loss(Z, T[:1])),
     ("teacher_logits", ValueError, lambda: distillation_loss(Z, T[0])),
     ("teacher_logits", ValueError, lambda: distillation_loss(Z, T.to("meta"))),
-    ("teacher_logits", ValueError, lambda: distillation_loss(Z, T.clone().requires_grad_())),
+    ("teacher_logits", TypeError, lambda: distillation_loss(Z, [T, 1.0])),
+    ("teacher_logits", ValueError, lambda: distillation_loss(Z, [])),
     ("labels", TypeError, lambda: distillation_loss(Z, T, Y.int())),
     ("labels", TypeError, lambda: distillation_loss(Z, T, Y.float())),
     ("labels", TypeError, lambda: distillation_loss(Z, T, [0, 0, 0, 0])),

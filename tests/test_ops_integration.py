@@ -22,6 +22,9 @@ from kdkernels import (
     input_noise,
     noisy_linear_regression,
     randn_like,
+    sample_teacher,
+    topk_distillation_loss,
+    topk_teacher,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,17 +46,35 @@ def op_calls():
     options = {"temperature": 2.0, "label_smoothing": 0.1, "weight": weight}
     std = torch.tensor(0.2, requires_grad=True)
     numbers = [torch.rand(3, dtype=torch.float64) for _ in range(4)]
-    forward = (z, t, labels, weight, 2.0, 0.5, 0.0, -100, None, 2)
+    top = topk_teacher(t, 3)
+    # The order of LossOptions in csrc/ops/distillation.h; js(0.5), T = 2, mean.
+    packed = [2, 0.5, 0, 2.0, 0.5, 0.0, 1.0, 0, 1.0, 0, 0, -100, 2, 0, 0, 0, 0, 0, 0, 1.0]
+    shard = [*packed[:17], 7, 14, 1.0]  # the second half of a vocabulary
+    state = torch.zeros(kdkernels._C.row_state, 4, dtype=torch.float64)
+    forward = (z, [t], labels, weight, None, None)
     regression = (z[0].clone(), t[0].clone(), *numbers, torch.arange(3), 4, 0)
     by_tensor = {"seed": 0, "seed_tensor": torch.tensor(5), "step_tensor": torch.tensor(6)}
     return [
-        (OPS.distillation_loss, (leaf, t), {}),
-        (OPS.distillation_loss, (leaf, t, labels), options),
-        (OPS.distillation_loss, (leaf, t, labels), {"reduction": "none"}),
-        (OPS.distillation_loss, (z, t, labels), {"reduction": "sum"}),
-        (OPS.distillation_loss, (leaf.half(), t.half()), {"num_items": 3.0}),
-        (OPS._distillation_forward, (*forward, True), {}),
-        (OPS._distillation_forward, (*forward, False), {}),
+        (OPS.distillation_loss, (leaf, [t]), {}),
+        (OPS.distillation_loss, (leaf, [t], labels), options),
+        (OPS.distillation_loss, (leaf, [t], labels), {"reduction": "none", "statistics": True}),
+        (OPS.distillation_loss, (z, [t], labels), {"reduction": "sum"}),
+        (OPS.distillation_loss, (leaf.half(), [t.half()]), {"num_items": 3.0}),
+        (
+            OPS.distillation_loss,
+            (leaf, [t.clone().requires_grad_()]),
+            {"divergence": "js", "standardize": True},
+        ),
+        (OPS.distillation_loss, (leaf, [t, z]), {"teacher_weights": [1.0, 2.0]}),
+        (
+            OPS.distillation_loss,
+            (leaf, [top.values], labels, top.indices, top.logsumexp),
+            {"tail": "bucket"},
+        ),
+        (OPS._distillation_forward, (*forward, None, packed, 7), {}),
+        (OPS._distillation_forward, (*forward, None, packed, 0), {}),
+        (OPS._distillation_forward, (*forward, state + 1, shard, 5), {}),
+        (OPS._distillation_stage, (*forward, state, shard, 2), {}),
         (OPS.randn_like, (z,), ADDRESS),
         (OPS.randn_like, (z.t(),), by_tensor),
         (OPS.add_noise_, ([z.clone(), t.bfloat16(), z.t().clone()], [0.1]), ADDRESS),
@@ -106,6 +127,8 @@ LOSS_OPTIONS = [
     {"labels": True, "reduction": "none", "temperature": 2.0},
     {"labels": True, "num_items": 5},
     {"num_items": torch.tensor(5.0), "inplace": True},
+    *({"divergence": name, "labels": True} for name in kdkernels.divergences()),
+    {"divergence": "js", "standardize": True, "soft_cap": 3.0, "logit_scale": 0.5},
 ]
 
 
@@ -130,6 +153,61 @@ def test_compiled_distillation_loss(options, dynamic):
             close(fn(leaf, t, labels), out.detach())
         results.append((out.detach(), leaf.grad))
     close(results[1], results[0])
+
+
+def both(z, t, labels):
+    """What one call returns, and a gradient of the teacher's."""
+    loss, statistics = distillation_loss(
+        z, t, labels, divergence="js", temperature=2.0, return_statistics=True
+    )
+    return loss, *statistics
+
+
+def several(z, t, labels):
+    return distillation_loss(z, [t, t.flip(0)], teacher_weights=[1, 2], divergence="reverse_kl")
+
+
+def top_k(z, t, labels):
+    top = topk_teacher(t, 3)
+    return topk_distillation_loss(
+        z, top.values, top.indices, labels, sparse_gradient=labels is None
+    )
+
+
+def top_k_with_tail(z, t, labels):
+    top = topk_teacher(t, 3, by=z)
+    options = {"tail": "bucket", "teacher_logsumexp": top.logsumexp, "divergence": "reverse_kl"}
+    return topk_distillation_loss(z, top.values, top.indices, labels, **options)
+
+
+def samples(z, t, labels):
+    sample = sample_teacher(t, 4)
+    return topk_distillation_loss(
+        z, sample.values, sample.indices, labels, tail="ignore", teacher_logsumexp=sample.logsumexp
+    )
+
+
+@pytest.mark.parametrize("fn", [both, several, top_k, top_k_with_tail, samples])
+def test_compiled_without_a_break(fn):
+    z, t, labels = randn(5, 7), randn(5, 7, seed=1), torch.tensor([0, -100, 6, 3, 2])
+    results = []
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled_fn = torch.compile(fn, fullgraph=True, backend=counter, dynamic=True)
+    for call in (fn, compiled_fn):
+        leaf, teacher = z.clone().requires_grad_(), t.clone()
+        teacher.requires_grad_(fn is both)
+        out = call(leaf, teacher, labels)
+        loss = out[0] if fn is both else out
+        loss.backward()
+        results.append([loss.detach(), leaf.grad, teacher.grad, *(out[1:] if fn is both else ())])
+    for got, want in zip(*results, strict=True):
+        if want is not None and fn is not samples:  # a compiler draws other numbers
+            close(got, want)
+    counts = []
+    for rows in (6, 17, 40):
+        compiled_fn(randn(rows, 7).requires_grad_(), randn(rows, 7), torch.zeros(rows).long())
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -353,6 +431,31 @@ def test_checkpointing_makes_the_same_noise_again(seed):
     torch.manual_seed(0)
     (got,) = torch.autograd.grad(checkpoint(layer, w, use_reentrant=False).sum(), w)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_checkpointed_loss(inplace):
+    w, t = randn(6, 9).requires_grad_(), randn(5, 9, seed=1)
+    x = randn(5, 6, seed=2)
+
+    def loss(w):
+        return distillation_loss(x @ w, t, divergence="reverse_kl", inplace=inplace)
+
+    want_loss = loss(w)
+    (want,) = torch.autograd.grad(want_loss, w)
+    got_loss = checkpoint(loss, w, use_reentrant=False)
+    assert torch.equal(got_loss, want_loss)
+    assert torch.equal(torch.autograd.grad(got_loss, w)[0], want)
+
+
+def test_autocast_of_every_teacher():
+    z, t = randn(5, 9).bfloat16(), randn(5, 9, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = distillation_loss(z, [t, t.bfloat16()], divergence="js")
+        top = topk_distillation_loss(z, *topk_teacher(t, 3)[:2])
+    want = distillation_loss(z.float(), [t, t.bfloat16().float()], divergence="js")
+    assert torch.equal(mixed, want)
+    assert torch.equal(top, topk_distillation_loss(z, *topk_teacher(t, 3)[:2]))
 
 
 def test_fake_tensors():

@@ -51,7 +51,7 @@ struct RowWalk {
   const DivergenceParams& p;
   const math::RowTask task;
   const Transform of_student, of_teacher;
-  const bool wants_teacher;  // the teacher's gradient
+  const bool wants_teacher;  // what the teacher's gradient is made of
   const bool dense;  // the row's own classes are read, beside a top-k teacher's entries too
   const bool shares_hard;  // cross-entropy's exponentials are those at temperature T
   const bool watched;  // statistics are wanted, or may be by another slice
@@ -74,7 +74,9 @@ struct RowWalk {
         task(row_task(params)),
         of_student(Transform::of(p.logit_scale, p.soft_cap)),
         of_teacher(Transform::of(p.teacher_logit_scale, p.teacher_soft_cap)),
-        wants_teacher(p.teacher_gradient != nullptr && p.alpha > 0),
+        // Of a slice's terms nobody says yet what they are for.
+        wants_teacher(p.alpha > 0 && (p.teacher_gradient != nullptr ||
+                                      (p.state != nullptr && p.stages == kTerms))),
         dense(!task.renormalize || task.cross_entropy),
         shares_hard(task.temperature == 1 && !task.standardize),
         watched(p.statistics != nullptr || p.state != nullptr),
