@@ -1,0 +1,715 @@
+// linear_distillation_loss: the loss of heads' logits, a chunk of rows at a time, so that [N, V] never exists.
+//
+// A chunk's logits are made by a matrix product into a buffer, the loss writes their gradient over them, and two
+// more products take that to the hidden states and to the head. All of it happens in the forward call, for the
+// gradients that are wanted; backward scales them. Only a loss a row, whose incoming gradients are not known
+// before, is made once more in backward.
+#include "ops/linear_distillation.h"
+
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "math/row.h"
+#include "ops/checks.h"
+#include "ops/devices.h"
+#include "ops/distillation.h"
+
+namespace kdkernels {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct LinearCall {
+  Tensor hidden, head;  // [*, H], [V, H]
+  OptionalTensor bias;  // [V]
+  std::vector<Tensor>
+      teachers;  // one [*, Ht] where there is a teacher_head, else as LossCall has them
+  OptionalTensor teacher_head, teacher_bias;
+  OptionalTensor labels, weight, indices, teacher_logsumexp;
+  LossOptions options;
+  std::string group;
+  std::optional<int64_t> memory_budget;  // bytes
+};
+
+enum WantBits : int64_t { kHidden = 1, kHead = 2, kBias = 4, kGradients = 7, kRowStatistics = 8 };
+
+// Gradients in the hidden states' dtype (fp32 for fp16, which may underflow before backward scales it) and, of the
+// head and its bias, in acc; undefined where not wanted.
+struct LinearResult {
+  Tensor loss, hidden, head, bias;
+  Tensor statistics;  // [kStatistics, *]
+};
+
+at::ScalarType hidden_gradient_type(const Tensor& hidden) {
+  return hidden.scalar_type() == at::kHalf ? at::kFloat : hidden.scalar_type();
+}
+
+LinearResult outputs(const LinearCall& c, int64_t want) {
+  auto options = c.hidden.options();
+  auto acc = options.dtype(acc_type(c.hidden));
+  c10::SymIntArrayRef shape = c.hidden.sym_sizes(), rows = shape.slice(0, shape.size() - 1);
+  LinearResult out;
+  out.loss =
+      c.options.reduction == Reduction::kNone ? at::zeros_symint(rows, acc) : at::zeros({}, acc);
+  if (want & kHidden) {
+    out.hidden = at::zeros_symint(shape, options.dtype(hidden_gradient_type(c.hidden)));
+  }
+  if (want & kHead) out.head = at::zeros_symint(c.head.sym_sizes(), acc);
+  if (want & kBias) out.bias = at::zeros_symint(c.head.sym_sizes().slice(0, 1), acc);
+  if (want & kRowStatistics) {
+    std::vector<c10::SymInt> sizes(rows.begin(), rows.end());
+    sizes.insert(sizes.begin(), math::kStatistics);
+    out.statistics = at::zeros_symint(sizes, acc);
+  }
+  return out;
+}
+
+// ---- matrix products ----------------------------------------------------------------------------
+
+// On CPUs products of a few hundred rows with a whole head are made in blocks of classes, which stay in cache.
+constexpr int64_t kBlock = 2048;
+// Rows of a product in 16 bits before they are added up in fp32.
+constexpr int64_t kPart = 1024;
+
+bool has_bf16_products() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+// The dtype of a chunk's logits. CPUs multiply 16 bits in fp32, a block of the head at a time, unless they have
+// instructions for it: torch has no fast product for those.
+at::ScalarType work_type(const Tensor& hidden) {
+  at::ScalarType type = hidden.scalar_type();
+  bool wide =
+      hidden.is_cpu() && (type == at::kHalf || (type == at::kBFloat16 && !has_bf16_products()));
+  return wide ? at::kFloat : type;
+}
+
+// out = beta * out + alpha * a @ b, summed in acc; out is in the dtype of a or in acc.
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
+  Tensor into = out;
+  if (out.scalar_type() == a.scalar_type()) {
+    at::addmm_out(into, into, a, b, beta, alpha);
+  } else if (out.is_cuda()) {
+    at::addmm_out(into, into, a, b, out.scalar_type(), beta, alpha);
+  } else {
+    Tensor part = at::empty({std::min(kPart, out.size(0)), out.size(1)}, a.options());
+    for (int64_t r = 0; r < out.size(0); r += kPart) {
+      int64_t n = std::min(kPart, out.size(0) - r);
+      Tensor product = part.narrow(0, 0, n), rows = out.narrow(0, r, n);
+      at::mm_out(product, a.narrow(0, r, n), b);
+      if (beta == 0) rows.zero_();
+      rows.add_(product, alpha);
+    }
+  }
+}
+
+// One side's head.
+class Head {
+ public:
+  Head(const Tensor& weight, const OptionalTensor& bias, at::ScalarType work)
+      : weight_(weight),
+        classes_(weight.size(0)),
+        block_(weight.is_cpu() && (work == at::kFloat || work == at::kDouble)
+                   ? std::min(kBlock, classes_)
+                   : classes_) {
+    if (bias.has_value()) bias_ = bias->to(work);
+    if (weight.scalar_type() != work) {
+      widened_ = at::empty({block_, weight.size(1)}, weight.options().dtype(work));
+    }
+  }
+
+  // logits [n, V] = hidden [n, H] @ weight^T + bias
+  void logits(const Tensor& hidden, const Tensor& out) {
+    for (int64_t v = 0; v < classes_; v += block_) {
+      int64_t n = std::min(block_, classes_ - v);
+      Tensor into = out.narrow(1, v, n), w = rows(v, n).t();
+      if (bias_.defined()) {
+        at::addmm_out(into, bias_.narrow(0, v, n), hidden, w);
+      } else {
+        at::mm_out(into, hidden, w);
+      }
+    }
+  }
+
+  // grad_hidden [n, H] = alpha * gradient [n, V] @ weight
+  void hidden_gradient(const Tensor& gradient, double alpha, const Tensor& grad_hidden) {
+    for (int64_t v = 0; v < classes_; v += block_) {
+      int64_t n = std::min(block_, classes_ - v);
+      multiply(grad_hidden, gradient.narrow(1, v, n), rows(v, n), v == 0 ? 0 : 1, alpha);
+    }
+  }
+
+  // grad_weight [V, H] += alpha * gradient^T [V, n] @ hidden [n, H]
+  void weight_gradient(const Tensor& gradient, const Tensor& hidden, double alpha,
+                       const Tensor& grad_weight) {
+    for (int64_t v = 0; v < classes_; v += block_) {
+      int64_t n = std::min(block_, classes_ - v);
+      multiply(grad_weight.narrow(0, v, n), gradient.narrow(1, v, n).t(), hidden, 1, alpha);
+    }
+  }
+
+  // grad_bias [V] += alpha * sum of gradient [n, V] over rows
+  void bias_gradient(const Tensor& gradient, double alpha, const Tensor& grad_bias) {
+    int64_t step = gradient.is_cpu() ? kBlock : classes_;  // a sum in fp32 of 16 bits makes a copy
+    for (int64_t v = 0; v < classes_; v += step) {
+      int64_t n = std::min(step, classes_ - v);
+      grad_bias.narrow(0, v, n).add_(
+          gradient.narrow(1, v, n).sum(0, false, grad_bias.scalar_type()), alpha);
+    }
+  }
+
+ private:
+  // Rows [from, from + n) of the weight, in the dtype that is multiplied.
+  Tensor rows(int64_t from, int64_t n) {
+    Tensor w = weight_.narrow(0, from, n);
+    return widened_.defined() ? widened_.narrow(0, 0, n).copy_(w) : w;
+  }
+
+  Tensor weight_, bias_, widened_;
+  int64_t classes_, block_;
+};
+
+// ---- rows ---------------------------------------------------------------------------------------
+
+// The rows that count. Those that do not are not touched, whatever they hold: on the CPU they are left out; on CUDA,
+// where counting would wait for the device, their hidden states are read as 0.
+struct Rows {
+  int64_t all, count;
+  Tensor index;  // [count], int64; undefined: all of them
+  Tensor keep;  // [all, 1], bool; undefined: all of them
+  double divisor;  // of the mean
+  Tensor device_divisor;  // [], instead
+
+  // Rows [from, from + n) of x.
+  Tensor of(const Tensor& x, int64_t from, int64_t n) const {
+    return index.defined() ? x.index_select(0, index.narrow(0, from, n)) : x.narrow(0, from, n);
+  }
+  OptionalTensor of(const OptionalTensor& x, int64_t from, int64_t n) const {
+    return x.has_value() ? OptionalTensor(of(*x, from, n)) : std::nullopt;
+  }
+  // The same of hidden states, without what rows hold that do not count.
+  Tensor hidden(const Tensor& x, int64_t from, int64_t n, at::ScalarType work) const {
+    Tensor out = of(x, from, n).to(work);
+    return keep.defined() ? at::where(keep.narrow(0, from, n), out, at::zeros({}, out.options()))
+                          : out;
+  }
+  // Writes such rows, along `dim`.
+  void put(const Tensor& x, int64_t dim, int64_t from, const Tensor& rows) const {
+    Tensor values = rows.to(x.scalar_type());
+    if (index.defined()) {
+      Tensor into = x;
+      into.index_copy_(dim, index.narrow(0, from, rows.size(dim)), values);
+    } else {
+      x.narrow(dim, from, rows.size(dim)).copy_(values);
+    }
+  }
+};
+
+Rows rows_of(const LinearCall& c, const OptionalTensor& labels, const OptionalTensor& weight,
+             int64_t all) {
+  Rows out = {all, all, {}, {}, static_cast<double>(all), {}};
+  bool mean = c.options.reduction == Reduction::kMean && c.options.num_items == 0;
+  if (!mean) out.divisor = c.options.num_items > 0 ? c.options.num_items : 1;
+  if (!labels.has_value() && !weight.has_value()) return out;
+  if (on_cuda(c.hidden.device())) {
+    Tensor labelled = labels.has_value() ? *labels != c.options.ignore_index : *weight == *weight;
+    Tensor factor = weight.has_value() ? *weight : labelled.to(acc_type(c.hidden));
+    factor = at::where(labelled, factor, at::zeros({}, factor.options()));
+    out.keep = (factor != 0).unsqueeze(-1);
+    if (mean) out.device_divisor = factor.sum();
+    out.divisor = mean ? 1 : out.divisor;
+    return out;
+  }
+  const int64_t* label = labels.has_value() ? labels->const_data_ptr<int64_t>() : nullptr;
+  std::vector<int64_t> kept;
+  double total = 0;
+  for (int64_t i = 0; i < all; ++i) {
+    if (label != nullptr && label[i] == c.options.ignore_index) continue;
+    double w = !weight.has_value()                   ? 1
+               : weight->scalar_type() == at::kFloat ? weight->const_data_ptr<float>()[i]
+                                                     : weight->const_data_ptr<double>()[i];
+    total += w;
+    if (w != 0) kept.push_back(i);
+  }
+  if (mean) out.divisor = total;
+  out.count = static_cast<int64_t>(kept.size());
+  if (out.count < all) out.index = at::tensor(kept, at::kLong);
+  return out;
+}
+
+// Rows at a time, alike for all chunks: as many as the budget has room for the logits of.
+int64_t chunk_rows(const LinearCall& c, const Rows& rows, int64_t copies, at::ScalarType work) {
+  double row = static_cast<double>(c.head.size(0));
+  double all = row * static_cast<double>(rows.all * (c.teacher_head.has_value() ? 2 : 1)) *
+               static_cast<double>(c.hidden.element_size());
+  double budget = c.memory_budget.has_value() ? static_cast<double>(*c.memory_budget)
+                                              : std::max(all / 25, 32.0 * (1 << 20));
+  row *= static_cast<double>(copies) * static_cast<double>(c10::elementSize(work));
+  int64_t most = std::clamp<int64_t>(static_cast<int64_t>(std::min(budget / row, 1e15)), 1,
+                                     std::max<int64_t>(rows.count, 1));
+  int64_t chunks = (rows.count + most - 1) / most;
+  return chunks > 0 ? (rows.count + chunks - 1) / chunks : 1;
+}
+
+// ---- the loss -----------------------------------------------------------------------------------
+
+LinearResult run(const LinearCall& c, int64_t want) {
+  LinearResult out = outputs(c, want);
+  if (c.hidden.is_meta()) return out;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  int64_t width = c.hidden.size(-1), all = c.hidden.numel() / width, classes = c.head.size(0);
+  auto flat = [&](const Tensor& x) { return x.reshape({all, x.size(-1)}); };
+  auto flat_rows = [&](const OptionalTensor& x, at::ScalarType type) {
+    return x.has_value() ? OptionalTensor(x->to(type).reshape({all}).contiguous()) : std::nullopt;
+  };
+  at::ScalarType acc = acc_type(c.hidden), work = work_type(c.hidden);
+  Tensor hidden = flat(c.hidden);
+  OptionalTensor labels = flat_rows(c.labels, at::kLong), weight = flat_rows(c.weight, acc);
+  OptionalTensor logsumexp = flat_rows(c.teacher_logsumexp, acc);
+  OptionalTensor indices =
+      c.indices.has_value() ? OptionalTensor(flat(*c.indices).contiguous()) : std::nullopt;
+  bool topk = indices.has_value();
+  Rows rows = rows_of(c, labels, weight, all);
+
+  // fp16 keeps large weights from overflow and small ones from underflow by their maximum.
+  Tensor device_factor;
+  if (work == at::kHalf && weight.has_value() && all > 0) {
+    Tensor largest =
+        at::where(rows.keep.squeeze(-1), weight->abs(), at::zeros({}, weight->options())).max();
+    device_factor = at::where(largest == 0, at::ones({}, largest.options()), largest);
+    weight = *weight / device_factor;
+  }
+
+  Head head(c.head, c.bias, work);
+  std::optional<Head> teacher_head;
+  if (c.teacher_head.has_value()) teacher_head.emplace(*c.teacher_head, c.teacher_bias, work);
+  bool copied = !topk && (rows.index.defined() || c.teachers[0].scalar_type() != work);
+  int64_t copies = 1 + (teacher_head.has_value() ? 1
+                        : copied                 ? static_cast<int64_t>(c.teachers.size())
+                                                 : 0);
+  int64_t step = chunk_rows(c, rows, copies, work);
+  auto options = c.hidden.options();
+  Tensor logits = at::empty({step, classes}, options.dtype(work));
+  Tensor teacher_logits =
+      teacher_head.has_value() ? at::empty({step, classes}, options.dtype(work)) : Tensor();
+  std::vector<Tensor> teachers;
+  for (const Tensor& teacher : c.teachers) teachers.push_back(flat(teacher));
+  Tensor row_loss = at::zeros({all}, options.dtype(acc));
+  Tensor grad_hidden = out.hidden.defined() ? out.hidden.view({all, width}) : Tensor();
+  Tensor statistics =
+      out.statistics.defined() ? out.statistics.view({math::kStatistics, all}) : Tensor();
+  // A head in blocks adds their products up.
+  Tensor grad_rows = grad_hidden.defined() ? at::empty({step, width}, work == hidden.scalar_type()
+                                                                          ? grad_hidden.options()
+                                                                          : options.dtype(work))
+                                           : Tensor();
+  bool gradients = (want & kGradients) != 0;
+  double factor = rows.divisor == 0 ? 0 : 1 / rows.divisor;
+
+  LossCall call;
+  call.student = logits;
+  call.options = c.options;
+  call.options.reduction = Reduction::kNone;
+  call.options.num_items = 0;
+  call.group = c.group;
+  if (!on_cuda(c.hidden.device())) {
+    check_classes(call, labels.value_or(Tensor()), indices.value_or(Tensor()));
+  }
+  for (int64_t from = 0; from < rows.count; from += step) {
+    int64_t n = std::min(step, rows.count - from);
+    Tensor h = rows.hidden(hidden, from, n, work);
+    call.student = logits.narrow(0, 0, n);
+    head.logits(h, call.student);
+    call.teachers.clear();
+    for (const Tensor& teacher : teachers) {
+      if (teacher_head.has_value()) {
+        call.teachers.push_back(teacher_logits.narrow(0, 0, n));
+        teacher_head->logits(rows.hidden(teacher, from, n, work), call.teachers[0]);
+      } else {
+        Tensor part = rows.of(teacher, from, n);
+        call.teachers.push_back(topk ? part : part.to(work));
+      }
+    }
+    call.labels = rows.of(labels, from, n);
+    call.weight = rows.of(weight, from, n);
+    call.indices = rows.of(indices, from, n);
+    call.teacher_logsumexp = rows.of(logsumexp, from, n);
+    LossResult loss = run_loss(call, {.gradient = gradients,
+                                      .teacher_gradient = false,
+                                      .statistics = statistics.defined(),
+                                      .entries_only = false,
+                                      .inplace = gradients});
+    rows.put(row_loss, 0, from, loss.loss);
+    if (statistics.defined()) rows.put(statistics, 1, from, loss.statistics);
+    if (!gradients) continue;
+    double alpha = factor / gradient_scale(call);
+    if (grad_hidden.defined()) {
+      Tensor part = grad_rows.narrow(0, 0, n);
+      head.hidden_gradient(loss.gradient, alpha, part);
+      rows.put(grad_hidden, 0, from, part);
+    }
+    if (out.head.defined()) head.weight_gradient(loss.gradient, h, alpha, out.head);
+    if (out.bias.defined()) head.bias_gradient(loss.gradient, alpha, out.bias);
+  }
+
+  if (rows.device_divisor.defined()) {
+    Tensor one = at::ones({}, options.dtype(acc));
+    Tensor inverse = at::where(rows.device_divisor == 0, at::zeros({}, one.options()),
+                               one / rows.device_divisor);
+    device_factor = device_factor.defined() ? device_factor * inverse : inverse;
+  }
+  if (device_factor.defined()) {
+    for (const Tensor& x : {row_loss, out.hidden, out.head, out.bias}) {
+      if (x.defined()) x.mul_(device_factor);
+    }
+  }
+  out.loss = c.options.reduction == Reduction::kNone ? row_loss.view(out.loss.sizes())
+                                                     : (row_loss.sum(at::kDouble) * factor).to(acc);
+  if (!c.group.empty() && out.hidden.defined()) out.hidden = all_reduce(out.hidden, "sum", c.group);
+  return out;
+}
+
+// The op behind autograd. Outputs that were not asked for are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
+    const Tensor& hidden, const Tensor& head, const OptionalTensor& bias, at::TensorList teachers,
+    const OptionalTensor& teacher_head, const OptionalTensor& teacher_bias,
+    const OptionalTensor& labels, const OptionalTensor& weight, const OptionalTensor& indices,
+    const OptionalTensor& teacher_logsumexp, at::ArrayRef<double> options, std::string_view group,
+    std::optional<int64_t> memory_budget, int64_t want) {
+  LinearResult out =
+      run({hidden, head, bias, teachers.vec(), teacher_head, teacher_bias, labels, weight, indices,
+           teacher_logsumexp, LossOptions::unpacked(options), std::string(group), memory_budget},
+          want);
+  auto or_empty = [&](const Tensor& x) {
+    return x.defined() ? x : at::empty({0}, hidden.options());
+  };
+  return {out.loss, or_empty(out.hidden), or_empty(out.head), or_empty(out.bias),
+          or_empty(out.statistics)};
+}
+
+LinearResult dispatch_forward(const LinearCall& c, int64_t want) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("kdkernels::_linear_distillation_forward", "")
+                       .typed<decltype(linear_forward)>();
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  std::vector<double> options = c.options.packed();
+  auto [loss, hidden, head, bias, statistics] =
+      op.call(c.hidden, c.head, c.bias, c.teachers, c.teacher_head, c.teacher_bias, c.labels,
+              c.weight, c.indices, c.teacher_logsumexp, options, c.group, c.memory_budget, want);
+  LinearResult out;
+  out.loss = loss;
+  if (want & kHidden) out.hidden = hidden;
+  if (want & kHead) out.head = head;
+  if (want & kBias) out.bias = bias;
+  if (want & kRowStatistics) out.statistics = statistics;
+  return out;
+}
+
+// ---- autograd -----------------------------------------------------------------------------------
+
+// The call with its heads and their inputs in a dtype, as a linear layer has them under autocast.
+LinearCall in_dtype(LinearCall c, at::ScalarType type) {
+  c.hidden = c.hidden.to(type);
+  c.head = c.head.to(type);
+  auto cast = [&](OptionalTensor& x) {
+    if (x.has_value()) x = x->to(type);
+  };
+  cast(c.bias);
+  if (c.teacher_head.has_value()) c.teachers[0] = c.teachers[0].to(type);
+  cast(c.teacher_head);
+  cast(c.teacher_bias);
+  return c;
+}
+
+struct SavedLinear : torch::CustomClassHolder {
+  LinearCall call;  // without tensors
+  int64_t want;
+  at::ScalarType computed;
+  at::ScalarType types[3];  // of the gradients
+};
+
+struct LinearLoss : torch::autograd::Function<LinearLoss> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& head,
+                               const OptionalTensor& bias, const LinearCall& call,
+                               at::ScalarType computed, int64_t want) {
+    auto holder = c10::make_intrusive<SavedLinear>();
+    holder->call.options = call.options;
+    holder->call.group = call.group;
+    holder->call.memory_budget = call.memory_budget;
+    holder->want = want;
+    holder->computed = computed;
+    holder->types[0] = hidden.scalar_type();
+    holder->types[1] = head.scalar_type();
+    holder->types[2] = bias.has_value() ? bias->scalar_type() : computed;
+    bool redo = call.options.reduction == Reduction::kNone;
+    LinearResult out =
+        dispatch_forward(in_dtype(call, computed), redo ? want & kRowStatistics : want);
+    if (redo) {
+      auto or_none = [](const OptionalTensor& x) { return x.value_or(Tensor()); };
+      variable_list saved = {hidden,
+                             head,
+                             or_none(bias),
+                             or_none(call.teacher_head),
+                             or_none(call.teacher_bias),
+                             or_none(call.labels),
+                             or_none(call.weight),
+                             or_none(call.indices),
+                             or_none(call.teacher_logsumexp)};
+      saved.insert(saved.end(), call.teachers.begin(), call.teachers.end());
+      ctx->save_for_backward(std::move(saved));
+    } else {
+      // Once rounded; but fp16 waits for backward's factor.
+      for (int i = 1; i < 3; ++i) {
+        Tensor& x = i == 1 ? out.head : out.bias;
+        if (x.defined() && holder->types[i] != at::kHalf) x = x.to(holder->types[i]);
+      }
+      ctx->save_for_backward({out.hidden, out.head, out.bias});
+    }
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(holder));
+    if (!out.statistics.defined()) return {out.loss};
+    ctx->mark_non_differentiable({out.statistics});
+    return {out.loss, out.statistics};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Tensor& grad_output = grads[0];
+    variable_list out(6);
+    if (!grad_output.defined()) return out;
+    TORCH_CHECK_VALUE(!at::GradMode::is_enabled(),
+                      "linear_distillation_loss has no second derivative; pass "
+                      "create_graph=False, or backend=\"reference\"");
+    auto holder =
+        c10::static_intrusive_pointer_cast<SavedLinear>(ctx->saved_data["call"].toCapsule());
+    variable_list saved = ctx->get_saved_variables();
+    if (holder->call.options.reduction == Reduction::kNone) {
+      saved = redone(*holder, saved, grad_output);
+    } else {
+      bool last = !at::isTensorSubclassLike(grad_output) &&
+                  !torch::autograd::get_current_graph_task_keep_graph();
+      if (!is_one(grad_output, false, 1, last)) {
+        for (int i = 0; i < 3; ++i) {
+          if (saved[i].defined()) saved[i] = scaled(saved[i], grad_output, false, 1, last);
+        }
+      }
+    }
+    for (int i = 0; i < 3; ++i) {
+      if (saved[i].defined()) out[i] = saved[i].to(holder->types[i]);
+    }
+    return out;
+  }
+
+  // The gradients of a loss a row: those of the sum that weighs rows by what comes in.
+  static variable_list redone(const SavedLinear& holder, const variable_list& saved,
+                              const Tensor& grad_output) {
+    auto optional = [](const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; };
+    LinearCall c = holder.call;
+    c.hidden = saved[0];
+    c.head = saved[1];
+    c.bias = optional(saved[2]);
+    c.teacher_head = optional(saved[3]);
+    c.teacher_bias = optional(saved[4]);
+    c.labels = optional(saved[5]);
+    c.indices = optional(saved[7]);
+    c.teacher_logsumexp = optional(saved[8]);
+    c.teachers = {saved.begin() + 9, saved.end()};
+    c.weight = grad_output;
+    if (saved[6].defined()) {
+      Tensor weight = saved[6].to(grad_output.scalar_type());
+      c.weight = at::where(weight == 0, weight, weight * grad_output);
+    }
+    c.options.reduction = Reduction::kSum;
+    LinearResult out = dispatch_forward(in_dtype(c, holder.computed), holder.want & kGradients);
+    return {out.hidden, out.head, out.bias};
+  }
+};
+
+// ---- arguments ----------------------------------------------------------------------------------
+
+void check_frozen(const char* name, const Tensor& tensor) {
+  TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && tensor.requires_grad()), name,
+                    " requires grad, but no gradient flows to the teacher; pass ", name,
+                    ".detach()");
+}
+
+// Dtypes may differ under autocast, which makes them one.
+void check_head(const std::string& side, const Tensor& hidden, const Tensor& weight,
+                const OptionalTensor& bias, const Tensor& student_hidden, bool autocast) {
+  std::string hidden_name = side + "_hidden", weight_name = side + "_weight",
+              bias_name = side + "_bias";
+  auto check = [&](const std::string& name, const Tensor& tensor) {
+    check_tensor(name.c_str(), tensor);
+    TORCH_CHECK_TYPE(autocast || tensor.scalar_type() == student_hidden.scalar_type(), name,
+                     " has dtype ", tensor.scalar_type(), " and student_hidden ",
+                     student_hidden.scalar_type(), "; they must be equal (autocast makes them so)");
+    check_device(name.c_str(), tensor, "student_hidden", student_hidden);
+  };
+  check(hidden_name, hidden);
+  TORCH_CHECK_VALUE(hidden.dim() >= 1 && hidden.sym_size(-1) >= 1, hidden_name, " has shape ",
+                    hidden.sym_sizes(), "; it takes [*, H] with H of at least 1");
+  check(weight_name, weight);
+  TORCH_CHECK_VALUE(
+      weight.dim() == 2 && weight.sym_size(0) >= 1 && weight.sym_size(1) == hidden.sym_size(-1),
+      weight_name, " has shape ", weight.sym_sizes(), "; it takes [V, ", hidden.sym_size(-1),
+      "], the last being that of ", hidden_name);
+  if (!bias.has_value()) return;
+  check(bias_name, *bias);
+  TORCH_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), bias_name,
+                    " has shape ", bias->sym_sizes(), "; it takes [", weight.sym_size(0), "]");
+}
+
+void check(const LinearCall& c, std::string_view teacher_kind, bool autocast,
+           at::ScalarType computed) {
+  check_head("student", c.hidden, c.head, c.bias, c.hidden, autocast);
+  if (c.memory_budget.has_value()) {
+    TORCH_CHECK_VALUE(*c.memory_budget > 0, "memory_budget is ", *c.memory_budget,
+                      "; it takes a number of bytes above 0");
+  }
+  // Logits that take no memory, for what is asked of all losses.
+  auto like = [&](c10::SymIntArrayRef shape) {
+    return at::empty({1}, c.hidden.options().dtype(computed)).expand_symint(shape);
+  };
+  std::vector<c10::SymInt> shape = c.hidden.sym_sizes().vec();
+  shape.back() = c.head.sym_size(0);
+  LossCall call = {like(shape), c.teachers,          c.labels,  c.weight,
+                   c.indices,   c.teacher_logsumexp, c.options, c.group};
+  if (c.teacher_head.has_value()) {
+    const Tensor& hidden = c.teachers[0];
+    check_head("teacher", hidden, *c.teacher_head, c.teacher_bias, c.hidden, autocast);
+    TORCH_CHECK_VALUE(
+        hidden.dim() == c.hidden.dim() && hidden.sym_sizes().slice(0, hidden.dim() - 1) ==
+                                              c.hidden.sym_sizes().slice(0, hidden.dim() - 1),
+        "teacher_hidden has shape ", hidden.sym_sizes(),
+        "; it takes [*, H] with the leading shape of student_hidden, ", c.hidden.sym_sizes());
+    TORCH_CHECK_VALUE(c.teacher_head->sym_size(0) == c.head.sym_size(0), "teacher_weight has ",
+                      c.teacher_head->sym_size(0), " classes and student_weight ",
+                      c.head.sym_size(0), "; they must be equal");
+    check_frozen("teacher_hidden", hidden);
+    check_frozen("teacher_weight", *c.teacher_head);
+    if (c.teacher_bias.has_value()) check_frozen("teacher_bias", *c.teacher_bias);
+    call.teachers = {call.student};
+  } else if (!c.indices.has_value()) {
+    for (Tensor& teacher : call.teachers) {
+      check_tensor("teacher_logits", teacher);
+      check_device("teacher_logits", teacher, "student_hidden", c.hidden);
+      check_frozen("teacher_logits", teacher);
+      teacher = like(teacher.sym_sizes());  // any dtype
+    }
+  }
+  check_call(call);
+  check_logsumexp(call, teacher_kind);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear_distillation_loss(
+    const Tensor& student_hidden, const Tensor& student_weight, const OptionalTensor& student_bias,
+    at::TensorList teacher, const OptionalTensor& teacher_weight,
+    const OptionalTensor& teacher_bias, const OptionalTensor& labels, const OptionalTensor& indices,
+    const OptionalTensor& teacher_logsumexp, const OptionalTensor& weight, double temperature,
+    std::optional<double> alpha, std::string_view divergence,
+    std::optional<double> divergence_alpha, std::optional<double> beta, std::string_view tail,
+    std::string_view teacher_kind, at::ArrayRef<double> teacher_weights,
+    std::string_view teacher_mixture, bool standardize, double logit_scale,
+    std::optional<double> soft_cap, double teacher_logit_scale,
+    std::optional<double> teacher_soft_cap, double label_smoothing, int64_t ignore_index,
+    std::optional<double> num_items, std::string_view reduction, bool statistics,
+    std::string_view group, int64_t first_class, int64_t all_classes,
+    std::optional<int64_t> memory_budget) {
+  LinearCall call = {
+      student_hidden,
+      student_weight,
+      student_bias,
+      teacher.vec(),
+      teacher_weight,
+      teacher_bias,
+      labels,
+      weight,
+      indices,
+      teacher_logsumexp,
+      loss_options(labels.has_value(), static_cast<int64_t>(teacher.size()), temperature, alpha,
+                   divergence, divergence_alpha, beta, tail, teacher_kind, teacher_weights,
+                   teacher_mixture, standardize, logit_scale, soft_cap, teacher_logit_scale,
+                   teacher_soft_cap, label_smoothing, ignore_index, num_items, reduction,
+                   first_class, all_classes),
+      std::string(group),
+      memory_budget};
+  at::ScalarType computed = student_hidden.scalar_type();
+  c10::DeviceType device = student_hidden.device().type();
+  bool autocast = at::autocast::is_autocast_enabled(device) && is_floating_dtype(computed) &&
+                  computed != at::kDouble;
+  if (autocast) computed = at::autocast::get_autocast_dtype(device);
+  check(call, teacher_kind, autocast, computed);
+
+  int64_t want = 0;
+  if (statistics) want |= kRowStatistics;
+  if (at::GradMode::is_enabled()) {
+    if (student_hidden.requires_grad()) want |= kHidden;
+    if (student_weight.requires_grad()) want |= kHead;
+    if (student_bias.has_value() && student_bias->requires_grad()) want |= kBias;
+  }
+  Tensor loss, rows;
+  if (want & kGradients) {
+    variable_list out =
+        LinearLoss::apply(student_hidden, student_weight, student_bias, call, computed, want);
+    loss = out[0];
+    if (statistics) rows = out[1];
+  } else {
+    LinearResult out = dispatch_forward(in_dtype(call, computed), want);
+    loss = out.loss;
+    rows = out.statistics;
+  }
+  // Only a tracer needs a tensor for it.
+  if (!rows.defined()) rows = at::empty({0}, student_hidden.options());
+  return {loss, rows};
+}
+
+TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
+  m.def(
+      "linear_distillation_loss(Tensor student_hidden, Tensor student_weight, Tensor? "
+      "student_bias, "
+      "Tensor[] teacher, Tensor? teacher_weight=None, Tensor? teacher_bias=None, Tensor? "
+      "labels=None, "
+      "Tensor? indices=None, Tensor? teacher_logsumexp=None, Tensor? weight=None, float "
+      "temperature=1.0, float? alpha=None, str divergence=\"forward_kl\", float? "
+      "divergence_alpha=None, float? beta=None, str tail=\"none\", str teacher_kind=\"logits\", "
+      "float[] teacher_weights=[], str teacher_mixture=\"probs\", bool standardize=False, float "
+      "logit_scale=1.0, float? soft_cap=None, float teacher_logit_scale=1.0, float? "
+      "teacher_soft_cap=None, float label_smoothing=0.0, int ignore_index=-100, float? "
+      "num_items=None, str reduction=\"mean\", bool statistics=False, str group=\"\", int "
+      "first_class=0, int all_classes=0, int? memory_budget=None) -> (Tensor, Tensor)");
+  m.def(
+      "_linear_distillation_forward(Tensor hidden, Tensor head, Tensor? bias, Tensor[] teachers, "
+      "Tensor? teacher_head, Tensor? teacher_bias, Tensor? labels, Tensor? weight, Tensor? "
+      "indices, "
+      "Tensor? teacher_logsumexp, float[] options, str group, int? memory_budget, int want) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {
+  m.impl("linear_distillation_loss", linear_distillation_loss);
+  m.impl("_linear_distillation_forward", linear_forward);
+}
+TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {
+  m.impl("linear_distillation_loss", linear_distillation_loss);
+}
+
+}  // namespace kdkernels
