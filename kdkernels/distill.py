@@ -165,6 +165,8 @@ def distillation_loss(
     if isinstance(teacher_logits, Tensor) and isinstance(student_logits, Tensor):
         several = teacher_logits.dim() == student_logits.dim() + 1 > 1
     teachers = list(teacher_logits) if several else [teacher_logits]
+    if teacher_weights is not None and not several:
+        raise ValueError("teacher_weights goes with several teachers only")
     options = {
         "temperature": temperature,
         "alpha": alpha,
@@ -262,6 +264,10 @@ def topk_distillation_loss(
         "bucket"       exp(v / T - teacher_logsumexp) and softmax(u / T)[i], and one more class with
                        what is left of 1 on either side
         "ignore"       the same p and q, and the sum over the entries only, which may be negative
+
+    "renormalize" agrees with TRL's losses (add_tail=False), axolotl's and NeMo-RL's default;
+    "bucket" with TRL's (add_tail=True) and Megatron-LM's ghost token, without their floor under the
+    rest; "ignore" with verl's forward_kl_topk before its clamp at 0 and axolotl's forward_kl.
 
     Args:
         student_logits: z, ``[*, V]``, as ``distillation_loss`` has it.

@@ -165,7 +165,7 @@ void check_topk_teacher(const LossCall& call) {
   TORCH_CHECK_VALUE(values.sym_size(-1) >= 1 && values.sym_size(-1) <= kMaxTopK,
                     "teacher_values has ", values.sym_size(-1),
                     " entries a row; it takes from 1 to ", kMaxTopK);
-  TORCH_CHECK_VALUE(call.indices.has_value(), "teacher_indices is missing");
+  TORCH_CHECK_TYPE(call.indices.has_value(), "teacher_indices is None; it takes a tensor");
   TORCH_CHECK_TYPE(
       call.indices->scalar_type() == at::kLong || call.indices->scalar_type() == at::kInt,
       "teacher_indices has dtype ", call.indices->scalar_type(), "; it takes int32 or int64");
@@ -173,7 +173,10 @@ void check_topk_teacher(const LossCall& call) {
                     call.indices->sym_sizes(), "; it takes that of teacher_values, ",
                     values.sym_sizes());
   check_device("teacher_indices", *call.indices, "student_logits", student);
-  check_rows("teacher_logsumexp", call.teacher_logsumexp, student);
+  if (call.teacher_logsumexp.has_value()) {
+    check_tensor("teacher_logsumexp", *call.teacher_logsumexp);
+    check_rows("teacher_logsumexp", call.teacher_logsumexp, student);
+  }
   TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && values.requires_grad()),
                     "teacher_values requires grad; pass teacher_values.detach()");
   TORCH_CHECK_VALUE(o.divergence == Divergence::kForwardKL ||
