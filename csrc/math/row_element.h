@@ -29,6 +29,12 @@ struct Transform {
   }
 };
 
+// log(e^a + e^b), as row.h has it in fp64.
+KD_FN float log_add(float a, float b) {
+  float larger = a > b ? a : b, smaller = a > b ? b : a;
+  return larger == -__builtin_inff() ? larger : larger + log(1.0f + exp(smaller - larger));
+}
+
 // RowNorm for elements.
 template <class Real>
 struct ElementNorm {
@@ -86,15 +92,17 @@ struct ElementGradient {
   Real of_a, of_q, of_other, of_hard, hard_max, uniform, at_label, of_z, mean, label_s;
   Real of_b, of_p, of_tz, mean_t, label_t;
 
+  // Where the loss is NaN, so is the gradient, whatever its class's logits are.
   KD_FN ElementGradient of(const RowGradient& x, const RowNorm& norm) {
-    return {static_cast<Real>(x.of_a),     static_cast<Real>(x.of_q),
-            static_cast<Real>(x.of_other),  static_cast<Real>(x.of_hard),
-            static_cast<Real>(x.hard_max), static_cast<Real>(x.uniform),
-            static_cast<Real>(x.at_label), static_cast<Real>(x.of_z),
-            static_cast<Real>(norm.s.mean), static_cast<Real>(x.label_s),
-            static_cast<Real>(x.of_b),     static_cast<Real>(x.of_p),
-            static_cast<Real>(x.of_tz),    static_cast<Real>(norm.t.mean),
-            static_cast<Real>(x.label_t)};
+    const double nan = x.loss == x.loss ? 0.0 : x.loss;
+    return {static_cast<Real>(x.of_a + nan),     static_cast<Real>(x.of_q),
+            static_cast<Real>(x.of_other + nan), static_cast<Real>(x.of_hard),
+            static_cast<Real>(x.hard_max),       static_cast<Real>(x.uniform),
+            static_cast<Real>(x.at_label),       static_cast<Real>(x.of_z),
+            static_cast<Real>(norm.s.mean),      static_cast<Real>(x.label_s + nan),
+            static_cast<Real>(x.of_b + nan),     static_cast<Real>(x.of_p),
+            static_cast<Real>(x.of_tz),          static_cast<Real>(norm.t.mean),
+            static_cast<Real>(x.label_t + nan)};
   }
   // In u, from what the divergence brings.
   KD_FN Real student(const ElementGradient& x, bool cross_entropy, Real u, Real soft) {
