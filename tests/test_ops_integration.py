@@ -52,6 +52,8 @@ def op_calls():
     shard = [*packed[:17], 7, 14, 1.0]  # the second half of a vocabulary
     state = torch.zeros(kdkernels._C.row_state, 4, dtype=torch.float64)
     forward = (z, [t], labels, weight, None, None)
+    hidden, head = (randn(n, 3, seed=n).requires_grad_() for n in (4, 7))
+    linear = (hidden.detach(), head.detach(), None, [t], None, None, labels, weight, None, None)
     regression = (z[0].clone(), t[0].clone(), *numbers, torch.arange(3), 4, 0)
     by_tensor = {"seed": 0, "seed_tensor": torch.tensor(5), "step_tensor": torch.tensor(6)}
     return [
@@ -75,6 +77,9 @@ def op_calls():
         (OPS._distillation_forward, (*forward, None, packed, 0), {}),
         (OPS._distillation_forward, (*forward, state + 1, shard, 5), {}),
         (OPS._distillation_stage, (*forward, state, shard, 2), {}),
+        (OPS.linear_distillation_loss, (hidden, head, None, [hidden.detach()], head.detach()), {}),
+        (OPS.linear_distillation_loss, (hidden, head, head[:, 0], [t], None), {"statistics": True}),
+        (OPS._linear_distillation_forward, (*linear, packed, "", None, 15), {}),
         (OPS.randn_like, (z,), ADDRESS),
         (OPS.randn_like, (z.t(),), by_tensor),
         (OPS.add_noise_, ([z.clone(), t.bfloat16(), z.t().clone()], [0.1]), ADDRESS),
