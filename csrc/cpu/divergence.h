@@ -462,7 +462,7 @@ struct RowWalk {
 
   // of_e: of exponentials relative to `max`.
   LaneGradient<Real> lane_gradient(const math::RowGradient& g, double of_e, double max) const {
-    if (shares_hard) of_e += g.of_hard * math::exp_acc(max - g.hard_max);
+    if (shares_hard && task.cross_entropy) of_e += g.of_hard * math::exp_acc(max - g.hard_max);
     return {static_cast<Real>(g.of_a),
             static_cast<Real>(of_e),
             static_cast<Real>(shares_hard ? 0.0 : g.of_hard),
@@ -498,8 +498,8 @@ struct RowWalk {
     using Gradient = LaneGradient<Real>;
     Real y;
     if (task.aside_label) {
-      y = static_cast<Real>(g.label_s + g.of_hard * math::exp_acc(label_u - g.hard_max) -
-                            g.uniform);
+      double hard = task.cross_entropy ? g.of_hard * math::exp_acc(label_u - g.hard_max) : 0.0;
+      y = static_cast<Real>(g.label_s + hard - g.uniform);
     } else {
       y = Gradient::add_hard(of, Gradient::soft(of, a[label_here], own.q[label_here]), label_u);
     }

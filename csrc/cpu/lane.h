@@ -118,26 +118,24 @@ struct Terms {
   double f, a, b;
 };
 
-template <class Real>
-KD_FN math::Element<Real> element(const Lane<Real>& x, const math::ElementNorm<Real>& norm,
-                                  Real inv_s, Real inv_t, int64_t i) {
-  using Norm = math::ElementNorm<Real>;
-  Real u = x.u[i], t = x.t[i];
-  return {x.p[i] * inv_t, x.q[i] * inv_s, Norm::d(norm, u, t), Norm::log_p(norm, t),
-          Norm::log_q(norm, u)};
-}
-
 // Sums over all classes; a, and b if wanted, are kept. inv_s and inv_t make probabilities of q and p.
 template <class Policy, bool kTeacher, class Real>
 void terms_of(const Lane<Real>& x, const math::ElementNorm<Real>& norm, Real inv_s, Real inv_t,
               Real beta, Real second, Terms& out) {
+  using Norm = math::ElementNorm<Real>;
+  // Copies, which no store to a or b can change.
+  const Norm n = norm;
+  const Real *logits = x.u, *teacher = x.t, *q = x.q, *p = x.p;
   Real *keep_a = x.a, *keep_b = x.b;
   for (int64_t first = 0; first < x.padded; first += kFold) {
     int64_t last = first + kFold < x.padded ? first + kFold : x.padded;
     Real f = 0, a = 0, b = 0;
 #pragma omp simd reduction(+ : f, a, b)
     for (int64_t i = first; i < last; ++i) {
-      math::ClassShare<Real> share = Policy::share(element(x, norm, inv_s, inv_t, i), beta, second);
+      Real u = logits[i], t = teacher[i];
+      math::Element<Real> element = {p[i] * inv_t, q[i] * inv_s, Norm::d(n, u, t),
+                                     Norm::log_p(n, t), Norm::log_q(n, u)};
+      math::ClassShare<Real> share = Policy::share(element, beta, second);
       keep_a[i] = share.a;
       f += share.f;
       a += share.a;
@@ -158,14 +156,22 @@ Terms terms(const DivergenceParams& p, const Lane<Real>& x, const math::ElementN
   Terms out = {0, 0, 0};
   Real of_q = static_cast<Real>(inv_s), of_p = static_cast<Real>(inv_t),
        beta = static_cast<Real>(p.beta), second = static_cast<Real>(p.second);
-  math::with_policy(p.divergence, [&](auto policy) {
+  auto run = [&](auto policy) {
     using Policy = decltype(policy);
     if (teacher) {
       terms_of<Policy, true>(x, norm, of_q, of_p, beta, second, out);
     } else {
       terms_of<Policy, false>(x, norm, of_q, of_p, beta, second, out);
     }
-  });
+  };
+  if (p.divergence != math::Divergence::kAlphaBeta) {
+    math::with_policy(p.divergence, run);
+  } else if (beta == Real(0) ||
+             second == Real(0)) {  // a branch within the loop would keep it scalar
+    run(math::AlphaBetaLimit{});
+  } else {
+    run(math::AlphaBetaInside{});
+  }
   return out;
 }
 

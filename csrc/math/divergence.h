@@ -255,22 +255,13 @@ struct TotalVariation {
   }
 };
 
-struct AlphaBeta {
+// alpha, beta > 0
+struct AlphaBetaInside {
   template <class Real>
   KD_FN ClassShare<Real> share(const Element<Real>& x, Real alpha, Real beta) {
     Real both = alpha + beta;
     Real pc = exp_acc(both * x.log_p), qc = exp_acc(both * x.log_q);
-    if (alpha == Real(0)) {  // the same way for a whole call
-      Real inv = inverse(beta);
-      return {inv * inv * excess(qc, pc, -beta * x.d), times(qc, -x.d),
-              inv * difference(pc, qc, beta * x.d)};
-    }
-    Real inv_alpha = inverse(alpha);
-    if (beta == Real(0)) {
-      return {inv_alpha * inv_alpha * excess(pc, qc, alpha * x.d),
-              inv_alpha * difference(qc, pc, -alpha * x.d), times(pc, x.d)};
-    }
-    Real inv_beta = inverse(beta), inv_both = inverse(both);
+    Real inv_alpha = inverse(alpha), inv_beta = inverse(beta), inv_both = inverse(both);
     Real product = exp_acc(fma(alpha, x.log_p, beta * x.log_q));
     Real e = beta * x.d, of_d = both * exp_tail<2>(-both * x.d) - beta * exp_tail<2>(-e);
     Real series = pc * (x.d * x.d * (of_d * inv_alpha));
@@ -278,6 +269,28 @@ struct AlphaBeta {
     Real f = magnitude(both * x.d) < Real(kSmall) ? series : direct;
     return {f < Real(0) ? Real(0) : f, inv_alpha * difference(qc, product, -alpha * x.d),
             inv_beta * difference(pc, product, e)};
+  }
+};
+
+// alpha or beta = 0
+struct AlphaBetaLimit {
+  template <class Real>
+  KD_FN ClassShare<Real> share(const Element<Real>& x, Real alpha, Real beta) {
+    Real both = alpha + beta, inv = inverse(both);
+    Real pc = exp_acc(both * x.log_p), qc = exp_acc(both * x.log_q);
+    bool of_p = beta == Real(0);
+    Real inner = of_p ? pc : qc, outer = of_p ? qc : pc, d = of_p ? x.d : -x.d;
+    Real f = inv * inv * excess(inner, outer, both * d), of_inner = times(inner, d),
+         of_outer = inv * difference(outer, inner, -both * d);
+    return {f, of_p ? of_outer : of_inner, of_p ? of_inner : of_outer};
+  }
+};
+
+struct AlphaBeta {
+  template <class Real>
+  KD_FN ClassShare<Real> share(const Element<Real>& x, Real alpha, Real beta) {
+    return alpha == Real(0) || beta == Real(0) ? AlphaBetaLimit::share(x, alpha, beta)
+                                               : AlphaBetaInside::share(x, alpha, beta);
   }
 };
 
