@@ -329,9 +329,11 @@ def test_everything_against_fp64(call):
         assert value.dtype == call.tensors[name].dtype and value.shape == right.shape
         value = value.double()
         if name == "teacher_logits" and call.options["teacher_kind"] == "probs":
-            # Compared as the derivative in log p, which p divides.
+            # Compared as the derivative in log p, which p divides; fp16 may not hold that before
+            # it is scaled.
             p = call.tensors[name].double()
-            value, right = p * value, torch.where(right.abs() < 6e4, p * right, NAN)
+            limit = 100 if call.dtype == torch.float16 else INF
+            value, right = p * value, torch.where(right.abs() < limit, p * right, NAN)
         finite = right.isfinite()
         torch.testing.assert_close(
             value[finite], right[finite], rtol=rtol, atol=atol, msg=lambda m, n=name: n + m
