@@ -593,6 +593,19 @@ def test_offsets_of_either_sign(divergence, offset):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.7}, {"soft_cap": 500.0}])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_logits_around_where_exp_overflows(divergence, options):
+    """Each value in fp32 between, whether or not there is cross-entropy to take its exponential."""
+    z = torch.linspace(60.0, 140.0, 3000).reshape(3, 1000)
+    t = z.flip(-1) / 10
+    options = {**of(divergence, z.shape), "reduction": "none", **options}
+    for got, want in zip(
+        loss_and_gradients(distillation_loss, z, t, **options), fp64(z, t, **options), strict=True
+    ):
+        torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+
+
 # ---- classes without probability ----------------------------------------------------------------
 
 
