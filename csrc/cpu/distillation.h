@@ -29,10 +29,6 @@ constexpr int kPad = 16;  // the widest vector: block loops run over a multiple 
 template <class T>
 void divergence_rows_of(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss);
 
-// Below, the difference of two logarithms that D is here has lost digits, and the row is done again with terms
-// that have not.
-constexpr double kCloseDivergence = 0.05;
-
 KD_FN double exp2_fp64(double x) { return x == 0 ? 1.0 : __builtin_exp2(x); }
 
 // Exponentials of the rows a thread works on; grows, and is freed with the thread.
@@ -178,8 +174,7 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
         kHard, sums, 1.0 / static_cast<double>(p.classes), p.temperature, p.alpha,
         p.label_smoothing, label_z - max.s, factor);
     row_loss[row] = weight * result.loss;
-    if (p.alpha > 0 &&
-        Policy::divergence(sums, 1 / sums.sum_s, 1 / sums.sum_t) < kCloseDivergence) {
+    if (result.divergence < math::kNearRow) {
       divergence_rows_of<T>(general, row, row + 1, row_loss);
       continue;
     }

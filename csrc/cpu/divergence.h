@@ -254,7 +254,7 @@ struct RowWalk {
 #pragma omp simd
       for (int64_t i = 0; i < own.padded; ++i) {
         Real y = math::fma(logits[i] - max, factor, shift);
-        out[i] = first ? y : log_mix ? out[i] + y : log_add(out[i], y);
+        out[i] = first ? y : log_mix ? out[i] + y : math::log_add(out[i], y);
       }
       first = false;
     }
@@ -395,7 +395,13 @@ struct RowWalk {
       math::refine(exact, excess_of_q(lane, norm, inv_s, inv_t));
       norm = math::ElementNorm<Real>::of(exact, aside);
     }
-    Terms sums = terms(p, lane, norm, inv_s, inv_t, wants_teacher);
+    bool far = sizeof(Real) == 4 && p.divergence == math::Divergence::kJS && !task.entries;
+    Terms sums = terms(p, lane, norm, inv_s, inv_t, wants_teacher, far);
+    if (far && sums.f < math::kFarJS) {  // a lies over p
+      exponentials(own.t, own.p, own.padded, finite_max<Real>(x.max_t),
+                   static_cast<Real>(exact.scale_t * math::kLog2E));
+      sums = terms(p, lane, norm, inv_s, inv_t, wants_teacher, false);
+    }
     if ((p.stages & kTerms) == 0) return;
     x.f = sums.f;
     x.a = sums.a;

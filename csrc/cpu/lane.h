@@ -103,15 +103,6 @@ double exponential_sum(const Real* x, int64_t padded, Real max, Real scale) {
   });
 }
 
-// log(e^a + e^b); -inf where both are.
-template <class Real>
-KD_FN Real log_add(Real a, Real b) {
-  Real larger = a > b ? a : b, size = math::magnitude(a - b);
-  Real y = larger -
-           math::neg_log(Real(0), Real(1) + math::exp2_nonpositive(-size * kLog2EOf<Real>), false);
-  return larger == -kInfinity<Real> ? larger : y;
-}
-
 // ---- the divergence's terms -----------------------------------------------------------------------
 
 struct Terms {
@@ -152,7 +143,7 @@ void terms_of(const Lane<Real>& x, const math::ElementNorm<Real>& norm, Real inv
 
 template <class Real>
 Terms terms(const DivergenceParams& p, const Lane<Real>& x, const math::ElementNorm<Real>& norm,
-            double inv_s, double inv_t, bool teacher) {
+            double inv_s, double inv_t, bool teacher, bool far) {
   Terms out = {0, 0, 0};
   Real of_q = static_cast<Real>(inv_s), of_p = static_cast<Real>(inv_t),
        beta = static_cast<Real>(p.beta), second = static_cast<Real>(p.second);
@@ -164,7 +155,9 @@ Terms terms(const DivergenceParams& p, const Lane<Real>& x, const math::ElementN
       terms_of<Policy, false>(x, norm, of_q, of_p, beta, second, out);
     }
   };
-  if (p.divergence != math::Divergence::kAlphaBeta) {
+  if (far) {
+    run(math::FarJS{});
+  } else if (p.divergence != math::Divergence::kAlphaBeta) {
     math::with_policy(p.divergence, run);
   } else if (beta == Real(0) ||
              second == Real(0)) {  // a branch within the loop would keep it scalar

@@ -265,6 +265,7 @@ KD_FN RowGradient finish(const RowTask& task, const RowState& x, const RowNorm& 
       y.of_tz = -along_t * norm.t.inv_std * norm.t.inv_count;
     }
   }
+  y.hard_max = __builtin_inf();  // without a hard loss its exponentials are 0, never 0 times infinity
   if (task.cross_entropy) {
     // Together with what is set aside, relative to the larger maximum.
     double aside = task.aside_label ? x.label_s : x.entry_max_s;
@@ -322,9 +323,7 @@ KD_FN void statistics_of(const RowTask& task, const RowState& x, const RowNorm& 
   if (broken(task, x)) {
     for (int i = 0; i < kStatistics; ++i) values[i] = i == 5 ? 1.0 : __builtin_nan("");
   }
-  // A broken row has no distributions.
-  for (int i = 0; i < kStatistics; ++i)
-    out[i] = divergence == divergence || i == kStatistics - 1 ? values[i] : divergence;
+  for (int i = 0; i < kStatistics; ++i) out[i] = values[i];
 }
 
 }  // namespace math
