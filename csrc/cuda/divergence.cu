@@ -8,33 +8,20 @@ namespace kdkernels {
 namespace cuda {
 namespace {
 
-// Blocks an SM that registers must allow.
-constexpr int divergence_blocks(int element_size) { return 1; }
-
 // A block a row, which it goes over up to 5 times: moments, maxima, sums, terms, gradient. Bytes 1.00 times
 // the least where the row fits shared memory. 2 special functions an element in the sums and as many again
 // in the terms and in the gradient, where each element's share of the divergence is computed.
 template <class T>
-__global__ void __launch_bounds__(kDivergenceThreads, divergence_blocks(sizeof(T)))
+__global__ void __launch_bounds__(divergence_threads(sizeof(T)), 1)
     divergence_kernel(const __grid_constant__ DivergenceParams p,
-                      const __grid_constant__ DivergenceTask task) {
+                      const __grid_constant__ DivergenceTask<typename Compute<T>::type> task) {
   using Real = typename Compute<T>::type;
-  extern __shared__ uint4 images_shared[];
   __shared__ RowShared<Real> shared;
   const int thread = threadIdx.x;
-  char* memory = reinterpret_cast<char*>(images_shared);
   RowWalk<T> walk{p, task, shared};
-  walk.column = reinterpret_cast<int64_t*>(memory);
-  walk.entry_u = reinterpret_cast<Real*>(walk.column + p.entries);
-  walk.entry_t = walk.entry_u + p.entries;
-  memory += (p.entries * (sizeof(int64_t) + 2 * sizeof(Real)) + 15) / 16 * 16;
-  const int side = task.capacity * static_cast<int>(task.cooked ? sizeof(Real) : sizeof(T)) + 16;
-  walk.student_image = memory;
-  walk.teacher_image = memory + side;
-  walk.raw = reinterpret_cast<T*>(memory + side * (task.row.entries ? 1 : 2));
-  if (thread == 0) shared.loss = 0;
-  if (thread < kMaxTeachers)
-    shared.mix_max[thread] = shared.mix_scale[thread] = shared.mix_shift[thread] = 0;
+  // Loops may read ahead what a later pass writes.
+  for (int i = thread; i < static_cast<int>(sizeof shared / sizeof(int)); i += blockDim.x)
+    reinterpret_cast<int*>(&shared)[i] = 0;
   const int stages = p.state != nullptr ? p.stages : kAllStages;
   double* fields = reinterpret_cast<double*>(&shared.state);
 
@@ -49,12 +36,13 @@ __global__ void __launch_bounds__(kDivergenceThreads, divergence_blocks(sizeof(T
     for (; rows != 0; rows &= rows - 1) {
       const int64_t row = base + __ffs(static_cast<int>(rows)) - 1;
       const int64_t label = p.labels != nullptr ? p.labels[row] : -1;
-      const double weight =
-          p.weight != nullptr ? static_cast<double>(static_cast<const Real*>(p.weight)[row]) : 1.0;
-      const bool ignored = weight == 0 || (p.labels != nullptr && label == p.ignore_index);
+      walk.row = row;
+      walk.label = label - p.first_class;
+      walk.staged = false;
+      walk.first_pass = true;
+      const bool ignored = walk.weight() == 0 || (p.labels != nullptr && label == p.ignore_index);
       __syncthreads();  // the last row no longer needs what is shared
-      walk.start(row, label);
-      if (thread == 0) shared.label_u = shared.label_t = 0;
+      if (thread == 0) shared.total_u = shared.label_u = shared.label_t = 0;
       for (int i = thread; i < math::kRowState; i += blockDim.x)
         fields[i] = p.state != nullptr && stages > kMoments ? p.state[i * p.rows + row] : 0.0;
       bool invalid = p.labels != nullptr && (label < 0 || label >= p.all_classes);
@@ -82,11 +70,11 @@ __global__ void __launch_bounds__(kDivergenceThreads, divergence_blocks(sizeof(T
                 : (stages & stage) == 0 || (stage == kMoments && !task.row.standardize) ||
                       (stage == kTerms && !task.row.compares))
           continue;
-        walk.prepare(stage, normalized, weight);
+        walk.prepare(stage, normalized);
         normalized = stage > kSums;
         if (stage < kGradient || p.gradient != nullptr || p.entry_gradient != nullptr ||
             p.teacher_gradient != nullptr)
-          walk.pass(stage, weight);
+          walk.pass(stage);
         walk.first_pass = false;
       }
       if (p.state != nullptr && (stages & kGradient) == 0) {
@@ -99,16 +87,54 @@ __global__ void __launch_bounds__(kDivergenceThreads, divergence_blocks(sizeof(T
   if (thread == 0 && task.partial != nullptr) task.partial[blockIdx.x] = shared.loss;
 }
 
+template <class Real>
+DivergenceTask<Real> task_of(const DivergenceParams& p) {
+  using Transform = math::Transform<Real>;
+  DivergenceTask<Real> task = {};
+  task.row = row_task(p);
+  task.student = Transform::of(p.logit_scale, p.soft_cap);
+  task.teacher = Transform::of(p.teacher_logit_scale, p.teacher_soft_cap);
+  task.beta = static_cast<Real>(p.beta);
+  task.second = static_cast<Real>(p.second);
+  task.temperature = static_cast<Real>(p.temperature);
+  task.own = !task.row.renormalize || task.row.cross_entropy;
+  task.reads_teacher =
+      p.tail == Tail::kNone && (task.row.compares || p.teacher_gradient != nullptr);
+  task.cooked =
+      !Transform::nothing(task.student) ||
+      (task.reads_teacher && (p.teachers > 1 || p.probs || !Transform::nothing(task.teacher)));
+  task.best = p.statistics != nullptr || p.state != nullptr;
+  // These two feel the last bit of the sums where student and teacher are close.
+  task.refine = task.row.compares && p.state == nullptr &&
+                (p.divergence == math::Divergence::kTotalVariation ||
+                 p.divergence == math::Divergence::kAlphaBeta);
+  return task;
+}
+
 template <class T>
-cudaError_t launch(const DivergenceParams& p, DivergenceTask task, cudaStream_t stream) {
+cudaError_t launch(const DivergenceParams& p, double inv_denominator,
+                   const double* device_inv_denominator, double* partial, cudaStream_t stream) {
+  using Real = typename Compute<T>::type;
   Device device;
   const void* kernel = reinterpret_cast<const void*>(divergence_kernel<T>);
   cudaError_t error = device_of(kernel, device);
   if (error != cudaSuccess) return error;
-  const int sides = task.row.entries ? (task.own ? 1 : 0) : 2;
+  DivergenceTask<Real> task = task_of<Real>(p);
+  task.inv_denominator = inv_denominator;
+  task.device_inv_denominator = device_inv_denominator;
+  task.partial = partial;
+
+  const int sides = task.own + task.reads_teacher;
   const DivergencePlan plan =
       plan_divergence(p.classes, p.entries, sizeof(T), task.cooked, sides, device);
+  const int entries = static_cast<int>(p.entries), acc = sizeof(Real);
+  const int side = plan.capacity * (task.cooked ? acc : static_cast<int>(sizeof(T))) + 16;
   task.capacity = plan.capacity;
+  task.entry_u = entries * static_cast<int>(sizeof(int64_t));
+  task.entry_t = task.entry_u + entries * acc;
+  task.student_image = (task.entry_t + entries * acc + 15) / 16 * 16;
+  task.teacher_image = task.student_image + side;
+  task.raw = task.student_image + sides * side;
   if (plan.shared > 48 * 1024 - kDivergenceStatic) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
     if (error != cudaSuccess) return error;
@@ -125,28 +151,14 @@ cudaError_t divergence_rows(const DivergenceParams& p, double inv_denominator,
                             const double* device_inv_denominator, double* partial,
                             cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
-  DivergenceTask task = {};
-  task.row = row_task(p);
-  task.best = p.statistics != nullptr || p.state != nullptr;
-  task.own = !task.row.renormalize || task.row.cross_entropy;
-  task.reads_teacher = !task.row.entries && (task.row.compares || p.teacher_gradient != nullptr);
-  // These two feel the last bit of the sums where student and teacher are close.
-  task.refine = task.row.compares && p.state == nullptr &&
-                (p.divergence == math::Divergence::kTotalVariation ||
-                 p.divergence == math::Divergence::kAlphaBeta);
-  task.cooked = p.logit_scale != 1 || p.soft_cap > 0;
-  if (task.reads_teacher) {
-    task.cooked |=
-        p.teachers > 1 || p.probs || p.teacher_logit_scale != 1 || p.teacher_soft_cap > 0;
-  }
-  task.inv_denominator = inv_denominator;
-  task.device_inv_denominator = device_inv_denominator;
-  task.partial = partial;
+  auto run = [&](auto element) {
+    return launch<decltype(element)>(p, inv_denominator, device_inv_denominator, partial, stream);
+  };
   switch (p.dtype) {
-    case Dtype::kFloat32: return launch<float>(p, task, stream);
-    case Dtype::kFloat64: return launch<double>(p, task, stream);
-    case Dtype::kBFloat16: return launch<__nv_bfloat16>(p, task, stream);
-    case Dtype::kFloat16: return launch<__half>(p, task, stream);
+    case Dtype::kFloat32: return run(float{});
+    case Dtype::kFloat64: return run(double{});
+    case Dtype::kBFloat16: return run(__nv_bfloat16{});
+    case Dtype::kFloat16: return run(__half{});
   }
   return cudaErrorInvalidValue;
 }

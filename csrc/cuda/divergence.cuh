@@ -9,45 +9,54 @@ namespace cuda {
 namespace {
 
 // What a launch does, the same for all its rows.
+template <class Real>
 struct DivergenceTask {
   math::RowTask row;
+  math::Transform<Real> student, teacher;
+  Real beta, second, temperature;
   bool own;  // the columns beside a top-k teacher's entries are read
   bool reads_teacher;  // a dense one
   bool cooked;  // logits wait transformed
   bool best;  // somebody asks where the largest logits are
   bool refine;  // a pass over the row puts its sums right
   int capacity;  // classes of a chunk
+  // Where what stands in shared memory, in bytes: entries' logits and columns, a chunk of each side, what is
+  // cooked on its way.
+  int column, entry_u, entry_t, student_image, teacher_image, raw;
   double inv_denominator;
   const double* device_inv_denominator;  // instead of it, or null
   double* partial;  // one sum of losses a block, or null
 };
 
-// Classes or entries that shared memory holds, as logits and in the end as gradients. `wide`: of the compute type.
+template <class Value>
+__device__ __forceinline__ Value* shared_at(int offset) {
+  extern __shared__ uint4 row_memory[];
+  return reinterpret_cast<Value*>(reinterpret_cast<char*>(row_memory) + offset);
+}
+
+// Classes or entries that shared memory holds, as logits and in the end as gradients.
 template <class T, class Real>
 struct Lane {
-  void *u, *t;
+  int u, t;  // where, for shared_at
   int64_t first;  // class of the first, of the slice
   int n;
-  bool wide, has_teacher, entries;
+  bool wide;  // of the compute type
+  bool has_teacher, entries;
 
-  __device__ __forceinline__ static Real at(const void* data, bool wide, int i) {
+  __device__ __forceinline__ Real get(int data, int i) const {
     if constexpr (sizeof(T) == sizeof(Real)) {
-      return static_cast<const Real*>(data)[i];
+      return shared_at<Real>(data)[i];
     } else {
-      return wide ? static_cast<const Real*>(data)[i] : widen(static_cast<const T*>(data)[i]);
+      return wide ? shared_at<Real>(data)[i] : widen(shared_at<T>(data)[i]);
     }
   }
-  __device__ __forceinline__ static void put(void* data, bool wide, int i, Real x) {
+  __device__ __forceinline__ void put(int data, int i, Real x) const {
     if (sizeof(T) == sizeof(Real) || wide) {
-      static_cast<Real*>(data)[i] = x;
+      shared_at<Real>(data)[i] = x;
     } else {
-      narrow(x, static_cast<T*>(data)[i]);
+      narrow(x, shared_at<T>(data)[i]);
     }
   }
-  __device__ __forceinline__ Real u_at(int i) const { return at(u, wide, i); }
-  __device__ __forceinline__ Real t_at(int i) const { return at(t, wide, i); }
-  __device__ __forceinline__ void put_u(int i, Real x) const { put(u, wide, i, x); }
-  __device__ __forceinline__ void put_t(int i, Real x) const { put(t, wide, i, x); }
 };
 
 constexpr double kLog2E = 1.4426950408889634;
@@ -61,9 +70,13 @@ struct RowShared {
   math::RowNorm exact;
   math::ElementNorm<Real> norm;
   math::ElementGradient<Real> gradient;
-  double totals[kDivergenceThreads / kWarp][kTotals];
+  double totals[divergence_threads(sizeof(Real)) / kWarp][kTotals];
   double loss;  // of the block
+  double total_u;
   Real label_u, label_t;
+  // Exponents of 2: logits less the maximum (of the own ones, of the entries'), times a scale.
+  Real max_s[2], max_t[2], scale_s, scale_t;
+  Real mean_s, inv_std_s, mean_t, inv_std_t;
   // Of each of several teachers: what makes logarithms of its share of its logits.
   Real mix_max[kMaxTeachers], mix_scale[kMaxTeachers], mix_shift[kMaxTeachers];
 };
@@ -139,14 +152,13 @@ __device__ __forceinline__ void fill(T* to, int64_t n, Real value) {
 
 // A lane's gradients, which stand in its image, to global memory.
 template <class T, class Real>
-__device__ __forceinline__ void write(const void* image, bool wide, int n, T* to) {
-  const T* from = static_cast<const T*>(image);
-  if ((sizeof(T) < sizeof(Real) && wide) || phase_of(from) != phase_of(to)) {
-    for (int i = threadIdx.x; i < n; i += blockDim.x)
-      narrow(Lane<T, Real>::at(image, wide, i), to[i]);
+__device__ __forceinline__ void write(const Lane<T, Real>& lane, int image, T* to) {
+  const T* from = shared_at<T>(image);
+  if ((sizeof(T) < sizeof(Real) && lane.wide) || phase_of(from) != phase_of(to)) {
+    for (int i = threadIdx.x; i < lane.n; i += blockDim.x) narrow(lane.get(image, i), to[i]);
     return;
   }
-  each_vector<T>(phase_of(to), n, [&](int i) {
+  each_vector<T>(phase_of(to), lane.n, [&](int i) {
     *reinterpret_cast<Vector<T>*>(to + i) = *reinterpret_cast<const Vector<T>*>(from + i);
   }, [&](int i) { to[i] = from[i]; });
 }
@@ -162,39 +174,31 @@ struct RowWalk {
   static constexpr int kCount = 16 / sizeof(T);
 
   const DivergenceParams& p;
-  const DivergenceTask& task;
+  const DivergenceTask<Real>& task;
   RowShared<Real>& shared;
-  // Shared memory: chunks of student and teacher, what cooked ones come through, entries.
-  char *student_image, *teacher_image;
-  T* raw;
-  Real *entry_u, *entry_t;
-  int64_t* column;
-
   int64_t row;
   int64_t label;  // of the slice; may lie outside
-  const T* z_row;
-  T *g_row, *gt_row;
-  int64_t staged;  // first class of the chunk in shared memory, or -1
+  bool staged;  // the row's only chunk is in shared memory
   bool first_pass;
   Lane<T, Real> lane;
-  Real total_u;
-  double part_p;
 
-  __device__ __forceinline__ void start(int64_t at, int64_t its_label) {
-    row = at;
-    label = its_label - p.first_class;
-    z_row = static_cast<const T*>(p.student) + row * p.student_stride;
-    g_row = p.gradient != nullptr ? static_cast<T*>(p.gradient) + row * p.gradient_stride : nullptr;
-    gt_row = p.teacher_gradient != nullptr
-                 ? static_cast<T*>(p.teacher_gradient) + row * p.teacher_gradient_stride
-                 : nullptr;
-    staged = -1;
-    first_pass = true;
-    total_u = 0;
-    part_p = 0;
+  __device__ __forceinline__ const T* student_row() const {
+    return static_cast<const T*>(p.student) + row * p.student_stride;
   }
   __device__ __forceinline__ const T* teacher_row(int k) const {
     return static_cast<const T*>(p.teacher_data[k]) + row * p.teacher_strides[k];
+  }
+  __device__ __forceinline__ T* gradient_row() const {
+    return static_cast<T*>(p.gradient) + row * p.gradient_stride;
+  }
+  __device__ __forceinline__ T* teacher_gradient_row() const {
+    return static_cast<T*>(p.teacher_gradient) + row * p.teacher_gradient_stride;
+  }
+  __device__ __forceinline__ double weight() const {
+    return p.weight != nullptr ? static_cast<double>(static_cast<const Real*>(p.weight)[row]) : 1.0;
+  }
+  __device__ __forceinline__ int64_t column(int k) const {
+    return shared_at<int64_t>(task.column)[k];
   }
 
   template <class F>
@@ -207,19 +211,18 @@ struct RowWalk {
   template <class F>
   __device__ __forceinline__ void through_raw(const T* from, int n, F f) {
     __syncthreads();
-    T* image = raw + phase_of(from);
+    T* image = shared_at<T>(task.raw) + phase_of(from);
     bring(from, n, image);
     wait_copies<0>();
     __syncthreads();
     each(n, [&](int i) { f(i, static_cast<Real>(widen(image[i]))); });
   }
-  __device__ __forceinline__ Real teacher_logit(const Transform& transform, Real x) const {
-    return p.probs ? math::log_acc(x) : Transform::apply(transform, x);
+  __device__ __forceinline__ Real teacher_logit(Real x) const {
+    return p.probs ? math::log_acc(x) : Transform::apply(task.teacher, x);
   }
 
   // What is needed of each of several teachers to mix them.
   __device__ __forceinline__ void prepare_mixture() {
-    const Transform transform = Transform::of(p.teacher_logit_scale, p.teacher_soft_cap);
     enum { kMoment, kMax, kSum };
     for (int k = 0; k < p.teachers; ++k) {
       if (p.teacher_weights[k] == 0) continue;
@@ -229,7 +232,7 @@ struct RowWalk {
         const Real scale = shared.mix_scale[k], max = shared.mix_max[k];
         for (int64_t first = 0; first < p.classes; first += task.capacity) {
           through_raw(teacher_row(k) + first, chunk(first), [&](int, Real x) {
-            Real y = teacher_logit(transform, x);
+            Real y = teacher_logit(x);
             if (what == kMoment) add_moment(acc, y);
             if (what == kMax) acc[0] = Max::apply(y, acc[0]);
             if (what == kSum) acc[0] += math::exp2_nonpositive((y - max) * scale * Real(kLog2E));
@@ -265,12 +268,9 @@ struct RowWalk {
 
   // Classes [first, first + lane.n) into shared memory, cooked.
   __device__ __forceinline__ void cook(int64_t first) {
-    Real* u = static_cast<Real*>(lane.u);
-    Real* t = static_cast<Real*>(lane.t);
-    const Transform of_student = Transform::of(p.logit_scale, p.soft_cap),
-                    of_teacher = Transform::of(p.teacher_logit_scale, p.teacher_soft_cap);
-    through_raw(z_row + first, lane.n,
-                [&](int i, Real x) { u[i] = Transform::apply(of_student, x); });
+    Real *u = shared_at<Real>(lane.u), *t = shared_at<Real>(lane.t);
+    through_raw(student_row() + first, lane.n,
+                [&](int i, Real x) { u[i] = Transform::apply(task.student, x); });
     if (!lane.has_teacher) return;
     const bool mix = p.teachers > 1;
     if (mix) each(lane.n, [&](int i) { t[i] = p.log_mix ? Real(0) : -Real(INFINITY); });
@@ -278,7 +278,7 @@ struct RowWalk {
       if (mix && p.teacher_weights[k] == 0) continue;
       const Real scale = shared.mix_scale[k], max = shared.mix_max[k], shift = shared.mix_shift[k];
       through_raw(teacher_row(k) + first, lane.n, [&](int i, Real x) {
-        Real y = teacher_logit(of_teacher, x);
+        Real y = teacher_logit(x);
         if (mix) {
           y = math::fma(y - max, scale, shift);
           y = p.log_mix ? t[i] + y : math::log_add(t[i], y);
@@ -286,58 +286,71 @@ struct RowWalk {
         t[i] = y;
       });
     }
-    if (mix) each(lane.n, [&](int i) { t[i] *= static_cast<Real>(p.temperature); });
+    if (mix) each(lane.n, [&](int i) { t[i] *= task.temperature; });
   }
 
   // The chunk of the row's own classes from `first` on, what is set aside of them as -inf.
   __device__ __forceinline__ void stage_chunk(int64_t first) {
-    const int n = chunk(first);
-    const T* z = z_row + first;
+    lane = {task.student_image, task.teacher_image, first, chunk(first),
+            task.cooked,        task.reads_teacher, false};
+    const T* z = student_row() + first;
     const T* t = task.reads_teacher ? teacher_row(0) + first : nullptr;
-    lane = {student_image, teacher_image, first, n, task.cooked, task.reads_teacher, false};
     // Images lie past 16 bytes as what they are copied from, or to.
-    const T *like_u = task.cooked ? g_row : z_row, *like_t = task.cooked ? gt_row : t;
-    if (!task.cooked || sizeof(T) == sizeof(Real)) {
-      if (like_u != nullptr) lane.u = static_cast<T*>(lane.u) + phase_of(like_u);
-      if (like_t != nullptr) lane.t = static_cast<T*>(lane.t) + phase_of(like_t);
+    if (!task.cooked) {
+      lane.u += phase_of(z) * sizeof(T);
+      lane.t += phase_of(t) * sizeof(T);
+    } else if (sizeof(T) == sizeof(Real)) {
+      if (p.gradient != nullptr) lane.u += phase_of(gradient_row() + first) * sizeof(T);
+      if (p.teacher_gradient != nullptr)
+        lane.t += phase_of(teacher_gradient_row() + first) * sizeof(T);
     }
-    if (staged == first) return;
-    staged = first;
+    if (staged) return;
+    staged = p.classes <= task.capacity;
     __syncthreads();  // the last chunk is no longer needed
     if (task.cooked) {
       cook(first);
     } else {
-      bring(z, n, static_cast<T*>(lane.u));
-      if (t != nullptr) bring(t, n, static_cast<T*>(lane.t));
+      bring(z, lane.n, shared_at<T>(lane.u));
+      if (t != nullptr) bring(t, lane.n, shared_at<T>(lane.t));
       wait_copies<0>();
     }
     __syncthreads();
-    if (first_pass && task.row.smoothing > 0 && task.row.cross_entropy)
-      each(n, [&](int i) { total_u += lane.u_at(i); });
-    const bool has_label = holds_label();
-    if (!has_label && !task.row.entries) return;
-    const int at = static_cast<int>(label - first);
-    __syncthreads();
-    if (has_label && threadIdx.x == 0) {
-      shared.label_u = lane.u_at(at);
-      shared.label_t = task.reads_teacher ? lane.t_at(at) : Real(0);
-      if (task.row.aside_label) {
-        lane.put_u(at, -Real(INFINITY));
-        if (task.reads_teacher) lane.put_t(at, -Real(INFINITY));
-      }
+    if (first_pass && task.row.smoothing > 0 && task.row.cross_entropy) {
+      Real sum = 0;
+      each(lane.n, [&](int i) { sum += lane.get(lane.u, i); });
+      double total[kTotals] = {static_cast<double>(sum)};
+      reduce_block<Sum>(total, 1, shared.totals);
+      if (threadIdx.x == 0) shared.total_u += total[0];
+      __syncthreads();
     }
-    __syncthreads();
+    if (holds_label()) {
+      __syncthreads();
+      if (threadIdx.x == 0) set_label_aside(static_cast<int>(label - first));
+      __syncthreads();
+    }
     if (!task.row.entries) return;
-    each(static_cast<int>(p.entries), [&](int k) {
-      if (column[k] >= first && column[k] < first + n)
-        lane.put_u(static_cast<int>(column[k] - first), -Real(INFINITY));
-    });
+    each_entry([&](int k, int i) { lane.put(lane.u, i, -Real(INFINITY)); });
     __syncthreads();
+  }
+  __device__ __forceinline__ void set_label_aside(int at) {
+    shared.label_u = lane.get(lane.u, at);
+    shared.label_t = task.reads_teacher ? lane.get(lane.t, at) : Real(0);
+    if (!task.row.aside_label) return;
+    lane.put(lane.u, at, -Real(INFINITY));
+    if (task.reads_teacher) lane.put(lane.t, at, -Real(INFINITY));
+  }
+
+  // f(k, i) for the entries that are in the chunk, at i of it.
+  template <class F>
+  __device__ __forceinline__ void each_entry(F f) const {
+    each(static_cast<int>(p.entries), [&](int k) {
+      const int64_t i = column(k) - lane.first;
+      if (column(k) >= 0 && i >= 0 && i < lane.n) f(k, static_cast<int>(i));
+    });
   }
 
   // Entries into shared memory; whether a column is none of the vocabulary's.
   __device__ __forceinline__ bool load_entries() {
-    const Transform transform = Transform::of(p.logit_scale, p.soft_cap);
     const Real* values = static_cast<const Real*>(p.teacher_data[0]) + row * p.entries;
     bool bad = false;
     each(static_cast<int>(p.entries), [&](int k) {
@@ -347,10 +360,10 @@ struct RowWalk {
       bad |= at < -1 || at >= p.all_classes;
       at -= p.first_class;
       const bool here = at >= 0 && at < p.classes && !bad;
-      column[k] = here ? at : -1;
-      entry_u[k] =
-          here ? Transform::apply(transform, static_cast<Real>(widen(z_row[at]))) : -Real(INFINITY);
-      entry_t[k] = here ? values[k] : -Real(INFINITY);
+      shared_at<int64_t>(task.column)[k] = here ? at : -1;
+      Real u = here ? static_cast<Real>(widen(student_row()[at])) : -Real(INFINITY);
+      shared_at<Real>(task.entry_u)[k] = Transform::apply(task.student, u);
+      shared_at<Real>(task.entry_t)[k] = here ? values[k] : -Real(INFINITY);
     });
     return __syncthreads_or(bad);
   }
@@ -378,32 +391,45 @@ struct RowWalk {
   }
 
   // What all threads need to know for a pass.
-  __device__ __forceinline__ void prepare(int stage, bool normalized, double weight) {
+  __device__ __forceinline__ void prepare(int stage, bool normalized) {
     if (threadIdx.x == 0) {
-      math::RowState& state = shared.state;
-      if (stage >= kSums && !normalized) math::scales(task.row, state, shared.exact);
+      if (stage >= kSums && !normalized) prepare_sums();
       if (stage > kSums && !normalized) {
         double logsumexp = p.teacher_logsumexp != nullptr
                                ? static_cast<const Real*>(p.teacher_logsumexp)[row]
                                : 0.0;
-        math::normalize(task.row, state, logsumexp, shared.exact);
+        math::normalize(task.row, shared.state, logsumexp, shared.exact);
         shared.norm = element_norm();
       }
-      if (stage == kGradient) finish_row(weight);
+      if (stage == kGradient) finish_row();
     }
     __syncthreads();
+  }
+  __device__ __forceinline__ void prepare_sums() {
+    const math::RowState& x = shared.state;
+    math::scales(task.row, x, shared.exact);
+    shared.max_s[0] = static_cast<Real>(x.max_s);
+    shared.max_t[0] = static_cast<Real>(x.max_t);
+    shared.max_s[1] = static_cast<Real>(x.entry_max_s);
+    shared.max_t[1] = static_cast<Real>(x.entry_max_t);
+    shared.scale_s = static_cast<Real>(shared.exact.scale_s * kLog2E);
+    shared.scale_t = static_cast<Real>(shared.exact.scale_t * kLog2E);
+    shared.mean_s = static_cast<Real>(shared.exact.s.mean);
+    shared.inv_std_s = static_cast<Real>(shared.exact.s.inv_std);
+    shared.mean_t = static_cast<Real>(shared.exact.t.mean);
+    shared.inv_std_t = static_cast<Real>(shared.exact.t.inv_std);
   }
 
   __device__ __forceinline__ math::ElementNorm<Real> element_norm() const {
     return math::ElementNorm<Real>::of(shared.exact, task.row.aside_label || task.row.entries);
   }
 
-  __device__ __forceinline__ void finish_row(double weight) {
+  __device__ __forceinline__ void finish_row() {
     double inverse = task.device_inv_denominator != nullptr ? *task.device_inv_denominator
                                                             : task.inv_denominator;
     const math::RowGradient g =
-        math::finish(task.row, shared.state, shared.exact, weight * inverse * p.gradient_scale);
-    emit(weight * g.loss);
+        math::finish(task.row, shared.state, shared.exact, weight() * inverse * p.gradient_scale);
+    emit(weight() * g.loss);
     shared.gradient = math::ElementGradient<Real>::of(g, shared.exact);
     if (p.statistics == nullptr) return;
     double values[math::kStatistics];
@@ -424,8 +450,8 @@ struct RowWalk {
 
   __device__ __forceinline__ void add_moments(Real (&acc)[kTotals]) const {
     each(lane.n, [&](int i) {
-      add_moment(acc, lane.u_at(i));
-      if (lane.has_teacher) add_moment(acc + 4, lane.t_at(i));
+      add_moment(acc, lane.get(lane.u, i));
+      if (lane.has_teacher) add_moment(acc + 4, lane.get(lane.t, i));
     });
     if (task.row.aside_label && holds_label() && threadIdx.x == 0) {
       add_moment(acc, shared.label_u);
@@ -436,7 +462,8 @@ struct RowWalk {
   __device__ __forceinline__ void add_maxima(Real (&acc)[kTotals], int64_t& at_s,
                                              int64_t& at_t) const {
     each(lane.n, [&](int i) {
-      Real u = lane.u_at(i), t = lane.has_teacher ? lane.t_at(i) : Lowest<Real>::value;
+      Real u = lane.get(lane.u, i);
+      Real t = lane.has_teacher ? lane.get(lane.t, i) : Lowest<Real>::value;
       if (task.best) {
         at_s = u > acc[0] ? lane.first + i : at_s;
         at_t = t > acc[1] ? lane.first + i : at_t;
@@ -447,17 +474,15 @@ struct RowWalk {
   }
 
   __device__ __forceinline__ void add_sums(Real (&acc)[kTotals]) const {
-    const math::RowState& x = shared.state;
-    const Real max_s = static_cast<Real>(lane.entries ? x.entry_max_s : x.max_s),
-               max_t = static_cast<Real>(lane.entries ? x.entry_max_t : x.max_t),
-               scale_s = static_cast<Real>(shared.exact.scale_s * kLog2E),
-               scale_t = static_cast<Real>(shared.exact.scale_t * kLog2E);
+    const Real max_s = shared.max_s[lane.entries], max_t = shared.max_t[lane.entries],
+               scale_s = shared.scale_s, scale_t = shared.scale_t;
     each(lane.n, [&](int i) {
-      Real u = lane.u_at(i) - max_s;
+      Real u = lane.get(lane.u, i) - max_s;
       acc[0] += math::exp2_nonpositive(u * scale_s);
-      if (lane.has_teacher) acc[1] += math::exp2_nonpositive((lane.t_at(i) - max_t) * scale_t);
+      if (lane.has_teacher)
+        acc[1] += math::exp2_nonpositive((lane.get(lane.t, i) - max_t) * scale_t);
       if (task.row.cross_entropy) acc[2] += math::exp2_nonpositive(u * Real(kLog2E));
-      if (lane.entries) acc[3] += column[i] >= 0 ? Real(1) : Real(0);
+      if (lane.entries) acc[3] += column(i) >= 0 ? Real(1) : Real(0);
     });
   }
 
@@ -466,39 +491,26 @@ struct RowWalk {
     const math::ElementNorm<Real> norm = shared.norm;
     each(lane.n, [&](int i) {
       const math::Element<Real> x =
-          math::ElementNorm<Real>::element(norm, lane.u_at(i), lane.t_at(i));
+          math::ElementNorm<Real>::element(norm, lane.get(lane.u, i), lane.get(lane.t, i));
       acc[0] += math::difference(x.q, x.p, -x.d);
     });
   }
 
   // Of a divergence: terms, or gradients in place of the logits.
   template <class Policy>
-  __device__ __forceinline__ void divergence(bool gradient, Real (&acc)[kTotals]) {
+  __device__ __forceinline__ void divergence(bool gradient, Real (&acc)[kTotals]) const {
     const math::ElementNorm<Real> norm = shared.norm;
     const math::ElementGradient<Real>& g = shared.gradient;
-    const Real beta = static_cast<Real>(p.beta), second = static_cast<Real>(p.second);
-    const Transform of_student = Transform::of(p.logit_scale, p.soft_cap),
-                    of_teacher = Transform::of(p.teacher_logit_scale, p.teacher_soft_cap);
+    const int label_at = label_place();
     const bool entropies = p.statistics != nullptr || p.state != nullptr;
-    const Real mean_s = static_cast<Real>(shared.exact.s.mean),
-               inv_s = static_cast<Real>(shared.exact.s.inv_std),
-               mean_t = static_cast<Real>(shared.exact.t.mean),
-               inv_t = static_cast<Real>(shared.exact.t.inv_std);
     each(lane.n, [&](int i) {
-      const Real u = lane.u_at(i), t = lane.t_at(i);
+      const Real u = lane.get(lane.u, i), t = lane.get(lane.t, i);
       const math::Element<Real> x = math::ElementNorm<Real>::element(norm, u, t);
-      const math::ClassShare<Real> share = Policy::share(x, beta, second);
+      const math::ClassShare<Real> share = Policy::share(x, task.beta, task.second);
       if (gradient) {
-        Real soft = math::fma(g.of_a, share.a, g.of_q * x.q);
-        Real y = math::ElementGradient<Real>::student(g, task.row.cross_entropy, u, soft);
-        const int64_t at = lane.entries ? column[i] : lane.first + i;
-        if (at == label) y -= g.at_label;
-        lane.put_u(i, Transform::back(of_student, u, y));
-        if (gt_row != nullptr) {
-          soft = math::fma(g.of_b, share.b, g.of_p * x.p);
-          y = math::ElementGradient<Real>::teacher(g, t, soft);
-          lane.put_t(i, p.probs ? y : Transform::back(of_teacher, t, y));
-        }
+        put_student(i, u, math::fma(g.of_a, share.a, g.of_q * x.q), label_at);
+        if (p.teacher_gradient != nullptr)
+          put_teacher(i, t, math::fma(g.of_b, share.b, g.of_p * x.p));
         return;
       }
       acc[0] += share.f;
@@ -508,16 +520,11 @@ struct RowWalk {
         acc[3] += math::times(x.q, x.log_q);
         acc[4] += math::times(x.p, x.log_p);
       }
-      if (lane.entries) {
-        acc[5] += x.q;
-        // One less their sum is a probability too.
-        part_p +=
-            math::exp_acc((t - shared.exact.max_t) * shared.exact.scale_t - shared.exact.log_sum_t);
-      }
+      if (lane.entries) acc[5] += x.q;
       if (task.row.standardize) {
         // What is excluded is so whatever mean and std are.
-        const Real z = u == -Real(INFINITY) ? Real(0) : (u - mean_s) * inv_s;
-        const Real zt = t == -Real(INFINITY) ? Real(0) : (t - mean_t) * inv_t;
+        const Real z = u == -Real(INFINITY) ? Real(0) : (u - shared.mean_s) * shared.inv_std_s;
+        const Real zt = t == -Real(INFINITY) ? Real(0) : (t - shared.mean_t) * shared.inv_std_t;
         acc[7] += math::times(share.a, z);
         acc[8] += math::times(x.q, z);
         acc[9] += math::times(share.b, zt);
@@ -526,55 +533,57 @@ struct RowWalk {
     });
   }
 
+  // Where the label is in the lane; -1 if it is not. Of entries, each says so itself.
+  __device__ __forceinline__ int label_place() const {
+    return !lane.entries && holds_label() ? static_cast<int>(label - lane.first) : -1;
+  }
+  __device__ __forceinline__ void put_student(int i, Real u, Real soft, int label_at) const {
+    const math::ElementGradient<Real>& g = shared.gradient;
+    Real y = math::ElementGradient<Real>::student(g, task.row.cross_entropy, u, soft);
+    if (lane.entries ? column(i) == label : i == label_at) y -= g.at_label;
+    lane.put(lane.u, i, Transform::back(task.student, u, y));
+  }
+  __device__ __forceinline__ void put_teacher(int i, Real t, Real soft) const {
+    Real y = math::ElementGradient<Real>::teacher(shared.gradient, t, soft);
+    lane.put(lane.t, i, p.probs ? y : Transform::back(task.teacher, t, y));
+  }
+
   // Gradients of classes that have no share of their own in the divergence.
   __device__ __forceinline__ void other_gradients() const {
-    const math::ElementGradient<Real>& g = shared.gradient;
-    const Transform transform = Transform::of(p.logit_scale, p.soft_cap);
-    const Real max = static_cast<Real>(shared.state.max_s),
-               scale = static_cast<Real>(shared.exact.scale_s * kLog2E);
+    const Real max = shared.max_s[0], scale = shared.scale_s, of_other = shared.gradient.of_other;
+    const int label_at = label_place();
     each(lane.n, [&](int i) {
-      const Real u = lane.u_at(i);
-      Real soft = g.of_other;
-      if (soft != Real(0)) soft *= math::exp2_nonpositive((u - max) * scale);
-      Real y = math::ElementGradient<Real>::student(g, task.row.cross_entropy, u, soft);
-      if ((lane.entries ? column[i] : lane.first + i) == label) y -= g.at_label;
-      lane.put_u(i, Transform::back(transform, u, y));
-      if (gt_row != nullptr) lane.put_t(i, Real(0));
+      const Real u = lane.get(lane.u, i);
+      Real soft = of_other;
+      if (of_other != Real(0)) soft *= math::exp2_nonpositive((u - max) * scale);
+      put_student(i, u, soft, label_at);
+      if (p.teacher_gradient != nullptr) lane.put(lane.t, i, Real(0));
     });
   }
 
   // A chunk's gradients, as they stand in its images, to global memory.
   __device__ __forceinline__ void write_chunk() {
-    const math::ElementGradient<Real>& g = shared.gradient;
-    const int at = static_cast<int>(label - lane.first);
     __syncthreads();
-    if (holds_label() && task.row.aside_label && threadIdx.x == 0) {
-      const Transform of_student = Transform::of(p.logit_scale, p.soft_cap),
-                      of_teacher = Transform::of(p.teacher_logit_scale, p.teacher_soft_cap);
-      Real y = math::ElementGradient<Real>::student(g, task.row.cross_entropy, shared.label_u,
-                                                    g.label_s);
-      lane.put_u(at, Transform::back(of_student, shared.label_u, y - g.at_label));
-      if (gt_row != nullptr) {
-        y = math::ElementGradient<Real>::teacher(g, shared.label_t, g.label_t);
-        lane.put_t(at, p.probs ? y : Transform::back(of_teacher, shared.label_t, y));
-      }
+    if (task.row.aside_label && holds_label() && threadIdx.x == 0) {
+      const math::ElementGradient<Real>& g = shared.gradient;
+      const int at = static_cast<int>(label - lane.first);
+      put_student(at, shared.label_u, g.label_s, at);
+      if (p.teacher_gradient != nullptr) put_teacher(at, shared.label_t, g.label_t);
     }
-    each(static_cast<int>(task.row.entries ? p.entries : 0), [&](int k) {
-      if (column[k] >= lane.first && column[k] < lane.first + lane.n)
-        lane.put_u(static_cast<int>(column[k] - lane.first), entry_u[k]);
-    });
+    if (task.row.entries)
+      each_entry([&](int k, int i) { lane.put(lane.u, i, shared_at<Real>(task.entry_u)[k]); });
     __syncthreads();
-    if (gt_row != nullptr && p.probs) {
+    if (p.teacher_gradient != nullptr && p.probs) {
       // In the probability itself, which still stands in `raw`.
-      const T* prob = raw + phase_of(teacher_row(0) + lane.first);
+      const T* prob = shared_at<T>(task.raw) + phase_of(teacher_row(0) + lane.first);
       each(lane.n, [&](int i) {
         Real y = static_cast<Real>(widen(prob[i]));
-        lane.put_t(i, y == Real(0) ? Real(0) : lane.t_at(i) / y);
+        lane.put(lane.t, i, y == Real(0) ? Real(0) : lane.get(lane.t, i) / y);
       });
       __syncthreads();
     }
-    if (g_row != nullptr) write<T, Real>(lane.u, lane.wide, lane.n, g_row + lane.first);
-    if (gt_row != nullptr) write<T, Real>(lane.t, lane.wide, lane.n, gt_row + lane.first);
+    if (p.gradient != nullptr) write(lane, lane.u, gradient_row() + lane.first);
+    if (p.teacher_gradient != nullptr) write(lane, lane.t, teacher_gradient_row() + lane.first);
   }
 
   // What a pass added up over a lane, into the row's state.
@@ -607,8 +616,7 @@ struct RowWalk {
         moments_of_thread(acc, total);
         moments_of_thread(acc + 4, total + 3);
       }
-      if (stage == kSums && !lane.entries) total[3] = total_u;
-      if (stage == kTerms) total[6] = part_p;
+      if (stage == kTerms && lane.entries) total[6] = part_p();
       const int count = stage == kMoments      ? 6
                         : stage == kSums       ? 4
                         : task.row.standardize ? kTotals
@@ -620,9 +628,18 @@ struct RowWalk {
     }
     __syncthreads();
   }
+  // A thread's share of the entries' probability: fp64, because one less all of it is a probability too.
+  __device__ __forceinline__ double part_p() const {
+    double sum = 0;
+    each(lane.n, [&](int i) {
+      const double above = lane.get(lane.t, i) - shared.exact.max_t;
+      sum += math::exp_acc(above * shared.exact.scale_t - shared.exact.log_sum_t);
+    });
+    return sum;
+  }
   __device__ __forceinline__ double best_class(double at) const {
     if (!(at < INFINITY)) at = 0;
-    if (lane.entries) at = static_cast<double>(column[static_cast<int>(at)]);
+    if (lane.entries) at = static_cast<double>(column(static_cast<int>(at)));
     return at + static_cast<double>(p.first_class);
   }
   __device__ __forceinline__ void keep(int stage, const double (&total)[kTotals]) {
@@ -643,7 +660,7 @@ struct RowWalk {
       x.sum_s = total[0];
       x.sum_t = total[1];
       x.hard = total[2];
-      x.total_u = total[3];
+      x.total_u = shared.total_u;
       const bool has_label = label >= 0 && label < p.classes;
       x.label_s = has_label ? shared.label_u : Real(0);
       x.label_t = has_label ? shared.label_t : Real(0);
@@ -665,10 +682,10 @@ struct RowWalk {
     }
   }
 
-  __device__ __forceinline__ void pass(int stage, double weight) {
-    if (stage == kGradient && g_row != nullptr && !task.own) {
+  __device__ __forceinline__ void pass(int stage) {
+    if (stage == kGradient && p.gradient != nullptr && !task.own) {
       const Real of_a = shared.gradient.of_a;  // NaN in a row that is
-      fill(g_row, p.classes, of_a == of_a ? Real(0) : of_a);
+      fill(gradient_row(), p.classes, of_a == of_a ? Real(0) : of_a);
     }
     // A top-k teacher's entries, then the row's own classes.
 #pragma unroll 1
@@ -682,7 +699,7 @@ struct RowWalk {
 #pragma unroll 1
       for (int64_t first = 0; first < (entries ? 1 : p.classes); first += task.capacity) {
         if (entries) {
-          lane = {entry_u, entry_t, 0, static_cast<int>(p.entries), true, true, true};
+          lane = {task.entry_u, task.entry_t, 0, static_cast<int>(p.entries), true, true, true};
         } else {
           stage_chunk(first);
         }
@@ -706,11 +723,13 @@ struct RowWalk {
       }
       __syncthreads();
       if (!entries) continue;
-      each(static_cast<int>(p.entries), [&](int k) {
+      each(lane.n, [&](int k) {
+        const Real y = shared_at<Real>(task.entry_u)[k];
         if (p.entry_gradient != nullptr)
-          narrow(column[k] >= 0 ? entry_u[k] : Real(0),
+          narrow(column(k) >= 0 ? y : Real(0),
                  static_cast<T*>(p.entry_gradient)[row * p.entries + k]);
-        if (g_row != nullptr && !task.own && column[k] >= 0) narrow(entry_u[k], g_row[column[k]]);
+        if (p.gradient != nullptr && !task.own && column(k) >= 0)
+          narrow(y, gradient_row()[column(k)]);
       });
     }
   }

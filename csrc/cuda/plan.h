@@ -140,7 +140,9 @@ inline DistillationPlan plan_distillation(int64_t classes, int element_size, boo
 // Threads: the fewest that make kDivergenceBusy an SM, whose long chains of dependent instructions want many
 // warps; with at least kDivergenceWork classes each, because each adds to the reductions, one a pass. A short row
 // has a warp.
-constexpr int kDivergenceThreads = 512, kDivergenceBusy = 1024, kDivergenceWork = 16;
+constexpr int kDivergenceBusy = 1024, kDivergenceWork = 16;
+// With a register each of 65536 for 128 of them; fp64 needs up to 255.
+constexpr int divergence_threads(int element_size) { return element_size == 8 ? 256 : 512; }
 constexpr int kChunkBytes = 32 * 1024;
 constexpr int kDivergenceStatic = 3072;  // bytes of static shared memory, at most
 constexpr int64_t kMarkedBlocks = 1024;  // of a launch over marked rows only
@@ -171,7 +173,7 @@ inline DivergencePlan plan_divergence(int64_t classes, int64_t entries, int elem
     capacity = kChunkBytes / a_class / group * group;
   const int shared = static_cast<int>(fixed + capacity * a_class);
   int threads = 32;
-  while (threads < kDivergenceThreads && threads * int64_t{kDivergenceWork} < work &&
+  while (threads < divergence_threads(element_size) && threads * int64_t{kDivergenceWork} < work &&
          device.shared_per_sm / (shared + reserve) * threads < kDivergenceBusy) {
     threads *= 2;
   }
