@@ -6,12 +6,14 @@
 // before, is made once more in backward.
 #include "ops/linear_distillation.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -84,7 +86,7 @@ LinearResult outputs(const LinearCall& c, int64_t want) {
 // On CPUs products of a few hundred rows with a whole head are made in blocks of classes, which stay in cache.
 constexpr int64_t kBlock = 2048;
 // Rows of a product in 16 bits before they are added up in fp32.
-constexpr int64_t kPart = 1024;
+constexpr int64_t kPart = 512;
 
 bool has_bf16_products() {
 #if defined(__x86_64__)
@@ -103,6 +105,15 @@ at::ScalarType work_type(const Tensor& hidden) {
   return wide ? at::kFloat : type;
 }
 
+// into += alpha * x, both contiguous; torch's own would first make a copy of x in fp32.
+void add(const Tensor& into, const Tensor& x, float alpha) {
+  auto* out = into.mutable_data_ptr<float>();
+  const auto* in = x.const_data_ptr<at::BFloat16>();
+  at::parallel_for(0, into.numel(), 1 << 15, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) out[i] += alpha * static_cast<float>(in[i]);
+  });
+}
+
 // out = beta * out + alpha * a @ b, summed in acc; out is in the dtype of a or in acc.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
   Tensor into = out;
@@ -117,7 +128,7 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, 
       Tensor product = part.narrow(0, 0, n), rows = out.narrow(0, r, n);
       at::mm_out(product, a.narrow(0, r, n), b);
       if (beta == 0) rows.zero_();
-      rows.add_(product, alpha);
+      add(rows, product, static_cast<float>(alpha));
     }
   }
 }
@@ -231,9 +242,13 @@ Rows rows_of(const LinearCall& c, const OptionalTensor& labels, const OptionalTe
   if (!mean) out.divisor = c.options.num_items > 0 ? c.options.num_items : 1;
   if (!labels.has_value() && !weight.has_value()) return out;
   if (on_cuda(c.hidden.device())) {
-    Tensor labelled = labels.has_value() ? *labels != c.options.ignore_index : *weight == *weight;
-    Tensor factor = weight.has_value() ? *weight : labelled.to(acc_type(c.hidden));
-    factor = at::where(labelled, factor, at::zeros({}, factor.options()));
+    Tensor factor = weight.has_value()
+                        ? *weight
+                        : at::ones({all}, c.hidden.options().dtype(acc_type(c.hidden)));
+    if (labels.has_value()) {
+      factor =
+          at::where(*labels != c.options.ignore_index, factor, at::zeros({}, factor.options()));
+    }
     out.keep = (factor != 0).unsqueeze(-1);
     if (mean) out.device_divisor = factor.sum();
     out.divisor = mean ? 1 : out.divisor;
