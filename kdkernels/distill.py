@@ -1,7 +1,7 @@
 """Distillation losses."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,70 @@ def divergences() -> dict[str, Divergence]:
     return dict(reference.DIVERGENCES)
 
 
+# ---- keyword arguments, for type checkers --------------------------------------------------------
+
+
+class CommonOptions(TypedDict, total=False):
+    """What all losses take."""
+
+    temperature: float
+    alpha: float | None
+    divergence: str
+    beta: float | None
+    teacher_kind: str
+    logit_scale: float
+    soft_cap: float | None
+    label_smoothing: float
+    ignore_index: int
+    weight: Tensor | None
+    num_items: float | Tensor | None
+    reduction: str
+    process_group: ProcessGroup | None
+    backend: str
+
+
+class DenseTeacherOptions(CommonOptions, total=False):
+    """What goes with a teacher of all classes."""
+
+    divergence_alpha: float | None
+    teacher_weights: Sequence[float] | None
+    teacher_mixture: str
+    standardize: bool
+    teacher_logit_scale: float
+    teacher_soft_cap: float | None
+
+
+class TopKTeacherOptions(CommonOptions, total=False):
+    """What goes with a teacher of a few classes."""
+
+    tail: str
+    teacher_logsumexp: Tensor | None
+
+
+class DenseOptions(DenseTeacherOptions, total=False):
+    """Of ``distillation_loss``."""
+
+    inplace: bool
+
+
+class TopKOptions(TopKTeacherOptions, total=False):
+    """Of ``topk_distillation_loss``."""
+
+    inplace: bool
+    sparse_gradient: bool
+
+
+class LinearOptions(DenseTeacherOptions, TopKTeacherOptions, total=False):
+    """Of ``linear_distillation_loss``."""
+
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    teacher_logits: Tensor | Sequence[Tensor] | None
+    teacher_values: Tensor | None
+    teacher_indices: Tensor | None
+    memory_budget: int | None
+
+
 # ---- the losses on logits ------------------------------------------------------------------------
 
 
@@ -41,7 +105,7 @@ def distillation_loss(
     labels: Tensor | None = None,
     *,
     return_statistics: Literal[False] = False,
-    **options,
+    **options: Unpack[DenseOptions],
 ) -> Tensor: ...
 @overload
 def distillation_loss(
@@ -50,7 +114,7 @@ def distillation_loss(
     labels: Tensor | None = None,
     *,
     return_statistics: Literal[True],
-    **options,
+    **options: Unpack[DenseOptions],
 ) -> tuple[Tensor, RowStatistics]: ...
 def distillation_loss(
     student_logits: Tensor,
@@ -215,7 +279,7 @@ def topk_distillation_loss(
     labels: Tensor | None = None,
     *,
     return_statistics: Literal[False] = False,
-    **options,
+    **options: Unpack[TopKOptions],
 ) -> Tensor: ...
 @overload
 def topk_distillation_loss(
@@ -225,7 +289,7 @@ def topk_distillation_loss(
     labels: Tensor | None = None,
     *,
     return_statistics: Literal[True],
-    **options,
+    **options: Unpack[TopKOptions],
 ) -> tuple[Tensor, RowStatistics]: ...
 def topk_distillation_loss(
     student_logits: Tensor,
@@ -667,12 +731,14 @@ def _logsumexp(logits: Tensor, temperature: float) -> Tensor:
 
 # ---- the module ----------------------------------------------------------------------------------
 
-_MODULE_OPTIONS = {
-    *("temperature", "alpha", "divergence", "divergence_alpha", "beta", "teacher_kind"),
-    *("teacher_weights", "teacher_mixture", "standardize", "logit_scale", "soft_cap"),
-    *("teacher_logit_scale", "teacher_soft_cap", "label_smoothing", "ignore_index", "reduction"),
-    *("inplace", "return_statistics", "process_group", "backend"),
-}
+
+class ModuleOptions(DenseOptions, total=False):
+    """Of ``DistillationLoss``."""
+
+    return_statistics: bool
+
+
+_MODULE_OPTIONS = ModuleOptions.__annotations__.keys() - {"weight", "num_items"}
 
 
 class DistillationLoss(nn.Module):
@@ -686,7 +752,7 @@ class DistillationLoss(nn.Module):
         TypeError: an option is none.
     """
 
-    def __init__(self, **options):
+    def __init__(self, **options: Unpack[ModuleOptions]):
         super().__init__()
         unknown = options.keys() - _MODULE_OPTIONS
         if unknown:
@@ -738,7 +804,7 @@ def linear_distillation_loss(
     labels: Tensor | None = None,
     *,
     return_statistics: Literal[False] = False,
-    **options,
+    **options: Unpack[LinearOptions],
 ) -> Tensor: ...
 @overload
 def linear_distillation_loss(
@@ -749,7 +815,7 @@ def linear_distillation_loss(
     labels: Tensor | None = None,
     *,
     return_statistics: Literal[True],
-    **options,
+    **options: Unpack[LinearOptions],
 ) -> tuple[Tensor, RowStatistics]: ...
 def linear_distillation_loss(
     student_hidden: Tensor,

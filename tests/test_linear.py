@@ -2,15 +2,13 @@
 
 import functools
 import math
-import os
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from test_parallel import spawn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -529,10 +527,7 @@ def test_without_gradients():
 # ---- a vocabulary that processes share ----------------------------------------------------------
 
 
-def share_the_vocabulary(rank, world, port):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+def share_the_vocabulary(rank, world):
     classes = 20 * world
     own = slice(20 * rank, 20 * rank + 20)
     for form in ("bias", "logits", "bucket"):
@@ -552,14 +547,11 @@ def share_the_vocabulary(rank, world, port):
             got = results(linear_distillation_loss, (h, w[own], b[own]), **options)
             want = (loss, statistics, grad_hidden, grad_weight[own], grad_bias[own])
             assert_all_close(got, want, rtol=1e-10, atol=1e-13)
-    dist.destroy_process_group()
 
 
-def test_ranks_that_share_the_vocabulary():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(share_the_vocabulary, (2, port), nprocs=2)
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_that_share_the_vocabulary(world):
+    spawn(share_the_vocabulary, world)
 
 
 # ---- bad input ----------------------------------------------------------------------------------

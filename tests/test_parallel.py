@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kdkernels
 from kdkernels import (
     distillation_loss,
-    linear_distillation_loss,
     topk_distillation_loss,
     topk_teacher,
 )
@@ -139,34 +138,6 @@ def top_k(rank, world):
         want = results(topk_distillation_loss, z, **options)
         loss = functools.partial(topk_distillation_loss, process_group=dist.group.WORLD)
         check(results(loss, columns(z, rank, world), **options), want, rank, world)
-
-
-def linear_results(hidden, head, bias, teacher, teacher_head, **options):
-    inputs = [x.clone().requires_grad_() for x in (hidden, head, bias)]
-    loss = linear_distillation_loss(
-        *inputs[:2], teacher, teacher_head, student_bias=inputs[2], **options
-    )
-    grad_output = torch.arange(1.0, loss.numel() + 1, dtype=loss.dtype).reshape(loss.shape)
-    return loss.detach(), *torch.autograd.grad(loss, inputs, grad_output)
-
-
-def fused_linear(rank, world):
-    """Heads and biases in slices: hidden states get the sum of all slices' gradients."""
-    hidden, teacher = randn(ROWS, 5, seed=1), randn(ROWS, 7, seed=2)
-    head, bias = randn(CLASSES, 5, seed=3), randn(CLASSES, seed=4)
-    teacher_head = randn(CLASSES, 7, seed=5)
-    own_head, own_bias, own_teacher = (x.chunk(world)[rank] for x in (head, bias, teacher_head))
-    group = {"process_group": dist.group.WORLD, "memory_budget": 8 * CLASSES * 4}
-    for options in (
-        {"labels": True, "divergence": "js", "temperature": 2.0},
-        {"labels": True, "standardize": True, "soft_cap": 3.0, "teacher_soft_cap": 5.0},
-        {"reduction": "none", "divergence": "reverse_kl"},
-    ):
-        _, _, options = problem(options)
-        want = linear_results(hidden, head, bias, teacher, teacher_head, **options)
-        want = (*want[:2], *(x.chunk(world)[rank] for x in want[2:]))
-        got = linear_results(hidden, own_head, own_bias, teacher, own_teacher, **options, **group)
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
 
 
 def other_dtypes(rank, world):
@@ -317,24 +288,27 @@ CHECKS = [
 CHECKS += [distributed_tensors, compiled]
 
 
-def run(rank, world, port, names):
+def in_group(rank, world, port, function):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    for check in CHECKS:
-        if check.__name__ in names:
-            check(rank, world)
+    function(rank, world)
     dist.destroy_process_group()
 
 
-def spawn(function, world, *arguments):
-    """function(rank, world, port, ...) in `world` processes of one group."""
+def spawn(function, world):
+    """function(rank, world) in `world` processes of one group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(function, (world, port, *arguments), nprocs=world)
+    mp.spawn(in_group, (world, port, function), nprocs=world)
+
+
+def all_checks(rank, world):
+    for check in CHECKS:
+        check(rank, world)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_agree_with_one_process(world):
-    spawn(run, world, [check.__name__ for check in CHECKS])
+    spawn(all_checks, world)
