@@ -498,6 +498,15 @@ def our_costs(op, case_of, each_once, full, some=None):
     return costs
 
 
+def divergences(size):
+    """(op, options, V, entries of a top-k teacher, minimal bytes an element) of other losses."""
+    for divergence in ("reverse_kl", "js"):
+        yield f"divergence {divergence}", {"divergence": divergence}, 32000, 0, 3 * size
+    top_k = {"divergence": "forward_kl", "tail": "renormalize", "entries": 64}
+    # It writes a gradient, and reads little.
+    yield "top-64 forward_kl, renormalized", top_k, 128256, 64, size
+
+
 def count_ours(dtype, classes, wanted):
     """(op, size, costs, elements, minimal bytes an element) of our kernels."""
     import launchers
@@ -516,6 +525,17 @@ def count_ours(dtype, classes, wanted):
             each_once = rows * (3 * v * size + 8 * (alpha is not None))
             costs = our_costs(ops["distillation"], case, each_once, rows, some)
             yield title, f"V = {v}", costs, rows * v, 3 * size
+    for title, of, v, entries, minimum in divergences(size):
+        if not wanted(title):
+            continue
+
+        def case(rows, v=v, of=of):
+            return launchers.Divergence(name, rows, v, TEMPERATURE, **of)
+
+        rows = max(512, ELEMENTS_OF_OURS // v)
+        each_once = rows * v * minimum + rows * entries * 12
+        costs = our_costs(ops["divergence"], case, each_once, rows, 4)
+        yield title, f"V = {v}", costs, rows * v, minimum
     for title, sizes in LISTS.items() if wanted("noise") else ():
 
         def case(n, sizes=sizes):

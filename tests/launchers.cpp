@@ -160,6 +160,7 @@ PYBIND11_MODULE(launchers, m) {
     check(cuda::divergence(p, reinterpret_cast<cudaStream_t>(stream)));
   });
   m.def("divergence_workspace", cuda::divergence_workspace);
+  m.attr("divergence_static") = cuda::kDivergenceStatic;
   m.attr("row_state") = math::kRowState;
   m.attr("statistics") = math::kStatistics;
   m.def("scale_rows", [](const ScaleParams& p, uintptr_t stream) {

@@ -340,6 +340,14 @@ extern "C" void distillation(long classes, int size, bool own, int arch, int sha
   out[2] = p.shared;
   out[3] = kBusyThreads;
 }
+extern "C" void divergence(long classes, long entries, int size, bool cooked, int sides, int arch,
+                           int shared_per_block, int shared_per_sm, int* out) {
+  Device device = {arch, 100, shared_per_block, shared_per_sm};
+  DivergencePlan p = plan_divergence(classes, entries, size, cooked, sides, device);
+  out[0] = p.threads;
+  out[1] = p.shared;
+  out[2] = kDivergenceStatic;
+}
 """
 
 OCCUPANCY = """
@@ -420,6 +428,36 @@ def plans(tmp_path_factory):
                 found.setdefault((arch, size, out[0]), set()).add((out[1], out[2]))
                 found["busy"] = out[3]
     return found
+
+
+@pytest.mark.parametrize(
+    "kernels", [ROOT / "csrc/cuda/divergence.cu"], ids=["divergence.cu"], indirect=True
+)
+def test_a_divergence_has_room_for_its_kernel(kernels, tmp_path):
+    """A block of any plan starts, with the static shared memory that the plan leaves room for."""
+    plan = library(PLAN, tmp_path, ROOT / "csrc").divergence
+    for kernel in kernels:
+        sm, size = (
+            MULTIPROCESSORS[kernel.arch],
+            SIZES[re.search(r"<(\w+)", demangled(kernel.name))[1]],
+        )
+        for classes, cooked, (entries, sides) in itertools.product(
+            CLASSES, (False, True), ((0, 2), (0, 1), (1, 0), (64, 1), (1024, 0), (1024, 1))
+        ):
+            out = (ctypes.c_int * 3)()
+            plan(
+                *(ctypes.c_long(classes), ctypes.c_long(entries), size, ctypes.c_bool(cooked)),
+                *(sides, int(kernel.arch.rstrip("a")), sm.shared - sm.reserved, sm.shared, out),
+            )
+            threads, shared, static = out
+            assert kernel.shared <= static, str(kernel)
+            blocks = blocks_per_sm(kernel.arch, threads, kernel.registers, shared + kernel.shared)
+            assert threads <= kernel.threads and blocks >= 1, (
+                str(kernel),
+                classes,
+                threads,
+                shared,
+            )
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,34 @@ def test_blocks_overlap(table, arch, classes, size):
     assert 3 * (p.shared + 3072) <= device(table, arch).shared_per_sm
 
 
+@pytest.mark.parametrize(("arch", "size", "cooked"), KINDS)
+def test_every_row_of_a_divergence_has_a_place(table, arch, size, cooked):
+    """A block of its launch fits the device, and holds the row or chunks of it."""
+    d = device(table, arch)
+    acc = max(size, 4)
+    for classes in SIZES:
+        for entries, sides in ((0, 2), (0, 1), (1, 0), (64, 1), (1024, 0), (1024, 1)):
+            p = table.plan_divergence(classes, entries, size, cooked, sides, d)
+            assert p.threads in (32, 64, 128, 256, 512)[: 4 if size == 8 else 5]
+            assert p.shared + table.divergence_static + 1024 <= d.shared_per_block
+            a_class = (sides * acc + size if cooked else sides * size) if sides else 0
+            assert p.shared >= p.capacity * a_class + entries * (2 * acc + 8)
+            assert p.capacity * size % 16 == 0
+            if sides == 0:
+                assert p.capacity == 0
+            elif p.capacity < classes:
+                assert p.capacity * a_class <= 24 * 1024 < classes * a_class
+                blocks = d.shared_per_sm // (p.shared + table.divergence_static + 1024)
+                assert blocks >= 3 or arch == 75 or entries > 64
+            else:
+                assert p.capacity < classes + 16
+
+
+@pytest.mark.parametrize(("classes", "threads"), [(10, 32), (1000, 32), (32000, 512)])
+def test_short_rows_of_a_divergence_have_a_warp(table, classes, threads):
+    assert table.plan_divergence(classes, 0, 2, False, 2, device(table, 90)).threads == threads
+
+
 @pytest.mark.parametrize("arch", ptx.DEVICES)
 @pytest.mark.parametrize("steps", [0, 1, 131, 5000, 10**6, 2**31, 2**33])
 def test_noise_covers_every_step(table, arch, steps):

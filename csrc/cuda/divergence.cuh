@@ -146,7 +146,9 @@ __device__ __forceinline__ void fill(T* to, int64_t n, Real value) {
   Vector<T> x;
 #pragma unroll
   for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j) narrow(value, x.value[j]);
-  each_vector<T>(phase_of(to), n, [&](int64_t i) { *reinterpret_cast<Vector<T>*>(to + i) = x; },
+  uint4 bits;  // as one store
+  memcpy(&bits, &x, sizeof bits);
+  each_vector<T>(phase_of(to), n, [&](int64_t i) { *reinterpret_cast<uint4*>(to + i) = bits; },
                  [&](int64_t i) { to[i] = x.value[0]; });
 }
 
@@ -496,9 +498,9 @@ struct RowWalk {
     });
   }
 
-  // Of a divergence: terms, or gradients in place of the logits.
-  template <class Policy>
-  __device__ __forceinline__ void divergence(bool gradient, Real (&acc)[kTotals]) const {
+  // Of a divergence: terms, or gradients in place of the logits; with the teacher's or without.
+  template <class Policy, bool kGradients, bool kTeacher>
+  __device__ __forceinline__ void divergence(Real (&acc)[kTotals]) const {
     const math::ElementNorm<Real> norm = shared.norm;
     const math::ElementGradient<Real>& g = shared.gradient;
     const int label_at = label_place();
@@ -507,15 +509,14 @@ struct RowWalk {
       const Real u = lane.get(lane.u, i), t = lane.get(lane.t, i);
       const math::Element<Real> x = math::ElementNorm<Real>::element(norm, u, t);
       const math::ClassShare<Real> share = Policy::share(x, task.beta, task.second);
-      if (gradient) {
+      if constexpr (kGradients) {
         put_student(i, u, math::fma(g.of_a, share.a, g.of_q * x.q), label_at);
-        if (p.teacher_gradient != nullptr)
-          put_teacher(i, t, math::fma(g.of_b, share.b, g.of_p * x.p));
+        if (kTeacher) put_teacher(i, t, math::fma(g.of_b, share.b, g.of_p * x.p));
         return;
       }
       acc[0] += share.f;
       acc[1] += share.a;
-      acc[2] += share.b;
+      if (kTeacher) acc[2] += share.b;
       if (entropies) {
         acc[3] += math::times(x.q, x.log_q);
         acc[4] += math::times(x.p, x.log_p);
@@ -527,8 +528,10 @@ struct RowWalk {
         const Real zt = t == -Real(INFINITY) ? Real(0) : (t - shared.mean_t) * shared.inv_std_t;
         acc[7] += math::times(share.a, z);
         acc[8] += math::times(x.q, z);
-        acc[9] += math::times(share.b, zt);
-        acc[10] += math::times(x.p, zt);
+        if (kTeacher) {
+          acc[9] += math::times(share.b, zt);
+          acc[10] += math::times(x.p, zt);
+        }
       }
     });
   }
@@ -541,7 +544,7 @@ struct RowWalk {
     const math::ElementGradient<Real>& g = shared.gradient;
     Real y = math::ElementGradient<Real>::student(g, task.row.cross_entropy, u, soft);
     if (lane.entries ? column(i) == label : i == label_at) y -= g.at_label;
-    lane.put(lane.u, i, Transform::back(task.student, u, y));
+    lane.put(lane.u, i, task.cooked ? Transform::back(task.student, u, y) : y);
   }
   __device__ __forceinline__ void put_teacher(int i, Real t, Real soft) const {
     Real y = math::ElementGradient<Real>::teacher(shared.gradient, t, soft);
@@ -709,7 +712,14 @@ struct RowWalk {
         if (stage == kRefine) add_excess(acc);
         if (stage >= kTerms && compared && (stage == kTerms || p.alpha > 0)) {
           math::with_policy(p.divergence, [&](auto policy) {
-            divergence<decltype(policy)>(stage == kGradient, acc);
+            using Policy = decltype(policy);
+            if (p.teacher_gradient == nullptr) {
+              stage == kTerms ? divergence<Policy, false, false>(acc)
+                              : divergence<Policy, true, false>(acc);
+            } else {
+              stage == kTerms ? divergence<Policy, false, true>(acc)
+                              : divergence<Policy, true, true>(acc);
+            }
           });
         } else if (stage == kGradient) {
           other_gradients();

@@ -135,7 +135,7 @@ inline DistillationPlan plan_distillation(int64_t classes, int element_size, boo
 // A row has one block, which goes over it once a pass of math/row.h. What the passes read waits in shared
 // memory: the logits as they are, or `cooked`, which means transformed, of the compute type, with one more row
 // to bring them in. A row that fits is read from global memory once; of a longer one each pass brings in one
-// chunk after the other, of 32 KB so that 3 blocks fit the SMs of every device and one's loads hide behind the
+// chunk after the other, of 24 KB so that 3 blocks fit the SMs of every device and one's loads hide behind the
 // others' arithmetic, mostly from L2.
 // Threads: the fewest that make kDivergenceBusy an SM, whose long chains of dependent instructions want many
 // warps; with at least kDivergenceWork classes each, because each adds to the reductions, one a pass. A short row
@@ -143,7 +143,7 @@ inline DistillationPlan plan_distillation(int64_t classes, int element_size, boo
 constexpr int kDivergenceBusy = 1024, kDivergenceWork = 16;
 // With a register each of 65536 for 128 of them; fp64 needs up to 255.
 constexpr int divergence_threads(int element_size) { return element_size == 8 ? 256 : 512; }
-constexpr int kChunkBytes = 32 * 1024;
+constexpr int kChunkBytes = 24 * 1024;
 constexpr int kDivergenceStatic = 3072;  // bytes of static shared memory, at most
 constexpr int64_t kMarkedBlocks = 1024;  // of a launch over marked rows only
 

@@ -106,7 +106,15 @@ static_assert(kTileThreads == kWarpThreads);
 
 // Blocks an SM that registers must allow.
 constexpr int kWarpBlocks = 4;
-constexpr int tile_blocks(int element_size) { return element_size == 8 ? 3 : 4; }
+constexpr int tile_blocks(int element_size) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return element_size == 8
+             ? 2
+             : 4;  // of sm_120 shared memory holds no more; on sm_100 a third would spill
+#else
+  return element_size == 8 ? 3 : 4;
+#endif
+}
 
 // tile. A block copies a run of whole rows to shared memory as one flat image: global accesses are 16 bytes
 // whatever the rows' own alignment, and a row's few lanes find its elements anywhere. The gradient goes back
@@ -186,7 +194,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
       const bool live = in_tile < rows;
       Row<Real> row = {-1, Real(0), true, false};
       if (live) row = read_row<Real>(p, first + in_tile);
-      const int mine = live ? lane_elements : 0;
+      int mine = live ? lane_elements : 0;
       auto valid = [&](int k) { return k < mine; };
       // Less than twice `classes`, so that of it and of what remains after one turn the lesser is right.
       auto column = [&](int k) {
@@ -202,7 +210,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
           t[k] = widen(t_image[start + column(k)]);
         }
       });
-      const bool labelled = task.hard != CrossEntropy::kNone && !row.skipped();
+      bool labelled = task.hard != CrossEntropy::kNone && !row.skipped();
       const int label = labelled ? static_cast<int>(row.label) : 0;
       Real label_z = labelled ? widen(z_image[start + label]) : Real(0);
       const Solved<Real> result = solve<Policy, kChunks, kChunk, 0>(
@@ -210,6 +218,10 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
       const bool near = row.near(result);
       if (live && lane == 0) total += row.emit(p, task, first + in_tile, result.loss, near);
       if (!want_gradient) continue;
+      if (near) {  // the image keeps the logits, which in place stay where they are
+        mine = 0;
+        labelled = false;
+      }
       // The label's element, once more and with its share: no lane looks for it among its own.
       T at_label;
       if (labelled) {
@@ -227,13 +239,11 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
 #pragma unroll
         for (int k = 0; k < kTileLaneElements; ++k) z[k] = 0;
       }
-      // Of a near row the image keeps the logits, which in place stay where they are.
-      const int out = near ? 0 : mine;
       each([&](int k) {
-        if (k < out) narrow(z[k], z_image[start + column(k)]);
+        if (valid(k)) narrow(z[k], z_image[start + column(k)]);
       });
       __syncwarp();
-      if (labelled && lane == 0 && !near) z_image[start + label] = at_label;
+      if (labelled && lane == 0) z_image[start + label] = at_label;
     }
     __syncthreads();
 
