@@ -119,16 +119,22 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, 
   Tensor into = out;
   if (out.scalar_type() == a.scalar_type()) {
     at::addmm_out(into, into, a, b, beta, alpha);
-  } else if (out.is_cuda()) {
-    at::addmm_out(into, into, a, b, out.scalar_type(), beta, alpha);
   } else {
-    Tensor part = at::empty({std::min(kPart, out.size(0)), out.size(1)}, a.options());
-    for (int64_t r = 0; r < out.size(0); r += kPart) {
-      int64_t n = std::min(kPart, out.size(0) - r);
-      Tensor product = part.narrow(0, 0, n), rows = out.narrow(0, r, n);
-      at::mm_out(product, a.narrow(0, r, n), b);
+    // CUDA sums in fp32 and rounds nothing; addmm with such an output is refused by some versions of torch.
+    bool cuda = out.is_cuda();
+    int64_t most = std::min(cuda ? 16 * kPart : kPart, out.size(0));
+    Tensor part = at::empty({most, out.size(1)}, cuda ? out.options() : a.options());
+    for (int64_t r = 0; r < out.size(0); r += most) {
+      int64_t n = std::min(most, out.size(0) - r);
+      Tensor product = part.narrow(0, 0, n), rows = out.narrow(0, r, n), of_a = a.narrow(0, r, n);
       if (beta == 0) rows.zero_();
-      add(rows, product, static_cast<float>(alpha));
+      if (cuda) {
+        at::mm_out(product, of_a, b, out.scalar_type());
+        rows.add_(product, alpha);
+      } else {
+        at::mm_out(product, of_a, b);
+        add(rows, product, static_cast<float>(alpha));
+      }
     }
   }
 }
