@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(divergence_threads(sizeof(T)), 1)
   // Loops may read ahead what a later pass writes.
   for (int i = thread; i < static_cast<int>(sizeof shared / sizeof(int)); i += blockDim.x)
     reinterpret_cast<int*>(&shared)[i] = 0;
+  __syncthreads();
   const int stages = p.state != nullptr ? p.stages : kAllStages;
   double* fields = reinterpret_cast<double*>(&shared.state);
 
