@@ -414,43 +414,70 @@ def _plain(backend: str, process_group: ProcessGroup | None, teachers: Sequence[
     return plain
 
 
+# The numbers and names that the ops take, in their order: what each is unless given, and its kind.
+_OPTIONS = {
+    "temperature": (1.0, NUMBER),
+    "alpha": (None, OPTIONAL_NUMBER),
+    "divergence": ("forward_kl", STRING),
+    "divergence_alpha": (None, OPTIONAL_NUMBER),
+    "beta": (None, OPTIONAL_NUMBER),
+    "tail": ("none", STRING),
+    "teacher_kind": ("logits", STRING),
+    "teacher_weights": ([], NUMBERS),
+    "teacher_mixture": ("probs", STRING),
+    "standardize": (False, BOOL),
+    "logit_scale": (1.0, NUMBER),
+    "soft_cap": (None, OPTIONAL_NUMBER),
+    "teacher_logit_scale": (1.0, NUMBER),
+    "teacher_soft_cap": (None, OPTIONAL_NUMBER),
+    "label_smoothing": (0.0, NUMBER),
+    "ignore_index": (-100, INT),
+    "num_items": (None, OPTIONAL_NUMBER),
+    "reduction": ("mean", STRING),
+}
+_DEFAULTS = {name: default for name, (default, _) in _OPTIONS.items()}
+
+
+def _explained(options: dict) -> dict[str, tuple[object, str]]:
+    """What ``explain`` wants to know of options."""
+    return {name: (value, _OPTIONS[name][1]) for name, value in options.items()}
+
+
+def _numbers(options: dict) -> tuple[dict, Tensor | None]:
+    """All options in the ops' order, and what the sum is divided by, where that is a tensor."""
+    options = _DEFAULTS | options
+    if options["teacher_weights"] is None:
+        options["teacher_weights"] = []
+    num_items = options["num_items"]
+    if not isinstance(num_items, Tensor):
+        return options, None
+    if options["reduction"] != "mean":
+        raise ValueError(f'num_items goes with reduction="mean" only, not "{options["reduction"]}"')
+    return options | {"num_items": None, "reduction": "sum"}, num_items
+
+
+def _returned(loss: Tensor, statistics: Tensor, total: Tensor | None, return_statistics: bool):
+    if total is not None:
+        loss = loss / total
+    return (loss, RowStatistics(*statistics.unbind())) if return_statistics else loss
+
+
 def _loss(
     student_logits: Tensor,
     teachers: list[Tensor],
     labels: Tensor | None,
     *,
-    temperature: float,
-    alpha: float | None,
-    divergence: str,
-    divergence_alpha: float | None = None,
-    beta: float | None,
-    indices: Tensor | None = None,
-    tail: str = "none",
-    teacher_kind: str,
-    teacher_logsumexp: Tensor | None = None,
-    teacher_weights: Sequence[float] | None = None,
-    teacher_mixture: str = "probs",
-    standardize: bool = False,
-    logit_scale: float,
-    soft_cap: float | None,
-    teacher_logit_scale: float = 1.0,
-    teacher_soft_cap: float | None = None,
-    label_smoothing: float,
-    ignore_index: int,
     weight: Tensor | None,
-    num_items: float | Tensor | None,
-    reduction: str,
+    indices: Tensor | None = None,
+    teacher_logsumexp: Tensor | None = None,
     inplace: bool,
     sparse_gradient: bool = False,
     return_statistics: bool,
     process_group: ProcessGroup | None,
+    **options,
 ) -> Tensor | tuple[Tensor, RowStatistics]:
     """The kernels' loss, of a dense or a top-k teacher."""
-    total = None
-    if isinstance(num_items, Tensor):
-        if reduction != "mean":
-            raise ValueError(f'num_items goes with reduction="mean" only, not "{reduction}"')
-        total, num_items, reduction = num_items, None, "sum"
+    options, total = _numbers(options)
     group, first_class, classes = "", 0, 0
     if process_group is not None or type(student_logits) is not Tensor:
         student_logits, teachers, group, first_class, classes = vocabulary_shard(
@@ -469,24 +496,7 @@ def _loss(
             indices,
             teacher_logsumexp,
             weight,
-            temperature,
-            alpha,
-            divergence,
-            divergence_alpha,
-            beta,
-            tail,
-            teacher_kind,
-            [] if teacher_weights is None else teacher_weights,
-            teacher_mixture,
-            standardize,
-            logit_scale,
-            soft_cap,
-            teacher_logit_scale,
-            teacher_soft_cap,
-            label_smoothing,
-            ignore_index,
-            num_items,
-            reduction,
+            *options.values(),
             inplace,
             sparse_gradient,
             return_statistics,
@@ -502,31 +512,12 @@ def _loss(
             labels=(labels, OPTIONAL_TENSOR),
             teacher_logsumexp=(teacher_logsumexp, OPTIONAL_TENSOR),
             weight=(weight, OPTIONAL_TENSOR),
-            temperature=(temperature, NUMBER),
-            alpha=(alpha, OPTIONAL_NUMBER),
-            divergence=(divergence, STRING),
-            divergence_alpha=(divergence_alpha, OPTIONAL_NUMBER),
-            beta=(beta, OPTIONAL_NUMBER),
-            tail=(tail, STRING),
-            teacher_kind=(teacher_kind, STRING),
-            teacher_weights=([] if teacher_weights is None else teacher_weights, NUMBERS),
-            teacher_mixture=(teacher_mixture, STRING),
-            standardize=(standardize, BOOL),
-            logit_scale=(logit_scale, NUMBER),
-            soft_cap=(soft_cap, OPTIONAL_NUMBER),
-            teacher_logit_scale=(teacher_logit_scale, NUMBER),
-            teacher_soft_cap=(teacher_soft_cap, OPTIONAL_NUMBER),
-            label_smoothing=(label_smoothing, NUMBER),
-            ignore_index=(ignore_index, INT),
-            num_items=(num_items, OPTIONAL_NUMBER),
-            reduction=(reduction, STRING),
+            **_explained(options),
             inplace=(inplace, BOOL),
             sparse_gradient=(sparse_gradient, BOOL),
             return_statistics=(return_statistics, BOOL),
         ) from None
-    if total is not None:
-        loss = loss / total
-    return (loss, RowStatistics(*statistics.unbind())) if return_statistics else loss
+    return _returned(loss, statistics, total, return_statistics)
 
 
 def _teacher_arguments(teachers: list, indices: Tensor | None) -> dict[str, tuple[object, str]]:
@@ -973,12 +964,7 @@ def linear_distillation_loss(
         raise ValueError("teacher_weights goes with several teachers only")
     # Of one more dimension: along the first.
     teachers = list(teachers) if several else [teachers]
-    options["tail"] = tail if form == "values" else "none"
-    options["teacher_weights"] = [] if teacher_weights is None else teacher_weights
-    if isinstance(num_items, Tensor):
-        if reduction != "mean":
-            raise ValueError(f'num_items goes with reduction="mean" only, not "{reduction}"')
-        options |= {"num_items": None, "reduction": "sum"}
+    options, total = _numbers(options | {"tail": tail if form == "values" else "none"})
     group = ("", 0, 0)
     if process_group is not None:
         own = student_weight.shape[0]
@@ -1000,42 +986,20 @@ def linear_distillation_loss(
         )
     except TypeError as error:
         odd = [t for t in teachers if not isinstance(t, Tensor)]
-        kinds = dict.fromkeys(student | tensors, OPTIONAL_TENSOR) | _OPTION_KINDS
+        kinds = dict.fromkeys(student | tensors, OPTIONAL_TENSOR)
         kinds |= {"student_hidden": TENSOR, "student_weight": TENSOR}
-        given = student | tensors | options
         raise explain(
             error,
-            **{name: (value, kinds[name]) for name, value in given.items()},
+            **{name: (value, kinds[name]) for name, value in (student | tensors).items()},
             **{f"teacher_{form}": ((odd or teachers or [None])[0], TENSOR)},
+            **_explained(options),
             return_statistics=(return_statistics, BOOL),
             memory_budget=(1 if memory_budget is None else memory_budget, INT),
         ) from None
-    if isinstance(num_items, Tensor):
-        loss = loss / num_items
-    return (loss, RowStatistics(*statistics.unbind())) if return_statistics else loss
+    return _returned(loss, statistics, total, return_statistics)
 
 
 _OF_DENSE_TEACHERS = (
     *("divergence_alpha", "teacher_weights", "teacher_mixture", "standardize"),
     *("teacher_logit_scale", "teacher_soft_cap"),
 )
-_OPTION_KINDS = {
-    "temperature": NUMBER,
-    "alpha": OPTIONAL_NUMBER,
-    "divergence": STRING,
-    "divergence_alpha": OPTIONAL_NUMBER,
-    "beta": OPTIONAL_NUMBER,
-    "tail": STRING,
-    "teacher_kind": STRING,
-    "teacher_weights": NUMBERS,
-    "teacher_mixture": STRING,
-    "standardize": BOOL,
-    "logit_scale": NUMBER,
-    "soft_cap": OPTIONAL_NUMBER,
-    "teacher_logit_scale": NUMBER,
-    "teacher_soft_cap": OPTIONAL_NUMBER,
-    "label_smoothing": NUMBER,
-    "ignore_index": INT,
-    "num_items": OPTIONAL_NUMBER,
-    "reduction": STRING,
-}
