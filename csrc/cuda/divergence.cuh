@@ -148,8 +148,9 @@ __device__ __forceinline__ void fill(T* to, int64_t n, Real value) {
   for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j) narrow(value, x.value[j]);
   uint4 bits;  // as one store
   memcpy(&bits, &x, sizeof bits);
-  each_vector<T>(phase_of(to), n, [&](int64_t i) { *reinterpret_cast<uint4*>(to + i) = bits; },
-                 [&](int64_t i) { to[i] = x.value[0]; });
+  each_vector<T>(phase_of(to), n, [&](int64_t i) {
+    __stwb(reinterpret_cast<uint4*>(to + i), bits);
+  }, [&](int64_t i) { to[i] = x.value[0]; });
 }
 
 // A lane's gradients, which stand in its image, to global memory.
