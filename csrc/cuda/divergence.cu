@@ -9,8 +9,9 @@ namespace cuda {
 namespace {
 
 // A block a row, which it goes over up to 5 times: moments, maxima, sums, terms, gradient. Bytes 1.00 times
-// the least where the row fits shared memory. 2 special functions an element in the sums and as many again
-// in the terms and in the gradient, where each element's share of the divergence is computed.
+// the least where the row fits shared memory (16 bits: V up to 57,000 on an H100), 3 times where it does not and
+// L2 does not hold it. 32,000 classes in 16 bits: 5 special functions and 230 instructions an element of reverse
+// KL, 7 and 340 of JS, so instructions bind. Registers leave 16 warps an SM, 8 in fp64.
 template <class T>
 __global__ void __launch_bounds__(divergence_threads(sizeof(T)), 1)
     divergence_kernel(const __grid_constant__ DivergenceParams p,
