@@ -265,7 +265,8 @@ KD_FN RowGradient finish(const RowTask& task, const RowState& x, const RowNorm& 
       y.of_tz = -along_t * norm.t.inv_std * norm.t.inv_count;
     }
   }
-  y.hard_max = __builtin_inf();  // without a hard loss its exponentials are 0, never 0 times infinity
+  y.hard_max =
+      __builtin_inf();  // without a hard loss its exponentials are 0, never 0 times infinity
   if (task.cross_entropy) {
     // Together with what is set aside, relative to the larger maximum.
     double aside = task.aside_label ? x.label_s : x.entry_max_s;
