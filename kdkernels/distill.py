@@ -159,7 +159,8 @@ def distillation_loss(
         student_logits: z, ``[*, V]``, fp32, fp64, bf16 or fp16, on CPU or CUDA; any strides. A
             DTensor sharded on its last dimension is taken as ``process_group`` says.
         teacher_logits: t, the shape, dtype and device of ``student_logits``. If it requires grad it
-            gets its gradient (mutual learning, arXiv 1706.00384). Up to 8 teachers: a list, or one
+            gets its gradient (mutual learning, arXiv 1706.00384), of probabilities the derivative
+            in them, 0 where one is 0. Up to 8 teachers: a list, or one
             more leading dimension, ``[M, *, V]``; mixed in the same pass, or by plain PyTorch where
             one of them requires grad.
         labels: ``[*]``, int64 classes in [0, V) or ``ignore_index``. A row that is ignored has loss
@@ -212,7 +213,9 @@ def distillation_loss(
         left out and have no gradient.
 
     D is never negative, 0 where student and teacher are equal, and accurate to 1e-4 of itself down
-    to 1e-8 in fp32: the fused kernels add up terms that are not negative.
+    to 1e-8 in fp32: the fused kernels add up terms that are not negative. (Several teachers'
+    mixture has logarithms accurate to 1e-6; "total_variation" and "alpha_beta" of a shared
+    vocabulary are accurate to 1e-7 of all probability rather than of D.)
 
     Non-finite logits: -inf is a class without probability (0 where both sides exclude it). A row
     with NaN, +inf, or only -inf gives NaN for its loss and gradient and leaves other rows alone.
