@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional as F
 
 import kdkernels
+from bench.plain import plain_loss
 
 OURS = "kdkernels"
 MODES = ("cold", "warm", "loop")
@@ -216,21 +217,15 @@ def imported(name, device):
         return None, f"does not import ({(str(error).splitlines() or [''])[0]})"
 
 
-def plain_loss(z, t, labels, temperature, alpha):
-    """What people write."""
-    loss = temperature**2 * F.kl_div(
-        F.log_softmax(z / temperature, -1), F.softmax(t / temperature, -1), reduction="batchmean"
-    )
-    if labels is not None:
-        loss = alpha * loss + (1 - alpha) * F.cross_entropy(z, labels)
-    return loss
-
-
-def liger_loss(liger, z, t, labels, temperature, alpha):
-    """Liger's divergence takes (log-)probabilities; its cross-entropy overwrites z."""
-    loss = temperature**2 * liger.LigerKLDIVLoss(reduction="batchmean")(
-        F.log_softmax(z / temperature, -1), F.softmax(t / temperature, -1)
-    )
+def liger_loss(liger, z, t, labels, temperature, alpha, divergence="forward_kl"):
+    """Liger's divergences take (log-)probabilities; its cross-entropy overwrites z."""
+    log_q = F.log_softmax(z / temperature, -1)
+    if divergence == "forward_kl":
+        kl = liger.LigerKLDIVLoss(reduction="batchmean")
+        loss = temperature**2 * kl(log_q, F.softmax(t / temperature, -1))
+    else:
+        jsd = liger.LigerJSD(beta={"js": 0.5, "reverse_kl": 1.0}[divergence])
+        loss = temperature**2 * jsd(log_q, F.log_softmax(t / temperature, -1))
     if labels is not None:
         loss = alpha * loss + (1 - alpha) * liger.LigerCrossEntropyLoss()(z, labels)
     return loss
@@ -246,12 +241,12 @@ def quack_loss(quack, z, t, labels, temperature, alpha):
     return loss
 
 
-def fused_loss(z, t, labels, temperature, alpha, inplace=False):
+def fused_loss(z, t, labels, temperature, alpha, divergence="forward_kl", inplace=False):
     """Ours."""
-    options = {} if labels is None else {"alpha": alpha}
-    return kdkernels.distillation_loss(
-        z, t, labels, temperature=temperature, inplace=inplace, **options
-    )
+    options = {"temperature": temperature, "divergence": divergence, "inplace": inplace}
+    if labels is not None:
+        options["alpha"] = alpha
+    return kdkernels.distillation_loss(z, t, labels, **options)
 
 
 def with_gradient(loss, logits):
@@ -275,7 +270,7 @@ def fp64_loss(z, t, labels, rows=256, **options):
     return total, first
 
 
-def distillation(case, elements, rows, classes, dtype, hard):
+def distillation(case, elements, rows, classes, dtype, hard, divergence="forward_kl"):
     """Loss and gradient of the logits."""
     device = case.device
     rows = max(1, min(rows, (elements or rows * classes) // classes))
@@ -284,6 +279,8 @@ def distillation(case, elements, rows, classes, dtype, hard):
     z, t = (torch.randn(rows, classes, **kind).mul_(3) for _ in range(2))
     labels = torch.randint(classes, (rows,), device=device, generator=g) if hard else None
     options = {"temperature": 3.0 if hard else 2.0, "alpha": 0.5}
+    if divergence != "forward_kl":
+        options["divergence"] = divergence
     case.bytes = 3 * z.nbytes
 
     losses = {
@@ -297,6 +294,8 @@ def distillation(case, elements, rows, classes, dtype, hard):
         ("QuACK", "quack", quack_loss),
     ):
         found, reason = imported(module, device)
+        if found and name == "QuACK" and divergence != "forward_kl":
+            found, reason = None, "has no such divergence"
         if found:
             losses[name] = functools.partial(loss, found)
         else:
@@ -324,6 +323,90 @@ def distillation(case, elements, rows, classes, dtype, hard):
     source = torch.zeros(3 * z.numel() // 2, dtype=dtype, device=device)
     target = torch.empty_like(source)
     case.add("copy", lambda: target.copy_(source))
+
+
+def topk(case, elements, rows, classes, dtype, k):
+    """Loss and gradient of a teacher's k largest classes, renormalised."""
+    rows = max(1, min(rows, (elements or rows * classes) // classes))
+    k = min(k, classes)
+    g = torch.Generator(case.device).manual_seed(0)
+    kind = {"device": case.device, "dtype": dtype, "generator": g}
+    leaf, t = (torch.randn(rows, classes, **kind).mul_(3) for _ in range(2))
+    leaf.requires_grad_()
+    top = kdkernels.topk_teacher(t, k)
+    indices = top.indices.long()
+    case.bytes = leaf.nbytes  # the gradient's zeros
+
+    def plain(logits):
+        log_q = logits.gather(-1, indices).log_softmax(-1)
+        return F.kl_div(log_q, top.values.log_softmax(-1), reduction="batchmean", log_target=True)
+
+    def fused(logits, **options):
+        return kdkernels.topk_distillation_loss(logits, top.values, top.indices, **options)
+
+    exact = leaf.detach().double().gather(-1, indices).log_softmax(-1)
+    p = top.values.double().log_softmax(-1)
+    want = F.kl_div(exact, p, reduction="batchmean", log_target=True).item()
+    losses = {
+        OURS: fused,
+        f"{OURS} sparse": functools.partial(fused, sparse_gradient=True),
+        "eager": plain,
+        "torch.compile": torch.compile(plain, dynamic=False),
+    }
+    for name, loss in losses.items():
+
+        def call(loss=loss):
+            return with_gradient(loss, leaf)
+
+        def error(call=call):
+            return abs(call()[0].item() - want) / want
+
+        case.add(name, call, error, 1e-4 if dtype == torch.float32 else 3e-2)
+    target = torch.empty_like(t)
+    case.add("copy", lambda: target.copy_(t))
+
+
+def linear(case, elements, rows, classes, width, dtype):
+    """Loss and gradients of a linear head; "copy" is its four matrix products."""
+    rows = max(1, min(rows, (elements or rows * classes) // classes))
+    g = torch.Generator(case.device).manual_seed(0)
+    kind = {"device": case.device, "dtype": dtype, "generator": g}
+    hidden, teacher = (torch.randn(rows, width, **kind) for _ in range(2))
+    head, teacher_head = (torch.randn(classes, width, **kind) * width**-0.5 for _ in range(2))
+    leaves = [hidden.requires_grad_(), head.requires_grad_()]
+    case.bytes = 2 * head.nbytes
+
+    def plain():
+        with torch.no_grad():
+            t = F.linear(teacher, teacher_head)
+        return plain_loss(F.linear(*leaves), t, None, 2.0, None)
+
+    def fused():
+        return kdkernels.linear_distillation_loss(*leaves, teacher, teacher_head, temperature=2.0)
+
+    with torch.no_grad():
+        want = plain_loss(
+            F.linear(hidden.float(), head.float()),
+            F.linear(teacher.float(), teacher_head.float()),
+            *(None, 2.0, None),
+        ).item()
+    for name, loss in {OURS: fused, "eager": plain, "torch.compile": torch.compile(plain)}.items():
+
+        def call(loss=loss):
+            value = loss()
+            return value, *torch.autograd.grad(value, leaves)
+
+        def error(call=call):
+            return abs(call()[0].item() - want) / want
+
+        case.add(name, call, error, 1e-4 if dtype == torch.float32 else 3e-2)
+
+    def products():
+        with torch.no_grad():
+            z, _ = hidden @ head.T, teacher @ teacher_head.T
+            return z @ head, z.T @ hidden
+
+    case.add("copy", products)
 
 
 def add_noise(case, elements, sizes, dtype):
@@ -393,8 +476,6 @@ def short(dtype):
     return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
 
 
-RESNET18 = [(40, 256), (1, 9408), (4, 36864), (1, 73728), (3, 147456), (1, 294912), (3, 589824)]
-RESNET18 += [(1, 1179648), (3, 2359296), (1, 8192), (1, 32768), (1, 131072), (1, 512000), (1, 1000)]
 LOGITS = [
     (8192, 32000, torch.bfloat16),
     (8192, 32000, torch.float32),
@@ -412,20 +493,32 @@ RESNET18 += [(1, 1179648), (3, 2359296), (1, 8192), (1, 32768), (1, 131072), (1,
 RESNET18 = [size for count, size in RESNET18 for _ in range(count)]
 
 # A new op: a function that fills a Case, and a line a size here.
-CASES = {
-    f"distillation {rows} x {classes} {short(dtype)}{' labels' * hard}": (
-        *(distillation, rows, classes, dtype, hard),
-    )
-    for rows, classes, dtype in LOGITS
-    for hard in (False, True)
-} | {
-    "noise 67M fp32": (add_noise, [1 << 26], torch.float32),
-    "noise 67M bf16": (add_noise, [1 << 26], torch.bfloat16),
-    "noise 1k fp32": (add_noise, [1000], torch.float32),
-    "noise ResNet-18 fp32": (add_noise, RESNET18, torch.float32),
-    "regression 1 replica, 1000 steps": (regression, 1, 1000),
-    "regression 65536 replicas, 1000 steps": (regression, 65536, 1000),
-}
+CASES = (
+    {
+        f"distillation {rows} x {classes} {short(dtype)}{' labels' * hard}": (
+            *(distillation, rows, classes, dtype, hard),
+        )
+        for rows, classes, dtype in LOGITS
+        for hard in (False, True)
+    }
+    | {
+        f"{divergence} {rows} x {classes} {short(dtype)}": (
+            *(distillation, rows, classes, dtype, False, divergence),
+        )
+        for rows, classes, dtype in LOGITS[:6]
+        for divergence in ("reverse_kl", "js")
+    }
+    | {
+        "top 64, 2048 x 128256 bf16": (topk, 2048, 128256, torch.bfloat16, 64),
+        "linear 4096 x 128256, width 2048, bf16": (linear, 4096, 128256, 2048, torch.bfloat16),
+        "noise 67M fp32": (add_noise, [1 << 26], torch.float32),
+        "noise 67M bf16": (add_noise, [1 << 26], torch.bfloat16),
+        "noise 1k fp32": (add_noise, [1000], torch.float32),
+        "noise ResNet-18 fp32": (add_noise, RESNET18, torch.float32),
+        "regression 1 replica, 1000 steps": (regression, 1, 1000),
+        "regression 65536 replicas, 1000 steps": (regression, 65536, 1000),
+    }
+)
 
 
 # ---- the report ---------------------------------------------------------------------------------
