@@ -1,9 +1,7 @@
-"""linear_distillation_loss: numbers whatever the chunks, memory, place in PyTorch, bad input."""
+"""linear_distillation_loss: numbers whatever the chunks, place in PyTorch, bad input."""
 
 import functools
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -379,56 +377,6 @@ def test_no_second_derivative():
     loss = linear_distillation_loss(h, w, **teacher("hidden"), student_bias=b)
     with pytest.raises(ValueError, match="second derivative"):
         torch.autograd.grad(loss, h, create_graph=True)
-
-
-# ---- memory -------------------------------------------------------------------------------------
-
-PEAK = """
-import sys, torch
-from kdkernels import linear_distillation_loss
-torch.set_num_threads(2)
-rows, classes, width, budget = map(int, sys.argv[1:])
-h, th = torch.randn(rows, width, requires_grad=True), torch.randn(rows, width)
-w, tw = torch.randn(classes, width, requires_grad=True), torch.randn(classes, width)
-y = torch.arange(rows) % classes
-
-def status(field):
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith(field + ":")) << 10
-
-def step(rows, **options):
-    loss = linear_distillation_loss(h[:rows], w, th[:rows], tw, y[:rows], **options)
-    return torch.autograd.grad(loss, (h, w))
-
-step(8, memory_budget=1)  # whatever libraries keep from a first call on
-before = status("VmRSS")
-with open("/proc/self/clear_refs", "w") as f:
-    f.write("5")  # forget the peak
-gradients = step(rows, memory_budget=budget or None)
-print(status("VmHWM") - before - sum(x.nbytes for x in gradients))
-"""
-
-
-def peak(rows, classes, width, budget):
-    """Bytes that a call and its backward take beyond arguments and gradients."""
-    arguments = [str(x) for x in (rows, classes, width, budget)]
-    run = subprocess.run(
-        [sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=False
-    )
-    if "clear_refs" in run.stderr:
-        pytest.skip("this system keeps no peak of resident memory")
-    assert run.returncode == 0, run.stderr
-    return int(run.stdout)
-
-
-def test_memory_by_default():
-    rows, classes = 4096, 32768
-    assert peak(rows, classes, 64, 0) < 0.05 * 2 * rows * classes * 4
-
-
-def test_memory_budget():
-    rows, classes, budget = 1024, 32768, 16 << 20
-    assert peak(rows, classes, 64, budget) < budget + (8 << 20)
 
 
 # ---- inside PyTorch -----------------------------------------------------------------------------

@@ -1,0 +1,129 @@
+"""What losses and their gradients take of memory: the peak of a process's resident set."""
+
+import multiprocessing
+
+import pytest
+import torch
+
+from kdkernels import distillation_loss, linear_distillation_loss, topk_distillation_loss
+
+MB = 1 << 20
+ROWS, CLASSES = 512, 32768  # logits of 64 MB
+
+
+def status(field):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(field + ":")) << 10
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Each makes tensors of some rows, and returns a call that returns what it keeps.
+
+
+def dense(rows, inplace, teachers=1, **options):
+    leaf = randn(rows, CLASSES).requires_grad_()
+    t = [randn(rows, CLASSES, seed=k) for k in range(teachers)]
+    labels = torch.arange(rows)
+    logits = leaf * 1 if inplace else leaf
+
+    def step():
+        loss, _ = distillation_loss(
+            logits, t, labels, inplace=inplace, return_statistics=True, **options
+        )
+        gradient = torch.autograd.grad(loss, logits)
+        return () if inplace else gradient
+
+    return step
+
+
+def no_gradient(rows):
+    z, t = randn(rows, CLASSES), randn(rows, CLASSES, seed=1)
+    return lambda: (distillation_loss(z, t, divergence="js"),)
+
+
+def top_k(rows):
+    z, values = randn(rows, CLASSES).requires_grad_(), randn(rows, 64)
+    indices = torch.arange(64).expand(rows, 64).contiguous()
+
+    def step():
+        loss = topk_distillation_loss(z, values, indices, sparse_gradient=True)
+        torch.autograd.grad(loss, z)
+        return ()
+
+    return step
+
+
+def linear(rows, budget):
+    h, th = randn(rows, 64).requires_grad_(), randn(rows, 64, seed=1)
+    w, tw = randn(CLASSES, 64, seed=2).requires_grad_(), randn(CLASSES, 64, seed=3)
+    labels = torch.arange(rows) % CLASSES
+
+    def step():
+        loss = linear_distillation_loss(h, w, th, tw, labels, memory_budget=budget)
+        return torch.autograd.grad(loss, (h, w))
+
+    return step
+
+
+def measure(pipe, make, arguments, rows):
+    torch.set_num_threads(2)
+    make(2, **arguments)()  # whatever libraries keep from a first call on
+    step = make(rows, **arguments)
+    before = status("VmRSS")
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # forget the peak
+    except OSError:
+        pipe.send(None)
+        return
+    kept = step()
+    pipe.send(status("VmHWM") - before - sum(x.nbytes for x in kept))
+
+
+def peak(make, rows=ROWS, **arguments):
+    """Bytes that a call and its backward take beyond arguments and what they return."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=measure, args=(theirs, make, arguments, rows))
+    process.start()
+    theirs.close()
+    found = ours.recv()
+    process.join()
+    if found is None:
+        pytest.skip("this system keeps no peak of resident memory")
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"divergence": "js", "temperature": 2.0},
+        {"divergence": "decoupled", "standardize": True, "soft_cap": 5.0},
+        {"divergence": "reverse_kl", "teachers": 3},
+    ],
+)
+def test_dense(options):
+    """In place nothing of the logits' size, else the gradient alone; a row's buffers beside it."""
+    assert peak(dense, inplace=True, **options) < 4 * MB
+    assert peak(dense, inplace=False, **options) < 4 * MB
+
+
+def test_without_a_gradient():
+    assert peak(no_gradient) < 4 * MB
+
+
+def test_sparse_gradient_of_top_k():
+    assert peak(top_k) < 4 * MB
+
+
+def test_linear_by_default():
+    rows = 4096
+    assert peak(linear, rows, budget=None) < 0.05 * 2 * rows * CLASSES * 4
+
+
+def test_linear_with_a_budget():
+    assert peak(linear, 1024, budget=16 * MB) < 24 * MB
