@@ -234,12 +234,13 @@ def distillation_loss(
     teachers = list(teacher_logits) if several else [teacher_logits]
     if teacher_weights is not None and not several:
         raise ValueError("teacher_weights goes with several teachers only")
-    options = {
+    options = {  # all of _OPTIONS, in their order
         "temperature": temperature,
         "alpha": alpha,
         "divergence": divergence,
         "divergence_alpha": divergence_alpha,
         "beta": beta,
+        "tail": "none",
         "teacher_kind": teacher_kind,
         "teacher_weights": teacher_weights,
         "teacher_mixture": teacher_mixture,
@@ -250,16 +251,17 @@ def distillation_loss(
         "teacher_soft_cap": teacher_soft_cap,
         "label_smoothing": label_smoothing,
         "ignore_index": ignore_index,
-        "weight": weight,
         "num_items": num_items,
         "reduction": reduction,
     }
     # The kernels make the gradient of one teacher.
     if _plain(backend, process_group, teachers if several else ()):
+        del options["tail"]
         return reference.distillation_loss(
             student_logits,
             teachers if several else teacher_logits,
             labels,
+            weight=weight,
             **options,
             return_statistics=return_statistics,
         )
@@ -267,7 +269,8 @@ def distillation_loss(
         student_logits,
         teachers,
         labels,
-        **options,
+        options,
+        weight=weight,
         inplace=inplace,
         return_statistics=return_statistics,
         process_group=process_group,
@@ -374,21 +377,21 @@ def topk_distillation_loss(
         "beta": beta,
         "tail": tail,
         "teacher_kind": teacher_kind,
-        "teacher_logsumexp": teacher_logsumexp,
         "logit_scale": logit_scale,
         "soft_cap": soft_cap,
         "label_smoothing": label_smoothing,
         "ignore_index": ignore_index,
-        "weight": weight,
         "num_items": num_items,
         "reduction": reduction,
     }
+    tensors = {"weight": weight, "teacher_logsumexp": teacher_logsumexp}
     if _plain(backend, process_group, (teacher_values,)):
         return reference.topk_distillation_loss(
             student_logits,
             teacher_values,
             teacher_indices,
             labels,
+            **tensors,
             **options,
             return_statistics=return_statistics,
         )
@@ -396,8 +399,9 @@ def topk_distillation_loss(
         student_logits,
         [teacher_values],
         labels,
+        _DEFAULTS | options,
         indices=teacher_indices,
-        **options,
+        **tensors,
         inplace=inplace,
         sparse_gradient=sparse_gradient,
         return_statistics=return_statistics,
@@ -447,10 +451,9 @@ def _explained(options: dict) -> dict[str, tuple[object, str]]:
 
 
 def _numbers(options: dict) -> tuple[dict, Tensor | None]:
-    """All options in the ops' order, and what the sum is divided by, where that is a tensor."""
-    options = _DEFAULTS | options
+    """Options as the ops take them, and what the sum is divided by, where that is a tensor."""
     if options["teacher_weights"] is None:
-        options["teacher_weights"] = []
+        options["teacher_weights"] = ()
     num_items = options["num_items"]
     if not isinstance(num_items, Tensor):
         return options, None
@@ -469,6 +472,7 @@ def _loss(
     student_logits: Tensor,
     teachers: list[Tensor],
     labels: Tensor | None,
+    options: dict,
     *,
     weight: Tensor | None,
     indices: Tensor | None = None,
@@ -477,9 +481,8 @@ def _loss(
     sparse_gradient: bool = False,
     return_statistics: bool,
     process_group: ProcessGroup | None,
-    **options,
 ) -> Tensor | tuple[Tensor, RowStatistics]:
-    """The kernels' loss, of a dense or a top-k teacher."""
+    """The kernels' loss, of a dense or a top-k teacher; all of _OPTIONS."""
     options, total = _numbers(options)
     group, first_class, classes = "", 0, 0
     if process_group is not None or type(student_logits) is not Tensor:
@@ -967,7 +970,8 @@ def linear_distillation_loss(
         raise ValueError("teacher_weights goes with several teachers only")
     # Of one more dimension: along the first.
     teachers = list(teachers) if several else [teachers]
-    options, total = _numbers(options | {"tail": tail if form == "values" else "none"})
+    tails = {"tail": tail if form == "values" else "none"}
+    options, total = _numbers(_DEFAULTS | options | tails)
     group = ("", 0, 0)
     if process_group is not None:
         own = student_weight.shape[0]
