@@ -714,7 +714,8 @@ def main():
                 blocks = min(16, max(2, (1 << 18) // v))
                 try:
                     costs, *_ = count_loss(op, compile_it, call, rows_of(v), v, dtype, blocks)
-                except RuntimeError as error:  # an instruction that the emulator lacks
+                # An instruction that the emulator lacks; strides that Inductor pads on a GPU alone.
+                except (RuntimeError, AssertionError) as error:
                     missing.append(f"{op}, {dtype}, V = {v}, {who}: {str(error).splitlines()[0]}")
                     print(missing[-1], file=sys.stderr)
                     continue
