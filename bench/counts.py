@@ -732,7 +732,8 @@ def main():
     (options.out / "counts.json").write_text(
         json.dumps([dataclasses.asdict(r) for r in rows], indent=1)
     )
-    plot(rows, options.out / "counts.png")
+    if rows:
+        plot(rows, options.out / "counts.png")
 
 
 if __name__ == "__main__":
