@@ -228,10 +228,7 @@ def distillation_loss(
             a parameter does not belong to the divergence, or ``inplace`` is not possible.
         TypeError: a dtype is not supported or differs.
     """
-    several = isinstance(teacher_logits, (list, tuple))
-    if isinstance(teacher_logits, Tensor) and isinstance(student_logits, Tensor):
-        several = teacher_logits.dim() == student_logits.dim() + 1 > 1
-    teachers = list(teacher_logits) if several else [teacher_logits]
+    teachers, several = _listed(teacher_logits, student_logits)
     if teacher_weights is not None and not several:
         raise ValueError("teacher_weights goes with several teachers only")
     options = {  # all of _OPTIONS, in their order
@@ -445,6 +442,21 @@ _OPTIONS = {
 _DEFAULTS = {name: default for name, (default, _) in _OPTIONS.items()}
 
 
+def _ops():
+    """The registered ops for a tracer; the same as plain functions, which cost less, for others."""
+    return torch.ops.kdkernels if torch.compiler.is_compiling() else _C
+
+
+def _listed(teachers, leading: Tensor) -> tuple[list, bool]:
+    """Dense teachers as a list, and whether they may be several: a list, or one more dimension than
+    `leading`, the student's logits or hidden states, has.
+    """
+    several = isinstance(teachers, (list, tuple))
+    if isinstance(teachers, Tensor) and isinstance(leading, Tensor):
+        several = teachers.dim() == leading.dim() + 1 > 1
+    return list(teachers) if several else [teachers], several
+
+
 def _explained(options: dict) -> dict[str, tuple[object, str]]:
     """What ``explain`` wants to know of options."""
     return {name: (value, _OPTIONS[name][1]) for name, value in options.items()}
@@ -489,13 +501,8 @@ def _loss(
         student_logits, teachers, group, first_class, classes = vocabulary_shard(
             student_logits, teachers, process_group
         )
-    op = (
-        torch.ops.kdkernels.distillation_loss
-        if torch.compiler.is_compiling()
-        else _C.distillation_loss
-    )
     try:
-        loss, statistics = op(
+        loss, statistics = _ops().distillation_loss(
             student_logits,
             teachers,
             labels,
@@ -962,27 +969,19 @@ def linear_distillation_loss(
     reference.refuse_others({name: given[name] for name in others}, "teacher_" + form)
     if form == "hidden" and teacher_kind != "logits":
         raise ValueError(f'teacher_kind is "{teacher_kind}"; with teacher_hidden it takes "logits"')
-    teachers = forms[form]
-    several = isinstance(teachers, (list, tuple))
-    if form == "logits" and isinstance(teachers, Tensor) and isinstance(student_hidden, Tensor):
-        several = teachers.dim() == student_hidden.dim() + 1
+    teachers, several = [forms[form]], False
+    if form == "logits":
+        teachers, several = _listed(teacher_logits, student_hidden)
     if not several and teacher_weights is not None:
         raise ValueError("teacher_weights goes with several teachers only")
-    # Of one more dimension: along the first.
-    teachers = list(teachers) if several else [teachers]
     tails = {"tail": tail if form == "values" else "none"}
     options, total = _numbers(_DEFAULTS | options | tails)
     group = ("", 0, 0)
     if process_group is not None:
         own = student_weight.shape[0]
         group = (process_group.group_name, process_group.rank() * own, process_group.size() * own)
-    op = (
-        torch.ops.kdkernels.linear_distillation_loss
-        if torch.compiler.is_compiling()
-        else _C.linear_distillation_loss
-    )
     try:
-        loss, statistics = op(
+        loss, statistics = _ops().linear_distillation_loss(
             *student.values(),
             teachers,
             *tensors.values(),

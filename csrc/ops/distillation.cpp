@@ -282,7 +282,8 @@ LossResult launch(const LossCall& call, const Want& want, int stages, const Tens
   Tensor indices = call.indices.has_value() ? call.indices->contiguous() : Tensor();
   Tensor logsumexp =
       call.teacher_logsumexp.has_value() ? call.teacher_logsumexp->to(acc).contiguous() : Tensor();
-  if (!cuda) check_classes(call, labels, indices);
+  // Not once more by later stages.
+  if (!cuda && (stages & (kMoments | kMaxima)) != 0) check_classes(call, labels, indices);
 
   DivergenceParams p = {};
   p.dtype = dtype_of(call.student);
