@@ -1,4 +1,4 @@
-// What math/row.h is told of a call.
+// How a call is told to others: to math/row.h, and by the one-pass kernels to the walkers of any divergence.
 #pragma once
 
 #include "math/row.h"
@@ -28,6 +28,21 @@ KD_FN math::RowTask row_task(const DivergenceParams& p) {
   task.bucket = p.tail == Tail::kBucket;
   task.ignore = p.tail == Tail::kIgnore;
   return task;
+}
+
+// A call of the one-pass kernels for the walkers of any divergence.
+KD_FN DivergenceParams forward_kl(const DistillationParams& p) {
+  DivergenceParams general = {};
+  static_cast<DistillationParams&>(general) = p;
+  general.divergence = math::Divergence::kForwardKL;
+  general.logit_scale = general.teacher_logit_scale = 1;
+  general.teachers = 1;
+  general.teacher_data[0] = p.teacher;
+  general.teacher_strides[0] = p.teacher_stride;
+  general.teacher_weights[0] = 1;
+  general.all_classes = p.classes;
+  general.stages = kAllStages;
+  return general;
 }
 
 }  // namespace kdkernels

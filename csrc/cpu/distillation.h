@@ -14,6 +14,7 @@
 #include "cpu/kernels.h"
 #include "cpu/storage.h"
 #include "math/distillation.h"
+#include "row_task.h"
 
 namespace kdkernels {
 namespace cpu {
@@ -91,21 +92,6 @@ KD_FN math::RowSums<double> block_sums(const Real* z, const Real* t, int padded,
     sums.sum_hard += sum_hard;
   }
   return sums;
-}
-
-// The same call for the walker of any divergence.
-DivergenceParams forward_kl(const DistillationParams& p) {
-  DivergenceParams general = {};
-  static_cast<DistillationParams&>(general) = p;
-  general.divergence = math::Divergence::kForwardKL;
-  general.logit_scale = general.teacher_logit_scale = 1;
-  general.teachers = 1;
-  general.teacher_data[0] = p.teacher;
-  general.teacher_strides[0] = p.teacher_stride;
-  general.teacher_weights[0] = 1;
-  general.all_classes = p.classes;
-  general.stages = kAllStages;
-  return general;
 }
 
 template <class T, class Policy, math::CrossEntropy kHard>

@@ -5,6 +5,7 @@
 #include "cuda/divergence.h"
 #include "cuda/long_rows.cuh"
 #include "cuda/short_rows.cuh"
+#include "row_task.h"
 
 namespace kdkernels {
 namespace cuda {
@@ -146,15 +147,7 @@ int64_t most_partials(int64_t rows) { return std::min(rows, kMaxPartials) + mark
 
 // The same loss of the rows that the mask marks.
 DivergenceParams near_rows(const DistillationParams& p, const uint8_t* mask) {
-  DivergenceParams q = {};
-  static_cast<DistillationParams&>(q) = p;
-  q.divergence = math::Divergence::kForwardKL;
-  q.logit_scale = q.teacher_logit_scale = 1;
-  q.teachers = 1;
-  q.teacher_data[0] = p.teacher;
-  q.teacher_strides[0] = p.teacher_stride;
-  q.teacher_weights[0] = 1;
-  q.all_classes = p.classes;
+  DivergenceParams q = forward_kl(p);
   q.only = mask;
   return q;
 }
