@@ -4,8 +4,9 @@
 
 #include <cstdint>
 
+#include "math/distribution.h"
 #include "math/divergence.h"
-#include "math/normal.h"
+#include "math/update.h"
 
 namespace kdkernels {
 
@@ -95,35 +96,97 @@ struct ScaleParams {
   bool per_row;
 };
 
-// One tensor of a noise op: out[i] = in[i] + std * eps(offset + i).
+// Which noise, but for the element and its tensor.
+struct NoiseSource {
+  math::Distribution distribution;
+  uint32_t seed_low, seed_high, step;
+  const int64_t* device_step;  // CUDA: overrides step when not null
+};
+
+enum class NoiseMode {
+  kOnly,  // std * eps
+  kAdd,  // in + std * eps
+  kScale,  // in * (1 + std * eps), as fma(std * eps, in, in)
+  kTimes,  // in * (std * eps)
+};
+
+// A contiguous run of elements of one tensor.
 struct NoiseTensor {
   void* out;
-  const void* in;  // null: out[i] = std * eps(offset + i); may equal out
+  const void* in;  // null for kOnly; may equal out
   int64_t numel;
   double std;
-  uint64_t offset;
+  uint64_t offset;  // element i has eps(offset + i)
   uint32_t stream;
+  int32_t index;  // the tensor's place in the op's list: its row of stds and norms
 };
 
 struct NoiseParams {
   Dtype dtype;
+  NoiseMode mode;
+  NoiseSource source;
   const NoiseTensor* tensors;  // host memory
   int64_t count;
-  uint32_t seed_low, seed_high, step;
-  const int64_t* device_step;  // CUDA: overrides step when not null
-  const double* device_std;  // CUDA: overrides every std when not null
+  // Where not null, the std of element i of a run is stds[index * std_size + i / std_inner % std_size]. With
+  // std_size > 1 there is one run, of a whole tensor.
+  const void* stds;  // acc
+  int64_t std_size, std_inner;
+  // Sums of squares of in and of std * eps, added up over the runs of a tensor: [indices, 2], or null. kAdd.
+  double* norms;
+  int64_t indices;
+  double* workspace;  // CUDA: noise_workspace(params) doubles
 };
 
-// result = sum of x[i] * eps(offset + i)
+// result[index] = sum of in[i] * eps(offset + i) over a tensor's runs; out and std are not used.
 struct NoiseDotParams {
   Dtype dtype;
-  const void* x;
+  NoiseSource source;
+  const NoiseTensor* tensors;
+  int64_t count;
+  double* result;  // [indices]
+  int64_t indices;
+  double* workspace;  // CUDA: noise_dot_workspace(params) doubles
+};
+
+// out[i] += sum over k of coefficients[k] * eps of seeds[k], added in this order and rounded once.
+struct CombineParams {
+  Dtype dtype;
+  NoiseSource source;  // but for its seed
+  const NoiseTensor* tensors;  // out only; std is not used
+  int64_t count;
+  const int64_t* seeds;  // [terms], on the kernel's device
+  const double* coefficients;  // [terms], on the kernel's device
+  int64_t terms;
+};
+
+// A contiguous run of elements of one parameter.
+struct UpdateTensor {
+  void *param, *grad;
+  void *first, *second;  // moments, or null where the rule has none
   int64_t numel;
   uint64_t offset;
-  math::NoiseKey key;
-  const int64_t* device_step;
-  void* result;  // [], acc
-  double* partial;  // CUDA: workspace of cuda::kNoiseDotBlocks sums
+  uint32_t stream;
+  int32_t index;  // of the parameter in the op's list: its row of norms
+  int32_t rule;
+  int64_t step;  // 1 at the parameter's first update
+  const float* device_step;  // CUDA: overrides step when not null
+};
+
+struct UpdateParams {
+  Dtype dtype;
+  math::Update update;
+  NoiseSource source;
+  const UpdateTensor* tensors;  // host memory
+  int64_t count;
+  const math::UpdateRule* rules;  // host memory
+  int64_t rule_count;
+  const double *device_lr, *device_std;  // [rule_count] each: override the rules' when not null
+  // Of a gradient scaler: gradients are divided by *grad_scale, in place, and nothing happens where *found_inf
+  // is not 0. On the kernel's device, or null.
+  const float *grad_scale, *found_inf;
+  double* norms;  // [indices, 2]: sums of squares of both UpdateShares, gradient first; or null
+  int64_t indices;
+  double* workspace;  // CUDA: update_workspace(params) doubles
 };
 
 // Replicas of one linear regression y ~ theta x under input noise, all in fp64.

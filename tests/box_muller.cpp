@@ -11,7 +11,7 @@
 
 using namespace kdkernels::math;
 
-static bool same(NormalPair a, NormalPair b) { return std::memcmp(&a, &b, sizeof a) == 0; }
+static bool same(NoisePair a, NoisePair b) { return std::memcmp(&a, &b, sizeof a) == 0; }
 
 int main() {
   // Below 2^24 every word is its own float; above, one word for each float.

@@ -17,9 +17,12 @@ struct Kernels {
   void (*distillation_rows)(const DistillationParams&, int64_t begin, int64_t end,
                             double* row_loss);
   void (*divergence_rows)(const DivergenceParams&, int64_t begin, int64_t end, double* row_loss);
-  // Elements [begin, end) of one tensor.
-  void (*noise)(Dtype, const NoiseTensor&, math::NoiseKey, int64_t begin, int64_t end);
-  double (*noise_dot)(const NoiseDotParams&, int64_t begin, int64_t end);
+  // Elements [begin, end) of one run; norms: [2], overwritten, or null.
+  void (*noise)(const NoiseParams&, const NoiseTensor&, int64_t begin, int64_t end, double* norms);
+  double (*noise_dot)(const NoiseDotParams&, const NoiseTensor&, int64_t begin, int64_t end);
+  void (*combine)(const CombineParams&, const NoiseTensor&, int64_t begin, int64_t end);
+  void (*update)(const UpdateParams&, const UpdateTensor&, int64_t begin, int64_t end,
+                 double* norms);
   // Replicas [begin, end).
   void (*regression)(const RegressionParams&, int64_t begin, int64_t end);
   // y[i] = f(x[i]) for a function of math/elementary.h, for tests. False if there is none of that name.
@@ -38,6 +41,8 @@ void distillation(const DistillationParams& params, int threads);
 void divergence(const DivergenceParams& params, int threads);
 void noise(const NoiseParams& params, int threads);
 void noise_dot(const NoiseDotParams& params, int threads);
+void combine(const CombineParams& params, int threads);
+void update(const UpdateParams& params, int threads);
 void regression(const RegressionParams& params, int threads);
 
 }  // namespace cpu

@@ -77,7 +77,7 @@ inline void normal_block(math::NoiseKey key, uint64_t first, int counters, float
   philox_block(key, first, padded, word);
   for (int pair = 0; pair < 4; pair += 2) {
     for (int j = 0; j < padded; ++j) {
-      math::NormalPair n = math::box_muller(word[pair][j], word[pair + 1][j]);
+      math::NoisePair n = math::box_muller(word[pair][j], word[pair + 1][j]);
       lane[pair][j] = n.first;
       lane[pair + 1][j] = n.second;
     }

@@ -18,8 +18,12 @@ cudaError_t divergence(const DivergenceParams& p, cudaStream_t stream);
 int64_t divergence_workspace(int64_t rows);
 cudaError_t scale_rows(const ScaleParams& p, cudaStream_t stream);
 cudaError_t noise(const NoiseParams& p, cudaStream_t stream);
-// p.partial holds kNoiseDotBlocks (plan.h) sums.
+int64_t noise_workspace(const NoiseParams& p);  // doubles; 0 without norms
 cudaError_t noise_dot(const NoiseDotParams& p, cudaStream_t stream);
+int64_t noise_dot_workspace(const NoiseDotParams& p);
+cudaError_t combine(const CombineParams& p, cudaStream_t stream);
+cudaError_t update(const UpdateParams& p, cudaStream_t stream);
+int64_t update_workspace(const UpdateParams& p);
 cudaError_t regression(const RegressionParams& p, cudaStream_t stream);
 
 }  // namespace cuda

@@ -167,7 +167,7 @@ __device__ __forceinline__ void keep(float& x) { asm volatile("" : "+f"(x)); }
 __device__ __forceinline__ void keep(double& x) { asm volatile("" : "+d"(x)); }
 
 template <class T>
-__device__ __forceinline__ void put(math::Normal4 four, int counter,
+__device__ __forceinline__ void put(math::Noise4 four, int counter,
                                     float (&eps)[Group<T>::kSize]) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) eps[4 * counter + j] = four.value[j];

@@ -119,7 +119,7 @@ __device__ __forceinline__ void add_samples(const RegressionParams& p, const Rep
                                             int64_t i, const double (&x)[4], const double (&y)[4],
                                             double (&sum)[2]) {
   uint64_t counter = static_cast<uint64_t>(i) / 4;
-  math::Normal4 eps = math::normal4(replica.key, static_cast<uint32_t>(counter),
+  math::Noise4 eps = math::normal4(replica.key, static_cast<uint32_t>(counter),
                                     static_cast<uint32_t>(counter >> 32));
 #pragma unroll
   for (int j = 0; j < 4; ++j) {

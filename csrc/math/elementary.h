@@ -271,6 +271,13 @@ KD_FN float sqrt(float x) {
   return __builtin_sqrtf(x);
 #endif
 }
+KD_FN double sqrt(double x) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
 
 }  // namespace math
 }  // namespace kdkernels

@@ -14,15 +14,15 @@ struct NoiseKey {
   uint32_t stream, step;
 };
 
-struct NormalPair {
+struct NoisePair {
   float first, second;
 };
 
-KD_FN NormalPair box_muller_plain(uint32_t r_a, uint32_t r_b) {
+KD_FN NoisePair box_muller_plain(uint32_t r_a, uint32_t r_b) {
   float u = (static_cast<float>(r_a) + 0.5f) * 0x1p-32f;
   float radius = sqrt(-2.0f * log_normal(u));
   SinCos angle = sincospi_turn(static_cast<float>(r_b) * 0x1p-31f);
-  NormalPair pair;
+  NoisePair pair;
   pair.first = radius * angle.cos;
   pair.second = radius * angle.sin;
   return pair;
@@ -53,7 +53,7 @@ KD_FN float normal_radius(uint32_t r_a, ReciprocalRoot reciprocal_root) {
 }
 
 template <class ReciprocalRoot>
-KD_FN NormalPair box_muller_scaled(uint32_t r_a, uint32_t r_b, ReciprocalRoot reciprocal_root) {
+KD_FN NoisePair box_muller_scaled(uint32_t r_a, uint32_t r_b, ReciprocalRoot reciprocal_root) {
   float radius = normal_radius(r_a, reciprocal_root);
   // Half of round(2 x): its bits end in those of the integer.
   float word = static_cast<float>(r_b);
@@ -64,13 +64,13 @@ KD_FN NormalPair box_muller_scaled(uint32_t r_a, uint32_t r_b, ReciprocalRoot re
   int32_t quadrant = static_cast<int32_t>(static_cast<uint32_t>(k) << 30);
   bool odd = float_from_bits(quadrant) != 0.0f;
   radius = float_from_bits(bits_from_float(radius) ^ (quadrant & static_cast<int32_t>(0x80000000)));
-  NormalPair pair;
+  NoisePair pair;
   pair.first = radius * (odd ? -angle.sin : angle.cos);
   pair.second = radius * (odd ? angle.cos : angle.sin);
   return pair;
 }
 
-KD_FN NormalPair box_muller(uint32_t r_a, uint32_t r_b) {
+KD_FN NoisePair box_muller(uint32_t r_a, uint32_t r_b) {
 #if defined(__CUDA_ARCH__)
   return box_muller_scaled(r_a, r_b, [](float x) {
     x = fmaxf(x, 0x1p-60f);  // 0 must not make infinity
@@ -83,14 +83,14 @@ KD_FN NormalPair box_muller(uint32_t r_a, uint32_t r_b) {
 #endif
 }
 
-struct Normal4 {
+struct Noise4 {
   float value[4];
 };
 
-KD_FN Normal4 normal4(Philox4x32<uint32_t> r) {
-  NormalPair a = box_muller(r.word[0], r.word[1]);
-  NormalPair b = box_muller(r.word[2], r.word[3]);
-  Normal4 out;
+KD_FN Noise4 normal4(Philox4x32<uint32_t> r) {
+  NoisePair a = box_muller(r.word[0], r.word[1]);
+  NoisePair b = box_muller(r.word[2], r.word[3]);
+  Noise4 out;
   out.value[0] = a.first;
   out.value[1] = a.second;
   out.value[2] = b.first;
@@ -99,7 +99,7 @@ KD_FN Normal4 normal4(Philox4x32<uint32_t> r) {
 }
 
 // The normals of elements 4 * counter to 4 * counter + 3.
-KD_FN Normal4 normal4(NoiseKey key, uint32_t counter_low, uint32_t counter_high) {
+KD_FN Noise4 normal4(NoiseKey key, uint32_t counter_low, uint32_t counter_high) {
   return normal4(
       philox4x32_10(counter_low, counter_high, key.stream, key.step, key.seed_low, key.seed_high));
 }
