@@ -1,23 +1,54 @@
-"""Noise added in place: add_(randn_like) eager and compiled, and add_noise_."""
+"""Noise added to lists of tensors, and optimizer steps with noise, beside what people write."""
 
 import functools
+import math
 
 import pytest
 import torch
 
-from kdkernels import add_noise_
+from bench.plain import gpt2, resnet18
+from kdkernels import NoisyAdamW, NoisySGD, add_noise_
 
 STD = 0.1
-# The 62 parameters of ResNet-18, as (how many, elements).
-RESNET18 = [(40, 256), (1, 9408), (4, 36864), (1, 73728), (3, 147456), (1, 294912), (3, 589824)]
-RESNET18 += [(1, 1179648), (3, 2359296), (1, 8192), (1, 32768), (1, 131072), (1, 512000), (1, 1000)]
-INPUTS = {
-    "20M float32": ([20_000_000], torch.float32),
-    "20M bfloat16": ([20_000_000], torch.bfloat16),
-    "1k float32": ([1000], torch.float32),
-    "ResNet-18 float32": ([n for count, n in RESNET18 for _ in range(count)], torch.float32),
+LISTS = {
+    "20M": [20_000_000],
+    "1k": [1000],
+    "ResNet-18": resnet18(),
+    "GPT-2": gpt2(),
 }
-PEERS = ["eager", "torch.compile", "fused", "copy"]
+INPUTS = {
+    f"{name} {str(dtype).removeprefix('torch.')}": (sizes, dtype)
+    for name, sizes in LISTS.items()
+    for dtype in ((torch.float32, torch.bfloat16) if name == "20M" else (torch.float32,))
+}
+PEERS = ["eager", "foreach", "Opacus", "optax", "torch.compile", "fused", "copy"]
+OPTIMIZERS = {"AdamW": (torch.optim.AdamW, NoisyAdamW, {}, 7)}  # tensors read and written
+OPTIMIZERS["SGD"] = (torch.optim.SGD, NoisySGD, {"lr": 1e-3, "momentum": 0.9}, 5)
+
+
+def eager(tensors):
+    """What people write."""
+    for x in tensors:
+        x.add_(torch.randn_like(x), alpha=STD)
+
+
+def foreach(tensors):
+    torch._foreach_add_(tensors, [torch.randn_like(x) for x in tensors], alpha=STD)
+
+
+def opacus(tensors):
+    """DPOptimizer.add_noise of Opacus 1.6: a new gradient from the summed one."""
+    out = []
+    for x in tensors:
+        torch.zeros(x.shape, dtype=x.dtype)  # _generate_noise's answer where std is 0
+        out.append(x + torch.normal(mean=0, std=STD, size=x.shape, dtype=x.dtype))
+    return out
+
+
+def optax(tensors, count=1, eta=STD**2, gamma=0.0):
+    """optax.add_noise: g + sqrt(eta / count^gamma) N(0, 1), out of place as in JAX."""
+    std = math.sqrt(eta / count**gamma)
+    return [x + std * torch.randn_like(x) for x in tensors]
 
 
 @functools.lru_cache(maxsize=1)  # the next input takes its place
@@ -28,29 +59,60 @@ def peers(name):
     tensors = [torch.zeros(n, dtype=dtype) for n in sizes]
     targets = [torch.empty_like(x) for x in tensors]
 
-    def plain(tensors):
-        """What people write."""
-        for x in tensors:
-            x.add_(torch.randn_like(x), alpha=STD)
-
     def copy():
         for x, y in zip(tensors, targets, strict=True):
             y.copy_(x)
 
-    compiled = torch.compile(plain, dynamic=False)
+    compiled = torch.compile(eager, dynamic=False)
     calls = {
-        "eager": lambda: plain(tensors),
+        "eager": lambda: eager(tensors),
+        "foreach": lambda: foreach(tensors),
+        "Opacus": lambda: opacus(tensors),
+        "optax": lambda: optax(tensors),
         "torch.compile": lambda: compiled(tensors),
         "fused": lambda: add_noise_(tensors, STD, seed=1, step=2),
         "copy": copy,
     }
+    largest = max(range(len(tensors)), key=lambda i: sizes[i])
     for peer in PEERS[:-1]:
         for x in tensors:
             x.zero_()
-        calls[peer]()
-        largest = max(tensors, key=torch.numel)
-        assert abs(largest.float().std() / STD - 1) < 0.15
+        noisy = (calls[peer]() or tensors)[largest]
+        assert abs(noisy.float().std() / STD - 1) < 0.15
     return calls
+
+
+@functools.lru_cache(maxsize=1)
+def optimizers(kind, sizes):
+    """{name: call} of one step with noise on the gradients, each with its own parameters."""
+    theirs, ours, options, passes = OPTIMIZERS[kind]
+
+    def parameters():
+        made = [torch.nn.Parameter(torch.ones(n)) for n in LISTS[sizes]]
+        for p in made:
+            p.grad = torch.full_like(p, 0.01)
+        return made
+
+    def with_noise(optimizer, params):
+        grads = [p.grad for p in params]
+
+        def step():
+            eager(grads)
+            optimizer.step()
+
+        return step
+
+    calls = {}
+    for name, option in {"eager": {"foreach": True}, "torch fused": {"fused": True}}.items():
+        params = parameters()
+        calls[name] = with_noise(theirs(params, **options, **option), params)
+    calls["fused"] = ours(parameters(), **options, std=STD, seed=1).step
+    calls["fused, no noise"] = ours(parameters(), **options).step
+    params = parameters()
+    calls["torch fused, no noise"] = theirs(params, **options, fused=True).step
+    total = passes * sum(LISTS[sizes]) // 2
+    source, target = torch.ones(total), torch.empty(total)
+    return calls | {"copy": lambda: target.copy_(source)}
 
 
 @pytest.fixture(scope="module", params=INPUTS, ids=lambda name: name.replace(" ", "-"))
@@ -65,4 +127,12 @@ def test_time(benchmark, name, peer):
 
 
 def test_ratios(compare, name):
+    peers.cache_clear()  # the last test's tensors
     compare(name, peers(name))
+
+
+@pytest.mark.parametrize("sizes", ["ResNet-18", "GPT-2"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_optimizer_ratios(compare, kind, sizes):
+    peers.cache_clear()
+    compare(f"{kind} {sizes}", optimizers(kind, sizes))

@@ -11,7 +11,9 @@ import statistics
 import time
 
 import pytest
+import torch
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's notes on GPUs that are not there
 SAMPLE_SECONDS = (
     0.02  # of calls in a row, so that the clock and the caches' first miss do not count
 )
@@ -58,6 +60,16 @@ def take_turns(calls):
     return seconds
 
 
+def allocations(call):
+    """How often a call asks PyTorch's CPU allocator for memory, and for how many bytes in all."""
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return sum(size > 0 for size in sizes), sum(size for size in sizes if size > 0)
+
+
 @pytest.fixture
 def compare(benchmark, request):
     """compare(title, {case: call}): how often each case fits into the first one's time.
@@ -74,13 +86,16 @@ def compare(benchmark, request):
             low, middle, high = statistics.quantiles(ratios, n=4)
             of_copy = statistics.median(c / o for c, o in zip(seconds["copy"], own, strict=True))
             microseconds = 1e6 * statistics.median(own)
-            row = (title, name, microseconds, low, middle, high, 100 * of_copy)
+            count, allocated = allocations(calls[name])
+            row = (title, name, microseconds, low, middle, high, 100 * of_copy, count, allocated)
             request.config.stash[TABLE].append(row)
             benchmark.extra_info[name] = {
                 "microseconds": microseconds,
                 f"times faster than {base} (quartiles)": [low, middle, high],
                 "share of the memory limit": of_copy,
                 "rounds": len(own),
+                "allocations": count,
+                "bytes allocated": allocated,
             }
         # pytest-benchmark keeps extra_info only beside a timing of its own.
         benchmark.pedantic(calls["fused"], rounds=3)
@@ -94,11 +109,13 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     terminalreporter.section("cases in turns")
     line = terminalreporter.write_line
-    line(f"{'':38}{'case':16}{'time':>12}{'faster':>10}   {'quartiles':16}{'of the copy':>12}")
-    for title, name, us, low, middle, high, share in table:
+    head = f"{'':34}{'case':22}{'time':>12}{'faster':>10}   {'quartiles':16}{'of the copy':>12}"
+    line(f"{head}{'allocations':>13}")
+    for title, name, us, low, middle, high, share, count, allocated in table:
         quartiles = f"{low:.2f} to {high:.2f}"
         shown = title if name == "eager" else ""
-        line(f"{shown:38}{name:16}{us:9.1f} us{middle:9.2f}x   {quartiles:16}{share:10.0f} %")
+        row = f"{shown:34}{name:22}{us:9.1f} us{middle:9.2f}x   {quartiles:16}{share:10.0f} %"
+        line(f"{row}{count:7} {allocated / 2**20:9.1f} MiB")
     line("faster: than eager, the median of the rounds' ratios. Of the copy: of the speed of a")
     line("plain copy that moves as many bytes as the fused kernel must. Load averages were")
     line(f"{os.getloadavg()}: beside other work whoever has more parallel loops loses more.")

@@ -1,9 +1,31 @@
-"""What people write in plain PyTorch, which benchmarks compare with."""
+"""What people write in plain PyTorch, which benchmarks compare with, and the sizes of models."""
 
 import math
 
 import torch
 from torch.nn import functional as F
+
+
+def resnet18():
+    """Elements of each of torchvision's resnet18's 62 parameters."""
+    sizes = [9408, 64, 64]
+    for stage, width in enumerate((64, 128, 256, 512)):
+        for block in range(2):
+            narrows = stage > 0 and block == 0
+            fan_in = width // 2 if narrows else width
+            for channels in (fan_in, width):
+                sizes += [9 * channels * width, width, width]
+            sizes += [fan_in * width, width, width] if narrows else []
+    return [*sizes, 512_000, 1000]
+
+
+def gpt2():
+    """Elements of each of GPT-2's 148 parameters, 124 million in all, its head tied."""
+    sizes = [50257 * 768, 1024 * 768]
+    for _ in range(12):
+        sizes += [768, 768, 768 * 2304, 2304, 768 * 768, 768]
+        sizes += [768, 768, 768 * 3072, 3072, 3072 * 768, 768]
+    return [*sizes, 768, 768]
 
 
 def plain_divergence(log_q, log_p, divergence):
