@@ -54,8 +54,8 @@ def _list_of(names):
 # The ops do without these; pyproject's extra "train" names the distributions they come in.
 _TRAIN_PACKAGES = ("torchvision", "sklearn", "matplotlib", "safetensors", "rich", "jinja2")
 _COUNT = _number(int, 1)
-# Defaults are those of distillation.Settings and soft_regression.run, repeated in words here so
-# that --help needs no heavy import; a test holds the two together.
+# Defaults are those of distillation.Settings, soft_regularization.Settings and soft_regression.run,
+# repeated in words here so that --help needs no heavy import; a test holds them together.
 _OPTIONS = {
     "out": {"metavar": "DIR", "help": "folder for the run, absent or empty (default: runs/<time>)"},
     "resume": {
@@ -110,6 +110,11 @@ _OPTIONS = {
         "metavar": "A,B",
         "help": "which of alone, reference, fused, full (default: all four)",
     },
+    "noise_std": {
+        "type": _number(float, 0),
+        "help": "its standard deviation, of a gradient's in the first step (default: 0.1 input, "
+        "0.01 gradient, 0.01 parameter)",
+    },
     "train_samples": {"type": _number(int, 2), "help": "use the first N only (default: all)"},
     "test_samples": {"type": _COUNT, "help": "use the first N only (default: all)"},
     "noise": {
@@ -128,15 +133,70 @@ _OPTIONS = {
     "replicas": {"type": _number(int, 2), "help": "seeds for the mean (default: 4096)"},
     "repeats": {"type": _COUNT, "help": "timed runs of each path (default: 5)"},
 }  # fmt: skip
-_LR = {
-    "type": _number(float, 0, open_low=True),
-    "help": "learning rate (default: {})",
+# What one command takes in another way than _OPTIONS says.
+_OF_DISTILL = {
+    "lr": {"type": _number(float, 0, open_low=True), "help": "learning rate (default: 1e-3)"},
+    "noise": {
+        "choices": ("input", "gradient", "parameter"),
+        "help": "one more arm, noisy: full, with this noise on its student (default: no such arm)",
+    },
 }
-_SOFT = ("noise", "steps", "lr", "lam", "sigma", "replicas", "repeats", "seed", "threads", "out")
+_OF_SOFT = {
+    "lr": {
+        "type": _number(float, 0, open_low=True),
+        "help": "learning rate (default: 0.01; mlp, resnet18: 1e-3)",
+    },
+    "model": {
+        "choices": ("linear", "mlp", "resnet18"),
+        "help": "linear: experiment 1, the regression; mlp, resnet18: experiment 3, a network "
+        "under four kinds of noise (default: linear)",
+    },
+    "resume": {
+        "metavar": "RUN_DIR",
+        "help": "continue the run of mlp or resnet18 in this folder, with its own settings; of the "
+        "other options only --seeds may be given, for more of them",
+    },
+    "image_size": {
+        "type": _number(int, 8, 1024),
+        "help": "side in pixels to which images are resized (default: 8 digits, 32 cifar10)",
+    },
+    "epochs": {"type": _COUNT, "help": "of each run (default: 30 mlp, 5 resnet18)"},
+    "seeds": {"type": _COUNT, "help": "runs of each arm, --seed and those after it (default: 5)"},
+    "arms": {
+        "type": _list_of(("none", "input", "gradient", "parameter", "regularizer")),
+        "metavar": "A,B",
+        "help": "which of none, input, gradient, parameter, regularizer (default: all five)",
+    },
+    "input_std": {
+        "type": _number(float, 0),
+        "help": "of the noise on the normalised images (default: 0.5 mlp, 0.5 resnet18)",
+    },
+    "gradient_std": {
+        "type": _number(float, 0),
+        "help": "of the noise on the gradients, in the first step; its variance falls as "
+        "1 / (1 + step)^0.55 (default: 0.01 mlp, 0.01 resnet18)",
+    },
+    "parameter_std": {
+        "type": _number(float, 0),
+        "help": "of the noise on the weights (default: 0.02 mlp, 0.01 resnet18)",
+    },
+    "regularizer_lam": {
+        "type": _number(float, 0),
+        "help": "lambda of L + lambda sum eps_i dL/dtheta_i (default: 0.02 mlp, 0.01 resnet18)",
+    },
+}
+# soft-reg's options by the models that take them, in the order of --help.
+_COMMON = ("lr", "seed", "threads", "out")
+_LINEAR = ("noise", "steps", "lam", "sigma", "replicas", "repeats")
+_NETWORK = (
+    "data", "data_dir", "image_size", "batch_size", "epochs", "seeds", "arms", "input_std",
+    "gradient_std", "parameter_std", "regularizer_lam", "train_samples", "test_samples", "device",
+    "resume",
+)  # fmt: skip
 _DISTILL = (
     "data", "data_dir", "image_size", "batch_size", "lr", "temperature", "alpha", "epochs",
-    "teacher_epochs", "target_accuracy", "teacher_weights", "arms", "train_samples",
-    "test_samples", "seed", "device", "threads", "out", "resume",
+    "teacher_epochs", "target_accuracy", "teacher_weights", "arms", "noise", "noise_std",
+    "train_samples", "test_samples", "seed", "device", "threads", "out", "resume",
 )  # fmt: skip
 _REPRODUCE = (
     "epochs", "teacher_epochs", "replicas", "repeats", "train_samples", "test_samples", "seed",
@@ -147,30 +207,32 @@ _REPRODUCE = (
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="kdkernels",
-        description="Fused distillation losses and noise for PyTorch, and two experiments.",
+        description="Fused distillation losses and noise for PyTorch, and three experiments.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     about = {
-        "info": ("versions, what was compiled in, instruction set, threads, GPUs", (), None),
-        "reproduce": ("run both experiments and write one report", _REPRODUCE, None),
+        "info": ("versions, what was compiled in, instruction set, threads, GPUs", (), {}),
+        "reproduce": ("run experiments 1 and 2 and write one report", _REPRODUCE, {}),
         "soft-reg": (
-            "experiment 1: soft-regularised linear regression in NumPy, PyTorch and one kernel",
-            _SOFT,
-            "0.01",
+            "experiment 1: soft-regularised linear regression in NumPy, PyTorch and one kernel; "
+            "experiment 3: a network without noise and with noise on its input, gradient, "
+            "parameters and in its loss",
+            ("model", *_LINEAR, *_NETWORK, *_COMMON),
+            _OF_SOFT,
         ),
         "distill": (
-            "experiment 2: distil ResNet-18 into MobileNetV2, in four arms",
+            "experiment 2: distil ResNet-18 into MobileNetV2, in four arms or five",
             _DISTILL,
-            "1e-3",
+            _OF_DISTILL,
         ),
     }
-    for name, (text, options, lr) in about.items():
+    for name, (text, options, own) in about.items():
         command = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".",
             argument_default=argparse.SUPPRESS,
         )  # fmt: skip
         for option in options:
-            extra = _OPTIONS.get(option) or _LR | {"help": _LR["help"].format(lr)}
+            extra = own.get(option) or _OPTIONS[option]
             command.add_argument("--" + option.replace("_", "-"), **extra)
     return parser
 
@@ -207,14 +269,20 @@ def _soft_reg(folder, settings, threads, console):
     console.print("experiment 1 is done")
 
 
-def _distill(folder, settings, console):
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from kdkernels.train import distillation
+def _train(run, settings, folder, console):
+    """Call an experiment's run(settings, folder, on_step, say) under progress bars."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("steps"), TimeElapsedColumn(),
+        TextColumn("steps"), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as progress:
         tasks = {}
@@ -224,51 +292,89 @@ def _distill(folder, settings, console):
                 tasks[learner] = progress.add_task(learner, total=total)
             progress.update(tasks[learner], completed=done)
 
-        distillation.run(settings, folder, on_step, progress.console.print)
+        run(settings, folder, on_step, progress.console.print)
+
+
+def _resumed(command: str, given: dict):
+    """The folder to continue, its config changed by what may be given with --resume."""
+    from kdkernels.train import TrainError
+    from kdkernels.train.run_folder import RunFolder
+
+    folder = RunFolder.open(given.pop("resume"))
+    part, more, of = "distill", "epochs", "distill or reproduce"
+    if command == "soft-reg":
+        part, more, of = "soft_regularization", "seeds", "soft-reg --model mlp or resnet18"
+    value = given.pop(more, None)
+    if given:
+        name = next(iter(given)).replace("_", "-")
+        raise TrainError(
+            f"with --resume, --{name} is the earlier run's; only --{more} may be given"
+        )
+    if part not in folder.config:
+        raise TrainError(f"{folder.path} holds no run of {of} to continue")
+    if value:
+        folder.config[part][more] = value
+        folder.write_json("config.json", folder.config)
+    return folder
+
+
+def _config(command: str, given: dict) -> dict:
+    """What config.json of a new run says: a part an experiment, and what they ran on."""
+    from kdkernels.train import TrainError, distillation, report, soft_regularization
+
+    def part(settings):
+        names = {field.name for field in dataclasses.fields(settings)}
+        return dataclasses.asdict(settings(**{k: v for k, v in given.items() if k in names}))
+
+    config = {"command": command}
+    if command == "soft-reg":
+        linear = given.get("model", "linear") == "linear"
+        for option in given:
+            if option in (_NETWORK if linear else _LINEAR):
+                models = "mlp and resnet18" if linear else "linear"
+                name = option.replace("_", "-")
+                raise TrainError(
+                    f"--{name} is for --model {models}, not {given.get('model', 'linear')}"
+                )
+        if linear:
+            config["soft_reg"] = {k: v for k, v in given.items() if k in (*_LINEAR, "lr", "seed")}
+        else:
+            config["soft_regularization"] = part(soft_regularization.Settings)
+    else:
+        config["distill"] = part(distillation.Settings)
+    if command == "reproduce":
+        keys = ("replicas", "repeats", "seed")
+        config["soft_reg"] = {k: v for k, v in given.items() if k in keys}
+    config["threads"] = given.get("threads")
+    config["machine"] = report.machine(config["threads"])
+    return config
 
 
 def _experiments(command: str, given: dict) -> int:
     from rich import box
     from rich.table import Table
 
-    from kdkernels.train import TrainError, distillation, report
+    from kdkernels.train import TrainError, distillation, report, soft_regularization
     from kdkernels.train.run_folder import RunFolder
 
     console = _console()
     if "resume" in given:
-        folder = RunFolder.open(given.pop("resume"))
-        epochs = given.pop("epochs", None)
-        if given:
-            name = next(iter(given)).replace("_", "-")
-            raise TrainError(
-                f"with --resume, --{name} is the earlier run's; only --epochs may be given"
-            )
-        if "distill" not in folder.config:
-            raise TrainError(f"{folder.path} holds no run of distill or reproduce to continue")
-        if epochs:
-            folder.config["distill"]["epochs"] = epochs
-            folder.write_json("config.json", folder.config)
+        folder = _resumed(command, given)
     else:
         out = given.pop("out", None)
-        config = {"command": command}
-        if command != "distill":
-            keys = _SOFT if command == "soft-reg" else ("replicas", "repeats", "seed")
-            config["soft_reg"] = {k: v for k, v in given.items() if k in keys and k != "threads"}
-        if command != "soft-reg":
-            names = {field.name for field in dataclasses.fields(distillation.Settings)}
-            chosen = {k: v for k, v in given.items() if k in names}
-            config["distill"] = dataclasses.asdict(distillation.Settings(**chosen))
-        config["threads"] = given.get("threads")
-        config["machine"] = report.machine(config["threads"])
-        folder = RunFolder.create(out, config)
+        folder = RunFolder.create(out, _config(command, given))
     console.print(f"this run's folder is {folder.path}")
     config = folder.config
     try:
         if "soft_reg" in config:
             _soft_reg(folder, config["soft_reg"], config["threads"], console)
-        if "distill" in config:
-            wanted = config["distill"] | {"arms": tuple(config["distill"]["arms"])}
-            _distill(folder, distillation.Settings(**wanted), console)
+        for name, experiment in {
+            "distill": distillation,
+            "soft_regularization": soft_regularization,
+        }.items():
+            if name in config:
+                wanted = config[name] | {"arms": tuple(config[name]["arms"])}
+                _train(experiment.run, experiment.Settings(**wanted), folder, console)
     except TrainError:
         folder.discard()
         raise

@@ -1,4 +1,4 @@
-"""Images and labels for experiment 2: scikit-learn's digits and torchvision's CIFAR-10."""
+"""Images and labels for experiments 2 and 3: scikit-learn's digits and torchvision's CIFAR-10."""
 
 import dataclasses
 import socket
@@ -25,6 +25,8 @@ class Images:
         size: side in pixels of the square images that :meth:`batch` gives.
         white: the pixel value that stands for full intensity.
         mean, std: ``[1, 3, 1, 1]`` or ``[1, 1, 1, 1]`` fp32, of intensities in 0..1.
+        channels: of the images that :meth:`batch` gives: those of ``pixels``, or 3, for which
+            grey ones are repeated.
     """
 
     pixels: torch.Tensor
@@ -34,6 +36,7 @@ class Images:
     white: float
     mean: torch.Tensor
     std: torch.Tensor
+    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,19 +53,19 @@ class Images:
     def batch(
         self, index: torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images resized (bilinear), normalised and with three channels, and their labels.
+        """Images resized (bilinear) and normalised, and their labels.
 
         Args:
             index: ``[b]`` int64, which images.
             memory_format: of the images.
 
         Returns:
-            ``[b, 3, size, size]`` fp32 and ``[b]`` int64.
+            ``[b, channels, size, size]`` fp32 and ``[b]`` int64.
         """
         x = self.pixels[index].float() / self.white
         if x.shape[-1] != self.size:
             x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
-        x = ((x - self.mean) / self.std).expand(-1, 3, -1, -1)
+        x = ((x - self.mean) / self.std).expand(-1, self.channels, -1, -1)
         return x.contiguous(memory_format=memory_format), self.labels[index]
 
 

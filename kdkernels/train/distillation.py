@@ -4,7 +4,8 @@ The teacher is trained or loaded; it predicts; the student is trained on its pre
 labels; epoch after epoch, until a target accuracy or a number of epochs (Hinton et al.,
 arXiv 1503.02531). The arms start from the same weights and see the same batches; they differ only
 in what the table ``ARMS`` says. They take turns epoch by epoch, so that whatever else the machine
-does in the meantime slows all of them alike.
+does in the meantime slows all of them alike. With noise asked for there is one more arm, the last
+one of the table with that noise on its student.
 """
 
 import copy
@@ -17,10 +18,22 @@ from torch.nn import functional as F
 
 import kdkernels
 from kdkernels.train import TrainError, data, models
-from kdkernels.train.loop import Interrupt, Learner, Loss, accuracy, predictions, reproducible
+from kdkernels.train.loop import (
+    Interrupt,
+    Learner,
+    Loss,
+    Noise,
+    accuracy,
+    choose_device,
+    epoch_batches,
+    predictions,
+    reproducible,
+)
 from kdkernels.train.run_folder import RunFolder
 
-__all__ = ["ARMS", "CONTROL", "Arm", "Settings", "apart", "plain_loss", "run"]
+__all__ = [
+    "ARMS", "CONTROL", "NOISY", "NOISE_STD", "Arm", "Settings", "apart", "plain_loss", "run",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +71,12 @@ _CONTROL = Arm("the reference with kept predictions, one epoch", "plain", "once"
 """The reference arm but for the rounding of the teacher's predictions: how far two curves of one
 procedure part for no better reason. Run where the arms reference and fused are."""
 
+NOISY = "noisy"
+"""The full arm with noise on its student. Run where noise is asked for."""
+
+NOISE_STD = {"input": 0.1, "gradient": 0.01, "parameter": 0.01}
+"""Standard deviation where none is given, by the places of the noise."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -80,6 +99,9 @@ class Settings:
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         threads: CPU threads; None is torch's choice.
         train_samples, test_samples: use only the first so many images; None is all.
+        noise: of the arm ``NOISY``, a key of ``NOISE_STD``; None: no such arm.
+        noise_std: its standard deviation, see :class:`kdkernels.train.loop.Noise`; None is
+            ``NOISE_STD[noise]``.
     """
 
     data: str = "digits"
@@ -99,6 +121,14 @@ class Settings:
     threads: int | None = None
     train_samples: int | None = None
     test_samples: int | None = None
+    noise: str | None = None
+    noise_std: float | None = None
+
+    def __post_init__(self):
+        if self.noise is None and self.noise_std is not None:
+            raise TrainError("--noise-std is of --noise, which is not given")
+        if self.noise is not None and self.noise_std is None:
+            object.__setattr__(self, "noise_std", NOISE_STD[self.noise])
 
 
 def plain_loss(
@@ -137,29 +167,6 @@ def _loss(arm: Arm, settings: Settings) -> Loss:
     )
 
 
-def _batches(count: int, size: int, seed: int, epoch: int, device) -> list[torch.Tensor]:
-    """The epoch's batches: a function of seed and epoch alone, so the same for every learner."""
-    # An odd multiplier keeps (seed, epoch) pairs apart; Generator takes any 64-bit number.
-    order = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) & (2**63 - 1))
-    batches = list(torch.randperm(count, generator=order).to(device).split(size))
-    # BatchNorm has no variance of one image.
-    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise TrainError("--device cuda: torch sees no CUDA device; use --device cpu")
-    if name == "cuda":
-        row = torch.zeros(1, 2, device="cuda")
-        try:
-            kdkernels.distillation_loss(row, row)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise TrainError(f"--device cuda: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
-
-
 def apart(one: list[float], other: list[float]) -> list[float]:
     """``|other - one| / |one|`` of each step that both have."""
     return [abs(b - a) / abs(a) for a, b in zip(one, other, strict=False)]
@@ -179,7 +186,7 @@ def run(
     Raises:
         TrainError: see :meth:`kdkernels.train.loop.Learner.train_epoch`, and missing data.
     """
-    device = _device(settings.device)
+    device = choose_device(settings.device)
     with reproducible(settings.seed, settings.threads), Interrupt() as interrupt:
         _run(settings, folder, device, interrupt, on_step, say)
     folder.close()
@@ -201,7 +208,7 @@ def _run(settings, folder, device, interrupt, on_step, say):
             and learner.test_accuracy >= settings.target_accuracy
             and learner.name != "teacher"
         ):
-            batches = _batches(
+            batches = epoch_batches(
                 len(train), settings.batch_size, settings.seed, learner.epoch, device
             )
             steps = len(batches) * limit
@@ -260,6 +267,8 @@ def _run(settings, folder, device, interrupt, on_step, say):
     arms = {name: ARMS[name] for name in settings.arms}
     if {"reference", "fused"} <= arms.keys():
         arms[CONTROL] = _CONTROL
+    if settings.noise is not None:
+        arms[NOISY] = ARMS["full"]
     for name, arm in arms.items():
         predict, took = None, 0.0
         if arm.teacher == "each step":
@@ -267,9 +276,12 @@ def _run(settings, folder, device, interrupt, on_step, say):
         elif arm.teacher == "once":
             rows, took = kept()
             predict = lambda _, index, rows=rows: rows[index]  # noqa: E731
+        noise = Noise()
+        if name == NOISY:
+            noise = Noise(settings.noise, settings.noise_std, settings.seed)
         learner = Learner(
             name, copy.deepcopy(start).to(device), _loss(arm, settings), predict,
-            settings.lr, settings.seed + 2, tuned=arm.tuned,
+            settings.lr, settings.seed + 2, tuned=arm.tuned, noise=noise,
             twin=_loss(ARMS["reference"], settings) if name == "fused" else None,
         )  # fmt: skip
         learner.load(folder)

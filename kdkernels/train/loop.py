@@ -1,4 +1,4 @@
-"""One training loop for the teacher and for every arm of experiment 2."""
+"""One training loop for the teacher, the arms of experiment 2 and the runs of experiment 3."""
 
 import contextlib
 import dataclasses
@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+import kdkernels
 from kdkernels.train import TrainError
 from kdkernels.train.data import Images
 from kdkernels.train.run_folder import RunFolder
 
-__all__ = ["PHASES", "Interrupt", "Learner", "accuracy", "predictions", "reproducible"]
+__all__ = [
+    "PHASES", "Interrupt", "Learner", "Noise", "accuracy", "choose_device", "epoch_batches",
+    "predictions", "reproducible",
+]  # fmt: skip
 
 PHASES = ("data", "teacher", "student forward", "loss", "backward", "optimizer")
 """What a training step spends its time on, in order; "student" is whichever model learns."""
@@ -54,6 +58,45 @@ def reproducible(seed: int, threads: int | None) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[1], warn_only=before[2])
         torch.utils.deterministic.fill_uninitialized_memory = before[3]
         torch.backends.cudnn.benchmark = before[4]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to train on.
+
+    Args:
+        name: ``"auto"`` (CUDA where torch sees it), ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        TrainError: CUDA is asked for and cannot be had.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TrainError("--device cuda: torch sees no CUDA device; use --device cpu")
+    if name == "cuda":
+        row = torch.zeros(1, 2, device="cuda")
+        try:
+            kdkernels.distillation_loss(row, row)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise TrainError(f"--device cuda: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def epoch_batches(count: int, size: int, seed: int, epoch: int, device) -> list[torch.Tensor]:
+    """The epoch's batches: a function of seed and epoch alone, so the same for every learner.
+
+    Args:
+        count: images in all.
+        size: images a batch.
+
+    Returns:
+        Image numbers, int64 vectors on ``device``.
+    """
+    # An odd multiplier keeps (seed, epoch) pairs apart; Generator takes any 64-bit number.
+    order = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) & (2**63 - 1))
+    batches = list(torch.randperm(count, generator=order).to(device).split(size))
+    # BatchNorm has no variance of one image.
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
 
 
 class Interrupt:
@@ -125,6 +168,53 @@ def accuracy(model: nn.Module, images: Images, memory_format=torch.contiguous_fo
     return (logits.argmax(1) == images.labels).double().mean().item()
 
 
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Noise in one place of training. A step's noise is a function of ``seed`` and the step.
+
+    Attributes:
+        place: ``"none"``. ``"input"``: std * eps on the images. ``"gradient"``: on every
+            gradient, with variance std^2 / (1 + step)^0.55 (Neelakantan et al., arXiv
+            1511.06807). ``"parameter"``: std * eps on the weights, in forward and backward, not
+            in the step. ``"regularizer"``: none on the weights; the loss is
+            L + std * sum eps_i dL/dtheta_i, with the same eps as ``"parameter"``, whose
+            first-order part in eps it is.
+        std: standard deviation, >= 0.
+        seed: of the noise.
+    """
+
+    place: str = "none"
+    std: float = 0.0
+    seed: int = 0
+
+    def on_input(self, images: torch.Tensor, step: int) -> torch.Tensor:
+        """The images, with noise if that is its place."""
+        if self.place != "input":
+            return images
+        return kdkernels.input_noise(images, self.std, seed=self.seed, step=step)
+
+    def on_parameters(self, parameters: list[torch.Tensor], step: int):
+        """A context in which the weights have noise, if that is its place."""
+        if self.place != "parameter":
+            return contextlib.nullcontext()
+        return kdkernels.perturbed_parameters(parameters, self.std, seed=self.seed, step=step)
+
+    def on_loss(
+        self, loss: Callable[[], torch.Tensor], parameters: list[torch.Tensor], step: int
+    ) -> torch.Tensor:
+        """What is minimised: the loss, or the regularised loss if that is its place."""
+        if self.place != "regularizer":
+            return loss()
+        return kdkernels.soft_regularization(loss, parameters, self.std, seed=self.seed, step=step)
+
+    def on_optimizer(self, optimizer: torch.optim.Optimizer):
+        """What adds noise to the gradients before each step, if that is its place; else None."""
+        if self.place != "gradient":
+            return None
+        std = kdkernels.neelakantan(self.std**2, 0.55)
+        return kdkernels.GradientNoise(optimizer, std, seed=self.seed)
+
+
 @dataclasses.dataclass
 class Learner:
     """A model on its way through training, which can be stopped and continued at any step.
@@ -139,6 +229,7 @@ class Learner:
         lr: Adam's learning rate.
         seed: of the dropout masks. Learners with one seed draw the same masks.
         tuned: channels_last memory format and Adam's fused kernel.
+        noise: in training; the teacher sees none of it.
         twin: the same loss by other means, asked at each step for the same logits, off the clock;
             what it says stands beside the loss in the metrics.
         epoch, step: whole epochs and steps done.
@@ -154,6 +245,7 @@ class Learner:
     lr: float
     seed: int
     tuned: bool = False
+    noise: Noise = Noise()
     twin: Loss | None = None
     epoch: int = 0
     step: int = 0
@@ -171,6 +263,7 @@ class Learner:
         self.device = self.parameters[0].device
         # None, not False: the other arms run what plain torch.optim.Adam(lr=lr) would choose.
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=self.tuned or None)
+        self.gradient_noise = self.noise.on_optimizer(self.optimizer)
         self.random = {"cpu": torch.Generator().manual_seed(self.seed).get_state()}
         if self.device.type == "cuda":
             generator = torch.Generator(self.device).manual_seed(self.seed)
@@ -253,16 +346,24 @@ class Learner:
         clock = _Clock(self.device, self.seconds)
         for index in batches[self.within :]:
             clock.start()
-            images, labels = train.batch(index, self.memory_format)
+            clean, labels = train.batch(index, self.memory_format)
+            images = self.noise.on_input(clean, self.step)
             clock.lap("data")
-            taught = None if self.predict is None else self.predict(images, index)
+            taught = None if self.predict is None else self.predict(clean, index)
             clock.lap("teacher")
-            logits = self.model(images)
-            clock.lap("student forward")
-            loss = self.loss(logits, taught, labels)
-            clock.lap("loss")
-            loss.backward()
-            clock.lap("backward")
+            logits = None
+
+            def objective(images=images, taught=taught, labels=labels):
+                nonlocal logits
+                logits = self.model(images)
+                clock.lap("student forward")
+                return self.loss(logits, taught, labels)
+
+            with self.noise.on_parameters(self.parameters, self.step):
+                loss = self.noise.on_loss(objective, self.parameters, self.step)
+                clock.lap("loss")
+                loss.backward()
+                clock.lap("backward")
             self.optimizer.step()
             self.optimizer.zero_grad()
             clock.lap("optimizer")

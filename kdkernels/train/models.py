@@ -1,4 +1,4 @@
-"""The teacher and the student of experiment 2: torchvision's ResNet-18 and MobileNetV2."""
+"""What experiments 2 and 3 train: torchvision's ResNet-18 and MobileNetV2, and an MLP."""
 
 import pickle
 from pathlib import Path
@@ -11,7 +11,7 @@ from torchvision import models
 
 from kdkernels.train import TrainError
 
-__all__ = ["SMALL", "student", "teacher"]
+__all__ = ["SMALL", "mlp", "student", "teacher"]
 
 SMALL = 64
 """Images at most this wide get the CIFAR stem: see :func:`teacher` and :func:`student`."""
@@ -105,3 +105,16 @@ def student(classes: int, size: int) -> nn.Module:
     if size <= SMALL:
         model.features[0][0].stride = (1, 1)
     return model
+
+
+def mlp(classes: int, inputs: int) -> nn.Module:
+    """Two hidden layers of 256 ReLUs, with random weights from torch's generator.
+
+    Args:
+        classes: number of outputs.
+        inputs: values an image, all its channels and pixels.
+    """
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
+        nn.Linear(256, classes),
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import math
 import os
 import platform
 import statistics
@@ -13,10 +14,12 @@ import matplotlib
 import torchvision
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from scipy import stats
 
 import kdkernels
 from kdkernels import info
-from kdkernels.train.distillation import ARMS, CONTROL, apart
+from kdkernels.train import soft_regularization
+from kdkernels.train.distillation import ARMS, CONTROL, NOISY, apart
 from kdkernels.train.loop import PHASES
 from kdkernels.train.run_folder import RunFolder
 
@@ -41,7 +44,9 @@ FOLLOW = {
 
 COLOURS = {
     "alone": "#7f7f7f", "reference": "#d95f02", "fused": "#1b6ca8", "full": "#2a9d5c",
-    "numpy": "#7f7f7f", "torch": "#d95f02", "teacher": "#6a4c93",
+    "numpy": "#7f7f7f", "torch": "#d95f02", "teacher": "#6a4c93", "noisy": "#c1121f",
+    "none": "#7f7f7f", "input": "#1b6ca8", "gradient": "#d95f02", "parameter": "#2a9d5c",
+    "regularizer": "#6a4c93",
 }  # fmt: skip
 PHASE_COLOURS = ("#bdbdbd", "#6a4c93", "#1b6ca8", "#d62728", "#f0a500", "#2a9d5c")
 STYLE = {
@@ -257,7 +262,14 @@ def _distillation_tables(found: dict, config: dict) -> list[Table]:
         "steps; testing and checkpoints are left out, the full arm's one pass of the teacher is "
         "counted in its first epoch. The arms take turns epoch by epoch. In the first epochs "
         "BatchNorm's running averages trail the weights, and tests are near chance. "
-        + " ".join(f"{name}: {ARMS[name].about}." for name in arms if name in ARMS),
+        + " ".join(f"{name}: {ARMS[name].about}." for name in arms if name in ARMS)
+        + (
+            f" {NOISY}: full, with {config['noise']} noise of std {config['noise_std']:g}"
+            + (" / (1 + step)^0.275" if config["noise"] == "gradient" else "")
+            + " on the student."
+            if NOISY in arms
+            else ""
+        ),
     )  # fmt: skip
     phases = Table(
         "Experiment 2: seconds by phase",
@@ -296,6 +308,80 @@ def _distillation_tables(found: dict, config: dict) -> list[Table]:
             )
         )
     return tables
+
+
+CLEAR = 2.0
+"""Standard errors from which on a difference is called one."""
+
+
+def _with(value: float, error: float | None, unit: str, sign: str = "") -> str:
+    """``value ± error``, percentages for the unit "%"."""
+    scale, digits = (100, 2) if unit == "%" else (1, 4)
+    text = f"{value * scale:{sign}.{digits}f}"
+    return text + (f" ± {error * scale:.{digits}f}" if error is not None else "")
+
+
+def _noise_tables(found: dict, config: dict) -> list[Table]:
+    arms, seeds = found["arms"], len(found["seeds"])
+    units = {"accuracy": "%", "ece": "%", "loss": ""}
+    names = soft_regularization.MEASURES
+
+    def heading(measure):
+        return names[measure] + (", %" if units[measure] else "")
+
+    spread = " ± standard deviation" if seeds > 1 else ""
+    summary = Table(
+        "Experiment 3: accuracy and calibration",
+        ["arm", "std, λ", *(heading(m) + spread for m in names), "seconds a run (median)"],
+        [
+            [
+                name,
+                f"{arm['std']:g}" if name != "none" else "",
+                *(_with(arm[m]["mean"], arm[m]["spread"], units[m]) for m in names),
+                f"{arm['seconds']:.1f}",
+            ]
+            for name, arm in arms.items()
+        ],
+        f"{config['model']} on {config['data']} at {config['image_size']}x{config['image_size']}, "
+        f"{config['epochs']} epochs, batch {config['batch_size']}, Adam, lr {config['lr']}; "
+        + (f"mean over seeds {found['seeds'][0]} to {found['seeds'][-1]}. " if seeds > 1 else "")
+        + f"ECE: {soft_regularization.BINS} bins of equal width (Guo et al., arXiv 1706.04599). "
+        "The test loss is the cross-entropy. Runs follow each other, so their seconds are rough. "
+        + " ".join(f"{name}: {soft_regularization.ARMS[name]}." for name in arms),
+    )
+    if "none" not in arms or len(arms) == 1:
+        return [summary]
+
+    rows, words = [], []
+    for name, arm in arms.items():
+        if name == "none":
+            continue
+        cells, clear = [], []
+        for measure in names:
+            apart = arm[measure]["difference"]
+            away = apart["standard_errors"]
+            cells.append(_with(apart["mean"], apart["standard_error"], units[measure], "+"))
+            if away is not None:
+                cells[-1] += f" ({away:+.1f})"
+                if abs(away) > CLEAR:
+                    direction = "higher" if away > 0 else "lower"
+                    clear.append(f"{names[measure]} {direction}")
+        rows.append([name, *cells])
+        words.append(f"{name}: {', '.join(clear) or 'nothing'}.")
+    note = "Differences of the same seed's runs: same first weights, same batches."
+    if seeds > 1:
+        chance = 2 * stats.t.sf(CLEAR, seeds - 1)
+        note = (
+            f"Mean over {seeds} seeds of the same seed's difference (same first weights, same "
+            "batches) ± its standard error; in brackets how many of those it is away from 0. "
+            f"Away by more than {CLEAR:g}: {' '.join(words)} Without any effect {chance:.0%} of "
+            f"such entries would be (Student's t, {seeds - 1} degrees of freedom), about "
+            f"{chance * len(rows) * len(names):.1f} of these {len(rows) * len(names)}. The "
+            "standard errors are over weights, batches and noise; the test images are always the "
+            "same. The noise was not tuned arm by arm."
+        )
+    titles = (f"{names[m]}, points" if units[m] else names[m] for m in names)
+    return [summary, Table("Experiment 3: differences from none", ["arm", *titles], rows, note)]
 
 
 def _checks(found: list[dict]) -> Table:
@@ -445,6 +531,54 @@ def _plot_phases(found: dict) -> Figure:
     return figure
 
 
+def _plot_noise(found: dict) -> Figure:
+    arms = found["arms"]
+    figure = Figure(figsize=(9, 1.2 + 0.5 * len(arms)), layout="constrained")
+    titles = soft_regularization.MEASURES
+    for axes, (measure, title) in zip(
+        figure.subplots(1, len(titles), sharey=True), titles.items(), strict=True
+    ):
+        for row, (name, arm) in enumerate(arms.items()):
+            values, mean = arm[measure]["values"], arm[measure]["mean"]
+            error = (arm[measure]["spread"] or 0.0) / math.sqrt(len(values))
+            axes.plot(values, [row] * len(values), "o", color=COLOURS[name], alpha=0.4, ms=5, mew=0)
+            axes.errorbar(
+                mean, row, xerr=error, fmt="|", color=COLOURS[name], ms=16, mew=2, capsize=4
+            )
+        if "none" in arms:
+            axes.axvline(arms["none"][measure]["mean"], color=COLOURS["none"], lw=1, ls=":")
+        if measure != "loss":
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(axis="y", visible=False)
+        axes.set(title=title[0].upper() + title[1:], yticks=range(len(arms)))
+        axes.set_yticklabels(list(arms))
+        axes.margins(y=0.15)
+    axes.invert_yaxis()
+    figure.supxlabel("a dot a seed; bar: mean ± its standard error", fontsize=9)
+    return figure
+
+
+def _plot_reliability(found: dict) -> Figure:
+    figure = Figure(figsize=(5.5, 5.5), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    axes.plot([0, 1], [0, 1], color="black", lw=1, ls=":", label="calibrated")
+    for name, arm in found["arms"].items():
+        bins = zip(*arm["reliability"], strict=True)
+        points = [(confidence / n, right / n) for n, right, confidence in bins if n]
+        look = {"color": COLOURS[name], "marker": "o", "ms": 4, "lw": 1.2}
+        axes.plot(*zip(*points, strict=True), label=name, **look)
+        counts = arm["reliability"][0]
+        middles = [(m + 0.5) / len(counts) for m in range(len(counts))]
+        shares = [count / sum(counts) for count in counts]
+        below.step(middles, shares, where="mid", color=COLOURS[name], lw=1.2)
+    axes.set(ylabel="accuracy", title="How often right, by how sure, all seeds", ylim=(0, 1.02))
+    axes.legend(fontsize=9)
+    below.set(xlabel="largest probability", ylabel="share of images", yscale="log", xlim=(0, 1))
+    below.yaxis.set_major_formatter(PercentFormatter(1.0))
+    return figure
+
+
 PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
     """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -500,6 +634,9 @@ def write(folder: RunFolder) -> tuple[list[Table], bool]:
     """
     soft = folder.read_json("soft_reg.json")
     distilled = distillation_results(folder) if "distill" in folder.config else None
+    regularised = None
+    if "soft_regularization" in folder.config:
+        regularised = soft_regularization.results(folder)
     sections, checks = [], []
     if soft:
         plots = {"theta_path": _plot_theta, "theta_histogram": _plot_histogram}
@@ -513,6 +650,11 @@ def write(folder: RunFolder) -> tuple[list[Table], bool]:
         if any(name != "teacher" for name in distilled["arms"]):
             sections.append((title, tables, plots, distilled))
         checks += distilled["checks"]
+    if regularised:
+        plots = {"noise": _plot_noise, "reliability": _plot_reliability}
+        tables = _noise_tables(regularised, folder.config["soft_regularization"])
+        title = "Experiment 3: a network under four kinds of noise"
+        sections.append((title, tables, plots, regularised))
 
     shown, every = [], []
     with matplotlib.rc_context(STYLE):
@@ -533,10 +675,11 @@ def write(folder: RunFolder) -> tuple[list[Table], bool]:
         "machine": folder.config["machine"],
         "soft_reg": {k: v for k, v in soft.items() if k != "plot"} if soft else None,
         "distill": {k: distilled[k] for k in ("arms", "follow", "checks")} if distilled else None,
+        "soft_regularization": regularised,
     }
     folder.write_json("results.json", results)
     asked = {
-        "soft-reg": soft["settings"] if soft else {},
+        "soft-reg": folder.config.get("soft_regularization", soft["settings"] if soft else {}),
         "distill": folder.config.get("distill", {}),
     }
     settings = "\n".join(

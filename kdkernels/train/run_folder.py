@@ -147,6 +147,10 @@ class RunFolder:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise TrainError(f"the checkpoint {path} cannot be read: {error}") from None
 
+    def remove(self, name: str) -> None:
+        """Take checkpoints/<name>.safetensors away, if it is there."""
+        (self.path / "checkpoints" / f"{name}.safetensors").unlink(missing_ok=True)
+
     def log(self, sync: bool = False, **record) -> None:
         """Append one line to metrics.jsonl.
 
