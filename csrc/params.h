@@ -103,12 +103,7 @@ struct NoiseSource {
   const int64_t* device_step;  // CUDA: overrides step when not null
 };
 
-enum class NoiseMode {
-  kOnly,  // std * eps
-  kAdd,  // in + std * eps
-  kScale,  // in * (1 + std * eps), as fma(std * eps, in, in)
-  kTimes,  // in * (std * eps)
-};
+using math::NoiseMode;
 
 // A contiguous run of elements of one tensor.
 struct NoiseTensor {

@@ -128,49 +128,90 @@ void divergence(const DivergenceParams& p, int threads) {
   losses(p, threads, kernels().divergence_rows);
 }
 
-void noise(const NoiseParams& p, int threads) {
-  const Kernels& k = kernels();
-  // The list as one range of chunks, so that many small tensors and one large one share threads alike.
-  std::vector<int64_t> first_chunk(static_cast<size_t>(p.count) + 1, 0);
+namespace {
+
+// Chunks of a list's tensors as one range, so that many small tensors and one large one share threads alike:
+// f(tensor, first and last element of a chunk, its place in the range). `work`: of an element, in normals.
+template <class Tensor, class F>
+void for_chunks(const Tensor* tensors, int64_t count, int64_t chunk_elements, int64_t work,
+                int threads, const F& f) {
+  std::vector<int64_t> first_chunk(static_cast<size_t>(count) + 1, 0);
   int64_t elements = 0;
-  for (int64_t t = 0; t < p.count; ++t) {
-    int64_t numel = p.tensors[t].numel;
-    first_chunk[t + 1] = first_chunk[t] + (numel + kElementsPerThread - 1) / kElementsPerThread;
-    elements += numel;
+  for (int64_t t = 0; t < count; ++t) {
+    first_chunk[t + 1] = first_chunk[t] + (tensors[t].numel + chunk_elements - 1) / chunk_elements;
+    elements += tensors[t].numel;
   }
-  if (elements < 2 * kElementsPerThread) threads = 1;
-  parallel_for(first_chunk[p.count], 1, threads, [&](int64_t begin, int64_t end) {
+  if (elements < 2 * kElementsPerThread / std::max<int64_t>(work, 1)) threads = 1;
+  parallel_for(first_chunk[count], 1, threads, [&](int64_t begin, int64_t end) {
     int64_t t =
         std::upper_bound(first_chunk.begin(), first_chunk.end(), begin) - first_chunk.begin() - 1;
-    for (int64_t chunk = begin; chunk < end;) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
       while (chunk >= first_chunk[t + 1]) ++t;
-      int64_t last = std::min(end, first_chunk[t + 1]);
-      const NoiseTensor& tensor = p.tensors[t];
-      math::NoiseKey key = {p.seed_low, p.seed_high, tensor.stream, p.step};
-      k.noise(p.dtype, tensor, key, (chunk - first_chunk[t]) * kElementsPerThread,
-              std::min(tensor.numel, (last - first_chunk[t]) * kElementsPerThread));
-      chunk = last;
+      int64_t first = (chunk - first_chunk[t]) * chunk_elements;
+      f(tensors[t], first, std::min(tensors[t].numel, first + chunk_elements), chunk);
     }
+  });
+}
+
+// The same for `kSums` sums a chunk, which f overwrites: out[index] is their sum over a tensor's chunks, in the
+// order of chunks whatever the threads. With out null f gets null.
+template <int kSums, class Tensor, class F>
+void sum_chunks(const Tensor* tensors, int64_t count, int threads, double* out, int64_t indices,
+                const F& f) {
+  int64_t chunks = 0;
+  for (int64_t t = 0; out != nullptr && t < count; ++t) {
+    chunks += (tensors[t].numel + kElementsPerThread - 1) / kElementsPerThread;
+  }
+  std::vector<double> sums(static_cast<size_t>(kSums * chunks), 0.0);
+  for_chunks(tensors, count, kElementsPerThread, 1, threads,
+             [&](const Tensor& tensor, int64_t begin, int64_t end, int64_t chunk) {
+    f(tensor, begin, end, out != nullptr ? &sums[kSums * chunk] : nullptr);
+  });
+  if (out == nullptr) return;
+  std::fill(out, out + kSums * indices, 0.0);
+  const double* sum = sums.data();
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t i = 0; i < tensors[t].numel; i += kElementsPerThread, sum += kSums) {
+      for (int s = 0; s < kSums; ++s) out[kSums * tensors[t].index + s] += sum[s];
+    }
+  }
+}
+
+}  // namespace
+
+void noise(const NoiseParams& p, int threads) {
+  const Kernels& k = kernels();
+  sum_chunks<2>(p.tensors, p.count, threads, p.norms, p.indices,
+                [&](const NoiseTensor& tensor, int64_t begin, int64_t end, double* norms) {
+    k.noise(p, tensor, begin, end, norms);
   });
 }
 
 void noise_dot(const NoiseDotParams& p, int threads) {
   const Kernels& k = kernels();
-  int64_t chunks = (p.numel + kElementsPerThread - 1) / kElementsPerThread;
-  std::vector<double> partial(static_cast<size_t>(chunks));
-  parallel_for(chunks, 2, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      partial[c] =
-          k.noise_dot(p, c * kElementsPerThread, std::min(p.numel, (c + 1) * kElementsPerThread));
-    }
+  sum_chunks<1>(p.tensors, p.count, threads, p.result, p.indices,
+                [&](const NoiseTensor& tensor, int64_t begin, int64_t end, double* sum) {
+    *sum = k.noise_dot(p, tensor, begin, end);
   });
-  double sum = 0;  // in chunk order: the same bits for any number of threads
-  for (double part : partial) sum += part;
-  if (p.dtype == Dtype::kFloat64) {
-    *static_cast<double*>(p.result) = sum;
-  } else {
-    *static_cast<float*>(p.result) = static_cast<float>(sum);
-  }
+}
+
+void combine(const CombineParams& p, int threads) {
+  const Kernels& k = kernels();
+  // An element's work grows with the seeds; no chunk is smaller than a block of noise.
+  int64_t chunk = std::max<int64_t>(kElementsPerThread / std::max<int64_t>(p.terms, 1), 1024);
+  for_chunks(p.tensors, p.count, chunk, p.terms, threads,
+             [&](const NoiseTensor& tensor, int64_t begin, int64_t end, int64_t) {
+    k.combine(p, tensor, begin, end);
+  });
+}
+
+void update(const UpdateParams& p, int threads) {
+  const Kernels& k = kernels();
+  bool skip = p.found_inf != nullptr && *p.found_inf != 0;
+  sum_chunks<2>(p.tensors, skip ? 0 : p.count, threads, p.norms, p.indices,
+                [&](const UpdateTensor& tensor, int64_t begin, int64_t end, double* norms) {
+    k.update(p, tensor, begin, end, norms);
+  });
 }
 
 void regression(const RegressionParams& p, int threads) {

@@ -17,7 +17,7 @@ struct Kernels {
   void (*distillation_rows)(const DistillationParams&, int64_t begin, int64_t end,
                             double* row_loss);
   void (*divergence_rows)(const DivergenceParams&, int64_t begin, int64_t end, double* row_loss);
-  // Elements [begin, end) of one run; norms: [2], overwritten, or null.
+  // Elements [begin, end) of one run; norms: [2], added to, or null.
   void (*noise)(const NoiseParams&, const NoiseTensor&, int64_t begin, int64_t end, double* norms);
   double (*noise_dot)(const NoiseDotParams&, const NoiseTensor&, int64_t begin, int64_t end);
   void (*combine)(const CombineParams&, const NoiseTensor&, int64_t begin, int64_t end);

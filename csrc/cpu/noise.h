@@ -1,18 +1,18 @@
 // Noise over contiguous elements. Included by one file an ISA level.
 //
-// Normals are made a block at a time in L1, from the block's counters alone, and used at once: a tensor is
-// read once and written once, and nothing else moves.
+// Random numbers are made a block at a time in L1, from the block's counters alone, and used at once: a tensor
+// is read once and written once, and nothing else moves.
 #pragma once
 
 #include "cpu/kernels.h"
 #include "cpu/storage.h"
-#include "math/normal.h"
+#include "math/distribution.h"
 
 namespace kdkernels {
 namespace cpu {
 namespace {
 
-constexpr int kCounters = 256;  // counters a block: 1024 normals
+constexpr int kCounters = 256, kNumbers = 4 * kCounters;  // of a block
 
 #if defined(KD_VECTOR_BYTES)
 // Philox words of several counters, one in the low half of each 64-bit lane; the high halves hold anything.
@@ -69,18 +69,38 @@ KD_FN void philox_block(math::NoiseKey key, uint64_t first, int counters,
 }
 #endif
 
-// Normals of elements 4 * counter and on, for `counters` counters (rounded up to whole vectors).
-inline void normal_block(math::NoiseKey key, uint64_t first, int counters, float* out) {
+// lane[k][j] = number k of counter j.
+template <math::Distribution kDistribution>
+KD_FN void make_numbers(const uint32_t (&word)[4][kCounters], int counters,
+                        float (&lane)[4][kCounters]) {
+  for (int pair = 0; pair < 4; pair += 2) {
+    for (int j = 0; j < counters; ++j) {
+      math::NoisePair n = math::noise_pair<kDistribution>(word[pair][j], word[pair + 1][j]);
+      lane[pair][j] = n.first;
+      lane[pair + 1][j] = n.second;
+    }
+  }
+}
+
+// The numbers of elements 4 * first and on, for `counters` counters (rounded up to whole vectors). One copy of
+// this code serves every loop that uses noise.
+__attribute__((noinline)) void number_block(math::Distribution distribution, math::NoiseKey key,
+                                            uint64_t first, int counters, float* out) {
+  using math::Distribution;
   alignas(64) uint32_t word[4][kCounters];
   alignas(64) float lane[4][kCounters];
   int padded = (counters + 15) / 16 * 16;
   philox_block(key, first, padded, word);
-  for (int pair = 0; pair < 4; pair += 2) {
-    for (int j = 0; j < padded; ++j) {
-      math::NoisePair n = math::box_muller(word[pair][j], word[pair + 1][j]);
-      lane[pair][j] = n.first;
-      lane[pair + 1][j] = n.second;
-    }
+  switch (distribution) {
+    case Distribution::kNormal: make_numbers<Distribution::kNormal>(word, padded, lane); break;
+    case Distribution::kUniform: make_numbers<Distribution::kUniform>(word, padded, lane); break;
+    case Distribution::kRademacher:
+      make_numbers<Distribution::kRademacher>(word, padded, lane);
+      break;
+    case Distribution::kTruncatedNormal:
+      make_numbers<Distribution::kTruncatedNormal>(word, padded, lane);
+      break;
+    case Distribution::kLaplace: make_numbers<Distribution::kLaplace>(word, padded, lane); break;
   }
   for (int j = 0; j < padded; ++j) {
     out[4 * j] = lane[0][j];
@@ -90,72 +110,191 @@ inline void normal_block(math::NoiseKey key, uint64_t first, int counters, float
   }
 }
 
-// Calls use(first element, count, their normals) for elements [begin, end), a block at a time.
+// Elements [begin, end) cut into blocks that begin at a counter: use(first element, count, the first counter,
+// where in its block the first element is).
 template <class Use>
-KD_FN void for_normals(math::NoiseKey key, uint64_t offset, int64_t begin, int64_t end, Use use) {
-  alignas(64) float eps[4 * kCounters];
+KD_FN void for_blocks(uint64_t offset, int64_t begin, int64_t end, Use use) {
   for (int64_t i = begin; i < end;) {
     uint64_t index = offset + static_cast<uint64_t>(i);
     int skip = static_cast<int>(index % 4);
-    int64_t n = end - i < 4 * kCounters - skip ? end - i : 4 * kCounters - skip;
-    normal_block(key, index / 4, static_cast<int>(n + skip + 3) / 4, eps);
-    use(i, static_cast<int>(n), eps + skip);
+    int n = static_cast<int>(end - i < kNumbers - skip ? end - i : kNumbers - skip);
+    use(i, n, index / 4, skip);
     i += n;
   }
 }
 
+// use(first element, count, their numbers).
+template <class Use>
+KD_FN void for_numbers(math::Distribution distribution, math::NoiseKey key, uint64_t offset,
+                       int64_t begin, int64_t end, Use use) {
+  alignas(64) float eps[kNumbers];
+  for_blocks(offset, begin, end,
+             [&](int64_t i, int n, uint64_t counter, int skip) KD_INLINE_LAMBDA {
+    number_block(distribution, key, counter, (n + skip + 3) / 4, eps);
+    use(i, n, eps + skip);
+  });
+}
+
+KD_FN math::NoiseKey key_of(const NoiseSource& source, uint32_t stream) {
+  uint32_t step =
+      source.device_step != nullptr ? static_cast<uint32_t>(*source.device_step) : source.step;
+  return {source.seed_low, source.seed_high, stream, step};
+}
+
+// The std of every element of a block.
+template <class Real>
+struct StdBlock {
+  alignas(64) Real value[kNumbers];
+
+  // The same for all blocks of elements [begin, end) that a call fills in once, unless they differ.
+  KD_FN bool fill(StdBlock& block, const NoiseParams& p, const NoiseTensor& tensor, int64_t count) {
+    if (p.stds != nullptr && p.std_size > 1) return true;
+    Real std = p.stds != nullptr ? static_cast<const Real*>(p.stds)[tensor.index]
+                                 : static_cast<Real>(tensor.std);
+    int n = static_cast<int>(count < kNumbers ? count : kNumbers);
+    for (int j = 0; j < n; ++j) block.value[j] = std;
+    return false;
+  }
+
+  // Elements [i, i + n) of a pattern.
+  KD_FN void fill_pattern(StdBlock& block, const NoiseParams& p, const NoiseTensor& tensor,
+                          int64_t i, int n) {
+    const Real* stds = static_cast<const Real*>(p.stds) + tensor.index * p.std_size;
+    int64_t at = i / p.std_inner % p.std_size, left = p.std_inner - i % p.std_inner;
+    for (int j = 0; j < n;) {
+      // A stretch of one std, or where each has one element, a stretch of the pattern.
+      bool each = p.std_inner == 1;
+      int64_t stretch = each ? p.std_size - at : left;
+      int m = static_cast<int>(stretch < n - j ? stretch : n - j);
+      if (each) {
+        for (int k = 0; k < m; ++k) block.value[j + k] = stds[at + k];
+        at = 0;
+      } else {
+        for (int k = 0; k < m; ++k) block.value[j + k] = stds[at];
+        at = at + 1 < p.std_size ? at + 1 : 0;
+        left = p.std_inner;
+      }
+      j += m;
+    }
+  }
+};
+
+template <NoiseMode kMode, class T, class Real>
+KD_FN void apply_block(const T* in, const Real* std, const float* eps, int n, T* out) {
+  // Element by element in and out are the same or apart, never shifted.
+#pragma omp simd
+  for (int j = 0; j < n; ++j) {
+    Real x = 0;
+    if constexpr (kMode != NoiseMode::kOnly) x = widen(in[j]);
+    narrow(math::apply_noise<kMode>(std[j], static_cast<Real>(eps[j]), x), out[j]);
+  }
+}
+
+template <class T, class Real>
+KD_FN void add_squares(const T* in, const Real* std, const float* eps, int n, double* norms) {
+  double of_in = 0, of_noise = 0;
+#pragma omp simd reduction(+ : of_in, of_noise)
+  for (int j = 0; j < n; ++j) {
+    double x = static_cast<double>(widen(in[j])),
+           noise = static_cast<double>(std[j] * static_cast<Real>(eps[j]));
+    of_in += x * x;
+    of_noise += noise * noise;
+  }
+  norms[0] += of_in;
+  norms[1] += of_noise;
+}
+
 template <class T>
-void noise_of(const NoiseTensor& tensor, math::NoiseKey key, int64_t begin, int64_t end) {
+void noise_of(const NoiseParams& p, const NoiseTensor& tensor, int64_t begin, int64_t end,
+              double* norms) {
   using Real = typename Compute<T>::type;
   const T* in = static_cast<const T*>(tensor.in);
   T* out = static_cast<T*>(tensor.out);
-  Real std = static_cast<Real>(tensor.std);
-  for_normals(key, tensor.offset, begin, end,
-              [=](int64_t i, int n, const float* eps) KD_INLINE_LAMBDA {
-    if (in == nullptr) {
-      for (int j = 0; j < n; ++j) narrow(std * static_cast<Real>(eps[j]), out[i + j]);
-    } else {
-      // Element by element in and out are the same or apart, never shifted.
-#pragma omp simd
-      for (int j = 0; j < n; ++j) {
-        narrow(math::fma(std, static_cast<Real>(eps[j]), widen(in[i + j])), out[i + j]);
-      }
+  StdBlock<Real> std;
+  bool pattern = StdBlock<Real>::fill(std, p, tensor, end - begin);
+  for_numbers(p.source.distribution, key_of(p.source, tensor.stream), tensor.offset, begin, end,
+              [&](int64_t i, int n, const float* eps) KD_INLINE_LAMBDA {
+    if (pattern) StdBlock<Real>::fill_pattern(std, p, tensor, i, n);
+    if (norms != nullptr) add_squares(in + i, std.value, eps, n, norms);
+    switch (p.mode) {
+      case NoiseMode::kOnly: return apply_block<NoiseMode::kOnly>(in, std.value, eps, n, out + i);
+      case NoiseMode::kAdd: return apply_block<NoiseMode::kAdd>(in + i, std.value, eps, n, out + i);
+      case NoiseMode::kScale:
+        return apply_block<NoiseMode::kScale>(in + i, std.value, eps, n, out + i);
+      case NoiseMode::kTimes:
+        return apply_block<NoiseMode::kTimes>(in + i, std.value, eps, n, out + i);
     }
   });
 }
 
-void noise(Dtype dtype, const NoiseTensor& tensor, math::NoiseKey key, int64_t begin, int64_t end) {
-  switch (dtype) {
-    case Dtype::kFloat32: return noise_of<float>(tensor, key, begin, end);
-    case Dtype::kFloat64: return noise_of<double>(tensor, key, begin, end);
-    case Dtype::kBFloat16: return noise_of<BFloat16>(tensor, key, begin, end);
-    case Dtype::kFloat16: return noise_of<Float16>(tensor, key, begin, end);
+void noise(const NoiseParams& p, const NoiseTensor& tensor, int64_t begin, int64_t end,
+           double* norms) {
+  switch (p.dtype) {
+    case Dtype::kFloat32: return noise_of<float>(p, tensor, begin, end, norms);
+    case Dtype::kFloat64: return noise_of<double>(p, tensor, begin, end, norms);
+    case Dtype::kBFloat16: return noise_of<BFloat16>(p, tensor, begin, end, norms);
+    case Dtype::kFloat16: return noise_of<Float16>(p, tensor, begin, end, norms);
   }
 }
 
 template <class T>
-double noise_dot_of(const NoiseDotParams& p, int64_t begin, int64_t end) {
-  const T* x = static_cast<const T*>(p.x);
+double noise_dot_of(const NoiseDotParams& p, const NoiseTensor& tensor, int64_t begin,
+                    int64_t end) {
+  const T* in = static_cast<const T*>(tensor.in);
   double total = 0;
-  for_normals(p.key, p.offset, begin, end,
+  for_numbers(p.source.distribution, key_of(p.source, tensor.stream), tensor.offset, begin, end,
               [&](int64_t i, int n, const float* eps) KD_INLINE_LAMBDA {
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int j = 0; j < n; ++j)
-      sum += static_cast<double>(widen(x[i + j])) * static_cast<double>(eps[j]);
+      sum += static_cast<double>(widen(in[i + j])) * static_cast<double>(eps[j]);
     total += sum;
   });
   return total;
 }
 
-double noise_dot(const NoiseDotParams& p, int64_t begin, int64_t end) {
+double noise_dot(const NoiseDotParams& p, const NoiseTensor& tensor, int64_t begin, int64_t end) {
   switch (p.dtype) {
-    case Dtype::kFloat32: return noise_dot_of<float>(p, begin, end);
-    case Dtype::kFloat64: return noise_dot_of<double>(p, begin, end);
-    case Dtype::kBFloat16: return noise_dot_of<BFloat16>(p, begin, end);
-    case Dtype::kFloat16: return noise_dot_of<Float16>(p, begin, end);
+    case Dtype::kFloat32: return noise_dot_of<float>(p, tensor, begin, end);
+    case Dtype::kFloat64: return noise_dot_of<double>(p, tensor, begin, end);
+    case Dtype::kBFloat16: return noise_dot_of<BFloat16>(p, tensor, begin, end);
+    case Dtype::kFloat16: return noise_dot_of<Float16>(p, tensor, begin, end);
   }
   return 0;
+}
+
+template <class T>
+void combine_of(const CombineParams& p, const NoiseTensor& tensor, int64_t begin, int64_t end) {
+  using Real = typename Compute<T>::type;
+  T* out = static_cast<T*>(tensor.out);
+  math::NoiseKey key = key_of(p.source, tensor.stream);
+  alignas(64) float eps[kNumbers];
+  alignas(64) Real sum[kNumbers];
+  // All seeds of a block while it is in L1: the tensor is read once and written once.
+  for_blocks(tensor.offset, begin, end,
+             [&](int64_t i, int n, uint64_t counter, int skip) KD_INLINE_LAMBDA {
+    for (int j = 0; j < n; ++j) sum[j] = 0;
+    for (int64_t k = 0; k < p.terms; ++k) {
+      uint64_t seed = static_cast<uint64_t>(p.seeds[k]);
+      key.seed_low = static_cast<uint32_t>(seed);
+      key.seed_high = static_cast<uint32_t>(seed >> 32);
+      number_block(p.source.distribution, key, counter, (n + skip + 3) / 4, eps);
+      Real coefficient = static_cast<Real>(p.coefficients[k]);
+      for (int j = 0; j < n; ++j) {
+        sum[j] = math::fma(coefficient, static_cast<Real>(eps[skip + j]), sum[j]);
+      }
+    }
+    for (int j = 0; j < n; ++j) narrow(widen(out[i + j]) + sum[j], out[i + j]);
+  });
+}
+
+void combine(const CombineParams& p, const NoiseTensor& tensor, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case Dtype::kFloat32: return combine_of<float>(p, tensor, begin, end);
+    case Dtype::kFloat64: return combine_of<double>(p, tensor, begin, end);
+    case Dtype::kBFloat16: return combine_of<BFloat16>(p, tensor, begin, end);
+    case Dtype::kFloat16: return combine_of<Float16>(p, tensor, begin, end);
+  }
 }
 
 }  // namespace

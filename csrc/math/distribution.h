@@ -17,19 +17,27 @@ namespace math {
 
 enum class Distribution { kNormal, kUniform, kRademacher, kTruncatedNormal, kLaplace };
 
-KD_FN float uniform(uint32_t r) {
-  return fma(static_cast<float>(static_cast<int32_t>(r)), 0x1.bb67aep-31f, 0x1.bb67aep-32f);
+// The odd integers from -2^31 + 1 to 2^31 - 1, two words each, over 2^31: exactly symmetric, never 0.
+KD_FN float symmetric_uniform(uint32_t r) {
+  return static_cast<float>(static_cast<int32_t>(r | 1)) * 0x1p-31f;
 }
 
-KD_FN float rademacher(uint32_t r) {
-  return float_from_bits(static_cast<int32_t>((r & 0x80000000u) | 0x3F800000u));
+KD_FN float uniform(uint32_t r) {
+  return static_cast<float>(static_cast<int32_t>(r | 1)) * 0x1.bb67aep-31f;
 }
+
+KD_FN float with_sign_of(uint32_t r, float magnitude) {
+  uint32_t bits = static_cast<uint32_t>(bits_from_float(magnitude)) & 0x7FFFFFFFu;
+  return float_from_bits(static_cast<int32_t>(bits | (r & 0x80000000u)));
+}
+
+KD_FN float rademacher(uint32_t r) { return with_sign_of(r, 1.0f); }
 
 // By inversion: sqrt(2) erfinv(p) over the standard deviation that is left, p uniform on erf(sqrt(2)) (-1, 1).
 // Like Giles ("Approximating the erfinv function", 2011) it is a polynomial in w = -log(1 - p^2), here with
 // coefficients of its own for w <= 2.42, fitted to a relative error of 2e-8 and rounded one after the other.
 KD_FN float truncated_normal(uint32_t r) {
-  float q = fma(static_cast<float>(static_cast<int32_t>(r)), 0x1p-31f, 0x1p-32f);
+  float q = symmetric_uniform(r);
   float p = 0x1.e8b430p-1f * q;
   float w = -log_normal(fma(-p, p, 1.0f));
   float y = -0x1.e8b7acp-18f;
@@ -43,10 +51,8 @@ KD_FN float truncated_normal(uint32_t r) {
 }
 
 KD_FN float laplace(uint32_t r) {
-  float u = fma(static_cast<float>(r & 0x7FFFFFFFu), 0x1p-31f, 0x1p-32f);
-  float magnitude = -0x1.6a09e6p-1f * log_normal(u);
-  uint32_t bits = static_cast<uint32_t>(bits_from_float(magnitude)) & 0x7FFFFFFFu;
-  return float_from_bits(static_cast<int32_t>(bits | (r & 0x80000000u)));
+  float u = fma(static_cast<float>(static_cast<int32_t>(r & 0x7FFFFFFFu)), 0x1p-31f, 0x1p-32f);
+  return with_sign_of(r, -0x1.6a09e6p-1f * log_normal(u));
 }
 
 // The numbers of two neighbouring elements from their words.
@@ -62,6 +68,27 @@ KD_FN NoisePair noise_pair(uint32_t r_a, uint32_t r_b) {
     return {truncated_normal(r_a), truncated_normal(r_b)};
   } else {
     return {laplace(r_a), laplace(r_b)};
+  }
+}
+
+enum class NoiseMode {
+  kOnly,  // std * eps
+  kAdd,  // in + std * eps
+  kScale,  // in * (1 + std * eps), as fma(std * eps, in, in)
+  kTimes,  // in * (std * eps)
+};
+
+// What becomes of `in`, which kOnly does not use.
+template <NoiseMode kMode, class Real>
+KD_FN Real apply_noise(Real std, Real eps, Real in) {
+  if constexpr (kMode == NoiseMode::kOnly) {
+    return std * eps;
+  } else if constexpr (kMode == NoiseMode::kAdd) {
+    return fma(std, eps, in);
+  } else if constexpr (kMode == NoiseMode::kScale) {
+    return fma(std * eps, in, in);
+  } else {
+    return in * (std * eps);
   }
 }
 

@@ -33,8 +33,10 @@ struct UpdateNumbers {
   Real sign;  // -1 to maximize
   Real lr;  // AdamW: over the first bias correction; Langevin: half
   Real weight_decay;  // AdamW: 1 - lr * weight_decay
-  Real keep1, take1, keep2,
-      take2;  // factors of the old and the new part of first and second moment
+  // Factors of the old and the new part of first and second moment. AdamW's first is between old and new: from
+  // the nearer of both, as torch does, so that beta1 = 0 gives the new one.
+  Real keep1, take1, keep2, take2;
+  bool new_nearer;
   Real root, eps;  // AdamW: 1 / sqrt(second bias correction)
   Real num_data;
   bool nesterov;
@@ -64,7 +66,8 @@ KD_FN UpdateNumbers<Real> update_numbers(Update update, const UpdateRule& r, dou
   } else if (update == Update::kAdamW) {
     n.lr = static_cast<Real>(lr / (1 - power(r.beta1, step)));
     n.weight_decay = static_cast<Real>(1 - lr * r.weight_decay);
-    n.take1 = static_cast<Real>(1 - r.beta1);
+    n.new_nearer = r.beta1 <= 0.5;
+    n.take1 = static_cast<Real>(n.new_nearer ? -r.beta1 : 1 - r.beta1);
     n.keep2 = static_cast<Real>(r.beta2);
     n.take2 = static_cast<Real>(1 - r.beta2);
     n.root = static_cast<Real>(1 / sqrt(1 - power(r.beta2, step)));
@@ -101,7 +104,7 @@ KD_FN UpdateShares<Real> update_element(const UpdateNumbers<Real>& n, Real eps, 
     param = fma(-n.lr, g, param);
   } else if constexpr (kUpdate == Update::kAdamW) {
     Real g = n.sign * fma(n.std, eps, gradient);
-    first = fma(n.take1, g - first, first);
+    first = fma(n.take1, g - first, n.new_nearer ? g : first);
     second = fma(n.take2 * g, g, n.keep2 * second);
     Real denominator = fma(sqrt(second), n.root, n.eps);
     param = fma(-n.lr, first / denominator, param * n.weight_decay);
