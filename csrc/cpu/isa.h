@@ -29,6 +29,12 @@ bool elementary(const char* f, const float* x, float* y, int64_t n) {
   KD_ELEMENTARY("expm1", expm1(x[i]))
   KD_ELEMENTARY("sinpi", sincospi(x[i]).sin)
   KD_ELEMENTARY("cospi", sincospi(x[i]).cos)
+  // Of math/distribution.h, of words whose bits are x's.
+  KD_ELEMENTARY("uniform", uniform(static_cast<uint32_t>(math::bits_from_float(x[i]))))
+  KD_ELEMENTARY("rademacher", rademacher(static_cast<uint32_t>(math::bits_from_float(x[i]))))
+  KD_ELEMENTARY("truncated_normal",
+                truncated_normal(static_cast<uint32_t>(math::bits_from_float(x[i]))))
+  KD_ELEMENTARY("laplace", laplace(static_cast<uint32_t>(math::bits_from_float(x[i]))))
 #undef KD_ELEMENTARY
   return false;
 }

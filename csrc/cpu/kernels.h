@@ -25,7 +25,8 @@ struct Kernels {
                  double* norms);
   // Replicas [begin, end).
   void (*regression)(const RegressionParams&, int64_t begin, int64_t end);
-  // y[i] = f(x[i]) for a function of math/elementary.h, for tests. False if there is none of that name.
+  // y[i] = f(x[i]) for a function of math/elementary.h, or of math/distribution.h with x's bits as words, for
+  // tests. False if there is none of that name.
   bool (*elementary)(const char* f, const float* x, float* y, int64_t n);
 };
 

@@ -33,19 +33,18 @@ KD_FN float with_sign_of(uint32_t r, float magnitude) {
 
 KD_FN float rademacher(uint32_t r) { return with_sign_of(r, 1.0f); }
 
-// By inversion: sqrt(2) erfinv(p) over the standard deviation that is left, p uniform on erf(sqrt(2)) (-1, 1).
-// Like Giles ("Approximating the erfinv function", 2011) it is a polynomial in w = -log(1 - p^2), here with
-// coefficients of its own for w <= 2.42, fitted to a relative error of 2e-8 and rounded one after the other.
+// By inversion: sqrt(2) erfinv(p) over the standard deviation that is left, with p = erf(sqrt(2)) q. Like Giles
+// ("Approximating the erfinv function", 2011) it is a polynomial in w = -log(1 - p^2), here with coefficients of
+// its own for w <= 2.42, fitted to a relative error of 2e-8 and rounded one after the other.
 KD_FN float truncated_normal(uint32_t r) {
   float q = symmetric_uniform(r);
-  float p = 0x1.e8b430p-1f * q;
-  float w = -log_normal(fma(-p, p, 1.0f));
-  float y = -0x1.e8b7acp-18f;
-  y = fma(y, w, 0x1.a7577cp-14f);
-  y = fma(y, w, -0x1.f7aa2ep-13f);
-  y = fma(y, w, -0x1.d12f22p-9f);
-  y = fma(y, w, 0x1.222b24p-6f);
-  y = fma(y, w, 0x1.6c97e4p-2f);
+  float w = -log_normal(fma(-0x1.d277bcp-1f * q, q, 1.0f));
+  float y = -0x1.d42d44p-18f;
+  y = fma(y, w, 0x1.9e1616p-14f);
+  y = fma(y, w, -0x1.eb31eap-13f);
+  y = fma(y, w, -0x1.d225dap-9f);
+  y = fma(y, w, 0x1.223c30p-6f);
+  y = fma(y, w, 0x1.6c97b0p-2f);
   y = fma(y, w, 0x1.5c28bep+0f);
   return q * y;
 }
