@@ -12,30 +12,42 @@
 #include "ops/linear_distillation.h"
 #include "ops/noise.h"
 #include "ops/regression.h"
+#include "ops/update.h"
 
 namespace py = pybind11;
 using namespace kdkernels;
 
 namespace {
 
-NoiseArgs noise_args(int64_t seed, int64_t step, int64_t stream, int64_t offset,
-                     std::optional<at::Tensor> seed_tensor, std::optional<at::Tensor> step_tensor) {
-  return {seed, step, stream, offset, std::move(seed_tensor), std::move(step_tensor)};
-}
-
-// An op through PyTorch's dispatcher, with what pybind11 makes of lists.
+// An op through PyTorch's dispatcher, with what pybind11 makes of lists and of numbers that may be symbolic.
 template <class Argument>
 struct FromPython {
   using type = Argument;
+  static Argument get(Argument argument) { return argument; }
+};
+template <>
+struct FromPython<c10::SymInt> {
+  using type = int64_t;
+  static c10::SymInt get(int64_t number) { return number; }
 };
 template <class Element>
 struct FromPython<at::ArrayRef<Element>> {
   using type = const std::vector<Element>&;
+  static at::ArrayRef<Element> get(const std::vector<Element>& list) { return list; }
+};
+template <>
+struct FromPython<c10::SymIntArrayRef> {
+  using type = const std::vector<int64_t>&;
+  static std::vector<c10::SymInt> get(const std::vector<int64_t>& list) {
+    return {list.begin(), list.end()};
+  }
 };
 template <class... Arguments, class Result>
 auto dispatched(const char* name, Result (*)(Arguments...)) {
   auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Arguments...)>();
-  return [op](typename FromPython<Arguments>::type... arguments) { return op.call(arguments...); };
+  return [op](typename FromPython<Arguments>::type... arguments) {
+    return op.call(FromPython<Arguments>::get(arguments)...);
+  };
 }
 
 const char* name_of(math::Divergence divergence) {
@@ -163,34 +175,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("linear_distillation_loss",
         dispatched("kdkernels::linear_distillation_loss", linear_distillation_loss), no_gil);
   m.def("set_differentiable_gradients", set_gradients);
-  m.def("randn_like",
-        [](const at::Tensor& x, int64_t seed, int64_t step, int64_t stream, int64_t offset,
-           std::optional<at::Tensor> seed_tensor, std::optional<at::Tensor> step_tensor) {
-    return randn_like(x, noise_args(seed, step, stream, offset, seed_tensor, step_tensor));
-  },
-        no_gil);
-  m.def("add_noise_",
-        [](const std::vector<at::Tensor>& tensors, const std::vector<double>& std, int64_t seed,
-           int64_t step, int64_t stream, int64_t offset, std::optional<at::Tensor> seed_tensor,
-           std::optional<at::Tensor> step_tensor) {
-    add_noise_(tensors, std, noise_args(seed, step, stream, offset, seed_tensor, step_tensor));
-  },
-        no_gil);
-  m.def("input_noise",
-        [](const at::Tensor& x, std::optional<at::Tensor> std_tensor, double std, int64_t seed,
-           int64_t step, int64_t stream, int64_t offset, std::optional<at::Tensor> seed_tensor,
-           std::optional<at::Tensor> step_tensor) {
-    return input_noise(x, std_tensor, std,
-                       noise_args(seed, step, stream, offset, seed_tensor, step_tensor));
-  },
-        no_gil);
-  m.def("gradient_noise",
-        [](const at::Tensor& x, double std, int64_t seed, int64_t step, int64_t stream,
-           int64_t offset, std::optional<at::Tensor> seed_tensor,
-           std::optional<at::Tensor> step_tensor) {
-    return gradient_noise(x, std, noise_args(seed, step, stream, offset, seed_tensor, step_tensor));
-  },
-        no_gil);
+  m.def("randn_like", dispatched("kdkernels::randn_like", randn_like), no_gil);
+  m.def("add_noise_", dispatched("kdkernels::add_noise_", add_noise_), no_gil);
+  m.def("input_noise", dispatched("kdkernels::input_noise", input_noise), no_gil);
+  m.def("gradient_noise", dispatched("kdkernels::gradient_noise", gradient_noise), no_gil);
+  m.def("noise_dot", dispatched("kdkernels::noise_dot", noise_dot), no_gil);
+  m.def("combine_noise_", dispatched("kdkernels::combine_noise_", combine_noise_), no_gil);
+  m.def("noisy_update_", dispatched("kdkernels::noisy_update_", noisy_update_), no_gil);
   m.def("noisy_linear_regression", noisy_linear_regression, no_gil);
 
   m.def("build_info", build_info);
