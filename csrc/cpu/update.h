@@ -17,16 +17,15 @@ struct UpdateBlock {
   Real *param, *grad, *first, *second;
 };
 
-template <math::Update kUpdate, bool kFirst, bool kNorms, class Real>
+template <math::Update kUpdate, bool kFirst, bool kShares, class Real>
 void update_loop(const math::UpdateNumbers<Real>& numbers, const UpdateBlock<Real>& block,
-                 const float* eps, int count, double* norms) {
+                 const float* eps, int count, Real* gradient_share, Real* noise_share) {
   constexpr bool kSecond = kUpdate == math::Update::kAdamW || kUpdate == math::Update::kPsgld;
   // Copies, which no store can change.
   const math::UpdateNumbers<Real> n = numbers;
   Real *param = block.param, *first = block.first, *second = block.second;
   const Real* grad = block.grad;
-  double of_gradient = 0, of_noise = 0;
-#pragma omp simd reduction(+ : of_gradient, of_noise)
+#pragma omp simd
   for (int j = 0; j < count; ++j) {
     Real x = param[j], m = 0, v = 0;
     if constexpr (kFirst) m = first[j];
@@ -36,26 +35,31 @@ void update_loop(const math::UpdateNumbers<Real>& numbers, const UpdateBlock<Rea
     param[j] = x;
     if constexpr (kFirst) first[j] = m;
     if constexpr (kSecond) second[j] = v;
-    if constexpr (kNorms) {
-      double of_g = static_cast<double>(shares.gradient), of_n = static_cast<double>(shares.noise);
-      of_gradient += of_g * of_g;
-      of_noise += of_n * of_n;
+    if constexpr (kShares) {
+      gradient_share[j] = shares.gradient;
+      noise_share[j] = shares.noise;
     }
   }
-  if constexpr (kNorms) {
-    norms[0] += of_gradient;
-    norms[1] += of_noise;
-  }
+}
+
+template <class Real>
+KD_FN double sum_of_squares(const Real* x, int n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int j = 0; j < n; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+  return sum;
 }
 
 template <math::Update kUpdate, bool kFirst, class Real>
 KD_FN void update_with(const math::UpdateNumbers<Real>& n, const UpdateBlock<Real>& block,
                        const float* eps, int count, double* norms) {
-  if (norms != nullptr) {
-    update_loop<kUpdate, kFirst, true>(n, block, eps, count, norms);
-  } else {
-    update_loop<kUpdate, kFirst, false>(n, block, eps, count, norms);
+  if (norms == nullptr) {
+    return update_loop<kUpdate, kFirst, false, Real>(n, block, eps, count, nullptr, nullptr);
   }
+  alignas(64) Real gradient_share[kNumbers], noise_share[kNumbers];
+  update_loop<kUpdate, kFirst, true>(n, block, eps, count, gradient_share, noise_share);
+  norms[0] += sum_of_squares(gradient_share, count);
+  norms[1] += sum_of_squares(noise_share, count);
 }
 
 template <class Real>
