@@ -4,6 +4,7 @@ from torch import Tensor
 
 TENSOR, OPTIONAL_TENSOR, NUMBER, INT = "a tensor", "a tensor or None", "a number", "an int"
 LIST, NUMBERS = "a list", "a sequence of numbers"
+INTS = "an int or a sequence of ints"
 OPTIONAL_NUMBER, STRING, BOOL = "a number or None", "a string", "a bool"
 
 
@@ -36,8 +37,9 @@ def explain(error: TypeError, **arguments: tuple[object, str]) -> Exception:
     if "incompatible function arguments" not in str(error):
         return error
     for name, (value, kind) in arguments.items():
-        if not fits(value, kind):
-            return TypeError(f"{name} is a {type(value).__name__}; it takes {kind}")
-        if kind == INT and not -(2**63) <= value.__index__() < 2**63:
-            return ValueError(f"{name} is {value}; it is out of range")
+        for item in value if kind == INTS else [value]:
+            if not fits(item, INT if kind == INTS else kind):
+                return TypeError(f"{name} is a {type(item).__name__}; it takes {kind}")
+            if kind in (INT, INTS) and not -(2**63) <= item.__index__() < 2**63:
+                return ValueError(f"{name} is {item}; it is out of range")
     return error

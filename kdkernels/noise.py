@@ -1,10 +1,13 @@
-"""Gaussian noise that is a pure function of (seed, stream, step, element index).
+"""Noise that is a pure function of (seed, stream, step, element index).
 
-The normal of element i of a tensor is Philox4x32-10 (Salmon et al., SC 2011) at the counter
-(i // 4 low, i // 4 high, stream, step) under the key (seed low, seed high), word pair (i % 4) // 2,
-through the Box-Muller transform. Elements count in row-major order whatever the strides. Nothing is
-stored: the same arguments give the same bits on every CPU and GPU, for any number of threads and
-any sharding.
+The number of element i of a tensor is made of the words of Philox4x32-10 (Salmon et al., SC 2011)
+at the counter (i // 4 low, i // 4 high, stream, step) under the key (seed low, seed high): the
+normal of word pair (i % 4) // 2 through the Box-Muller transform, the other distributions of word
+i % 4. Elements count in row-major order whatever the strides. Nothing is stored: the same
+arguments give the same bits on every CPU and GPU, for any number of threads and any sharding.
+
+Philox passes TestU01's BigCrush, but it is not a cryptographic generator: whoever knows some of
+the numbers may find the key, so noise from here makes no claim of privacy.
 
 All functions share these keyword arguments:
 
@@ -14,80 +17,372 @@ All functions share these keyword arguments:
         which a captured CUDA graph reads anew at each replay.
     stream: the tensor's own number, in [0, 2^32): a parameter's index in its list.
     offset: global index of the tensor's first element, for a shard of a larger tensor.
+    distribution: "normal", "uniform" on [-sqrt(3), sqrt(3)], "rademacher" (-1 or 1),
+        "truncated_normal" (cut off at two standard deviations, and scaled) or "laplace". Each has
+        mean 0 and variance 1, so that a std means the same for all.
+
+Functions on a list of tensors give tensor k the stream ``stream + k``, so leaving others out does
+not shift its noise as long as its stream is given; stream and offset may also be one number a
+tensor. A DTensor takes its slice of the whole tensor's noise, so that any mesh gives the same.
 
 Bad numbers raise ValueError and bad dtypes TypeError, naming the argument; x and tensors take fp32,
 fp64, bf16 and fp16 on CPU and CUDA. 16-bit tensors are added to in fp32 and rounded once.
 """
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdkernels import _C
-from kdkernels.errors import INT, LIST, NUMBER, OPTIONAL_TENSOR, TENSOR, explain, fits
+from kdkernels.errors import (
+    BOOL,
+    INT,
+    INTS,
+    LIST,
+    NUMBER,
+    OPTIONAL_TENSOR,
+    STRING,
+    TENSOR,
+    explain,
+    fits,
+)
+
+DISTRIBUTIONS = ("normal", "uniform", "rademacher", "truncated_normal", "laplace")
 
 # The eager functions take their arguments by position; a tracer sees the registered ops.
 _OPS = torch.ops.kdkernels
-_NOISE_NAMES = ("seed", "step", "stream", "offset", "seed_tensor", "step_tensor")
+_NOISE = ("seed", "step", "stream", "offset", "seed_tensor", "step_tensor", "distribution")
+_NOISE_LIST = ("seed", "step", "streams", "offsets", "runs", *_NOISE[4:])
+_ARGUMENTS = {  # those by position, those by keyword
+    "randn_like": (("x",), _NOISE),
+    "input_noise": (("x", "std_tensor", "std"), (*_NOISE, "multiplicative")),
+    "gradient_noise": (("x", "std_tensor", "std"), (*_NOISE, "multiplicative")),
+    "add_noise_": (("tensors", "std"), (*_NOISE_LIST, "multiplicative", "std_tensor", "norms")),
+    "noise_dot": (("tensors",), _NOISE_LIST),
+    "_scaled_noise": (("tensors", "scales"), _NOISE_LIST),
+    "combine_noise_": (
+        ("tensors", "coefficients", "seeds"),
+        ("step", "streams", "offsets", "runs", "step_tensor", "distribution"),
+    ),
+}
+# What an argument takes, and the public name of one that has another.
+_KINDS = {
+    **dict.fromkeys(("x", "coefficients", "seeds"), (TENSOR, None)),
+    **dict.fromkeys(("seed", "step", "stream", "offset"), (INT, None)),
+    **dict.fromkeys(("std_tensor", "seed_tensor", "step_tensor"), (OPTIONAL_TENSOR, None)),
+    "tensors": (LIST, None),
+    "std": (NUMBER, None),
+    "streams": (INTS, "stream"),
+    "offsets": (INTS, "offset"),
+    "multiplicative": (BOOL, None),
+}
 
 
-def _noise_args(seed: int | None, step: int | Tensor, stream: int, offset: int) -> tuple:
-    """(seed, step, stream, offset, seed_tensor, step_tensor), as every op takes them."""
+def _call(name: str, *values):
+    """Op `name` on its arguments in order."""
+    by_position, by_keyword = _ARGUMENTS[name]
+    if torch.compiler.is_compiling():
+        count = len(by_position)
+        keywords = dict(zip(by_keyword, values[count:], strict=True))
+        return getattr(_OPS, name)(*values[:count], **keywords)
+    try:
+        return getattr(_C, name)(*values)
+    except TypeError as error:
+        arguments = {}
+        for argument, value in zip((*by_position, *by_keyword), values, strict=True):
+            if argument in _KINDS and not (argument == "std" and name == "add_noise_"):
+                kind, public = _KINDS[argument]
+                arguments[public or argument] = (value, kind)
+        raise explain(error, **arguments) from None
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def _seed_and_step(seed, step) -> tuple:
+    """(seed, step, seed_tensor, step_tensor), as every op takes them."""
     seed_tensor = step_tensor = None
     if seed is None:
         # A tensor, so that a traced graph draws anew each time it runs.
         seed_tensor, seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64), 0
-    elif isinstance(seed, int) and not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {seed}; it takes an int in [-2^63, 2^64)")
-    elif isinstance(seed, int) and seed >= 2**63:
-        seed -= 2**64
+    elif isinstance(seed, int):
+        seed = _signed(seed)
     if isinstance(step, Tensor):
         step_tensor, step = step, 0
-    return seed, step, stream, offset, seed_tensor, step_tensor
+    return seed, step, seed_tensor, step_tensor
+
+
+def _signed(seed: int) -> int:
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; it takes an int in [-2^63, 2^64)")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def _fixed_seed(seed: int | None) -> int:
+    """A seed that several calls share."""
+    if seed is None:
+        return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
+    if not fits(seed, INT):
+        raise TypeError(f"seed is a {type(seed).__name__}; it takes {INT}")
+    return _signed(seed.__index__())
+
+
+def _distribution(name: str) -> int:
+    for number, known in enumerate(DISTRIBUTIONS):
+        if name == known:
+            return number
+    if not fits(name, STRING):
+        raise TypeError(f"distribution is a {type(name).__name__}; it takes {STRING}")
+    raise ValueError(f'distribution is "{name}"; it takes one of {", ".join(DISTRIBUTIONS)}')
+
+
+def _noise(seed, step, stream, offset, distribution) -> tuple:
+    """The last arguments of an op on one tensor."""
+    seed, step, seed_tensor, step_tensor = _seed_and_step(seed, step)
+    return seed, step, stream, offset, seed_tensor, step_tensor, _distribution(distribution)
+
+
+def _tensors(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} holds a {type(tensor).__name__}; it takes {TENSOR}")
+    return tensors
+
+
+def _places(tensors: list[Tensor], stream, offset) -> tuple:
+    """(local tensors, streams, offsets, runs), as ops on lists take them."""
+    streams = list(stream) if isinstance(stream, (list, tuple)) else [stream]
+    offsets = list(offset) if isinstance(offset, (list, tuple)) else [offset]
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            break
+    else:
+        return tensors, streams, offsets, []
+    shards = [shard_of(tensor) for tensor in tensors]
+    if len(offsets) == 1:
+        offsets *= len(tensors)
+    if len(offsets) == len(tensors):
+        offsets = [o + shard[1] for o, shard in zip(offsets, shards, strict=True)]
+    runs = [number for shard in shards for number in shard[2:]]
+    return [shard[0] for shard in shards], streams, offsets, runs if any(runs) else []
+
+
+def _stds(std) -> tuple:
+    """(std, std_tensor), as add_noise_ takes them."""
+    if isinstance(std, Tensor):
+        if not std.is_floating_point():
+            raise TypeError(f"std has dtype {std.dtype}; as a tensor it takes a floating one")
+        std = std.detach().reshape(-1) if std.dim() == 0 else std.detach()
+        return [0.0], std.to(torch.float64)
+    stds = [std] if isinstance(std, (int, float)) or not hasattr(std, "__iter__") else list(std)
+    for value in stds:
+        if not fits(value, NUMBER):
+            raise TypeError(f"std holds a {type(value).__name__}; it takes {NUMBER}")
+    stds = [float(value) for value in stds]
+    for value in stds:
+        if value < 0:
+            raise ValueError(f"std is {value}; it takes a finite number, 0 or more")
+    return stds, None
+
+
+# ---- shards --------------------------------------------------------------------------------------
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def shard_of(tensor: Tensor) -> tuple[Tensor, int, int, int]:
+    """A tensor's elements on this rank and their place in the whole tensor's row-major order.
+
+    Returns:
+        (local, offset, run, stride): element i of the local tensor is number
+        ``offset + i // run * stride + i % run`` of the whole; with run 0 it is ``offset + i``. A
+        tensor that is no DTensor, or a replicated one, is all here: (tensor, 0, 0, 0).
+
+    Raises:
+        ValueError: for a DTensor that holds partial sums, or whose elements here do not lie in
+            runs of one length and distance, such as one sharded along two inner dimensions.
+    """
+    if type(tensor) in _PLAIN or not hasattr(tensor, "placements"):
+        return tensor, 0, 0, 0
+    local = tensor.to_local()
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return local, 0, 0, 0
+    cuts = zip(tensor.placements, mesh.shape, coordinate, strict=True)
+    place = _place(tuple(tensor.shape), tuple(cuts))
+    if math.prod(place[0]) != local.numel():
+        raise ValueError(
+            f"a DTensor of shape {list(tensor.shape)} and placements {tensor.placements} has "
+            f"{local.numel()} elements here; expected {list(place[0])}"
+        )
+    return local, *place[1:]
+
+
+@functools.lru_cache(maxsize=4096)
+def _place(shape: tuple[int, ...], cuts: tuple) -> tuple[tuple[int, ...], int, int, int]:
+    """(local shape, offset, run, stride) after cuts, each (placement, ranks, this one's index)."""
+    rows = [torch.arange(n) for n in shape]
+    for placement, ranks, index in cuts:
+        if placement.is_replicate():
+            continue
+        if placement.is_partial() or not hasattr(placement, "dim"):
+            raise ValueError(
+                f"a DTensor has the placement {placement}; noise takes whole numbers, sharded or "
+                "replicated: redistribute it first"
+            )
+        # _StridedShard: as if the dimension had been cut into split_factor parts before.
+        parts = _chunks(rows[placement.dim], getattr(placement, "split_factor", 1))
+        rows[placement.dim] = torch.cat([_chunks(part, ranks)[index] for part in parts])
+    local_shape = tuple(len(r) for r in rows)
+    if 0 in local_shape:
+        return local_shape, 0, 0, 0
+    levels, offset, inner = [], 0, 1
+    for size, r in zip(reversed(shape), reversed(rows), strict=True):
+        offset += int(r[0]) * inner
+        levels += [(count, distance * inner) for count, distance in _regular(r)]
+        inner *= size
+    # From the innermost: levels that go on where the one before ends are one.
+    merged = [(1, 1)]
+    for count, distance in levels:
+        last, step = merged[-1]
+        if last == 1:
+            merged[-1] = (count, distance) if count != 1 else merged[-1]
+        elif count != 1 and distance == last * step:
+            merged[-1] = (last * count, step)
+        elif count != 1:
+            merged.append((count, distance))
+    if merged[0][1] != 1:
+        merged.insert(0, (1, 1))
+    if len(merged) > 2:
+        raise ValueError(
+            f"a DTensor of shape {list(shape)} is cut by {[str(cut[0]) for cut in cuts]} into "
+            "elements that do not lie in equal runs at equal distances; shard it along one "
+            "dimension, or along the first and one other"
+        )
+    run, stride = (merged[0][0], merged[1][1]) if len(merged) == 2 else (0, 0)
+    return local_shape, offset, run, stride
+
+
+def _chunks(x: Tensor, count: int) -> list[Tensor]:
+    """torch.chunk, always of so many."""
+    size = -(-len(x) // count)
+    return [x[i * size : (i + 1) * size] for i in range(count)]
+
+
+def _regular(x: Tensor) -> list[tuple[int, int]]:
+    """Increasing numbers as nested (count, distance) from the innermost."""
+    gaps = torch.diff(x)
+    run = int((gaps != 1).nonzero()[0]) + 1 if bool((gaps != 1).any()) else len(x)
+    if len(x) % run == 0:
+        starts = x[::run]
+        outer = torch.diff(starts)
+        made = starts[:, None] + torch.arange(run)
+        if torch.equal(made.reshape(-1), x) and (
+            len(outer) == 0 or bool((outer == outer[0]).all())
+        ):
+            return [(run, 1), (len(starts), int(outer[0]) if len(outer) else 1)]
+    raise ValueError("a DTensor is cut unevenly by _StridedShard; shard it in another order")
+
+
+def _like(local: Tensor, tensor: Tensor) -> Tensor:
+    """A local tensor as the shard of a DTensor like `tensor`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=torch.empty(tensor.shape, device="meta").stride(),
+    )
+
+
+# ---- functions -----------------------------------------------------------------------------------
 
 
 def randn_like(
-    x: Tensor, *, seed: int | None = None, step: int | Tensor = 0, stream: int = 0, offset: int = 0
-) -> Tensor:
-    """Standard normal noise of x's shape, dtype and device, contiguous; x's values are not read.
-
-    Example:
-        >>> kdkernels.randn_like(torch.empty(2), seed=0)
-    """
-    args = _noise_args(seed, step, stream, offset)
-    return _call("randn_like", args, x=(x, TENSOR))
-
-
-def add_noise_(
-    tensors: Tensor | Sequence[Tensor],
-    std: float | Sequence[float],
+    x: Tensor,
     *,
     seed: int | None = None,
     step: int | Tensor = 0,
     stream: int = 0,
     offset: int = 0,
+    distribution: str = "normal",
+) -> Tensor:
+    """Noise of x's shape, dtype and device, contiguous; x's values are not read.
+
+    Args:
+        x: any shape; a DTensor gives one of the same placements.
+        seed, step, stream, offset, distribution: see the module.
+
+    Example:
+        >>> kdkernels.randn_like(torch.empty(2), seed=0)
+    """
+    noise = _noise(seed, step, stream, offset, distribution)
+    if isinstance(x, Tensor) and type(x) not in _PLAIN and hasattr(x, "placements"):
+        local, streams, offsets, runs = _places([x], stream, offset)
+        one = torch.ones(1, dtype=torch.float64, device=local[0].device)
+        noise = (*noise[:2], streams, offsets, runs, *noise[4:])
+        return _like(_call("_scaled_noise", local, one, *noise)[0], x)
+    return _call("randn_like", x, *noise)
+
+
+def add_noise_(
+    tensors: Tensor | Sequence[Tensor],
+    std: float | Sequence[float] | Tensor,
+    *,
+    seed: int | None = None,
+    step: int | Tensor = 0,
+    stream: int | Sequence[int] = 0,
+    offset: int | Sequence[int] = 0,
+    distribution: str = "normal",
+    multiplicative: bool = False,
 ) -> None:
     """Add std * eps to each tensor in place; on CUDA in one launch a dtype.
 
-    Tensor k of the list takes ``stream + k``, so leaving others out does not shift its noise as
-    long as its stream is given. Call it under ``torch.no_grad()`` where a tensor requires grad.
+    Call it under ``torch.no_grad()`` where a tensor requires grad.
 
     Args:
         tensors: a tensor or a list of them, of any shapes and dtypes, on one device, apart in
             memory.
-        std: standard deviation, finite and 0 or more: one number, or one a tensor.
-        seed, step, stream, offset: see the module.
+        std: standard deviation, finite and 0 or more: one number, or one a tensor; or a tensor of
+            one or of one a tensor, ``[]``, ``[1]`` or ``[len(tensors)]``, on their device, whose
+            values are not checked.
+        multiplicative: multiply each tensor by 1 + std * eps instead.
+        seed, step, stream, offset, distribution: see the module.
     """
-    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    std = [std] if isinstance(std, (int, float)) or not hasattr(std, "__iter__") else list(std)
-    for name, values, kind in (("tensors", tensors, TENSOR), ("std", std, NUMBER)):
-        for value in values:
-            if not fits(value, kind):
-                raise TypeError(f"{name} holds a {type(value).__name__}; it takes {kind}")
-    std = [float(s) for s in std]
-    args = _noise_args(seed, step, stream, offset)
-    _call("add_noise_", args, tensors=(tensors, LIST), std=(std, LIST))
+    tensors = _tensors("tensors", tensors)
+    stds, std_tensor = _stds(std)
+    _add(tensors, stds, std_tensor, seed, step, stream, offset, distribution, multiplicative)
+
+
+def _add(tensors, stds, std_tensor, seed, step, stream, offset, distribution, multiplicative=False):
+    """add_noise_ with whatever sign of std."""
+    seed, step, seed_tensor, step_tensor = _seed_and_step(seed, step)
+    local, streams, offsets, runs = _places(tensors, stream, offset)
+    _call(
+        "add_noise_",
+        local,
+        stds,
+        seed,
+        step,
+        streams,
+        offsets,
+        runs,
+        seed_tensor,
+        step_tensor,
+        _distribution(distribution),
+        multiplicative,
+        std_tensor,
+        None,
+    )
 
 
 def input_noise(
@@ -98,36 +393,39 @@ def input_noise(
     step: int | Tensor = 0,
     stream: int = 0,
     offset: int = 0,
+    distribution: str = "normal",
+    multiplicative: bool = False,
 ) -> Tensor:
     """x + std * eps. Backward hands x's gradient on unchanged.
 
     Args:
         x: any shape.
-        std: a number, finite and 0 or more; or a one-element tensor on x's device, which may
-            require grad: its gradient is sum eps_i g_i, with eps made again rather than kept.
-        seed, step, stream, offset: see the module.
+        std: a number, finite and 0 or more; or a tensor on x's device of one element or of a shape
+            that broadcasts to x's, such as one std a row, ``[N, 1]``, or one a channel of images,
+            ``[C, 1, 1]``. It may require grad: its gradient is sum eps_i g_i over the elements
+            that share a std, with eps made again rather than kept. A tensor's values are not
+            checked.
+        multiplicative: x * (1 + std * eps) instead, Gaussian dropout for the normal (Srivastava et
+            al., JMLR 2014, section 10); backward multiplies alike.
+        seed, step, stream, offset, distribution: see the module.
     """
     std_tensor = None
     if isinstance(std, Tensor):
         std_tensor, std = std, 0.0
-    args = _noise_args(seed, step, stream, offset)
-    return _call(
-        "input_noise",
-        args,
-        x=(x, TENSOR),
-        std_tensor=(std_tensor, OPTIONAL_TENSOR),
-        std=(std, NUMBER),
-    )
+    noise = _noise(seed, step, stream, offset, distribution)
+    return _call("input_noise", x, std_tensor, std, *noise, multiplicative)
 
 
 def gradient_noise(
     x: Tensor,
-    std: float,
+    std: float | Tensor,
     *,
     seed: int | None = None,
     step: int | Tensor = 0,
     stream: int = 0,
     offset: int = 0,
+    distribution: str = "normal",
+    multiplicative: bool = False,
 ) -> Tensor:
     """x itself; backward adds std * eps to its gradient (Neelakantan et al., arXiv 1511.06807).
 
@@ -135,11 +433,409 @@ def gradient_noise(
 
     Args:
         x: any shape. The result is a view of it.
-        std: a number, finite and 0 or more.
-        seed, step, stream, offset: see the module.
+        std: as of ``input_noise``; no gradient flows to it.
+        multiplicative: multiply the gradient by 1 + std * eps instead.
+        seed, step, stream, offset, distribution: see the module.
     """
-    args = _noise_args(seed, step, stream, offset)
-    return _call("gradient_noise", args, x=(x, TENSOR), std=(std, NUMBER))
+    std_tensor = None
+    if isinstance(std, Tensor):
+        std_tensor, std = std, 0.0
+    noise = _noise(seed, step, stream, offset, distribution)
+    return _call("gradient_noise", x, std_tensor, std, *noise, multiplicative)
+
+
+def noise_dot(
+    tensors: Tensor | Sequence[Tensor],
+    *,
+    seed: int | None = None,
+    step: int | Tensor = 0,
+    stream: int | Sequence[int] = 0,
+    offset: int | Sequence[int] = 0,
+    distribution: str = "normal",
+) -> Tensor:
+    """The sum of eps_i * x_i over all elements of all tensors, with eps made in registers.
+
+    Differentiable, also twice: it is linear, and its gradient is eps. With x a gradient it is the
+    directional derivative along eps, of which forward gradients (Baydin et al., arXiv 2202.08587)
+    and ``soft_regularization`` are made.
+
+    Args:
+        tensors: a tensor or a list of them on one device. Of a DTensor's shards every element
+            counts once; all ranks of its mesh must call, and all get the sum.
+        seed, step, stream, offset, distribution: see the module.
+
+    Returns:
+        A scalar: fp64 if a tensor is, else fp32; added up in fp64.
+    """
+    tensors = _tensors("tensors", tensors)
+    seed, step, seed_tensor, step_tensor = _seed_and_step(seed, step)
+    local, *places = _places(tensors, stream, offset)
+    sums = _call(
+        "noise_dot",
+        local,
+        seed,
+        step,
+        *places,
+        seed_tensor,
+        step_tensor,
+        _distribution(distribution),
+    )
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    if local is tensors:
+        total = sums.sum()
+    else:
+        total = _sum_over_meshes(tensors, sums)
+    return total if wide else total.float()
+
+
+def _sum_over_meshes(tensors: list[Tensor], sums: Tensor) -> Tensor:
+    """The sum of numbers that ranks hold parts of, each as its tensor is sharded."""
+    groups = {}
+    for tensor, part in zip(tensors, sums.unbind(), strict=True):
+        placements = getattr(tensor, "placements", ())
+        sharded = tuple(not placement.is_replicate() for placement in placements)
+        mesh = tensor.device_mesh if any(sharded) else None
+        groups.setdefault((mesh, sharded if any(sharded) else ()), []).append(part)
+    total = sums.new_zeros(())
+    for (mesh, sharded), parts in groups.items():
+        part = torch.stack(parts).sum()
+        if mesh is not None:
+            from torch.distributed.tensor import DTensor, Partial, Replicate
+
+            kinds = [Partial() if cut else Replicate() for cut in sharded]
+            part = DTensor.from_local(part, mesh, kinds, run_check=False).full_tensor()
+        total = total + part
+    return total
+
+
+def combine_noise_(
+    tensors: Tensor | Sequence[Tensor],
+    coefficients: Sequence[float] | Tensor,
+    seeds: Sequence[int] | Tensor,
+    *,
+    step: int | Tensor = 0,
+    stream: int | Sequence[int] = 0,
+    offset: int | Sequence[int] = 0,
+    distribution: str = "normal",
+) -> None:
+    """Add sum_k coefficients[k] * eps(seeds[k]) to each tensor, in one pass for any K.
+
+    Every eps is made in registers, so memory is read and written once: the update of evolution
+    strategies (Salmon et al., arXiv 1703.03864) and of MeZO (Malladi et al., arXiv 2305.17333). The
+    terms are added in order, and the sum is rounded once into the tensor. Call it under
+    ``torch.no_grad()`` where a tensor requires grad.
+
+    Args:
+        tensors: as of ``add_noise_``.
+        coefficients: ``[K]`` finite numbers, or a tensor of them, here or on the tensors' device.
+        seeds: ``[K]`` ints in [-2^63, 2^64), or an int64 tensor of them.
+        step, stream, offset, distribution: see the module.
+    """
+    tensors = _tensors("tensors", tensors)
+    if not isinstance(coefficients, Tensor):
+        coefficients = torch.tensor(_numbers("coefficients", coefficients), dtype=torch.float64)
+    if not coefficients.is_floating_point():
+        raise TypeError(f"coefficients has dtype {coefficients.dtype}; it takes a floating one")
+    if not isinstance(seeds, Tensor):
+        seeds = torch.tensor(
+            [_fixed_seed(seed) for seed in _sequence("seeds", seeds)], dtype=torch.int64
+        )
+    _, step, _, step_tensor = _seed_and_step(0, step)
+    local, *places = _places(tensors, stream, offset)
+    _call(
+        "combine_noise_",
+        local,
+        coefficients.to(torch.float64),
+        seeds,
+        step,
+        *places,
+        step_tensor,
+        _distribution(distribution),
+    )
+
+
+def _sequence(name: str, values) -> list:
+    if not hasattr(values, "__iter__") or isinstance(values, str):
+        raise TypeError(f"{name} is a {type(values).__name__}; it takes a sequence or a tensor")
+    return list(values)
+
+
+def _numbers(name: str, values) -> list[float]:
+    values = _sequence(name, values)
+    for value in values:
+        if not fits(value, NUMBER):
+            raise TypeError(f"{name} holds a {type(value).__name__}; it takes {NUMBER}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} holds {value}; it takes finite numbers")
+    return [float(value) for value in values]
+
+
+@contextmanager
+def perturbed_parameters(
+    params: Tensor | Iterable[Tensor],
+    scale: float,
+    *,
+    seed: int | None = None,
+    step: int | Tensor = 0,
+    stream: int | Sequence[int] = 0,
+    offset: int | Sequence[int] = 0,
+    distribution: str = "normal",
+    restore: str = "copy",
+) -> Iterator[None]:
+    """A context in which params are theta + scale * eps; on leaving they are theta again.
+
+    That is so also when the body raises. A backward pass through what the body computed belongs
+    inside: autograd notices that the parameters have changed since.
+
+    Args:
+        params: parameters, on one device, apart in memory.
+        scale: a finite number; -scale gives the antithetic pair.
+        restore: "copy" keeps a copy of params, and theta has its own bits back. "regenerate" keeps
+            nothing and subtracts the same noise: an element is then off by at most half an ulp of
+            theta + scale * eps plus half an ulp of theta, each time, and what overflowed is lost.
+        seed, step, stream, offset, distribution: see the module.
+
+    Example:
+        >>> with kdkernels.perturbed_parameters(model.parameters(), 1e-3, seed=0):
+        ...     loss = loss_fn(model(x), y)
+    """
+    if restore not in ("copy", "regenerate"):
+        raise ValueError(f'restore is "{restore}"; it takes "copy" or "regenerate"')
+    if not fits(scale, NUMBER):
+        raise TypeError(f"scale is a {type(scale).__name__}; it takes {NUMBER}")
+    scale = float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it takes a finite number")
+    params = _tensors("params", params)
+    seed = _fixed_seed(seed)
+    if isinstance(step, Tensor):
+        step = step.clone()  # the body may advance it
+
+    def add(factor):
+        _add(params, [factor], None, seed, step, stream, offset, distribution)
+
+    with torch.no_grad():
+        kept = [param.detach().clone() for param in params] if restore == "copy" else None
+        add(scale)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            if kept is None:
+                add(-scale)
+            else:
+                torch._foreach_copy_([param.detach() for param in params], kept)
+
+
+def soft_regularization(
+    loss_fn: Callable[[], Tensor],
+    params: Tensor | Iterable[Tensor],
+    lam: float | Tensor,
+    *,
+    seed: int | None = None,
+    step: int | Tensor = 0,
+    stream: int | Sequence[int] = 0,
+    offset: int | Sequence[int] = 0,
+    distribution: str = "normal",
+) -> Tensor:
+    """L + lam * sum_i eps_i dL/dtheta_i, the loss with its derivative along the noise, exactly.
+
+    To first order that is the loss at theta + lam * eps, but its gradient is that of the derivative
+    itself: backward gives grad L + lam * H eps, H the Hessian of L, by one Hessian-vector product
+    (Pearlmutter, "Fast exact multiplication by the Hessian", 1994). Give each training step its own
+    ``step``, or a seed of None, and the regulariser's mean is zero.
+
+    Args:
+        loss_fn: called once with gradients enabled; returns a scalar. What it is made of must be
+            differentiable twice.
+        params: what to regularise. Parameters that the loss does not use count as 0, and shift
+            nobody's noise.
+        lam: the regulariser's factor, of any sign.
+        seed, step, stream, offset, distribution: see the module.
+
+    Returns:
+        A scalar in the loss's dtype; without a graph under ``torch.no_grad()``.
+
+    Example:
+        >>> loss = kdkernels.soft_regularization(
+        ...     lambda: loss_fn(model(x), y), model.parameters(), 1e-2, seed=0, step=step
+        ... )
+        >>> loss.backward()
+    """
+    params = _tensors("params", params)
+    for k, param in enumerate(params):
+        if not param.requires_grad:
+            raise ValueError(f"params[{k}] does not require grad; leave it out or let it")
+    if not fits(lam, NUMBER):
+        raise TypeError(f"lam is a {type(lam).__name__}; it takes {NUMBER}")
+    with torch.enable_grad():
+        loss = loss_fn()
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn returns a {type(loss).__name__}; it takes a scalar tensor")
+        if loss.numel() != 1:
+            raise ValueError(f"loss_fn returns the shape {list(loss.shape)}; it takes a scalar")
+        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        used = [k for k, grad in enumerate(grads) if grad is not None]
+        streams, offsets = (
+            [number[k] for k in used] if isinstance(number, (list, tuple)) else number
+            for number in (_streams(stream, len(params)), offset)
+        )
+        derivative = noise_dot(
+            [grads[k] for k in used],
+            seed=seed,
+            step=step,
+            stream=streams,
+            offset=offsets,
+            distribution=distribution,
+        )
+        total = loss + (lam * derivative).to(loss.dtype)
+    return total if torch.is_grad_enabled() else total.detach()
+
+
+def _streams(stream, count: int) -> list[int]:
+    """One stream a tensor."""
+    if isinstance(stream, (list, tuple)):
+        return list(stream)
+    if not fits(stream, INT):
+        raise TypeError(f"stream is a {type(stream).__name__}; it takes {INT}")
+    return [stream + k for k in range(count)]
+
+
+# ---- modules -------------------------------------------------------------------------------------
+
+
+class _NoiseLayer(nn.Module):
+    """What the modules share: which noise, and their own count of steps."""
+
+    def __init__(self, seed, stream, distribution, multiplicative):
+        super().__init__()
+        if not fits(stream, INT):
+            raise TypeError(f"stream is a {type(stream).__name__}; it takes {INT}")
+        if not 0 <= stream < 2**32:
+            raise ValueError(f"stream is {stream}; it takes 0 to 2^32 - 1")
+        if not fits(multiplicative, BOOL):
+            raise TypeError(f"multiplicative is a {type(multiplicative).__name__}; it takes {BOOL}")
+        _distribution(distribution)
+        self.seed = _fixed_seed(seed)
+        self.stream = stream
+        self.distribution = distribution
+        self.multiplicative = multiplicative
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The op on x in training mode, and the next step; x itself in evaluation mode."""
+        if not self.training:
+            return x
+        y = self._op(
+            x,
+            self.std,
+            seed=self.seed,
+            step=self.step,
+            stream=self.stream,
+            distribution=self.distribution,
+            multiplicative=self.multiplicative,
+        )
+        self.step += 1
+        return y
+
+    def get_extra_state(self):
+        return torch.tensor(self.seed)
+
+    def set_extra_state(self, state):
+        self.seed = int(state)
+
+    def extra_repr(self):
+        std = self.std if isinstance(self.std, float) else list(self.std.shape)
+        more = ", multiplicative=True" if self.multiplicative else ""
+        return f"std={std}, distribution={self.distribution}, seed={self.seed}{more}"
+
+
+def _checked_std(std) -> float:
+    if not fits(std, NUMBER):
+        raise TypeError(f"std is a {type(std).__name__}; it takes {NUMBER} or a tensor")
+    std = float(std)
+    if not 0 <= std < math.inf:
+        raise ValueError(f"std is {std}; it takes a finite number, 0 or more")
+    return std
+
+
+class InputNoise(_NoiseLayer):
+    """``input_noise`` as a module: noise in training mode, the input itself in evaluation mode.
+
+    Every forward in training has the next step's noise. state_dict carries the seed and the step,
+    so that a resumed run draws what it would have drawn. Ranks that train on data of their own want
+    a seed each; where forward runs again under activation checkpointing the step has moved on, so
+    call ``input_noise`` there with a step of your own.
+
+    Args:
+        std: the noise's standard deviation, finite and 0 or more; or a tensor of a shape that
+            broadcasts to the input's.
+        learnable: make std a parameter.
+        shape: std's shape, all filled with a number std: ``(C, 1, 1)`` for one std a channel.
+        multiplicative: x * (1 + std * eps) instead of x + std * eps.
+        distribution, stream: see ``kdkernels.noise``.
+        seed: an int in [-2^63, 2^64). None draws one from torch's default generator, once, here.
+
+    Example:
+        >>> nn.Sequential(kdkernels.InputNoise(0.1), nn.Linear(64, 10))
+    """
+
+    _op = staticmethod(input_noise)
+
+    def __init__(
+        self,
+        std: float | Tensor = 0.1,
+        *,
+        learnable: bool = False,
+        shape: Sequence[int] = (),
+        distribution: str = "normal",
+        multiplicative: bool = False,
+        seed: int | None = None,
+        stream: int = 0,
+    ):
+        super().__init__(seed, stream, distribution, multiplicative)
+        if not fits(learnable, BOOL):
+            raise TypeError(f"learnable is a {type(learnable).__name__}; it takes {BOOL}")
+        if isinstance(std, Tensor):
+            if not std.is_floating_point():
+                raise TypeError(f"std has dtype {std.dtype}; it takes a floating one")
+            if tuple(shape) not in ((), tuple(std.shape)):
+                raise ValueError(f"shape is {tuple(shape)}, and std has its own, {list(std.shape)}")
+            std = std.detach().clone()
+        else:
+            std = _checked_std(std)
+            if learnable or tuple(shape) != ():
+                std = torch.full(tuple(shape), std)
+        if learnable:
+            self.std = nn.Parameter(std)
+        elif isinstance(std, Tensor):
+            self.register_buffer("std", std)
+        else:
+            self.std = std
+
+
+class GradientNoiseLayer(_NoiseLayer):
+    """``gradient_noise`` as a module: noise in the gradient of what it passes on.
+
+    In training mode; steps, state_dict and arguments as of ``InputNoise``.
+    """
+
+    _op = staticmethod(gradient_noise)
+
+    def __init__(
+        self,
+        std: float = 0.1,
+        *,
+        distribution: str = "normal",
+        multiplicative: bool = False,
+        seed: int | None = None,
+        stream: int = 0,
+    ):
+        super().__init__(seed, stream, distribution, multiplicative)
+        self.std = _checked_std(std)
+
+
+# ---- the first experiment ------------------------------------------------------------------------
 
 
 def noisy_linear_regression(
@@ -188,7 +884,7 @@ def noisy_linear_regression(
         if not fits(value, kind):
             raise TypeError(f"{name} is a {type(value).__name__}; it takes {kind}")
     if isinstance(seed, int):
-        seed = _noise_args(seed, 0, 0, 0)[0]
+        seed = _signed(seed)
     elif not isinstance(seed, Tensor) or seed.dtype != torch.int64:
         kind = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
         raise TypeError(f"seed is {kind}; it takes an int or an int64 tensor")
@@ -232,15 +928,3 @@ def _samples(name: str, values: Tensor) -> Tensor:
     if values.dim() != 1:
         raise ValueError(f"{name} has shape {list(values.shape)}; it takes [n] or [n, 1]")
     return values.detach()
-
-
-def _call(name: str, noise: tuple, **head: tuple[object, str]):
-    """Op `name` on the values in `head`, (value, what it takes), and on _noise_args' result."""
-    values = [value for value, _ in head.values()]
-    if torch.compiler.is_compiling():
-        return getattr(_OPS, name)(*values, **dict(zip(_NOISE_NAMES, noise, strict=True)))
-    try:
-        return getattr(_C, name)(*values, *noise)
-    except TypeError as error:
-        ints = {n: (v, INT) for n, v in zip(_NOISE_NAMES[:4], noise[:4], strict=True)}
-        raise explain(error, **head, **ints) from None

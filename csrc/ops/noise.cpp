@@ -432,7 +432,9 @@ void add_noise_forward(at::TensorList tensors, at::ArrayRef<double> std, KD_NOIS
                        const OptionalTensor& norms) {
   NoiseListArgs noise = KD_NOISE_LIST_ARGS;
   size_t count = tensors.size();
-  for (double s : std) check_std(s);
+  // Of either sign: whoever takes noise off again adds it with -std.
+  for (double s : std)
+    TORCH_CHECK_VALUE(std::isfinite(s), "std is ", s, "; it takes a finite number");
   check_list("tensors", tensors);
   if (count == 0) return;
   check_one_or_each("std", std.size(), count);
@@ -779,12 +781,13 @@ struct InputNoise : torch::autograd::Function<InputNoise> {
 };
 
 struct GradientNoise : torch::autograd::Function<GradientNoise> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& std_tensor, double std,
-                        bool multiplicative, const NoiseArgs& noise) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& std_tensor,
+                        double std, bool multiplicative, const NoiseArgs& noise) {
     save_noise(ctx, noise);
     ctx->saved_data["std"] = std;
     ctx->saved_data["multiplicative"] = multiplicative;
-    ctx->save_for_backward({std_tensor, snapshot(noise.seed_tensor), snapshot(noise.step_tensor)});
+    ctx->save_for_backward(
+        {std_tensor.value_or(Tensor()), snapshot(noise.seed_tensor), snapshot(noise.step_tensor)});
     return x.view_as(x);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -842,7 +845,8 @@ Tensor gradient_noise(const Tensor& x, const OptionalTensor& std_tensor, double 
                       KD_NOISE_PARAMS, bool multiplicative) {
   NoiseArgs noise = KD_NOISE_ARGS;
   check_input(x, std_tensor, std, noise);
-  Tensor constant = std_tensor.has_value() ? std_tensor->detach() : Tensor();
+  OptionalTensor constant;
+  if (std_tensor.has_value()) constant = std_tensor->detach();
   return GradientNoise::apply(x, constant, std, multiplicative, noise);
 }
 
