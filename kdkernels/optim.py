@@ -27,14 +27,20 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from kdkernels import _C
 from kdkernels.errors import BOOL, INT, NUMBER, fits
-from kdkernels.noise import DISTRIBUTIONS, combine_noise_, perturbed_parameters, shard_of
+from kdkernels.noise import (
+    _distribution,
+    _fixed_seed,
+    combine_noise_,
+    perturbed_parameters,
+    shard_of,
+)
 
 Std = float | Tensor | Callable[[Any], float | Tensor]
 
@@ -130,24 +136,6 @@ def _check_std(std: Std):
 def _check_bool(name: str, value):
     if not fits(value, BOOL):
         raise TypeError(f"{name} is a {type(value).__name__}; it takes {BOOL}")
-
-
-def _distribution(name: str) -> int:
-    if name not in DISTRIBUTIONS:
-        raise ValueError(f"distribution is {name!r}; it takes one of {', '.join(DISTRIBUTIONS)}")
-    return DISTRIBUTIONS.index(name)
-
-
-def _drawn_seed(seed: int | None) -> int:
-    """A seed as a signed 64-bit int, drawn if None."""
-    if seed is None:
-        return int(torch.randint(0, 2**63 - 1, ()))
-    if not fits(seed, INT):
-        raise TypeError(f"seed is a {type(seed).__name__}; it takes {INT} or None")
-    seed = int(seed)
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {seed}; it takes an int in [-2^63, 2^64)")
-    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def _refuse_gradients(params: Sequence[Tensor], error: Exception) -> Exception:
@@ -295,6 +283,16 @@ _RULE = (
 )
 
 
+class NoiseOptions(TypedDict, total=False):
+    """What all optimizers here take, with defaults False, None and "normal"."""
+
+    maximize: bool
+    capturable: bool
+    seed: int | None
+    distribution: str
+    diagnostics: bool
+
+
 class _NoisyOptimizer(torch.optim.Optimizer):
     """Noise, moments and update in one pass over memory, one call a device."""
 
@@ -302,14 +300,24 @@ class _NoisyOptimizer(torch.optim.Optimizer):
     _first: str | None = None  # the moments' names in a parameter's state
     _second: str | None = None
 
-    def __init__(self, params, defaults, maximize, capturable, seed, distribution, diagnostics):
+    def __init__(
+        self,
+        params,
+        defaults,
+        *,
+        maximize=False,
+        capturable=False,
+        seed=None,
+        distribution="normal",
+        diagnostics=False,
+    ):
         _check_bool("capturable", capturable)
         _check_bool("diagnostics", diagnostics)
         _distribution(distribution)
         self.distribution, self.diagnostics = distribution, diagnostics
         self._forget()
         # Seed and steps done stand in the groups, where every kind of checkpoint finds them.
-        seed = _drawn_seed(seed)
+        seed = _fixed_seed(seed)
         defaults |= {"maximize": maximize, "capturable": capturable}
         super().__init__(params, defaults | {"seed": seed, "noise_step": 0})
         self._place_counts()
@@ -421,13 +429,17 @@ class _NoisyOptimizer(torch.optim.Optimizer):
         if len(saved) == len(self.param_groups):
             pairs = zip(self.param_groups, saved, strict=True)
             saved = [self._resumed(own, group) for own, group in pairs]
+        schedules = [group.get("std") for group in self.param_groups]
         super().load_state_dict({**state_dict, "param_groups": saved})
+        for group, std in zip(self.param_groups, schedules, strict=True):
+            if callable(std):
+                group["std"] = std
 
     def _resumed(self, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         group = {**{k: v for k, v in own.items() if k != "params"}, **saved}
         group["capturable"] = own["capturable"]
-        if callable(own.get("std")) or saved.get("std", 0.0) is None:
-            group["std"] = own["std"]
+        if saved.get("std", 0.0) is None:
+            group["std"] = 0.0 if callable(own["std"]) else own["std"]
         return group
 
     def __getstate__(self) -> dict[str, Any]:
@@ -441,6 +453,7 @@ class _NoisyOptimizer(torch.optim.Optimizer):
 
     # -- the step
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None):
         """One step with the gradients that there are; what the closure gave, if there is one."""
@@ -616,11 +629,7 @@ class NoisySGD(_NoisyOptimizer):
         nesterov: bool = False,
         *,
         std: Std = 0.0,
-        maximize: bool = False,
-        capturable: bool = False,
-        seed: int | None = None,
-        distribution: str = "normal",
-        diagnostics: bool = False,
+        **options: Unpack[NoiseOptions],
     ):
         defaults = {
             "lr": lr,
@@ -630,7 +639,7 @@ class NoisySGD(_NoisyOptimizer):
             "nesterov": nesterov,
             "std": std,
         }
-        super().__init__(params, defaults, maximize, capturable, seed, distribution, diagnostics)
+        super().__init__(params, defaults, **options)
 
 
 class NoisyAdamW(_NoisyOptimizer):
@@ -654,11 +663,7 @@ class NoisyAdamW(_NoisyOptimizer):
         weight_decay: float = 1e-2,
         *,
         std: Std = 0.0,
-        maximize: bool = False,
-        capturable: bool = False,
-        seed: int | None = None,
-        distribution: str = "normal",
-        diagnostics: bool = False,
+        **options: Unpack[NoiseOptions],
     ):
         defaults = {
             "lr": lr,
@@ -667,7 +672,7 @@ class NoisyAdamW(_NoisyOptimizer):
             "weight_decay": weight_decay,
             "std": std,
         }
-        super().__init__(params, defaults, maximize, capturable, seed, distribution, diagnostics)
+        super().__init__(params, defaults, **options)
 
 
 class SGLD(_NoisyOptimizer):
@@ -701,11 +706,7 @@ class SGLD(_NoisyOptimizer):
         num_data: float = 1,
         temperature: float = 1.0,
         weight_decay: float = 0.0,
-        maximize: bool = False,
-        capturable: bool = False,
-        seed: int | None = None,
-        distribution: str = "normal",
-        diagnostics: bool = False,
+        **options: Unpack[NoiseOptions],
     ):
         defaults = {
             "lr": lr,
@@ -713,7 +714,7 @@ class SGLD(_NoisyOptimizer):
             "temperature": temperature,
             "weight_decay": weight_decay,
         }
-        super().__init__(params, defaults, maximize, capturable, seed, distribution, diagnostics)
+        super().__init__(params, defaults, **options)
 
 
 class pSGLD(_NoisyOptimizer):  # noqa: N801
@@ -746,11 +747,7 @@ class pSGLD(_NoisyOptimizer):  # noqa: N801
         weight_decay: float = 0.0,
         beta2: float = 0.99,
         eps: float = 1e-5,
-        maximize: bool = False,
-        capturable: bool = False,
-        seed: int | None = None,
-        distribution: str = "normal",
-        diagnostics: bool = False,
+        **options: Unpack[NoiseOptions],
     ):
         defaults = {
             "lr": lr,
@@ -760,7 +757,7 @@ class pSGLD(_NoisyOptimizer):  # noqa: N801
             "beta2": beta2,
             "eps": eps,
         }
-        super().__init__(params, defaults, maximize, capturable, seed, distribution, diagnostics)
+        super().__init__(params, defaults, **options)
 
 
 # ---- noise for any optimizer ---------------------------------------------------------------------
@@ -828,7 +825,7 @@ class GradientNoise:
         self.optimizer, self.std = optimizer, std
         self.distribution, self.capturable, self.diagnostics = distribution, capturable, diagnostics
         self.warn_above, self.check_every = warn_above, check_every
-        self.seed = _drawn_seed(seed)
+        self.seed = _fixed_seed(seed)
         self._set_step(0)
         self._warned = False
         self._attach()
@@ -862,7 +859,7 @@ class GradientNoise:
         """Go on where a ``state_dict`` was taken. Load the optimizer's own state first:
         torch.distributed.checkpoint steps an optimizer to make room for it.
         """
-        seed, step = _drawn_seed(state_dict["seed"]), state_dict["step"]
+        seed, step = _fixed_seed(state_dict["seed"]), state_dict["step"]
         self._set_step(step)
         self.seed = seed
 
@@ -885,6 +882,7 @@ class GradientNoise:
 
     # -- hooks
 
+    @torch._disable_dynamo
     def _before_step(self, optimizer, args, kwargs):
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         self._counts = 1
@@ -901,6 +899,7 @@ class GradientNoise:
             return (args[0], noisy_closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": noisy_closure}
 
+    @torch._disable_dynamo
     def _after_step(self, optimizer, args, kwargs):
         self.step += self._counts
 
@@ -989,14 +988,14 @@ class GradientNoise:
 
 def _member_seeds(seed: int | None, step: int, count: int) -> list[int]:
     """Seeds of a step's directions: 64 bits of Philox under the seed, each at its own counter."""
-    seed = _drawn_seed(seed)
+    seed = _fixed_seed(seed)
     if not fits(step, INT):
         raise TypeError(f"step is a {type(step).__name__}; it takes {INT}")
     if not 0 <= step < 2**32:
         raise ValueError(f"step is {step}; it takes an int in [0, 2^32)")
     key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
     words = (_C.philox([k, 0, 0, int(step)], key) for k in range(count))
-    return [_drawn_seed(low | high << 32) for low, high, *_ in words]
+    return [_fixed_seed(low | high << 32) for low, high, *_ in words]
 
 
 @torch.no_grad()
