@@ -195,6 +195,8 @@ class _Part:
         self.sharers = [_sharers(params[i]) for i in where]
         self.device = shards[0][0].device
         self.empty = shards[0][0].new_empty(0)
+        # On the device from the start: an index from the host could not be captured.
+        self.group_index = torch.tensor(self.groups, device=self.device)
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """This part's share of a list of all parameters' tensors."""
@@ -253,8 +255,7 @@ def _norms(parts: Sequence[_Part], squares: Sequence[Tensor], groups: int) -> li
     for part, rows in zip(parts, squares, strict=True):
         for sharers in dict.fromkeys(part.sharers):
             mine = [k for k, other in enumerate(part.sharers) if other == sharers]
-            index = torch.tensor([part.groups[k] for k in mine], device=rows.device)
-            sums = rows.new_zeros(groups, 2).index_add_(0, index, rows[mine])
+            sums = rows.new_zeros(groups, 2).index_add_(0, part.group_index[mine], rows[mine])
             sums = sums if sharers else sums.cpu()
             shared[sharers] = shared[sharers] + sums if sharers in shared else sums
     total = torch.zeros(groups, 2, dtype=torch.float64)
@@ -959,7 +960,7 @@ class GradientNoise:
                 None if host else self.step.to(part.device),
                 _distribution(self.distribution),
                 False,
-                None if of_group is None else of_group[part.groups],
+                None if of_group is None else of_group[part.group_index],
                 squares,
             )
             kept.append(squares)

@@ -1,5 +1,6 @@
-"""Losses across processes, against one: a vocabulary whose columns ranks share, DDP, FSDP2."""
+"""Losses and noise across processes, against one: shared vocabularies, DTensors, DDP, FSDP2."""
 
+import copy
 import functools
 import os
 import socket
@@ -8,14 +9,22 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels
 from kdkernels import (
+    GradientNoise,
+    NoisyAdamW,
+    NoisySGD,
     distillation_loss,
     topk_distillation_loss,
     topk_teacher,
@@ -275,6 +284,192 @@ def engines(rank, world):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
+# ---- noise ---------------------------------------------------------------------------------------
+
+LAYOUTS = [[Shard(0)], [Shard(1)], [Replicate()]]
+LAYOUTS_2D = [
+    [Shard(0), Shard(1)],
+    [Shard(1), Shard(0)],
+    [Shard(0), Shard(0)],
+    [Replicate(), Shard(1)],
+    [Shard(0), Replicate()],
+]
+
+
+def whole(tensors):
+    return [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(whole(a), whole(b), strict=True))
+
+
+def zeros(dtype):
+    """Parameters that no number of ranks divides, with gradients of 0."""
+    shapes = [(7, 5), (3, 9, 2), (5, 1), (1, 6), (4, 4)]
+    params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    return params
+
+
+def noise_steps(params):
+    """What noise makes of parameters and gradients of 0, and the norms of both."""
+    results, norms = [], []
+    for capturable in (False, True):
+        options = {"std": 0.5, "seed": 7, "capturable": capturable, "diagnostics": True}
+        optimizer = NoisySGD([{"params": params[:2]}, {"params": params[2:]}], 1.0, **options)
+        optimizer.step()
+        optimizer.step()
+        norms += optimizer.norms()
+        plain = torch.optim.SGD([{"params": params[:3]}, {"params": params[3:]}], 0.0)
+        noise = GradientNoise(plain, **options)
+        plain.step()
+        norms += noise.norms()
+        results += [p.detach().clone() for p in params] + [p.grad.clone() for p in params]
+    return results, norms
+
+
+def shards_have_their_slice_of_the_noise(rank, world):
+    meshes = [(init_device_mesh("cpu", (world,)), LAYOUTS)]
+    if world == 4:
+        meshes.append((init_device_mesh("cpu", (2, 2)), LAYOUTS_2D))
+    for dtype in (torch.float32, torch.bfloat16):
+        want, want_norms = noise_steps(zeros(dtype))
+        for mesh, layouts in meshes:
+            for placements in layouts:
+                params = []
+                for p in zeros(dtype):
+                    own = distribute_tensor(p.detach(), mesh, placements)
+                    params.append(torch.nn.Parameter(own))
+                    params[-1].grad = distribute_tensor(p.grad, mesh, placements)
+                got, norms = noise_steps(params)
+                assert same(got, want), placements
+                for a, b in zip(norms, want_norms, strict=True):
+                    assert a.gradient == pytest.approx(b.gradient, rel=1e-12)
+                    assert a.noise == pytest.approx(b.noise, rel=1e-12)
+
+
+def noise_refuses_what_it_cannot_place(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+    params = [torch.nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [Shard(0)]))]
+    params[0].grad = distribute_tensor(torch.zeros(4, 4), mesh, [Replicate()])
+    with pytest.raises(ValueError, match="gradient of parameter 0 is placed.*Replicate"):
+        NoisySGD(params, std=0.1, seed=0).step()
+    partial = DTensor.from_local(torch.zeros(4, 4), mesh, [Partial()])
+    params = [torch.nn.Parameter(partial)]
+    params[0].grad = partial.clone()
+    with pytest.raises(ValueError, match="Partial|placement P"):
+        NoisySGD(params, std=0.1, seed=0).step()
+
+
+def net():
+    """No number of rows is a multiple of 2 or 4."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+
+
+def noisy_adamw(model):
+    options = {"lr": 0.05, "std": kdkernels.cosine(0.05, 10), "seed": 3, "diagnostics": True}
+    return NoisyAdamW(model.parameters(), **options), None
+
+
+def capturable_adamw(model):
+    options = {"lr": torch.tensor(0.05), "std": 0.05, "seed": 3, "capturable": True}
+    return NoisyAdamW(model.parameters(), **options), None
+
+
+def noisy_sgd(model):
+    return NoisySGD(model.parameters(), 0.1, momentum=0.9, std=0.05, seed=3), None
+
+
+def adam_with_noise(model):
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    return optimizer, GradientNoise(optimizer, 0.05, seed=3, diagnostics=True)
+
+
+OPTIMIZERS = [noisy_adamw, capturable_adamw, noisy_sgd, adam_with_noise]
+
+
+def train(model, optimizer, noise, steps, rows=slice(None)):
+    """The mean loss of each step."""
+    losses = []
+    for step in steps:
+        x = randn(8, 6, seed=step, dtype=torch.float32)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x[rows]), (torch.arange(8) % 3)[rows])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+        optimizer.step()
+        losses.append(loss.detach())
+    losses = torch.stack(losses)
+    dist.all_reduce(losses)
+    return losses / dist.get_world_size()
+
+
+def sharded(model):
+    return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def training_is_that_of_one_process(rank, world):
+    mine = slice(8 // world * rank, 8 // world * (rank + 1))
+    for make in OPTIMIZERS:
+        alone = net()
+        optimizer, noise = make(alone)
+        want = train(alone, optimizer, noise, range(6))
+        want_norms = (noise or optimizer).norms()
+        for wrap in (sharded, DistributedDataParallel):
+            model = wrap(net())
+            optimizer, noise = make(model)
+            losses = train(model, optimizer, noise, range(6), mine)
+            torch.testing.assert_close(losses, want, rtol=1e-4, atol=1e-5)
+            params = whole(model.parameters())
+            torch.testing.assert_close(params, list(alone.parameters()), rtol=1e-3, atol=1e-4)
+            for a, b in zip((noise or optimizer).norms(), want_norms, strict=True):
+                assert a.gradient == pytest.approx(b.gradient, rel=1e-3)
+                assert a.noise == pytest.approx(b.noise, rel=1e-6)
+            for p in params:  # replicas have the same bits
+                copies = [torch.empty_like(p) for _ in range(world)]
+                dist.all_gather(copies, p.detach().contiguous())
+                assert all(torch.equal(c, p) for c in copies)
+
+
+def checkpoints_resume_with_the_same_bits(rank, world):
+    mine = slice(8 // world * rank, 8 // world * (rank + 1))
+    kinds = [{}, {"full_state_dict": True, "cpu_offload": False}]
+    kinds += [{"flatten_optimizer_state_dict": True}]
+    for make in OPTIMIZERS:
+        straight = sharded(net())
+        optimizer, noise = make(straight)
+        train(straight, optimizer, noise, range(5), mine)
+        for kind in kinds:
+            options = StateDictOptions(**kind)
+            model = sharded(net())
+            optimizer, noise = make(model)
+            train(model, optimizer, noise, range(2), mine)
+            optimizer.zero_grad()
+            states = copy.deepcopy(get_state_dict(model, optimizer, options=options))
+            noise_state = noise.state_dict() if noise is not None else None
+            train(model, optimizer, noise, range(2, 5), mine)  # saving moved nothing
+            assert same(model.parameters(), straight.parameters()), make.__name__
+
+            torch.manual_seed(5)
+            model = sharded(torch.nn.Sequential(*(copy.deepcopy(m) for m in net())))
+            optimizer, noise = make(model)
+            model_state, optimizer_state = states
+            set_state_dict(
+                model,
+                optimizer,
+                model_state_dict=model_state,
+                optim_state_dict=optimizer_state,
+                options=options,
+            )
+            if noise is not None:
+                noise.load_state_dict(noise_state)
+            train(model, optimizer, noise, range(2, 5), mine)
+            assert same(model.parameters(), straight.parameters()), (make.__name__, kind)
+
+
 CHECKS = [
     engines,
     dense,
@@ -304,11 +499,29 @@ def spawn(function, world):
     mp.spawn(in_group, (world, port, function), nprocs=world)
 
 
+NOISE_CHECKS = [
+    shards_have_their_slice_of_the_noise,
+    noise_refuses_what_it_cannot_place,
+    training_is_that_of_one_process,
+    checkpoints_resume_with_the_same_bits,
+]
+
+
 def all_checks(rank, world):
     for check in CHECKS:
+        check(rank, world)
+
+
+def noise_checks(rank, world):
+    for check in NOISE_CHECKS:
         check(rank, world)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_agree_with_one_process(world):
     spawn(all_checks, world)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_noise_is_that_of_one_process(world):
+    spawn(noise_checks, world)
