@@ -336,6 +336,7 @@ class _NoisyOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
+            group["seed"] = _fixed_seed(group["seed"])
             for name in ("seed", "capturable"):
                 if group[name] != self.param_groups[0][name]:
                     raise ValueError(
@@ -852,14 +853,16 @@ class GradientNoise:
         self._hooks = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed and steps done."""
+        """Seed and steps done.
+
+        torch.distributed.checkpoint steps an optimizer that has no state, to make room for it: take
+        this after its ``get_state_dict``, and load it after its ``set_state_dict``.
+        """
         step = self.step.clone() if self.capturable else self.step
         return {"seed": self.seed, "step": step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a ``state_dict`` was taken. Load the optimizer's own state first:
-        torch.distributed.checkpoint steps an optimizer to make room for it.
-        """
+        """Go on where a ``state_dict`` was taken."""
         seed, step = _fixed_seed(state_dict["seed"]), state_dict["step"]
         self._set_step(step)
         self.seed = seed
