@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import pickle
+import random
 import warnings
 
 import pytest
@@ -253,6 +254,54 @@ def test_a_std_a_group():
     assert_close(params, other, 2)
 
 
+def random_groups(params, draw):
+    """A layout of a few groups, each with numbers of its own, and what each parameter's are."""
+    left, groups, stds = list(params), [], []
+    while left:
+        count = draw.randint(0, len(left))
+        std = draw.choice([0.0, 0.1, 0.5])
+        groups.append({"params": left[:count], "lr": draw.choice([0.0, 0.01, 0.1])})
+        groups[-1] |= {"weight_decay": draw.choice([0.0, 0.1]), "maximize": draw.random() < 0.5}
+        if draw.random() < 0.5:
+            groups[-1] |= {"momentum": 0.9, "nesterov": draw.random() < 0.5}
+            groups[-1]["dampening"] = 0.0 if groups[-1]["nesterov"] else 0.5
+        stds += [std] * count
+        groups[-1]["std"] = std
+        left = left[count:]
+    return groups, stds
+
+
+@pytest.mark.parametrize("kind", [NoisySGD, NoisyAdamW])
+@pytest.mark.parametrize("seed", range(8))
+def test_any_layout_of_groups(kind, seed):
+    draw = random.Random(seed)
+    mine, other = parameters(), parameters()
+    groups, stds = random_groups(mine, draw)
+    theirs = {NoisySGD: torch.optim.SGD, NoisyAdamW: torch.optim.AdamW}[kind]
+    if kind is NoisyAdamW:
+        for group in groups:
+            for name in ("momentum", "nesterov", "dampening"):
+                group.pop(name, None)
+    rest = iter(other)
+    plain = [
+        {k: v for k, v in group.items() if k not in ("params", "std")}
+        | {"params": list(itertools.islice(rest, len(group["params"])))}
+        for group in groups
+    ]
+    a, b = kind(groups, seed=seed), theirs(plain)
+    for step in range(5):
+        missing = [draw.random() < 0.3 for _ in mine]
+        for params in (mine, other):
+            set_gradients(params, step)
+        reference.add_noise_([p.grad for p in other], stds, seed=seed, step=step)
+        for p, q, none in zip(mine, other, missing, strict=True):
+            if none:
+                p.grad = q.grad = None
+        a.step()
+        b.step()
+    assert_close(mine, other, 8)
+
+
 def test_parameters_without_a_gradient_shift_nobody():
     def run(skip, make):
         params = parameters()
@@ -310,10 +359,11 @@ def loss_of(model, step, part=slice(None)):
     return nn.functional.cross_entropy(model(x[part]), y[part], reduction="sum") / len(x)
 
 
-def hooked(optimizer_class, **options):
+def hooked(optimizer_class, capturable=False, **options):
     def make(params):
         optimizer = optimizer_class(params, **options)
-        return optimizer, GradientNoise(optimizer, kdkernels.neelakantan(0.01), seed=6)
+        schedule = kdkernels.neelakantan(0.01)
+        return optimizer, GradientNoise(optimizer, schedule, seed=6, capturable=capturable)
 
     return make
 
@@ -329,6 +379,7 @@ MAKERS = {
     "hook-sgd": hooked(torch.optim.SGD, lr=0.1, momentum=0.9),
     "hook-adam": hooked(torch.optim.Adam, lr=0.01),
     "hook-adam-fused": hooked(torch.optim.Adam, lr=0.01, fused=True),
+    "hook-adam-capturable": hooked(torch.optim.Adam, True, lr=0.01, fused=True),
     "hook-lbfgs": hooked(torch.optim.LBFGS, max_iter=4, line_search_fn="strong_wolfe"),
     "sgd": ours(NoisySGD, lr=0.1, std=0.1),
     "sgd-momentum": ours(NoisySGD, lr=0.1, momentum=0.9, std=kdkernels.cosine(0.1, 4)),
@@ -379,7 +430,7 @@ def test_accumulated_gradients_get_the_noise_once(kind):
 def test_noise_comes_after_clipping():
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    noise = GradientNoise(optimizer, 0.5, seed=1, diagnostics=True)
+    noise = GradientNoise(optimizer, 0.5, seed=1, diagnostics=True, warn_above=100)
     (100 * loss_of(model, 0)).backward()
     before = nn.utils.clip_grad_norm_(model.parameters(), 0.25)
     clipped = [p.grad.clone() for p in model.parameters()]
@@ -860,6 +911,14 @@ def test_warns_once_when_noise_dominates():
     assert len(late) == 1 and "step 3" in late[0]
     assert run(lambda t: 50.0 if t == 1 else 0.0, check_every=3) == []
     assert run([50.0], capturable=True) == []
+    params = parameters()
+    noise = GradientNoise(torch.optim.SGD(params, 0.0), 50.0, diagnostics=True)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        noise.optimizer.step()
+    assert noise.norms()[0].ratio == math.inf
 
 
 def test_the_hook_can_be_removed():

@@ -470,6 +470,30 @@ def checkpoints_resume_with_the_same_bits(rank, world):
             assert same(model.parameters(), straight.parameters()), (make.__name__, kind)
 
 
+def steps_without_gradients(params):
+    """Evolution and MeZO on a loss of all parameters."""
+
+    def loss():
+        return sum((p - 1).square().sum().item() for p in whole(params))
+
+    for step in range(2):
+        shared = {"seed": 5, "step": step}
+        kdkernels.evolution_step(params, lambda: -loss(), population=4, std=0.1, lr=0.1, **shared)
+        kdkernels.mezo_step(params, loss, lr=0.001, directions=2, **shared)
+    return params
+
+
+def no_gradients(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+    want = steps_without_gradients(zeros(torch.float32))
+    for placements in LAYOUTS:
+        params = [
+            torch.nn.Parameter(distribute_tensor(p.detach(), mesh, placements))
+            for p in zeros(torch.float32)
+        ]
+        assert same(steps_without_gradients(params), want), placements
+
+
 CHECKS = [
     engines,
     dense,
@@ -504,6 +528,7 @@ NOISE_CHECKS = [
     noise_refuses_what_it_cannot_place,
     training_is_that_of_one_process,
     checkpoints_resume_with_the_same_bits,
+    no_gradients,
 ]
 
 
