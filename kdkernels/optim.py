@@ -465,28 +465,24 @@ class _NoisyOptimizer(torch.optim.Optimizer):
                 loss = closure()
         groups = self.param_groups
         params, grads = self._prepared()
-        noise_step = groups[0]["noise_step"]
-        grad_scale, found_inf, kept = None, None, 1
-        if groups[0]["capturable"]:
-            grad_scale = getattr(self, "grad_scale", None)
-            found_inf = getattr(self, "found_inf", None)
-            kept = 1 if found_inf is None else found_inf == 0
-        lrs, stds = self._rates(noise_step)
-        rules = list(chain.from_iterable(map(_rule, groups, lrs, stds)))
+        step = groups[0]["noise_step"]
+        lrs = [group["lr"] if isinstance(step, Tensor) else float(group["lr"]) for group in groups]
+        stds = [_value_at(group.get("std", 0.0), step) for group in groups]
+        update = self._update_on_device if isinstance(step, Tensor) else self._update_on_host
         self._kept = []
         try:
             for part in self._layout.parts:
-                squares = self._call(
-                    part, params, grads, rules, lrs, stds, noise_step, grad_scale, found_inf, kept
-                )
-                self._kept.append(squares)
+                if self.diagnostics:
+                    kind = {"dtype": torch.float64, "device": part.device}
+                    self._kept.append(torch.empty(len(part.where), 2, **kind))
+                update(part, params, grads, lrs, stds)
         except (TypeError, ValueError, RuntimeError) as error:
             raise _refuse_gradients(params, error) from None
-        if isinstance(noise_step, Tensor):
-            noise_step += kept
+        if isinstance(step, Tensor):
+            step += self._counted(step)
         else:
             for group in groups:
-                group["noise_step"] = noise_step + 1
+                group["noise_step"] = step + 1
         return loss
 
     def _prepared(self) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -507,31 +503,48 @@ class _NoisyOptimizer(torch.optim.Optimizer):
             self._states = [momentum, *self.state.values()]
         return params, grads
 
-    def _rates(self, step: int | Tensor) -> tuple[list, list]:
-        """Each group's lr and std, as numbers; with capturable as they are."""
-        lrs = [group["lr"] for group in self.param_groups]
-        stds = [_value_at(group.get("std", 0.0), step) for group in self.param_groups]
-        if not isinstance(step, Tensor):
-            lrs = [float(lr) for lr in lrs]
-        return lrs, stds
+    def _counted(self, like: Tensor) -> int | Tensor:
+        """1, but 0 in a step that a GradScaler skips."""
+        found_inf = getattr(self, "found_inf", None)
+        return 1 if found_inf is None else (found_inf == 0).to(like)
+
+    def _update_on_host(self, part, params, grads, lrs, stds):
+        counts = [state["step"] + 1 for state in part.states]
+        self._call(part, params, grads, lrs, stds, counts, [], self.param_groups[0]["noise_step"])
+        for state, count in zip(part.states, counts, strict=True):
+            state["step"] = count
+
+    def _update_on_device(self, part, params, grads, lrs, stds):
+        counts = [state["step"] for state in part.states]
+        step = self.param_groups[0]["noise_step"].to(part.device)
+        scaler = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        scaler = [None if x is None else x.to(part.device).reshape(1) for x in scaler]
+        lr, std = _on_device(lrs, part.device), _on_device(stds, part.device)
+        counted = self._counted(counts[0])
+        torch._foreach_add_(counts, counted)
+        try:
+            self._call(part, params, grads, lrs, stds, [], counts, 0, step, lr, std, *scaler)
+        except BaseException:
+            torch._foreach_sub_(counts, [counted] * len(counts) if scaler[1] is not None else 1)
+            raise
 
     def _call(
-        self, part, params, grads, rules, lrs, stds, step, grad_scale, found_inf, kept
-    ) -> Tensor | None:
-        """The update of one part; its sums of squares, if diagnostics are on."""
-        device, states = part.device, part.states
-        host = not isinstance(step, Tensor)
-        counts = [state["step"] for state in states]
-        step_tensors: list[Tensor] = []
-        if host:
-            counts = [count + 1 for count in counts]
-        else:
-            counts, step_tensors = [], counts
-            kept = kept if kept == 1 else kept.to(device, torch.float32)
-            torch._foreach_add_(step_tensors, kept)
-        squares = None
-        if self.diagnostics:
-            squares = torch.empty(len(states), 2, dtype=torch.float64, device=device)
+        self,
+        part,
+        params,
+        grads,
+        lrs,
+        stds,
+        counts,
+        count_tensors,
+        step,
+        step_tensor=None,
+        lr_tensor=None,
+        std_tensor=None,
+        grad_scale=None,
+        found_inf=None,
+    ):
+        rules = list(chain.from_iterable(map(_rule, self.param_groups, lrs, stds)))
         _C.noisy_update_(
             self._update,
             part.of(params),
@@ -539,27 +552,23 @@ class _NoisyOptimizer(torch.optim.Optimizer):
             _moments(part, self._first),
             _moments(part, self._second),
             counts,
-            step_tensors,
+            count_tensors,
             part.groups,
             rules,
             self.param_groups[0]["seed"],
-            step if host else 0,
+            step,
             part.where,
             part.offsets,
             part.runs,
             None,
-            None if host else step.to(device),
+            step_tensor,
             _distribution(self.distribution),
-            _on_device(lrs, device),
-            _on_device(stds, device),
-            None if grad_scale is None else grad_scale.to(device).reshape(1),
-            None if found_inf is None else found_inf.to(device).reshape(1),
-            squares,
+            lr_tensor,
+            std_tensor,
+            grad_scale,
+            found_inf,
+            self._kept[-1] if self.diagnostics else None,
         )
-        if host:
-            for state, count in zip(states, counts, strict=True):
-                state["step"] = count
-        return squares
 
     def norms(self) -> list[NoiseNorms]:
         """Of the last step, one a parameter group, if ``diagnostics`` was True; else empty.
@@ -568,7 +577,7 @@ class _NoisyOptimizer(torch.optim.Optimizer):
         added to it; with SGLD and pSGLD of what drift and noise added to the parameters. DTensors
         count whole: all ranks that share them must then call this. It waits for the device.
         """
-        if not self._kept or self._kept[0] is None:
+        if not self._kept:
             return []
         return _norms(self._layout.parts, self._kept, len(self.param_groups))
 

@@ -1006,7 +1006,7 @@ def both(**options):
     return [hook, lambda params: NoisySGD(params, **options)]
 
 
-@pytest.mark.parametrize("make", both(std=0.1))
+@pytest.mark.parametrize("make", [*both(std=0.1), *both(std=0.1, capturable=True)])
 def test_bad_gradients_change_nothing(make):
     params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4, 3))]
     optimizer = make(params)
@@ -1015,6 +1015,7 @@ def test_bad_gradients_change_nothing(make):
     with pytest.raises(TypeError, match="gradient of parameter 1 is sparse"):
         optimizer.step()
     assert all((p == 1).all() for p in params) and (params[0].grad == 1).all()
+    assert all(state["step"] == 0 for state in optimizer.state.values())
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.complex64))]
     plain = torch.optim.SGD(params)
     GradientNoise(plain, 0.1)
