@@ -809,30 +809,31 @@ def test_psgld_samples_the_posterior(set_threads):
     assert abs(sample.var() / want - 1) < 5 * math.sqrt(2 / CHAINS) + 2 * (1 - beta2)
 
 
+REFERENCES = [  # optimizer, its numbers, whether it has a first and a second moment
+    ("sgd", NoisySGD, {"momentum": 0.9, "dampening": 0.2, "std": 0.3}, True, False),
+    ("adamw", NoisyAdamW, {"betas": (0.8, 0.9), "std": 0.3}, True, True),
+    ("sgld", SGLD, {"num_data": 3.0, "temperature": 0.7}, False, False),
+    ("psgld", pSGLD, {"num_data": 3.0, "beta2": 0.9, "eps": 0.1}, False, True),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("update", ["sgld", "psgld"])
-def test_langevin_updates_are_the_references(update, dtype):
+@pytest.mark.parametrize(("update", "make", "rule", "first", "second"), REFERENCES)
+def test_updates_are_the_references(update, make, rule, first, second, dtype):
+    rule = {"lr": 0.01, "weight_decay": 0.2, "maximize": True, **rule}
     mine, other = parameters(dtype), [p.detach() for p in parameters(dtype)]
-    rule = {"lr": 0.01, "num_data": 3.0, "temperature": 0.7, "weight_decay": 0.2}
-    second = [None] * len(other)
-    if update == "psgld":
-        rule |= {"beta2": 0.9, "eps": 0.1}
-        second = [torch.zeros_like(p) for p in other]
-    make = {"sgld": SGLD, "psgld": pSGLD}[update]
-    optimizer = make(mine, seed=3, diagnostics=True, maximize=True, **rule)
-    rule["maximize"] = True
+    moments = [[torch.zeros_like(p) if kept else None for p in other] for kept in (first, second)]
+    optimizer = make(mine, seed=3, diagnostics=True, **rule)
     for step in range(5):
         train(optimizer, mine, [step])
-        eps = [kdkernels.randn_like(p, seed=3, step=step, stream=k) for k, p in enumerate(other)]
         shares = reference.noisy_update_(
             update,
             other,
             [p.grad for p in mine],
-            [None] * len(other),
-            second,
+            *moments,
             [step + 1] * len(other),
             [rule] * len(other),
-            eps,
+            [kdkernels.randn_like(p, seed=3, step=step, stream=k) for k, p in enumerate(other)],
         )
         assert_close(mine, other, 8)
         (norms,) = optimizer.norms()
