@@ -822,19 +822,14 @@ class GradientNoise:
             raise TypeError(
                 f"optimizer is a {type(optimizer).__name__}; it takes a torch.optim.Optimizer"
             )
-        for value in std if isinstance(std, (list, tuple)) else [std]:
+        self.optimizer, self.std = optimizer, std
+        for value in self._stds(optimizer.param_groups):
             _check_std(value)
-        if isinstance(std, (list, tuple)) and len(std) != len(optimizer.param_groups):
-            raise ValueError(
-                f"std holds {len(std)}; it takes one, or one a parameter group: "
-                f"{len(optimizer.param_groups)}"
-            )
         _check_bool("capturable", capturable)
         _check_bool("diagnostics", diagnostics)
         _check_number("warn_above", warn_above)
         _check_count("check_every", check_every)
         _distribution(distribution)
-        self.optimizer, self.std = optimizer, std
         self.distribution, self.capturable, self.diagnostics = distribution, capturable, diagnostics
         self.warn_above, self.check_every = warn_above, check_every
         self.seed = _fixed_seed(seed)
@@ -855,6 +850,16 @@ class GradientNoise:
             devices = [p.device for g in self.optimizer.param_groups for p in g["params"]]
             step = torch.as_tensor(step, dtype=torch.int64, device=(devices or ["cpu"])[0]).clone()
         self.step = step if self.capturable else int(step)
+
+    def _stds(self, groups: list[dict]) -> Sequence[Std]:
+        """One a group."""
+        if not isinstance(self.std, (list, tuple)):
+            return [self.std] * len(groups)
+        if len(self.std) != len(groups):
+            raise ValueError(
+                f"std holds {len(self.std)}; it takes one, or one a parameter group: {len(groups)}"
+            )
+        return self.std
 
     def remove(self) -> None:
         """Take the noise off the optimizer."""
@@ -948,10 +953,7 @@ class GradientNoise:
         return True
 
     def _add_to(self, grads, groups):
-        stds = self.std if isinstance(self.std, (list, tuple)) else [self.std]
-        stds = [_value_at(std, self.step) for std in stds]
-        if len(stds) == 1:
-            stds = stds * len(groups)
+        stds = [_value_at(std, self.step) for std in self._stds(groups)]
         check = not self.capturable and self.step % self.check_every == 0 and not self._warned
         kept = []
         for part in self._layout.parts:

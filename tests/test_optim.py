@@ -252,6 +252,9 @@ def test_a_std_a_group():
     train(plain, other, range(3))
     assert noise.step == 3
     assert_close(params, other, 2)
+    plain.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    with pytest.raises(ValueError, match="std holds 3.*: 4"):
+        plain.step()
 
 
 def random_groups(params, draw):
