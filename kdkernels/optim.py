@@ -18,7 +18,8 @@ What several of these take:
         int64 tensor, and lr and std should be tensors where they are to change between replays.
     diagnostics: keep the norms of gradient and noise of every step, see ``norms``.
 
-Bad values raise ValueError and bad types TypeError that name the argument.
+Bad values raise ValueError and bad types TypeError that name the argument. Under torch.compile a
+step runs as it is, outside the graph.
 """
 
 import math
