@@ -350,6 +350,33 @@ def shards_have_their_slice_of_the_noise(rank, world):
                     assert a.noise == pytest.approx(b.noise, rel=1e-12)
 
 
+class Silence(TorchDispatchMode):
+    """Refuses collectives."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.namespace not in ("c10d", "_c10d_functional"), func
+        return func(*args, **(kwargs or {}))
+
+
+def steps_send_nothing(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+    with pytest.raises(AssertionError, match="all_?reduce"), Silence():
+        dist.all_reduce(torch.ones(1))
+    for placements in LAYOUTS:
+        params = []
+        for p in zeros(torch.float32):
+            params.append(torch.nn.Parameter(distribute_tensor(p.detach(), mesh, placements)))
+            params[-1].grad = distribute_tensor(p.grad + 1, mesh, placements)
+        optimizers = [NoisySGD(params, std=0.1, seed=0), NoisyAdamW(params, std=0.1, seed=0)]
+        optimizers.append(torch.optim.SGD(params))
+        noise = GradientNoise(optimizers[-1], 0.1, seed=0, check_every=2)
+        optimizers[-1].step()  # looks at the norms of all ranks
+        with Silence():
+            for optimizer in optimizers:
+                optimizer.step()
+        assert noise.step == 2
+
+
 def noise_refuses_what_it_cannot_place(rank, world):
     mesh = init_device_mesh("cpu", (world,))
     params = [torch.nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [Shard(0)]))]
@@ -525,6 +552,7 @@ def spawn(function, world):
 
 NOISE_CHECKS = [
     shards_have_their_slice_of_the_noise,
+    steps_send_nothing,
     noise_refuses_what_it_cannot_place,
     training_is_that_of_one_process,
     checkpoints_resume_with_the_same_bits,
