@@ -1,4 +1,4 @@
-"""The form of Box and Muller's transform that the GPU takes gives the bits of the CPU's."""
+"""The form of Box and Muller's transform that kernels take gives the bits of the plain one."""
 
 import os
 import shutil

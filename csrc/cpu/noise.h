@@ -28,28 +28,30 @@ KD_FN Lanes multiply_low_halves(Lanes a, Lanes b) {
 }
 struct Counters {
   Lanes lanes;
+  Counters() = default;
+  explicit Counters(Lanes x) : lanes(x) {}
+  explicit Counters(uint32_t x) : lanes(Lanes{} + static_cast<uint64_t>(x)) {}
 };
-KD_FN Counters operator^(Counters a, Counters b) { return {a.lanes ^ b.lanes}; }
-KD_FN Counters operator^(Counters a, uint32_t b) { return {a.lanes ^ static_cast<uint64_t>(b)}; }
+KD_FN Counters operator^(Counters a, Counters b) { return Counters(a.lanes ^ b.lanes); }
+KD_FN Counters operator^(Counters a, uint32_t b) {
+  return Counters(a.lanes ^ static_cast<uint64_t>(b));
+}
 KD_FN void multiply(Counters a, uint32_t b, Counters& high, Counters& low) {
   low.lanes = multiply_low_halves(a.lanes, Lanes{} + static_cast<uint64_t>(b));
   high.lanes = low.lanes >> 32;
 }
 
-// word[k][j] = word k of counter first + j.
-KD_FN void philox_block(math::NoiseKey key, uint64_t first, int counters,
-                        uint32_t (&word)[4][kCounters]) {
+// word[k][j] = word k of a block's counter first + j.
+KD_FN void philox_words(uint32_t first, int counters, const math::PhiloxShared& shared,
+                        const math::PhiloxKeys& keys, uint32_t (&word)[4][kCounters]) {
   constexpr int kLanes = sizeof(Lanes) / sizeof(uint64_t);
   Lanes twice;
   for (int i = 0; i < kLanes; ++i) twice[i] = static_cast<uint64_t>(2 * i);
-  const Counters stream = {Lanes{} + key.stream}, step = {Lanes{} + key.step};
   for (int j = 0; j < counters; j += 2 * kLanes) {
     // Even counters in one vector and odd ones in the other interleave into 32-bit lanes in order.
-    Lanes even = twice + (first + static_cast<uint64_t>(j)), odd = even + 1;
-    math::Philox4x32<Counters> a = math::philox4x32_10(Counters{even}, Counters{even >> 32}, stream,
-                                                       step, key.seed_low, key.seed_high);
-    math::Philox4x32<Counters> b = math::philox4x32_10(Counters{odd}, Counters{odd >> 32}, stream,
-                                                       step, key.seed_low, key.seed_high);
+    Lanes even = twice + static_cast<uint64_t>(first + static_cast<uint32_t>(j)), odd = even + 1;
+    math::Philox4x32<Counters> a = math::philox4x32_10(Counters(even), shared, keys);
+    math::Philox4x32<Counters> b = math::philox4x32_10(Counters(odd), shared, keys);
     for (int k = 0; k < 4; ++k) {
       Lanes both = (a.word[k].lanes & 0xFFFFFFFFu) | (b.word[k].lanes << 32);
       std::memcpy(&word[k][j], &both, sizeof both);
@@ -57,17 +59,24 @@ KD_FN void philox_block(math::NoiseKey key, uint64_t first, int counters,
   }
 }
 #else
-KD_FN void philox_block(math::NoiseKey key, uint64_t first, int counters,
-                        uint32_t (&word)[4][kCounters]) {
+KD_FN void philox_words(uint32_t first, int counters, const math::PhiloxShared& shared,
+                        const math::PhiloxKeys& keys, uint32_t (&word)[4][kCounters]) {
   for (int j = 0; j < counters; ++j) {
-    uint64_t i = first + static_cast<uint64_t>(j);
     math::Philox4x32<uint32_t> r =
-        math::philox4x32_10(static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32), key.stream,
-                            key.step, key.seed_low, key.seed_high);
+        math::philox4x32_10(first + static_cast<uint32_t>(j), shared, keys);
     for (int k = 0; k < 4; ++k) word[k][j] = r.word[k];
   }
 }
 #endif
+
+// Words of counters that all have the first one's high half.
+KD_FN void philox_block(math::NoiseKey key, uint64_t first, int counters,
+                        uint32_t (&word)[4][kCounters]) {
+  const math::PhiloxKeys keys = math::philox_keys(key.seed_low, key.seed_high);
+  const math::PhiloxShared shared =
+      math::philox_shared(static_cast<uint32_t>(first >> 32), key.stream, key.step, keys);
+  philox_words(static_cast<uint32_t>(first), counters, shared, keys, word);
+}
 
 // lane[k][j] = number k of counter j.
 template <math::Distribution kDistribution>
@@ -110,14 +119,18 @@ __attribute__((noinline)) void number_block(math::Distribution distribution, mat
   }
 }
 
-// Elements [begin, end) cut into blocks that begin at a counter: use(first element, count, the first counter,
-// where in its block the first element is).
+// Elements [begin, end) cut into blocks, whose counters have one high half: use(first element, count, its
+// counter, which of the counter's four numbers it has).
 template <class Use>
 KD_FN void for_blocks(uint64_t offset, int64_t begin, int64_t end, Use use) {
   for (int64_t i = begin; i < end;) {
     uint64_t index = offset + static_cast<uint64_t>(i);
+    constexpr uint64_t kSharedHigh = uint64_t(1) << 34;  // elements
     int skip = static_cast<int>(index % 4);
-    int n = static_cast<int>(end - i < kNumbers - skip ? end - i : kNumbers - skip);
+    int64_t most = kNumbers - skip,
+            shared = static_cast<int64_t>(kSharedHigh - index % kSharedHigh);
+    most = most < shared ? most : shared;
+    int n = static_cast<int>(end - i < most ? end - i : most);
     use(i, n, index / 4, skip);
     i += n;
   }

@@ -18,26 +18,20 @@ struct NoisePair {
   float first, second;
 };
 
-KD_FN NoisePair box_muller_plain(uint32_t r_a, uint32_t r_b) {
-  float u = (static_cast<float>(r_a) + 0.5f) * 0x1p-32f;
-  float radius = sqrt(-2.0f * log_normal(u));
-  SinCos angle = sincospi_turn(static_cast<float>(r_b) * 0x1p-31f);
-  NoisePair pair;
-  pair.first = radius * angle.cos;
-  pair.second = radius * angle.sin;
-  return pair;
+// The square root of x, -0 or in [2^-23, 46], from a reciprocal root of machine accuracy, operation for operation
+// what nvcc makes of an IEEE root of finite numbers from 2^-101 on. So it is rounded correctly on every GPU on
+// which that one is. The documented error of the reciprocal root, 2^-22.9, would leave a doubt for the radicands
+// 0x1.dd26e4p+k with odd k and 0x1.f82294p+k with even k, and for no others.
+template <class ReciprocalRoot>
+KD_FN float root_by_reciprocal(float x, ReciprocalRoot reciprocal_root) {
+  float y = reciprocal_root(x);
+  float root = x * y;
+  return fma(fma(-root, root, x), 0.5f * y, root);
 }
 
-// The same two numbers, bit for bit, in 46 instructions of a GPU instead of 65: values carry powers of two
-// that spare multiplications, the exponent is converted where it stands, and the sign of the quadrant goes on
-// the radius. tests/box_muller.cpp compares the two forms over every fp32 that a Philox word becomes.
-//
-// The root is, operation for operation, what nvcc makes of an IEEE root of finite numbers from 2^-101 on: a
-// reciprocal root and four more. So it is rounded correctly on every GPU on which that one is, and here the
-// radicand is -0 or in [2^-23, 46]. The documented error of the reciprocal root, 2^-22.9, would leave a doubt
-// for the radicands 0x1.dd26e4p+k with odd k and 0x1.f82294p+k with even k, and for no others.
-template <class ReciprocalRoot>
-KD_FN float normal_radius(uint32_t r_a, ReciprocalRoot reciprocal_root) {
+// sqrt(-2 log u) of u = (r_a + 1/2) 2^-32.
+template <class Root>
+KD_FN float normal_radius(uint32_t r_a, Root root) {
   float twice_u = fma(static_cast<float>(r_a), 0x1p-31f, 0x1p-32f);
   int32_t bits = bits_from_float(twice_u);
   int32_t e = (bits - (kTwoThirdsBits + 0x00800000)) & static_cast<int32_t>(0xFF800000);
@@ -47,14 +41,16 @@ KD_FN float normal_radius(uint32_t r_a, ReciprocalRoot reciprocal_root) {
   for (int i = 1; i < 8; ++i) p = fma(p, f, log_coefficient(i) * exp2_int(i - 9));
   float r = fma(f * f, fma(f, p, -0.25f), f);
   float negative = fma(static_cast<float>(e), 0x1.62e43p-23f, r);  // 2 log u
-  float y = reciprocal_root(-negative);
-  float root = -negative * y;
-  return fma(fma(-root, root, -negative), 0.5f * y, root);
+  return root(-negative);
 }
 
-template <class ReciprocalRoot>
-KD_FN NoisePair box_muller_scaled(uint32_t r_a, uint32_t r_b, ReciprocalRoot reciprocal_root) {
-  float radius = normal_radius(r_a, reciprocal_root);
+// The two numbers in 46 instructions of a GPU where a logarithm, a root and sincospi take 65: values carry powers
+// of two that spare multiplications, the exponent is converted where it stands, and the sign of the quadrant goes
+// on the radius. tests/box_muller.cpp compares it with those over every fp32 that a Philox word becomes: no bit
+// differs, with an IEEE root nor with root_by_reciprocal.
+template <class Root>
+KD_FN NoisePair box_muller_with(uint32_t r_a, uint32_t r_b, Root root) {
+  float radius = normal_radius(r_a, root);
   // Half of round(2 x): its bits end in those of the integer.
   float word = static_cast<float>(r_b);
   float rounded = fma(word, 0x1p-31f, 0.5f * kRoundToInt);
@@ -72,14 +68,16 @@ KD_FN NoisePair box_muller_scaled(uint32_t r_a, uint32_t r_b, ReciprocalRoot rec
 
 KD_FN NoisePair box_muller(uint32_t r_a, uint32_t r_b) {
 #if defined(__CUDA_ARCH__)
-  return box_muller_scaled(r_a, r_b, [](float x) {
-    x = fmaxf(x, 0x1p-60f);  // 0 must not make infinity
-    float y;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
+  return box_muller_with(r_a, r_b, [](float x) {
+    return root_by_reciprocal(x, [](float radicand) {
+      radicand = fmaxf(radicand, 0x1p-60f);  // 0 must not make infinity
+      float y;
+      asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(radicand));
+      return y;
+    });
   });
 #else
-  return box_muller_plain(r_a, r_b);
+  return box_muller_with(r_a, r_b, [](float x) KD_INLINE_LAMBDA { return sqrt(x); });
 #endif
 }
 

@@ -80,12 +80,13 @@ KD_FN PhiloxShared philox_shared(uint32_t c1, uint32_t c2, uint32_t c3, const Ph
   return {{c3 ^ keys.round[0][1], low1 ^ keys.round[1][0], high0 ^ keys.round[1][1], low0}};
 }
 
-KD_FN Philox4x32<uint32_t> philox4x32_10(uint32_t c0, const PhiloxShared& shared,
-                                         const PhiloxKeys& keys) {
-  uint32_t high0, low0, high1, low1;
+template <class Word>
+KD_FN Philox4x32<Word> philox4x32_10(Word c0, const PhiloxShared& shared, const PhiloxKeys& keys) {
+  Word high0, low0, high1, low1;
   multiply(c0, 0xD2511F53u, high0, low0);
   multiply(high0 ^ shared.word[0], 0xCD9E8D57u, high1, low1);
-  Philox4x32<uint32_t> c = {{high1 ^ shared.word[1], low1, low0 ^ shared.word[2], shared.word[3]}};
+  Philox4x32<Word> c = {
+      {high1 ^ shared.word[1], low1, low0 ^ shared.word[2], static_cast<Word>(shared.word[3])}};
   KD_UNROLL
   for (int round = 2; round < kPhiloxRounds; ++round)
     philox_round(c, keys.round[round][0], keys.round[round][1]);
