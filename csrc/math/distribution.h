@@ -1,12 +1,13 @@
 // Random numbers of mean 0 and variance 1 from Philox words: the normal, and four others.
 //
 //   normal            Box-Muller of two words, math/normal.h                    |x| <= 6.77
-//   uniform           on [-sqrt(3), sqrt(3)]
-//   Rademacher        -1 or 1
-//   truncated normal  a normal cut off at two standard deviations, over the     |x| <= 2.28
-//                     0.8796 that this leaves of its standard deviation
-//   Laplace           of scale 1 / sqrt(2)                                      |x| <= 15.7
+//   uniform           on [-sqrt(3), sqrt(3)]                                     1.2 ulp
+//   rademacher        -1 or 1                                                    0.0 ulp
+//   truncated normal  a normal cut off at two standard deviations, over the      3.9 ulp
+//                     0.8796 that this leaves of its standard deviation          |x| <= 2.28
+//   laplace           of scale 1 / sqrt(2), |x| <= 15.7                          1.6 ulp
 //
+// The errors are the largest against fp64, in ulp of max(|x|, 1) (tests/test_distributions.py).
 // All but the normal take one word a number, so that element i has word i % 4 of counter i / 4.
 #pragma once
 
