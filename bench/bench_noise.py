@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.plain import gpt2, resnet18
-from kdkernels import NoisyAdamW, NoisySGD, add_noise_
+from kdkernels import NoisyAdamW, NoisySGD, add_noise_, combine_noise_
 
 STD = 0.1
 LISTS = {
@@ -82,6 +82,35 @@ def peers(name):
     return calls
 
 
+def combinations(sizes, terms):
+    """{name: call} of theta += sum_k c_k eps(seed_k), the update of ES and MeZO."""
+    tensors = [torch.zeros(n) for n in LISTS[sizes]]
+    targets = [torch.empty_like(x) for x in tensors]
+    seeds, coefficients = list(range(terms)), [0.1] * terms
+
+    def passes():
+        """As MeZO's and ES' scripts do: seed the generator, go over the parameters."""
+        for seed, coefficient in zip(seeds, coefficients, strict=True):
+            torch.manual_seed(seed)
+            for x in tensors:
+                x.add_(torch.randn_like(x), alpha=coefficient)
+
+    def own_passes():
+        for seed, coefficient in zip(seeds, coefficients, strict=True):
+            add_noise_(tensors, coefficient, seed=seed)
+
+    def copy():
+        for x, y in zip(tensors, targets, strict=True):
+            y.copy_(x)
+
+    return {
+        "eager": passes,
+        "add_noise_ a seed": own_passes,
+        "fused": lambda: combine_noise_(tensors, coefficients, seeds),
+        "copy": copy,
+    }
+
+
 @functools.lru_cache(maxsize=1)
 def optimizers(kind, sizes):
     """{name: call} of one step with noise on the gradients, each with its own parameters."""
@@ -129,6 +158,11 @@ def test_time(benchmark, name, peer):
 def test_ratios(compare, name):
     peers.cache_clear()  # the last test's tensors
     compare(name, peers(name))
+
+
+def test_combine_ratios(compare):
+    peers.cache_clear()
+    compare("32 seeds, ResNet-18", combinations("ResNet-18", 32))
 
 
 @pytest.mark.parametrize("sizes", ["ResNet-18", "GPT-2"])
