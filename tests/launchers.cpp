@@ -36,6 +36,13 @@ void check(cudaError_t code) {
   if (code != cudaSuccess) throw std::runtime_error(cudaGetErrorString(code));
 }
 
+template <class Params, class Tensor>
+const Params& with_list(Params& p, const std::vector<Tensor>& tensors) {
+  p.tensors = tensors.data();
+  p.count = static_cast<int64_t>(tensors.size());
+  return p;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(launchers, m) {
@@ -97,25 +104,65 @@ PYBIND11_MODULE(launchers, m) {
     Fields<Struct>(m, "ScaleParams")
         FIELD(dtype) FIELD(data) FIELD(rows) FIELD(classes) FIELD(stride) FIELD(factor) FIELD(per_row);
   }
+  py::enum_<math::Distribution>(m, "Distribution")
+      .value("normal", math::Distribution::kNormal)
+      .value("uniform", math::Distribution::kUniform)
+      .value("rademacher", math::Distribution::kRademacher)
+      .value("truncated_normal", math::Distribution::kTruncatedNormal)
+      .value("laplace", math::Distribution::kLaplace);
+  py::enum_<NoiseMode>(m, "NoiseMode")
+      .value("only", NoiseMode::kOnly)
+      .value("add", NoiseMode::kAdd)
+      .value("scale", NoiseMode::kScale)
+      .value("times", NoiseMode::kTimes);
+  py::enum_<math::Update>(m, "Update")
+      .value("sgd", math::Update::kSgd)
+      .value("adamw", math::Update::kAdamW)
+      .value("sgld", math::Update::kSgld)
+      .value("psgld", math::Update::kPsgld);
+  {
+    using Struct = NoiseSource;
+    Fields<Struct>(m, "NoiseSource")
+        FIELD(distribution) FIELD(seed_low) FIELD(seed_high) FIELD(step) FIELD(device_step);
+  }
   {
     using Struct = NoiseTensor;
     Fields<Struct>(m, "NoiseTensor")
-        FIELD(out) FIELD(in) FIELD(numel) FIELD(std) FIELD(offset) FIELD(stream);
+        FIELD(out) FIELD(in) FIELD(numel) FIELD(std) FIELD(offset) FIELD(stream) FIELD(index);
   }
   {
     using Struct = NoiseParams;
     Fields<Struct>(m, "NoiseParams")
-        FIELD(dtype) FIELD(seed_low) FIELD(seed_high) FIELD(step) FIELD(device_step) FIELD(device_std);
-  }
-  {
-    using Struct = math::NoiseKey;
-    Fields<Struct>(m, "NoiseKey") FIELD(seed_low) FIELD(seed_high) FIELD(stream) FIELD(step);
+        FIELD(dtype) FIELD(mode) FIELD(source) FIELD(stds) FIELD(std_size) FIELD(std_inner)
+        FIELD(norms) FIELD(indices) FIELD(workspace) FIELD(count);
   }
   {
     using Struct = NoiseDotParams;
     Fields<Struct>(m, "NoiseDotParams")
-        FIELD(dtype) FIELD(x) FIELD(numel) FIELD(offset) FIELD(key) FIELD(device_step) FIELD(result)
-        FIELD(partial);
+        FIELD(dtype) FIELD(source) FIELD(result) FIELD(indices) FIELD(workspace) FIELD(count);
+  }
+  {
+    using Struct = CombineParams;
+    Fields<Struct>(m, "CombineParams")
+        FIELD(dtype) FIELD(source) FIELD(seeds) FIELD(coefficients) FIELD(terms);
+  }
+  {
+    using Struct = math::UpdateRule;
+    Fields<Struct>(m, "UpdateRule")
+        FIELD(lr) FIELD(std) FIELD(weight_decay) FIELD(momentum) FIELD(dampening) FIELD(beta1)
+        FIELD(beta2) FIELD(eps) FIELD(num_data) FIELD(temperature) FIELD(nesterov) FIELD(maximize);
+  }
+  {
+    using Struct = UpdateTensor;
+    Fields<Struct>(m, "UpdateTensor")
+        FIELD(param) FIELD(grad) FIELD(first) FIELD(second) FIELD(numel) FIELD(offset)
+        FIELD(stream) FIELD(index) FIELD(rule) FIELD(step) FIELD(device_step);
+  }
+  {
+    using Struct = UpdateParams;
+    Fields<Struct>(m, "UpdateParams")
+        FIELD(dtype) FIELD(update) FIELD(source) FIELD(device_lr) FIELD(device_std)
+        FIELD(grad_scale) FIELD(found_inf) FIELD(norms) FIELD(indices) FIELD(workspace) FIELD(count);
   }
   {
     using Struct = RegressionParams;
@@ -167,20 +214,31 @@ PYBIND11_MODULE(launchers, m) {
     check(cuda::scale_rows(p, reinterpret_cast<cudaStream_t>(stream)));
   });
   m.def("noise", [](NoiseParams p, const std::vector<NoiseTensor>& tensors, uintptr_t stream) {
-    p.tensors = tensors.data();
-    p.count = static_cast<int64_t>(tensors.size());
-    check(cuda::noise(p, reinterpret_cast<cudaStream_t>(stream)));
+    check(cuda::noise(with_list(p, tensors), reinterpret_cast<cudaStream_t>(stream)));
   });
-  m.attr("noise_dot_blocks") = cuda::kNoiseDotBlocks;
-  m.def("noise_dot", [](const NoiseDotParams& p, uintptr_t stream) {
-    check(cuda::noise_dot(p, reinterpret_cast<cudaStream_t>(stream)));
+  m.def("noise_workspace", cuda::noise_workspace);
+  m.def("noise_dot",
+        [](NoiseDotParams p, const std::vector<NoiseTensor>& tensors, uintptr_t stream) {
+    check(cuda::noise_dot(with_list(p, tensors), reinterpret_cast<cudaStream_t>(stream)));
   });
+  m.def("noise_dot_workspace", cuda::noise_dot_workspace);
+  m.def("combine", [](CombineParams p, const std::vector<NoiseTensor>& tensors, uintptr_t stream) {
+    check(cuda::combine(with_list(p, tensors), reinterpret_cast<cudaStream_t>(stream)));
+  });
+  m.def("update", [](UpdateParams p, const std::vector<UpdateTensor>& tensors,
+                     const std::vector<math::UpdateRule>& rules, uintptr_t stream) {
+    p.rules = rules.data();
+    p.rule_count = static_cast<int64_t>(rules.size());
+    check(cuda::update(with_list(p, tensors), reinterpret_cast<cudaStream_t>(stream)));
+  });
+  m.def("update_workspace", cuda::update_workspace);
+  m.attr("sum_blocks") = cuda::kSumBlocks;
   m.def("regression", [](const RegressionParams& p, uintptr_t stream) {
     check(cuda::regression(p, reinterpret_cast<cudaStream_t>(stream)));
   });
   m.def("plan_distillation", cuda::plan_distillation);
   m.def("plan_divergence", cuda::plan_divergence);
   m.def("plan_noise", cuda::plan_noise);
-  m.def("plan_noise_dot", cuda::plan_noise_dot);
+  m.def("plan_sums", cuda::plan_sums);
   m.def("plan_regression", cuda::plan_regression);
 }

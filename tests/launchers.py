@@ -12,7 +12,6 @@ from pathlib import Path
 import ptx
 import torch
 
-import kdkernels
 from kdkernels import reference
 
 ROOT = Path(__file__).parent.parent
@@ -786,77 +785,161 @@ def scale_cases():
 
 # ---- noise --------------------------------------------------------------------------------------
 
+# In the order of math::Distribution, NoiseMode and math::Update, as the ops number them.
+DISTRIBUTIONS = ("normal", "uniform", "rademacher", "truncated_normal", "laplace")
+MODES = ("only", "add", "scale", "times")
+UPDATES = ("sgd", "adamw", "sgld", "psgld")
+
 
 @dataclass(frozen=True)
 class Noise:
     dtype: str
     sizes: tuple
-    add: bool = True
+    mode: str = "add"
+    distribution: str = "normal"
     inplace: bool = True
     offsets: tuple = (0,)  # global index of the first element, cycled over the list
     misalign: tuple = (0,)  # elements past 256 aligned bytes, cycled
     std: float = 0.5
+    pattern: tuple | None = None  # (size, inner) of one tensor's stds
     step: int = 7
     on_device: bool = False  # step and std in device memory
+    norms: bool = False
+    runs: int = 1  # neighbours of the list that are one tensor
+    terms: int = 8  # of a sum of noises
     seed: int = 0x123456789ABCDEF
+
+    @property
+    def torch_dtype(self):
+        return getattr(torch, self.dtype)
+
+    @property
+    def acc(self):
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def indices(self):
+        return -(-len(self.sizes) // self.runs)
+
+    def offset(self, i):
+        return self.offsets[i % len(self.offsets)]
 
 
 def noise_inputs(case):
     g = generator(len(case.sizes))
-    dtype = getattr(torch, case.dtype)
-    return [torch.randn(n, generator=g).to(dtype) for n in case.sizes]
+    return [torch.randn(n, generator=g).to(case.torch_dtype) for n in case.sizes]
 
 
-def noise_launch(device, case):
-    tensors, outs, keep = [], [], []
-    for i, x in enumerate(noise_inputs(case)):
-        misalign = case.misalign[i % len(case.misalign)]
-        if case.add and case.inplace:
-            source = out = device.put(x, misalign)
-        else:
-            source = device.put(x, misalign) if case.add else None
-            out = device.new(x.shape, x.dtype, misalign)
-        outs.append(out)
-        keep.append(source)
-        if x.numel() == 0:
-            continue
-        tensors.append(
-            fill(
-                device.lib.NoiseTensor(),
-                **{"out": address(out), "in": address(source)},
-                numel=x.numel(),
-                std=0.0 if case.on_device else case.std,
-                offset=case.offsets[i % len(case.offsets)],
-                stream=i,
-            )
-        )
-    p = fill(
-        device.lib.NoiseParams(),
-        dtype=getattr(device.lib.Dtype, case.dtype),
+def noise_stds(case):
+    """acc [indices, size], or None where all tensors have the case's own."""
+    if case.pattern is not None:
+        g = generator(case.pattern[0])
+        return torch.rand((case.indices, case.pattern[0]), generator=g).to(case.acc)
+    each = case.std * (1 + torch.arange(case.indices).to(case.acc)).view(-1, 1)
+    return each if case.on_device else None
+
+
+def noise_source(device, case):
+    """The struct; what it points to must live as long: it is in the second."""
+    on_device = device.put(torch.tensor([case.step])) if case.on_device else None
+    source = fill(
+        device.lib.NoiseSource(),
+        distribution=getattr(device.lib.Distribution, case.distribution),
         seed_low=case.seed & 0xFFFFFFFF,
         seed_high=case.seed >> 32,
         step=0 if case.on_device else case.step,
+        device_step=address(on_device),
     )
-    if case.on_device:
-        step = device.put(torch.tensor([case.step]))
-        std = device.put(torch.tensor([case.std], dtype=torch.float64))
-        p.device_step, p.device_std = address(step), address(std)
+    return source, on_device
+
+
+def noise_tensors(device, case, inputs, outputs):
+    """The runs of a list, those that have elements."""
+    return [
+        fill(
+            device.lib.NoiseTensor(),
+            **{"out": address(outputs[i]), "in": address(inputs[i])},
+            numel=case.sizes[i],
+            std=case.std,
+            offset=case.offset(i),
+            stream=i,
+            index=i // case.runs,
+        )
+        for i in range(len(case.sizes))
+        if case.sizes[i] > 0
+    ]
+
+
+def workspace_of(device, size):
+    return device.new((max(1, size),), torch.float64, name="workspace")
+
+
+def noise_launch(device, case):
+    inputs, outputs = [], []
+    for i, x in enumerate(noise_inputs(case)):
+        misalign = case.misalign[i % len(case.misalign)]
+        inputs.append(None if case.mode == "only" else device.put(x, misalign))
+        inplace = case.inplace and case.mode != "only"
+        outputs.append(inputs[i] if inplace else device.new(x.shape, x.dtype, misalign))
+    source, kept = noise_source(device, case)
+    stds = noise_stds(case)
+    stds = None if stds is None else device.put(stds, name="stds")
+    norms = device.new((case.indices, 2), torch.float64, name="norms") if case.norms else None
+    tensors = noise_tensors(device, case, inputs, outputs)
+    size, inner = case.pattern or (1, 1)
+    p = fill(
+        device.lib.NoiseParams(),
+        dtype=getattr(device.lib.Dtype, case.dtype),
+        mode=getattr(device.lib.NoiseMode, case.mode),
+        source=source,
+        stds=address(stds),
+        std_size=size,
+        std_inner=inner,
+        norms=address(norms),
+        indices=case.indices,
+        count=len(tensors),
+    )
+    workspace = workspace_of(device, device.lib.noise_workspace(p))
+    p.workspace = address(workspace)
     device.lib.noise(p, tensors, device.stream)
-    return cpu(**{str(i): out for i, out in enumerate(outs)})
+    return cpu(norms=norms, **{str(i): out for i, out in enumerate(outputs)})
+
+
+def cpu_noise(case, i, x, mode, std, std_tensor=None):
+    """The CPU op on tensor i of the list."""
+    return torch.ops.kdkernels._noise(
+        x, MODES.index(mode), std_tensor, std, seed=case.seed, step=case.step, stream=i,
+        offset=case.offset(i), distribution=DISTRIBUTIONS.index(case.distribution),
+    )  # fmt: skip
+
+
+def noise_numbers(case, i):
+    """eps of tensor i of the list, fp64."""
+    like = torch.empty(case.sizes[i], dtype=torch.float32)
+    return cpu_noise(case, i, like, "only", 1.0).double()
 
 
 def noise_expected(case):
-    outs = {}
+    outs, norms = {}, torch.zeros(case.indices, 2, dtype=torch.float64)
+    stds = noise_stds(case)
     for i, x in enumerate(noise_inputs(case)):
-        out = x.clone() if case.add else torch.zeros_like(x)
-        noise = {"seed": case.seed, "step": case.step, "stream": i}
-        noise["offset"] = case.offsets[i % len(case.offsets)]
-        if case.add:
-            kdkernels.add_noise_(out, case.std, **noise)
-        else:
-            out = kdkernels.randn_like(x, **noise)
-        outs[str(i)] = out
-    return outs
+        std = torch.full_like(x, case.std, dtype=case.acc)
+        if stds is not None:
+            size, inner = case.pattern or (1, 1)
+            std = stds[i // case.runs][torch.arange(x.numel()) // inner % size]
+        outs[str(i)] = cpu_noise(case, i, x, case.mode, 0.0, std)
+        if case.norms:
+            noise = std.double() * noise_numbers(case, i)
+            squares = [x.double().square().sum(), noise.square().sum()]
+            norms[i // case.runs] += torch.stack(squares)
+    return outs | ({"norms": norms} if case.norms else {})
+
+
+def equal_but_norms(case, got, want):
+    assert got.keys() == want.keys()
+    if "norms" in want:
+        torch.testing.assert_close(got["norms"], want["norms"], rtol=1e-6, atol=1e-12)
+    equal(case, got, {name: value for name, value in want.items() if name != "norms"})
 
 
 def noise_cases():
@@ -865,53 +948,70 @@ def noise_cases():
         yield Noise(dtype, sizes)
         yield Noise(dtype, sizes[1:], misalign=(1, 2, 3, 5))
         yield Noise(dtype, (4097, 70000), offsets=(1, 2, 3), misalign=(0, 3, 1))
-        yield Noise(dtype, (30001, 16), offsets=(2**34 - 5, 2**40 + 3), add=False, std=1.0)
+        yield Noise(dtype, (30001, 16), offsets=(2**34 - 5, 2**40 + 3), mode="only", std=1.0)
         yield Noise(dtype, (5000, 12), on_device=True, step=3_000_000_000, inplace=False)
         yield Noise(dtype, tuple(range(1, 97)), misalign=(0, 1))
+        for i, distribution in enumerate(DISTRIBUTIONS):
+            of = {"distribution": distribution}
+            for mode in MODES:
+                yield Noise(dtype, (4099, 0, 3000), mode, **of, misalign=(0, 3), offsets=(4, 1, 2))
+            yield Noise(dtype, (9000, 2), MODES[i % 4], **of, offsets=(2**34 - 4000,), step=2**31)
+            yield Noise(dtype, (6001, 70), **of, norms=True, misalign=(i,), on_device=i % 2 == 0)
+        for size, inner, numel in (
+            *((7, 1, 5000), (4096, 1, 20000), (64, 49, 64 * 49 * 3), (3, 5000, 40001)),
+            *((5003, 1, 5003), (6000, 1, 6000), (1000, 3, 6000), (5, 4, 4099)),
+        ):
+            mode = MODES[size % 4]
+            yield Noise(dtype, (numel,), mode, pattern=(size, inner), misalign=(size % 3,))
+        yield Noise(dtype, (4096,), "add", "laplace", pattern=(4096, 1), inplace=False)
+        yield Noise(dtype, (5000, 0, 301, 2, 9000), norms=True, runs=2, offsets=(7,))
     yield Noise("float32", tuple(17 + i % 50 for i in range(760)), offsets=(0, 1, 4))
+    many = tuple(17 + i % 50 for i in range(1300))
+    yield Noise("float32", many, offsets=(0, 1, 4), norms=True, runs=3, distribution="uniform")
 
 
 # ---- the dot product with noise -----------------------------------------------------------------
 
 
 def noise_dot_launch(device, case):
-    x = device.put(noise_inputs(case)[0], case.misalign[0])
-    acc = torch.float64 if case.dtype == "float64" else torch.float32
-    result = device.new((1,), acc)
-    partial = device.new((device.lib.noise_dot_blocks,), torch.float64)
-    key = {"seed_low": case.seed & 0xFFFFFFFF, "seed_high": case.seed >> 32, "step": case.step}
+    inputs = [
+        device.put(x, case.misalign[i % len(case.misalign)])
+        for i, x in enumerate(noise_inputs(case))
+    ]
+    result = device.new((case.indices,), torch.float64)
+    source, kept = noise_source(device, case)
+    tensors = noise_tensors(device, case, inputs, [None] * len(inputs))
     p = fill(
         device.lib.NoiseDotParams(),
         dtype=getattr(device.lib.Dtype, case.dtype),
-        x=address(x),
-        numel=x.numel(),
-        offset=case.offsets[0],
-        key=fill(device.lib.NoiseKey(), **key, stream=0),
+        source=source,
         result=address(result),
-        partial=address(partial),
+        indices=case.indices,
+        count=len(tensors),
     )
-    device.lib.noise_dot(p, device.stream)
+    workspace = workspace_of(device, device.lib.noise_dot_workspace(p))
+    p.workspace = address(workspace)
+    device.lib.noise_dot(p, tensors, device.stream)
     return cpu(result=result)
 
 
 def noise_dot_terms(case):
-    x = noise_inputs(case)[0]
-    like = torch.empty(x.shape, dtype=torch.float32)
-    noise = {"seed": case.seed, "step": case.step, "offset": case.offsets[0]}
-    return x.double() * kdkernels.randn_like(like, **noise).double()
+    """Sums of terms and of their magnitudes, [2, indices]."""
+    sums = torch.zeros(2, case.indices, dtype=torch.float64)
+    for i, x in enumerate(noise_inputs(case)):
+        terms = x.double() * noise_numbers(case, i)
+        sums[:, i // case.runs] += torch.stack([terms.sum(), terms.abs().sum()])
+    return sums
 
 
 def noise_dot_expected(case):
-    return {"result": noise_dot_terms(case).sum().reshape(1)}
+    sums, scale = noise_dot_terms(case)
+    return {"result": sums, "scale": scale}
 
 
 def noise_dot_compare(case, got, want):
-    exact = case.dtype == "float64"
-    scale = noise_dot_terms(case).abs().sum().item()
-    torch.testing.assert_close(
-        got["result"].double(), want["result"], rtol=1e-12 if exact else 1e-7,
-        atol=(1e-14 if exact else 1e-7) * scale,
-    )  # fmt: skip
+    error = (got["result"] - want["result"]).abs()
+    assert (error <= (1e-14 if case.dtype == "float64" else 1e-7) * want["scale"]).all()
 
 
 def noise_dot_cases():
@@ -919,6 +1019,252 @@ def noise_dot_cases():
         yield Noise(dtype, (1000003,))
         for size in (0, 1, 5, 4096):
             yield Noise(dtype, (size,), offsets=(3,), misalign=(1,))
+        for i, distribution in enumerate(DISTRIBUTIONS):
+            yield Noise(dtype, (6001, 0, 17, 2048), distribution=distribution, misalign=(0, i))
+        yield Noise(dtype, (9000, 5, 800), runs=2, offsets=(2**34 - 4000, 1), on_device=True)
+    yield Noise("float32", tuple(17 + i % 50 for i in range(1300)), runs=5)
+
+
+# ---- sums of several noises ---------------------------------------------------------------------
+
+
+def combine_terms(case):
+    g = generator(case.terms)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (case.terms,), generator=g)
+    return seeds, torch.randn(case.terms, generator=g, dtype=torch.float64)
+
+
+def combine_launch(device, case):
+    outputs = [
+        device.put(x, case.misalign[i % len(case.misalign)])
+        for i, x in enumerate(noise_inputs(case))
+    ]
+    seeds, coefficients = (device.put(x) for x in combine_terms(case))
+    source, kept = noise_source(device, case)
+    p = fill(
+        device.lib.CombineParams(),
+        dtype=getattr(device.lib.Dtype, case.dtype),
+        source=source,
+        seeds=address(seeds),
+        coefficients=address(coefficients),
+        terms=case.terms,
+    )
+    tensors = noise_tensors(device, case, [None] * len(outputs), outputs)
+    device.lib.combine(p, tensors, device.stream)
+    return cpu(**{str(i): out for i, out in enumerate(outputs)})
+
+
+def combine_expected(case):
+    outs = noise_inputs(case)
+    seeds, coefficients = combine_terms(case)
+    count = len(outs)
+    torch.ops.kdkernels.combine_noise_(
+        outs, coefficients, seeds, step=case.step, streams=[0],
+        offsets=[case.offset(i) for i in range(count)], runs=[],
+        distribution=DISTRIBUTIONS.index(case.distribution),
+    )  # fmt: skip
+    return {str(i): out for i, out in enumerate(outs)}
+
+
+def combine_cases():
+    for dtype in DTYPES:
+        for i, distribution in enumerate(DISTRIBUTIONS):
+            of = {"distribution": distribution, "misalign": (0, i)}
+            yield Noise(dtype, (4099, 0, 300), terms=(1, 3, 16)[i % 3], **of, offsets=(0, 3, 4))
+        yield Noise(dtype, (3001, 9), terms=37, offsets=(2**34 - 1600,), on_device=True)
+        yield Noise(dtype, (100,), terms=0)
+    yield Noise("float32", tuple(17 + i % 50 for i in range(700)), terms=2)
+
+
+# ---- optimizer steps ----------------------------------------------------------------------------
+
+RULE = (
+    *("lr", "std", "weight_decay", "momentum", "dampening", "beta1", "beta2", "eps", "num_data"),
+    *("temperature", "nesterov", "maximize"),
+)
+BASE_RULE = dict.fromkeys(RULE, 0.0) | {"nesterov": False, "maximize": False, "lr": 0.02}
+RULES = {
+    "sgd": [
+        {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01},
+        {"maximize": True},
+        {"momentum": 0.8, "nesterov": True},
+    ],
+    "adamw": [
+        {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01},
+        {"beta1": 0.4, "beta2": 0.95, "eps": 1e-6, "maximize": True},
+    ],
+    "sgld": [
+        {"num_data": 50.0, "temperature": 1.0, "weight_decay": 0.1},
+        {"num_data": 7.0, "temperature": 0.0, "maximize": True},
+    ],
+    "psgld": [
+        {"num_data": 50.0, "temperature": 1.0, "beta2": 0.99, "eps": 1e-5},
+        {"num_data": 7.0, "temperature": 0.1, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.1},
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Update(Noise):
+    update: str = "adamw"
+    first_step: int = 3  # the parameters' own count
+    steps_differ: bool = False
+    many_rules: bool = False  # each tensor has its own lr
+    device: tuple = ()  # of "step", "lr", "std": what is in device memory
+    grad_scale: float | None = None
+    found_inf: float | None = None
+
+    @property
+    def rules(self):
+        rules = [BASE_RULE | {"std": self.std} | rule for rule in RULES[self.update]]
+        if self.many_rules:
+            count = len(self.sizes)
+            rules = [rules[i % len(rules)] | {"lr": 0.01 + 0.001 * i} for i in range(count)]
+        return rules
+
+    def rule_of(self, i):
+        return i // self.runs % len(self.rules)
+
+    def steps(self):
+        return [
+            self.first_step + (i % 3 if self.steps_differ else 0) for i in range(len(self.sizes))
+        ]
+
+    def has_first(self, i):
+        momentum = self.update == "sgd" and self.rules[self.rule_of(i)]["momentum"] > 0
+        return self.update == "adamw" or momentum
+
+    @property
+    def has_second(self):
+        return self.update in ("adamw", "psgld")
+
+
+def update_inputs(case):
+    """Lists of params, grads, first and second moments; a moment that there is not is empty."""
+    g = generator(len(case.sizes))
+    scale = case.grad_scale or 1.0
+    lists = [], [], [], []
+    for i, n in enumerate(case.sizes):
+        values = [torch.randn(n, generator=g) for _ in range(4)]
+        values[1] = scale * values[1]
+        values[2] = values[2] if case.has_first(i) else torch.empty(0)
+        values[3] = 0.1 * values[3].square() if case.has_second else torch.empty(0)
+        for of_all, x in zip(lists, values, strict=True):
+            of_all.append(x.to(case.torch_dtype))
+    return lists
+
+
+def update_launch(device, case):
+    def put(x, i):
+        return device.put(x, case.misalign[i % len(case.misalign)])
+
+    lists = [[put(x, i) for i, x in enumerate(xs)] for xs in update_inputs(case)]
+    source, kept = noise_source(device, case)
+    steps = [device.put(torch.tensor([float(s)])) for s in case.steps()]
+
+    def rules_on_device(name):
+        values = [rule[name] for rule in case.rules]
+        return device.put(torch.tensor(values, dtype=torch.float64), name=name)
+
+    lr = rules_on_device("lr") if "lr" in case.device else None
+    std = rules_on_device("std") if "std" in case.device else None
+    tensors = [
+        fill(
+            device.lib.UpdateTensor(),
+            **{
+                name: address(of_all[i])
+                for name, of_all in zip(("param", "grad", "first", "second"), lists, strict=True)
+            },
+            numel=n,
+            offset=case.offset(i),
+            stream=i,
+            index=i // case.runs,
+            rule=case.rule_of(i),
+            step=0 if "step" in case.device else case.steps()[i],
+            device_step=address(steps[i]) if "step" in case.device else 0,
+        )
+        for i, n in enumerate(case.sizes)
+        if n > 0
+    ]
+    hidden = {name: -1.0 for name in ("lr", "std") if name in case.device}
+    rules = [fill(device.lib.UpdateRule(), **(rule | hidden)) for rule in case.rules]
+    norms = device.new((case.indices, 2), torch.float64, name="norms") if case.norms else None
+    scalars = [
+        None if x is None else device.put(torch.tensor([x]))
+        for x in (case.grad_scale, case.found_inf)
+    ]
+    p = fill(
+        device.lib.UpdateParams(),
+        dtype=getattr(device.lib.Dtype, case.dtype),
+        update=getattr(device.lib.Update, case.update),
+        source=source,
+        device_lr=address(lr),
+        device_std=address(std),
+        grad_scale=address(scalars[0]),
+        found_inf=address(scalars[1]),
+        norms=address(norms),
+        indices=case.indices,
+        count=len(tensors),
+    )
+    workspace = workspace_of(device, device.lib.update_workspace(p))
+    p.workspace = address(workspace)
+    device.lib.update(p, tensors, rules, device.stream)
+    return update_outputs(lists, norms)
+
+
+def update_outputs(lists, norms):
+    names = ("param", "grad", "first", "second")
+    outs = {
+        f"{name} {i}": x
+        for name, of_all in zip(names, lists, strict=True)
+        for i, x in enumerate(of_all)
+    }
+    return cpu(norms=norms, **outs)
+
+
+def update_expected(case):
+    lists = update_inputs(case)
+    norms = torch.empty(len(case.sizes), 2, dtype=torch.float64) if case.norms else None
+    scalars = {
+        name: None if x is None else torch.tensor([x])
+        for name, x in (("grad_scale", case.grad_scale), ("found_inf", case.found_inf))
+    }
+    torch.ops.kdkernels.noisy_update_(
+        UPDATES.index(case.update), *lists, case.steps(), [],
+        [case.rule_of(i) for i in range(len(case.sizes))],
+        [float(rule[name]) for rule in case.rules for name in RULE],
+        seed=case.seed, step=case.step, streams=[0],
+        offsets=[case.offset(i) for i in range(len(case.sizes))], runs=[],
+        distribution=DISTRIBUTIONS.index(case.distribution), norms=norms, **scalars,
+    )  # fmt: skip
+    if norms is not None:
+        at = torch.arange(len(case.sizes)) // case.runs
+        norms = torch.zeros(case.indices, 2, dtype=norms.dtype).index_add_(0, at, norms)
+    return update_outputs(lists, norms)
+
+
+def update_cases():
+    for dtype in DTYPES:
+        for u, update in enumerate(UPDATES):
+            of = {"dtype": dtype, "update": update}
+            sizes = (5003, 0, 1, 300, 2048)
+            yield Update(sizes=sizes, **of, offsets=(0, 1, 7), misalign=(0, 1, 2))
+            yield Update(sizes=sizes, **of, first_step=1, steps_differ=True, inplace=True)
+            yield Update(sizes=sizes, **of, std=0.0, norms=True)
+            yield Update(sizes=sizes, **of, grad_scale=1024.0, found_inf=0.0, norms=True, runs=2)
+            yield Update(sizes=sizes, **of, grad_scale=3.0, found_inf=1.0, norms=True)
+            yield Update(sizes=(9000,), **of, offsets=(2**34 - 4000,), step=3_000_000_000)
+            for device in (("step",), ("lr",), ("std",), ("step", "lr", "std")):
+                name = DISTRIBUTIONS[(u + len(device)) % 5]
+                yield Update(
+                    sizes=(2600, 77), **of, device=device, on_device=True, distribution=name
+                )
+            for name in DISTRIBUTIONS[1:]:
+                yield Update(sizes=(3001, 90), **of, distribution=name, misalign=(0, u % 3))
+    many = tuple(1 + i % 37 for i in range(700))
+    yield Update("float32", many, norms=True, runs=3)
+    yield Update("bfloat16", many[:300], many_rules=True, update="sgd")
+    yield Update("float32", many[:200], many_rules=True, device=("lr",))
 
 
 # ---- linear regression --------------------------------------------------------------------------
@@ -1005,6 +1351,14 @@ def element_bytes(passes):
     return lambda case: passes * sum(case.sizes) * size_of(case.dtype)
 
 
+def update_bytes(case):
+    """Parameter and moments, read and written, and the gradient, read."""
+    return size_of(case.dtype) * sum(
+        n * (3 + 2 * case.has_first(i) + 2 * case.has_second + (case.grad_scale is not None))
+        for i, n in enumerate(case.sizes)
+    )
+
+
 OPS = [
     Op(
         "distillation",
@@ -1035,9 +1389,10 @@ OPS = [
         "noise",
         noise_launch,
         noise_expected,
-        equal,
-        lambda c: (1 + c.add) * sum(c.sizes) * size_of(c.dtype),
+        equal_but_norms,
+        lambda c: (2 - (c.mode == "only")) * sum(c.sizes) * size_of(c.dtype),
         list(noise_cases()),
+        everywhere=False,
     ),
     Op(
         "noise_dot",
@@ -1046,6 +1401,25 @@ OPS = [
         noise_dot_compare,
         element_bytes(1),
         list(noise_dot_cases()),
+        everywhere=False,
+    ),
+    Op(
+        "combine",
+        combine_launch,
+        combine_expected,
+        equal,
+        element_bytes(2),
+        list(combine_cases()),
+        everywhere=False,
+    ),
+    Op(
+        "update",
+        update_launch,
+        update_expected,
+        equal_but_norms,
+        update_bytes,
+        list(update_cases()),
+        everywhere=False,
     ),
     Op(
         "noisy_linear_regression",

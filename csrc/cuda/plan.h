@@ -188,9 +188,17 @@ inline DivergencePlan plan_divergence(int64_t classes, int64_t entries, int elem
 // first rounds of Philox) is a hundredth of it. A loop over chunks would cost more than starting a block: the
 // keys of Philox's rounds then no longer stay in uniform registers.
 constexpr int kNoiseThreads = 256, kNoiseBlocksPerSm = 4, kNoiseMaxSteps = 32;
+// An optimizer's step holds a group of each of up to four arrays: 16 bits want 80 registers, fp64 128.
+constexpr int update_blocks_per_sm(int element_size) {
+  return element_size == 8 ? 2 : element_size == 2 ? 3 : kNoiseBlocksPerSm;
+}
+// A sum of noises holds the keys of Philox's rounds.
+constexpr int kCombineBlocksPerSm = 3;
 // A sum has the same bits on every device: its grid does not depend on one. 4096 partial sums are added by one
 // block, and are 8 rounds of the blocks that live on an H100.
-constexpr int kNoiseDotBlocks = 4096;
+constexpr int kSumBlocks = 4096;
+// Runs of a launch at most: what a kernel's arguments hold, the classic 4 KB or the 32 KB of CUDA 12.1 on.
+constexpr int kFewNoiseRuns = 64, kNoiseRuns = 576;
 
 // Elements that a thread makes in a step: 16 bytes of them, and at least the 4 of a Philox counter.
 constexpr int noise_group(int element_size) { return element_size == 2 ? 8 : 4; }
@@ -205,14 +213,14 @@ inline NoisePlan noise_chunks(int64_t steps, int64_t each) {
 }
 
 // `steps` in all tensors of the launch together.
-inline NoisePlan plan_noise(int64_t steps, const Device& device) {
-  int64_t places = static_cast<int64_t>(device.sms) * kNoiseBlocksPerSm;
+inline NoisePlan plan_noise(int64_t steps, int blocks_per_sm, const Device& device) {
+  int64_t places = static_cast<int64_t>(device.sms) * blocks_per_sm;
   int64_t rounds = (steps + places * kNoiseMaxSteps - 1) / (places * kNoiseMaxSteps);
   return noise_chunks(steps, steps == 0 ? 1 : (steps + places * rounds - 1) / (places * rounds));
 }
 
-inline NoisePlan plan_noise_dot(int64_t steps) {
-  return noise_chunks(steps, steps == 0 ? 1 : (steps + kNoiseDotBlocks - 1) / kNoiseDotBlocks);
+inline NoisePlan plan_sums(int64_t steps) {
+  return noise_chunks(steps, steps == 0 ? 1 : (steps + kSumBlocks - 1) / kSumBlocks);
 }
 
 // ---- regression ---------------------------------------------------------------------------------

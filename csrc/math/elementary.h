@@ -16,6 +16,7 @@
 
 #if defined(__CUDACC__)
 #define KD_FN static __host__ __device__ __forceinline__
+#define KD_INLINE_LAMBDA
 #define KD_UNROLL _Pragma("unroll")
 #else
 // Internal linkage: each ISA level's translation unit keeps its own copy, compiled for that level.

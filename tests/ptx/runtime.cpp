@@ -362,10 +362,14 @@ cudaError_t cudaFree(void* pointer) {
   return cudaSuccess;
 }
 static void mark(void* pointer, size_t size) {
-  uint64_t base = 0, address = reinterpret_cast<uint64_t>(pointer);
-  Allocation* a = state().machine.find(address, base);
-  if (a != nullptr && a->tracked)
-    std::fill_n(a->written.begin() + static_cast<std::ptrdiff_t>(address - base), size, uint8_t{1});
+  // Not by Machine::find: between launches what it remembers may be gone.
+  auto& memory = state().machine.memory;
+  const uint64_t address = reinterpret_cast<uint64_t>(pointer);
+  auto after = memory.upper_bound(address);
+  if (after == memory.begin()) return;
+  auto& [base, a] = *std::prev(after);
+  if (a.tracked && address + size <= base + a.size)
+    std::fill_n(a.written.begin() + static_cast<std::ptrdiff_t>(address - base), size, uint8_t{1});
 }
 cudaError_t cudaMemsetAsync(void* pointer, int value, size_t size, cudaStream_t) {
   std::memset(pointer, value, size);
