@@ -120,7 +120,7 @@ __device__ __forceinline__ void add_samples(const RegressionParams& p, const Rep
                                             double (&sum)[2]) {
   uint64_t counter = static_cast<uint64_t>(i) / 4;
   math::Noise4 eps = math::normal4(replica.key, static_cast<uint32_t>(counter),
-                                    static_cast<uint32_t>(counter >> 32));
+                                   static_cast<uint32_t>(counter >> 32));
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     if (i + j >= p.samples) continue;
