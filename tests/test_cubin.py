@@ -33,7 +33,7 @@ NO_VECTOR_LOADS = {
     "weight_kernel": "reads a label and a weight a row",
     "inverse_kernel": "reads partial sums",
     "loss_kernel": "reads partial sums",
-    "dot_total_kernel": "reads partial sums",
+    "totals_kernel": "reads partial sums",
     "per_step_kernel": "reads the samples once a block",
     "per_sample_kernel": "finds the samples in L1",
 }

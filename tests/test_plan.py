@@ -100,12 +100,13 @@ def test_short_rows_of_a_divergence_have_a_warp(table, classes, threads):
 @pytest.mark.parametrize("arch", ptx.DEVICES)
 @pytest.mark.parametrize("steps", [0, 1, 131, 5000, 10**6, 2**31, 2**33])
 def test_noise_covers_every_step(table, arch, steps):
-    for p in (table.plan_noise(steps, device(table, arch)), table.plan_noise_dot(steps)):
+    chunks = [table.plan_noise(steps, blocks, device(table, arch)) for blocks in (2, 3, 4)]
+    for p in (*chunks, table.plan_sums(steps)):
         assert p.steps >= 1 and (p.blocks - 1) * p.steps < max(1, steps) <= max(
             1, p.blocks * p.steps
         )
-    assert table.plan_noise(steps, device(table, arch)).steps <= 32
-    assert table.plan_noise_dot(steps).blocks <= table.noise_dot_blocks
+    assert max(p.steps for p in chunks) <= 32
+    assert table.plan_sums(steps).blocks <= table.sum_blocks
 
 
 def test_replicas_get_warps_until_threads_pay(table):
