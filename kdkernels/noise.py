@@ -521,7 +521,7 @@ def combine_noise_(
     """Add sum_k coefficients[k] * eps(seeds[k]) to each tensor, in one pass for any K.
 
     Every eps is made in registers, so memory is read and written once: the update of evolution
-    strategies (Salmon et al., arXiv 1703.03864) and of MeZO (Malladi et al., arXiv 2305.17333). The
+    strategies (Salimans et al., arXiv 1703.03864) and of MeZO (Malladi et al., arXiv 2305.17333). The
     terms are added in order, and the sum is rounded once into the tensor. Call it under
     ``torch.no_grad()`` where a tensor requires grad.
 
@@ -624,7 +624,8 @@ def perturbed_parameters(
             if kept is None:
                 add(-scale)
             else:
-                torch._foreach_copy_([param.detach() for param in params], kept)
+                for param, old in zip(params, kept, strict=True):
+                    param.copy_(old)
 
 
 def soft_regularization(
