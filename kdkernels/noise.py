@@ -14,7 +14,8 @@ All functions share these keyword arguments:
     seed: an int in [-2^63, 2^64). None draws one from torch's default generator, so
         ``torch.manual_seed`` governs it; two calls then differ.
     step: the training step, in [0, 2^32). An int, or an int64 scalar tensor on the noise's device,
-        which a captured CUDA graph reads anew at each replay.
+        which a captured CUDA graph reads anew at each replay. Advance it outside of a function
+        that torch.compile traces: a backward pass in there may read the later number.
     stream: the tensor's own number, in [0, 2^32): a parameter's index in its list.
     offset: global index of the tensor's first element, for a shard of a larger tensor.
     distribution: "normal", "uniform" on [-sqrt(3), sqrt(3)], "rademacher" (-1 or 1),
@@ -521,8 +522,8 @@ def combine_noise_(
     """Add sum_k coefficients[k] * eps(seeds[k]) to each tensor, in one pass for any K.
 
     Every eps is made in registers, so memory is read and written once: the update of evolution
-    strategies (Salimans et al., arXiv 1703.03864) and of MeZO (Malladi et al., arXiv 2305.17333). The
-    terms are added in order, and the sum is rounded once into the tensor. Call it under
+    strategies (Salimans et al., arXiv 1703.03864) and of MeZO (Malladi et al., arXiv 2305.17333).
+    The terms are added in order, and the sum is rounded once into the tensor. Call it under
     ``torch.no_grad()`` where a tensor requires grad.
 
     Args:
@@ -727,17 +728,15 @@ class _NoiseLayer(nn.Module):
         """The op on x in training mode, and the next step; x itself in evaluation mode."""
         if not self.training:
             return x
-        y = self._op(
+        return self._op(
             x,
             self.std,
             seed=self.seed,
-            step=self.step,
+            step=_OPS._next_step_(self.step),
             stream=self.stream,
             distribution=self.distribution,
             multiplicative=self.multiplicative,
         )
-        self.step += 1
-        return y
 
     def get_extra_state(self):
         return torch.tensor(self.seed)

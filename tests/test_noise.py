@@ -1,6 +1,8 @@
 """The noise ops: which numbers they are, that nothing else moves them, gradients, bad input."""
 
 import hashlib
+import io
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdkernels
-from kdkernels import _C, add_noise_, gradient_noise, input_noise, randn_like, reference
+from kdkernels import (
+    _C,
+    add_noise_,
+    combine_noise_,
+    gradient_noise,
+    input_noise,
+    noise_dot,
+    perturbed_parameters,
+    randn_like,
+    reference,
+    soft_regularization,
+)
+from kdkernels.noise import DISTRIBUTIONS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 MILLION = 2**20
@@ -464,7 +478,462 @@ def test_add_noise_agrees_with_the_reference():
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
+# ---- distributions and modes ---------------------------------------------------------------------
+
+# SHA-256 of the 2^20 fp32 numbers of seed 0, step 0, stream 0, little-endian, on every machine.
+SHA256_OF = {
+    "normal": SHA256,
+    "uniform": "1b3902372a09ebb06a3e1bb11a909aac6b80a1824a83f040ca05036d557c991d",
+    "rademacher": "40994d6ec29bf228a4a7d481e98ba8b304cc11edfd74d964ccbc4009e338c798",
+    "truncated_normal": "beb98e0612e0a9cdedf5a03559d087c7e76fc022b91ff957c2b7393a66f3b6d6",
+    "laplace": "7b83280534b584d9fd784e8a036f06c03af74bb2a34eeba72462897b02e10613",
+}
+# The same of the normals in each dtype's own bytes.
+SHA256_IN = {
+    torch.float32: SHA256,
+    torch.float64: "7433131d643e52269ed83c866ff924b5d81dc154e73699380d35dc07be061d28",
+    torch.bfloat16: "83662b59921c9af61c0f588d5017ca1c09a8933fa49d5252475913b2c9e5998b",
+    torch.float16: "821514f28b3505297c3cf54593f5ce95c292b333d6743a64ab116cb15e1d217c",
+}
+
+
+def own_digest(x):
+    return hashlib.sha256(bits(x.cpu()).numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_sha256_of_every_distribution(distribution, set_isa, isa_levels, set_threads):
+    for level in isa_levels:
+        set_isa(level)
+        assert (
+            digest(normals(MILLION, seed=0, distribution=distribution)) == SHA256_OF[distribution]
+        )
+    set_threads(1)
+    cuts = [0, 5, 1000, 300_001, MILLION]
+    shards = [
+        normals(end - begin, seed=0, distribution=distribution, offset=begin)
+        for begin, end in itertools.pairwise(cuts)
+    ]
+    assert digest(torch.cat(shards)) == SHA256_OF[distribution]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sha256_in_every_dtype(dtype, set_isa, isa_levels):
+    for level in isa_levels:
+        set_isa(level)
+        assert own_digest(normals(MILLION, dtype, seed=0)) == SHA256_IN[dtype], level
+
+
+def numpy_philox(counter, key):
+    """Philox4x32-10 in NumPy's integers: counters [n, 4] and keys [n, 2], uint64 below 2^32."""
+    c, k = counter.T.copy(), key.T.copy()
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        half = np.uint64(32)
+        c = np.stack([(b >> half) ^ c[1] ^ k[0], b & low, (a >> half) ^ c[3] ^ k[1], a & low])
+        k = (k + np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)) & low
+    return c.T
+
+
+def test_words_are_numpys():
+    draw = np.random.default_rng(0)
+    counter = draw.integers(0, 2**32, (3000, 4), dtype=np.uint64)
+    key = draw.integers(0, 2**32, (3000, 2), dtype=np.uint64)
+    want = numpy_philox(counter, key)
+    got = [_C.philox(c, k) for c, k in zip(counter.tolist(), key.tolist(), strict=True)]
+    assert np.array_equal(np.array(got, dtype=np.uint64), want)
+    for c, k, words in KNOWN_ANSWERS:
+        assert numpy_philox(np.array([c], np.uint64), np.array([k], np.uint64))[0].tolist() == words
+
+
+def test_an_element_has_the_word_of_its_address():
+    """Rademacher's signs show the top bit of word i % 4 of counter (i // 4, stream, step)."""
+    seed, step, stream, n = 0x0123456789ABCDEF, 77, 5, 10_000
+    index = 2**34 - 1000 + np.arange(n, dtype=np.uint64)
+    block = index // np.uint64(4)
+    counter = np.stack(
+        [block & np.uint64(2**32 - 1), block >> np.uint64(32)]
+        + [np.full(n, number, np.uint64) for number in (stream, step)],
+        axis=1,
+    )
+    key = np.tile(np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint64), (n, 1))
+    words = numpy_philox(counter, key)[np.arange(n), (index % np.uint64(4)).astype(int)]
+    signs = normals(
+        n, seed=seed, step=step, stream=stream, offset=int(index[0]), distribution="rademacher"
+    )
+    assert np.array_equal(signs.numpy() < 0, words >= 2**31)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_every_way_agrees_with_the_reference(distribution, dtype):
+    x = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    noise = {"seed": -5, "step": 1, "offset": 3, "distribution": distribution}
+    tolerance = {2: 1e-2, 4: 2e-6, 8: 2e-6}[dtype.itemsize]
+
+    def close(got, want):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+    close(randn_like(x, **noise), reference.randn_like(x, **noise))
+    close(noise_dot([x, x[0]], **noise), reference.noise_dot([x, x[0]], **noise))
+    for multiplicative in (False, True):
+        way = noise | {"multiplicative": multiplicative}
+        for std in (0.3, torch.rand(50, 1), torch.rand(7), torch.rand(50, 7)):
+            close(input_noise(x, std, **way), reference.input_noise(x, std, **way))
+        results = []
+        for where in (kdkernels, reference):
+            tensors = [x.clone(), x[0].clone()]
+            where.add_noise_(tensors, [0.1, 0.2], **way)
+            leaf = x.clone().requires_grad_()
+            where.gradient_noise(leaf, 0.2, **way).backward(x)
+            results.append([*tensors, leaf.grad])
+        for got, want in zip(*results, strict=True):
+            close(got, want)
+
+
+# ---- std by element ------------------------------------------------------------------------------
+
+PATTERNS = {
+    "a row": (40, 1),
+    "a feature": (30,),
+    "a channel": (5, 1, 1),
+    "a sample": (6, 1, 1, 1),
+    "each": (6, 5, 4, 3),
+    "two dimensions apart": (6, 1, 4, 1),
+    "the last two": (4, 3),
+    "one": (1, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("multiplicative", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_std_of_any_shape_learns(pattern, multiplicative, dtype):
+    """Against autograd through noise that is kept."""
+    shape = PATTERNS[pattern]
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(*((40, 30) if pattern in ("a row", "a feature") else (6, 5, 4, 3)), generator=g)
+    x, out_grad = x.to(dtype), torch.randn(x.shape, generator=g).to(dtype)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    std = torch.rand(shape, generator=g).to(acc)
+    noise = {"seed": 3, "step": 4, "offset": 5}
+    eps = randn_like(x.to(acc), **noise)
+    results = []
+    for kept in (False, True):
+        leaf, s = x.clone().requires_grad_(), std.clone().requires_grad_()
+        if kept:
+            wide = leaf.to(acc)
+            y = (wide * (1 + s * eps) if multiplicative else wide + s * eps).to(dtype)
+        else:
+            y = input_noise(leaf, s, multiplicative=multiplicative, **noise)
+        y.backward(out_grad)
+        assert s.grad.shape == std.shape and s.grad.dtype == std.dtype
+        results.append((y.detach(), leaf.grad, s.grad))
+    rounding = {2: 1e-2, 4: 1e-5, 8: 1e-12}[dtype.itemsize]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=rounding, atol=rounding)
+
+
+def test_gradcheck_of_every_way():
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    for shape in ((), (3,), (4, 1), (4, 3)):
+        std = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+        for multiplicative in (False, True):
+            for name in ("normal", "laplace"):
+
+                def noisy(x, std, way=multiplicative, name=name):
+                    return input_noise(x, std, seed=1, distribution=name, multiplicative=way)
+
+                assert torch.autograd.gradcheck(noisy, (x, std))
+                assert torch.autograd.gradgradcheck(lambda x, s, f=noisy: f(x, s) ** 2, (x, std))
+
+    def dot(x, y):
+        return noise_dot([x, y], seed=2, stream=[5, 3], offset=[0, 7])
+
+    y = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(dot, (x, y))
+    assert torch.autograd.gradgradcheck(lambda x, y: dot(x**2, y**3), (x, y))
+
+
+def test_gradient_noise_takes_a_std_a_feature():
+    x = torch.zeros(20, 3, requires_grad=True)
+    std = torch.tensor([0.0, 1.0, 2.0])
+    gradient_noise(x, std, seed=1).backward(torch.ones(20, 3))
+    eps = randn_like(torch.empty(20, 3), seed=1)
+    torch.testing.assert_close(x.grad, 1 + std * eps)
+    x.grad = None
+    gradient_noise(x, 0.5, seed=1, multiplicative=True).backward(torch.full((20, 3), 2.0))
+    torch.testing.assert_close(x.grad, 2 * (1 + 0.5 * eps))
+
+
+# ---- lists ---------------------------------------------------------------------------------------
+
+
+def test_streams_and_offsets_one_a_tensor():
+    tensors = [torch.zeros(10), torch.zeros(4, 3), torch.zeros(7, dtype=torch.bfloat16)]
+    places = {"stream": [7, 0, 3], "offset": [2, 0, 2**40]}
+    add_noise_(tensors, torch.tensor([1.0, 2.0, 3.0]), seed=1, **places)
+    for k, tensor in enumerate(tensors):
+        place = {name: numbers[k] for name, numbers in places.items()}
+        want = (k + 1) * randn_like(torch.empty(tensor.shape), seed=1, **place)
+        assert torch.equal(tensor, want.to(tensor.dtype))
+    assert noise_dot([], seed=0).item() == 0 and add_noise_([], 1.0, seed=0) is None
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_noise_dot_of_a_mixed_list(distribution):
+    tensors, _ = mixed_list()
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    noise = {"seed": 3, "step": 9, "stream": 4, "distribution": distribution}
+    got = noise_dot(leaves, **noise)
+    want = sum(
+        (t.double() * randn_like(torch.empty(t.shape), **noise | {"stream": 4 + k}).double()).sum()
+        for k, t in enumerate(tensors)
+    )
+    assert got.dtype == torch.float64  # one of the tensors is
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-3)
+    got.backward()
+    for k, leaf in enumerate(leaves):
+        eps = randn_like(leaf.detach(), **noise | {"stream": 4 + k})
+        assert same(leaf.grad.contiguous(), eps)
+    assert noise_dot(tensors[0], seed=0).dtype == torch.float32
+
+
+def test_noise_dot_does_not_depend_on_threads(set_threads):
+    x = torch.randn(300_001)
+    results = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        results.append(noise_dot([x, x[:1000]], seed=1))
+    assert all(same(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize("terms", [0, 1, 2, 37])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_combine_is_one_seed_after_the_other(terms, distribution):
+    tensors, _ = mixed_list()
+    seeds = [(-1) ** k * (2**40 * k + 3) for k in range(terms)]
+    coefficients = [0.5 - 0.1 * k for k in range(terms)]
+    noise = {"step": 2, "stream": 5, "offset": 6, "distribution": distribution}
+    got, want = ([t.clone() for t in tensors] for _ in range(2))
+    combine_noise_(got, coefficients, seeds, **noise)
+    reference.combine_noise_(want, coefficients, seeds, **noise)
+    for a, b in zip(got, want, strict=True):
+        rounding = {2: 1e-2, 4: 1e-4, 8: 1e-4}[a.dtype.itemsize]
+        torch.testing.assert_close(a, b, rtol=rounding, atol=rounding)
+    # Tensors of numbers do as well as lists, and threads change nothing.
+    again = [t.clone() for t in tensors]
+    numbers = (
+        torch.tensor(coefficients, dtype=torch.float64),
+        torch.tensor(seeds, dtype=torch.int64),
+    )
+    combine_noise_(again, *numbers, **noise)
+    assert all(same(a.contiguous(), b.contiguous()) for a, b in zip(got, again, strict=True))
+
+
+def test_combine_rounds_once_and_any_isa_alike(set_isa, isa_levels):
+    x = torch.randn(5003, generator=torch.Generator().manual_seed(0)).bfloat16()
+    results = []
+    for level in isa_levels:
+        set_isa(level)
+        y = x.clone()
+        combine_noise_(y, [0.3, -0.2, 0.1], [1, 2, 3])
+        results.append(y)
+    total = sum(
+        c * normals(5003, torch.float64, seed=s) for c, s in ((0.3, 1), (-0.2, 2), (0.1, 3))
+    )
+    apart = (results[0].double() - (x.double() + total)).abs()
+    assert (apart <= (x.double() + total).abs() * 2.0**-8 + 1e-6).all()
+    assert all(same(r, results[0]) for r in results)
+
+
+# ---- parameters ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("restore", ["copy", "regenerate"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_perturbed_parameters_come_back(restore, fails):
+    tensors, _ = mixed_list()
+    params = [torch.nn.Parameter(t.clone()) for t in tensors]
+    noise = {"seed": 1, "step": 2, "distribution": "uniform"}
+    inside = [t.clone() for t in tensors]
+    add_noise_(inside, 0.3, **noise)
+    try:
+        with perturbed_parameters(params, 0.3, restore=restore, **noise):
+            assert all(torch.equal(p, x) for p, x in zip(params, inside, strict=True))
+            if fails:
+                raise KeyError("in the body")
+    except KeyError:
+        assert fails
+    for p, before, moved in zip(params, tensors, inside, strict=True):
+        if restore == "copy":
+            assert same(p.detach().contiguous(), before.contiguous())
+            continue
+        # Half an ulp of theta + scale eps, and half an ulp of theta: the documented bound.
+        eps = torch.finfo(p.dtype).eps
+        bound = eps / 2 * (moved.abs().double() + 2 * before.abs().double()) * 1.01 + 1e-30
+        assert ((p.detach().double() - before.double()).abs() <= bound).all()
+
+
+def test_perturbed_parameters_in_pairs_and_a_step_that_moves():
+    theta, step = torch.nn.Parameter(torch.zeros(100)), torch.tensor(3)
+    sides = []
+    for scale in (0.5, -0.5):
+        with perturbed_parameters([theta], scale, seed=1, step=step, restore="regenerate"):
+            sides.append(theta.detach().clone())
+            step += 0
+    assert same(sides[0], -sides[1]) and not theta.any()
+    with perturbed_parameters(theta, 1.0, seed=1, step=step, restore="regenerate"):
+        step += 1
+    assert not theta.any()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with perturbed_parameters(theta, 1.0, seed=1):
+            loss = theta.square().sum()
+        loss.backward()
+
+
+def quadratic():
+    g = torch.Generator().manual_seed(0)
+    root = torch.randn(9, 9, generator=g, dtype=torch.float64)
+    hessian, slope = root @ root.t(), torch.randn(9, generator=g, dtype=torch.float64)
+    params = [torch.randn(n, generator=g, dtype=torch.float64, requires_grad=True) for n in (4, 5)]
+
+    def loss():
+        theta = torch.cat(params)
+        return theta @ hessian @ theta / 2 + slope @ theta
+
+    return loss, params, hessian, slope
+
+
+def test_soft_regularization_of_a_quadratic():
+    """Of a quadratic loss it is exact: value, and gradient H theta + b + lam H eps."""
+    loss, params, hessian, slope = quadratic()
+    eps = torch.cat(
+        [normals(n, torch.float64, seed=3, step=5, stream=k) for k, n in enumerate((4, 5))]
+    )
+    got = soft_regularization(loss, params, 0.3, seed=3, step=5)
+    theta = torch.cat(params).detach()
+    gradient = hessian @ theta + slope
+    torch.testing.assert_close(got.detach(), loss().detach() + 0.3 * eps @ gradient)
+    got.backward()
+    want = gradient + 0.3 * hessian @ eps
+    torch.testing.assert_close(torch.cat([p.grad for p in params]), want)
+
+
+def network():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2)
+    ).double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.tensor([0, 1] * 4)
+    return model, lambda m: torch.nn.functional.cross_entropy(m(x), y), x, y
+
+
+def test_soft_regularization_against_finite_differences():
+    model, loss_of, *_ = network()
+    params = list(model.parameters())
+    noise = {"seed": 1, "step": 2}
+    lam, h = 0.7, 1e-5
+    got = soft_regularization(lambda: loss_of(model), params, lam, **noise)
+    got.backward()
+    sides = []
+    for scale in (h, -h):
+        with perturbed_parameters(params, scale, **noise):
+            loss = loss_of(model)
+            sides.append((loss.detach(), torch.autograd.grad(loss, params)))
+    derivative = (sides[0][0] - sides[1][0]) / (2 * h)
+    torch.testing.assert_close(got.detach(), loss_of(model).detach() + lam * derivative)
+    plain = torch.autograd.grad(loss_of(model), params)
+    for p, g, up, down in zip(params, plain, sides[0][1], sides[1][1], strict=True):
+        torch.testing.assert_close(p.grad, g + lam * (up - down) / (2 * h), rtol=1e-6, atol=1e-8)
+
+
+def test_soft_regularization_against_jvp():
+    """The value by torch.func.jvp, the gradient by the jvp of torch.func.grad."""
+    model, _, x, y = network()
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    eps = {
+        name: randn_like(p, seed=1, step=2, stream=k) for k, (name, p) in enumerate(theta.items())
+    }
+
+    def loss(theta):
+        out = torch.func.functional_call(model, theta, (x,))
+        return torch.nn.functional.cross_entropy(out, y)
+
+    value, derivative = torch.func.jvp(loss, (theta,), (eps,))
+    gradient, product = torch.func.jvp(torch.func.grad(loss), (theta,), (eps,))
+    got = soft_regularization(
+        lambda: torch.nn.functional.cross_entropy(model(x), y), model.parameters(), 0.7,
+        seed=1, step=2,
+    )  # fmt: skip
+    torch.testing.assert_close(got.detach(), value + 0.7 * derivative)
+    got.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradient[name] + 0.7 * product[name])
+
+
+def test_soft_regularization_skips_what_the_loss_does_not_use():
+    loss, params, *_ = quadratic()
+    idle = torch.nn.Parameter(torch.zeros(3))
+    with_idle = soft_regularization(loss, [params[0], idle, params[1]], 0.3, seed=1)
+    without = soft_regularization(loss, params, 0.3, seed=1, stream=[0, 2])
+    torch.testing.assert_close(with_idle, without)
+    with torch.no_grad():
+        assert not soft_regularization(loss, params, 0.3, seed=1).requires_grad
+
+
+# ---- modules -------------------------------------------------------------------------------------
+
+
+def noisy_model(**options):
+    return torch.nn.Sequential(
+        kdkernels.InputNoise(0.5, learnable=True, shape=(3,), **options),
+        torch.nn.Linear(3, 2),
+        kdkernels.GradientNoiseLayer(0.1, **options),
+    )
+
+
+def test_modules_make_noise_in_training_only():
+    model, x = noisy_model(seed=1), torch.randn(5, 3)
+    model.eval()
+    assert torch.equal(model(x), model[1](x)) and model[0].step == 0
+    model.train()
+    eps = [randn_like(x, seed=1, step=t) for t in range(2)]
+    for t in range(2):
+        torch.testing.assert_close(model[0](x), x + 0.5 * eps[t])
+    assert model[0].step == 2 and model[2].step == 0
+    assert isinstance(model[0].std, torch.nn.Parameter) and model[0].std.shape == (3,)
+    assert "std=[3]" in repr(model[0]) and "std=0.1" in repr(model[2])
+
+
+def test_modules_resume_with_the_same_bits():
+    torch.manual_seed(4)
+    model, x = noisy_model(), torch.randn(5, 3)
+    model(x)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    other = noisy_model()
+    other.load_state_dict(torch.load(io.BytesIO(buffer.getvalue())))
+    grads = []
+    for m in (model, other):
+        out = m(x)
+        out.sum().backward()
+        grads.append([out.detach(), *(p.grad for p in m.parameters())])
+    assert all(same(a, b) for a, b in zip(*grads, strict=True))
+    # A seed of its own each, drawn from torch's generator.
+    assert model[0].seed != model[2].seed
+    torch.manual_seed(4)
+    assert noisy_model()[0].seed == model[0].seed
+
+
 # ---- bad input -----------------------------------------------------------------------------------
+
+
+def enter(context):
+    with context:
+        raise AssertionError("was entered")
+
 
 X = torch.zeros(4, 3)
 LEAF = torch.zeros(3, requires_grad=True)
@@ -532,9 +1001,50 @@ BAD = [
     ("std", ValueError, lambda: add_noise_([X], [0.1, 0.2], seed=0)),
     ("std", ValueError, lambda: add_noise_([X, X.clone()], [0.1, -0.2], seed=0)),
     ("std", TypeError, lambda: input_noise(X, torch.tensor(1), seed=0)),
-    ("std", ValueError, lambda: input_noise(X, torch.tensor([0.1, 0.2]), seed=0)),
     ("std", ValueError, lambda: input_noise(X, torch.tensor(0.1, device="meta"), seed=0)),
     ("stream", ValueError, lambda: add_noise_([X, X.clone()], 0.1, seed=0, stream=2**32 - 1)),
+    ("distribution", ValueError, lambda: randn_like(X, seed=0, distribution="cauchy")),
+    ("distribution", TypeError, lambda: randn_like(X, seed=0, distribution=1)),
+    ("distribution", ValueError, lambda: add_noise_(X, 0.1, seed=0, distribution="Normal")),
+    ("multiplicative", TypeError, lambda: add_noise_(X, 0.1, seed=0, multiplicative="yes")),
+    ("multiplicative", TypeError, lambda: input_noise(X, 0.1, seed=0, multiplicative="no")),
+    ("std", ValueError, lambda: input_noise(X, torch.rand(2), seed=0)),
+    ("std", ValueError, lambda: input_noise(X, torch.rand(2, 4, 3), seed=0)),
+    ("std", TypeError, lambda: gradient_noise(X, torch.tensor(1), seed=0)),
+    ("std", TypeError, lambda: add_noise_(X, torch.tensor(1), seed=0)),
+    ("std", ValueError, lambda: add_noise_([X], torch.rand(2), seed=0)),
+    ("stream", ValueError, lambda: add_noise_([X], 0.1, seed=0, stream=[1, 2])),
+    ("stream", ValueError, lambda: add_noise_([X], 0.1, seed=0, stream=[-1])),
+    ("offset", ValueError, lambda: add_noise_([X], 0.1, seed=0, offset=[1, 2])),
+    ("offset", ValueError, lambda: add_noise_([X], 0.1, seed=0, offset=[-1])),
+    ("stream", TypeError, lambda: add_noise_([X], 0.1, seed=0, stream=["a"])),
+    ("tensors", TypeError, lambda: noise_dot([X, 1], seed=0)),
+    ("tensors", TypeError, lambda: noise_dot(X.int(), seed=0)),
+    ("tensors", ValueError, lambda: noise_dot([X, X.to("meta")], seed=0)),
+    ("coefficients", ValueError, lambda: combine_noise_(X, [1.0, 2.0], [1])),
+    ("coefficients", ValueError, lambda: combine_noise_(X, [math.nan], [1])),
+    ("coefficients", TypeError, lambda: combine_noise_(X, ["a"], [1])),
+    ("coefficients", TypeError, lambda: combine_noise_(X, torch.tensor([1]), [1])),
+    ("coefficients", TypeError, lambda: combine_noise_(X, 1.0, [1])),
+    ("seeds", TypeError, lambda: combine_noise_(X, [1.0], torch.rand(1))),
+    ("seed", TypeError, lambda: combine_noise_(X, [1.0], [0.5])),
+    ("seeds", TypeError, lambda: combine_noise_(X, [1.0], 3)),
+    (r"tensors\[0\]", ValueError, lambda: combine_noise_(LEAF, [1.0], [1])),
+    ("restore", ValueError, lambda: enter(perturbed_parameters([X], 0.1, restore="no"))),
+    ("scale", ValueError, lambda: enter(perturbed_parameters([X], math.inf, seed=0))),
+    ("scale", TypeError, lambda: enter(perturbed_parameters([X], "a", seed=0))),
+    ("params", TypeError, lambda: enter(perturbed_parameters([1.0], 0.1, seed=0))),
+    (r"params\[0\]", ValueError, lambda: soft_regularization(lambda: X.sum(), [X], 0.1)),
+    ("loss_fn", TypeError, lambda: soft_regularization(lambda: 1.0, [LEAF], 0.1)),
+    ("loss_fn", ValueError, lambda: soft_regularization(lambda: LEAF * 1, [LEAF], 0.1)),
+    ("lam", TypeError, lambda: soft_regularization(lambda: LEAF.sum(), [LEAF], "a")),
+    ("std", ValueError, lambda: kdkernels.InputNoise(-0.1)),
+    ("std", TypeError, lambda: kdkernels.InputNoise("a")),
+    ("shape", ValueError, lambda: kdkernels.InputNoise(torch.rand(3), shape=(2,))),
+    ("learnable", TypeError, lambda: kdkernels.InputNoise(0.1, learnable="yes")),
+    ("stream", ValueError, lambda: kdkernels.GradientNoiseLayer(0.1, stream=-1)),
+    ("seed", ValueError, lambda: kdkernels.GradientNoiseLayer(0.1, seed=2**64)),
+    ("distribution", ValueError, lambda: kdkernels.InputNoise(0.1, distribution="t")),
 ]
 
 

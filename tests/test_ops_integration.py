@@ -30,6 +30,9 @@ from kdkernels import (
 ROOT = Path(__file__).resolve().parent.parent
 OPS = torch.ops.kdkernels
 ADDRESS = {"seed": 1, "step": 2, "stream": 3, "offset": 4}
+LIST = {"seed": 1, "step": 2, "streams": [3], "offsets": [4], "runs": []}  # of tensors
+PAIR = {"streams": [3, 7], "offsets": [4, 0], "distribution": 1}
+WHOLE = {"streams": [0], "offsets": [0], "runs": []}
 
 
 def randn(*shape, seed=0, **options):
@@ -37,6 +40,16 @@ def randn(*shape, seed=0, **options):
 
 
 # ---- the registered ops --------------------------------------------------------------------------
+
+
+def update_arguments(update, moments):
+    """Of noisy_update_ for two parameters; SGD's first moment alone for one."""
+    sizes = [5, 7]
+    lists = [[randn(n, seed=k) for n in sizes] for k in range(4)]
+    first, second = lists[2] if moments > 0 else [], [x.abs() for x in lists[3]]
+    rule = [0.1, 0.2, 0.01, 0.9, 0.1, 0.9, 0.99, 1e-8, 3.0, 0.5, 0.0, 0.0]
+    counted = ([2, 1], []) if update else ([], [torch.tensor(2.0), torch.tensor(1.0)])
+    return (update, *lists[:2], first, second if update in (1, 3) else [], *counted, [0, 0], rule)
 
 
 def op_calls():
@@ -56,6 +69,9 @@ def op_calls():
     linear = (hidden.detach(), head.detach(), None, [t], None, None, labels, weight, None, None)
     regression = (z[0].clone(), t[0].clone(), *numbers, torch.arange(3), 4, 0)
     by_tensor = {"seed": 0, "seed_tensor": torch.tensor(5), "step_tensor": torch.tensor(6)}
+    scaled = ADDRESS | {"multiplicative": True, "distribution": 4}
+    terms = {name: LIST[name] for name in ("step", "offsets", "runs")}
+    norms = torch.rand(2, 2, dtype=torch.float64)
     return [
         (OPS.distillation_loss, (leaf, [t]), {}),
         (OPS.distillation_loss, (leaf, [t], labels), options),
@@ -82,16 +98,31 @@ def op_calls():
         (OPS._linear_distillation_forward, (*linear, packed, "", None, 15), {}),
         (OPS.randn_like, (z,), ADDRESS),
         (OPS.randn_like, (z.t(),), by_tensor),
-        (OPS.add_noise_, ([z.clone(), t.bfloat16(), z.t().clone()], [0.1]), ADDRESS),
-        (OPS.add_noise_, ([z.clone()], [0.1]), by_tensor),
+        (OPS.add_noise_, ([z.clone(), t.bfloat16(), z.t().clone()], [0.1]), LIST),
+        (OPS.add_noise_, ([z.clone()], [0.1]), by_tensor | WHOLE),
+        (
+            OPS.add_noise_,
+            ([z.clone(), t.clone()], [0.0]),
+            LIST | PAIR | {"std_tensor": norms[0].abs(), "norms": norms, "multiplicative": True},
+        ),
         (OPS.input_noise, (leaf, None, 0.1), ADDRESS),
         (OPS.input_noise, (leaf, std, 0.0), ADDRESS),
         (OPS.input_noise, (leaf, std, 0.0), by_tensor),
-        (OPS.gradient_noise, (leaf, 0.1), ADDRESS),
-        (OPS.gradient_noise, (leaf, 0.1), by_tensor),
-        (OPS._noise, (z, True, None, 0.1), ADDRESS),
-        (OPS._noise, (z, False, None, 1.0), ADDRESS),
-        (OPS._noise_dot, (z,), ADDRESS),
+        (OPS.gradient_noise, (leaf, None, 0.1), ADDRESS),
+        (OPS.gradient_noise, (leaf, None, 0.1), by_tensor),
+        (OPS.input_noise, (leaf, torch.rand(4, 1).requires_grad_(), 0.0), scaled),
+        (OPS.gradient_noise, (leaf, std.detach(), 0.0), scaled),
+        (OPS._next_step_, (torch.tensor(4),), {}),
+        (OPS._noise, (z, 1, None, 0.1), ADDRESS),
+        (OPS._noise, (z, 0, None, 1.0), ADDRESS),
+        (OPS._noise, (z, 3, torch.rand(7), 1.0), ADDRESS | {"distribution": 2}),
+        (OPS.noise_dot, ([leaf, t.bfloat16(), z[0]],), LIST),
+        (OPS.noise_dot, ([leaf * 2],), by_tensor | WHOLE),
+        (OPS._scaled_noise, ([z, t.bfloat16()], torch.rand(2, dtype=torch.float64)), LIST | PAIR),
+        (OPS.combine_noise_, ([z.clone(), t.clone()], numbers[0], torch.arange(3)), terms | PAIR),
+        (OPS.noisy_update_, update_arguments(1, 2), LIST | PAIR | {"norms": norms}),
+        (OPS.noisy_update_, update_arguments(0, 1), by_tensor | WHOLE),
+        (OPS.noisy_update_, update_arguments(3, 0), LIST | PAIR),
         (OPS.noisy_linear_regression, (*regression, False, True), {}),
         (OPS.noisy_linear_regression, (*regression, True, False), {}),
     ]
@@ -297,6 +328,51 @@ def test_compiled_noise(dynamic, memory_format):
         torch.testing.assert_close(got, want)
     # The noise itself is the same to the bit.
     assert torch.equal(results[1][0], results[0][0])
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_noise_family(dynamic):
+    """Every way of noise in one graph, its gradients too."""
+    options = {"seed": 5, "distribution": "laplace"}
+
+    def family(x, std, w, step):
+        y = input_noise(x, std, step=step, multiplicative=True, **options)
+        y = gradient_noise(y, 0.1, step=step, **options)
+        changed = [x.detach() * 2, w * 3]
+        kdkernels.combine_noise_(changed, [0.5, -1.0], [7, 8], step=step)
+        return y, kdkernels.noise_dot([y, w], step=step, **options), *changed
+
+    x, w, step = randn(6, 4), randn(9), torch.tensor(3)
+    results = []
+    for fn in (family, compiled(family, dynamic=dynamic)):
+        std = torch.tensor([[0.1], [0.2], [0.0], [1.0], [0.5], [0.3]], requires_grad=True)
+        leaf = x.clone().requires_grad_()
+        y, dot, *changed = fn(leaf, std, w, step)
+        (y.square().sum() + dot).backward()
+        results.append((y, dot, *changed, leaf.grad, std.grad))
+    close(results[1], results[0])
+
+
+def test_compiled_module_with_noise_moves_on_without_recompiling():
+    counter = CompileCounterWithBackend("aot_eager")
+    results = []
+    for compile_it in (False, True):
+        model = torch.nn.Sequential(
+            kdkernels.InputNoise(0.1, learnable=True, shape=(4,), seed=1),
+            torch.nn.Linear(4, 4, bias=False),
+            kdkernels.GradientNoiseLayer(0.1, seed=2),
+        )
+        with torch.no_grad():
+            model[1].weight.copy_(torch.eye(4))
+        run = torch.compile(model, fullgraph=True, backend=counter) if compile_it else model
+        outputs = []
+        for _ in range(3):
+            out = run(torch.ones(3, 4))
+            out.square().sum().backward()
+            outputs.append(out.detach())
+        results.append((*outputs, model[0].std.grad, model[1].weight.grad, model[0].step))
+    close(results[1], results[0])
+    assert counter.frame_count == 1 and not torch.equal(outputs[0], outputs[1])
 
 
 def test_compiled_add_noise_writes_to_its_argument():

@@ -653,7 +653,7 @@ Tensor dot(at::TensorList tensors, const NoiseListArgs& noise);
 
 // Shape, dtype and device of a tensor, on the storage of one element.
 Tensor outline(const Tensor& tensor) {
-  return at::empty({1}, tensor.options()).expand_symint(tensor.sym_sizes());
+  return at::empty({}, tensor.options()).expand_symint(tensor.sym_sizes());
 }
 
 // Linear in the scales; its adjoint is noise_dot.
@@ -719,7 +719,9 @@ struct NoiseDot : torch::autograd::Function<NoiseDot> {
       for (size_t i : members) parts.push_back(scales.select(0, i));
       scales = at::stack(parts);
     }
-    variable_list made = ScaledNoise::apply(wanted, scales, some_of(noise, members));
+    // As a TensorList: each of its tensors then counts as an input.
+    variable_list made =
+        ScaledNoise::apply(at::TensorList(wanted), scales, some_of(noise, members));
     for (size_t j = 0; j < members.size(); ++j) out[members[j]] = made[j];
     return out;
   }
@@ -817,6 +819,14 @@ Tensor gradient_noise_forward(const Tensor& x, const OptionalTensor& std_tensor,
 
 }  // namespace
 
+// The count of a module's steps, which it raises by one. One op, so that a traced graph keeps the number for its
+// backward pass, where it would otherwise read the raised count.
+Tensor next_step(const Tensor& step) {
+  Tensor before = step.clone();
+  step.add_(1);
+  return before;
+}
+
 Tensor randn_like(const Tensor& x, KD_NOISE_PARAMS) {
   NoiseArgs noise = KD_NOISE_ARGS;
   check_tensor("x", x);
@@ -880,9 +890,11 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
       "distribution=0) -> ()");
   m.def("_noise(Tensor x, int mode, Tensor? std_tensor, float std, *, " KD_NOISE_SCHEMA
         ") -> Tensor");
+  m.def("_next_step_(Tensor(a!) step) -> Tensor");
   m.def("_scaled_noise(Tensor[] tensors, Tensor scales, *, " KD_NOISE_LIST_SCHEMA ") -> Tensor[]");
 }
 TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {
+  m.impl("_next_step_", next_step);
   m.impl("randn_like", randn_like);
   m.impl("add_noise_", add_noise_forward);
   m.impl("input_noise", input_noise_forward);
