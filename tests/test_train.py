@@ -1,4 +1,4 @@
-"""The trainer: both experiments small, stopping and continuing, CIFAR-10's files, bad arguments."""
+"""The trainer: its experiments small, stopping and continuing, CIFAR-10's files, bad arguments."""
 
 import dataclasses
 import json
@@ -17,7 +17,14 @@ from torchvision import models as tv
 
 import kdkernels
 from kdkernels import __main__ as command
-from kdkernels.train import TrainError, data, distillation, models, soft_regression
+from kdkernels.train import (
+    TrainError,
+    data,
+    distillation,
+    models,
+    soft_regression,
+    soft_regularization,
+)
 from kdkernels.train.run_folder import RunFolder
 
 # One thread: two that spin on a busy machine's two cores wait for each other most of the time.
@@ -103,9 +110,9 @@ def test_soft_reg_command(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A whole run of distill, uninterrupted."""
+    """A whole run of distill, uninterrupted, with a fifth arm."""
     out = tmp_path_factory.mktemp("distill") / "run"
-    assert command.main(["distill", *TINY, f"--out={out}"]) in (0, 1)
+    assert command.main(["distill", *TINY, "--noise=gradient", f"--out={out}"]) in (0, 1)
     return out
 
 
@@ -115,8 +122,9 @@ def test_distill_end_to_end(run):
     page = (run / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and 'src="http' not in page
     results = json.loads((run / "results.json").read_text())["distill"]
-    assert set(results["arms"]) == {"teacher", *distillation.ARMS}
-    for arm in distillation.ARMS:
+    assert set(results["arms"]) == {"teacher", *distillation.ARMS, "noisy"}
+    assert "noisy: full, with gradient noise of std 0.01 / (1 + step)" in page
+    for arm in (*distillation.ARMS, "noisy"):
         assert len(records(run, kind="epoch", learner=arm)) == 2
         # 49 images in batches of 16 leave one over, which BatchNorm cannot take alone.
         assert len(records(run, kind="step", learner=arm)) == 6
@@ -137,9 +145,9 @@ def test_fused_follows_reference(run):
     assert losses["full"][0] == pytest.approx(losses["reference"][0], rel=1e-4)
 
 
-def stop_when(out, number, ready, *arguments):
-    """Run the command, send it signal ``number`` once ``ready(out)``; the process's result."""
-    call = [sys.executable, "-m", "kdkernels", "distill", *arguments]
+def stop_when(number, ready, *arguments):
+    """Run the command, send it signal ``number`` once ``ready()``; its status and last words."""
+    call = [sys.executable, "-m", "kdkernels", *arguments]
     process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         while process.poll() is None and not ready():
@@ -151,35 +159,62 @@ def stop_when(out, number, ready, *arguments):
         process.stderr.close()
 
 
-def test_ctrl_c_and_kill_then_resume_give_the_same_weights(run, tmp_path):
-    out = tmp_path / "run"
+def seen(out, text):
+    metrics = out / "metrics.jsonl"
+    return lambda: metrics.exists() and text in metrics.read_text()
 
-    def seen(text):
-        metrics = out / "metrics.jsonl"
-        return lambda: metrics.exists() and text in metrics.read_text()
 
-    status, err = stop_when(
-        out, signal.SIGINT, seen('"learner": "alone", "step": 1'), *TINY, f"--out={out}"
-    )
+def stop_twice(out, first, second, name, *arguments):
+    """Start a run, stop it with Ctrl-C when it wrote ``first``, go on, kill it at ``second``."""
+    status, err = stop_when(signal.SIGINT, seen(out, first), name, *arguments, f"--out={out}")
     assert status == 130 and f"continue with --resume {out}" in err and err.count("\n") == 1
-
-    status, _ = stop_when(
-        out, signal.SIGKILL, seen('"learner": "fused", "step": 4'), f"--resume={out}"
-    )
+    status, _ = stop_when(signal.SIGKILL, seen(out, second), name, f"--resume={out}")
     assert status == -signal.SIGKILL
     with (out / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"kind": "step", "lear')  # what a kill in the middle of a write leaves
 
-    assert command.main(["distill", f"--resume={out}"]) in (0, 1)
-    for name in ("teacher", "control", *distillation.ARMS):
+
+def assert_same_run(out, run, checkpoints):
+    """The checkpoints named, of both folders, hold the same bits, and the steps the same losses."""
+    for name in checkpoints:
         expected = load_file(run / f"checkpoints/{name}.safetensors")
         found = load_file(out / f"checkpoints/{name}.safetensors")
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
-        assert [(line["step"], line["loss"]) for line in records(out, learner=name)] == [
-            (line["step"], line["loss"]) for line in records(run, learner=name)
-        ]
+
+    def losses(folder):
+        lines = sorted(records(folder, kind="step"), key=lambda r: (r["learner"], r["step"]))
+        return [(line["learner"], line["step"], line["loss"]) for line in lines]
+
+    assert losses(out) == losses(run)
     assert not list(out.rglob("*.tmp"))
+
+
+def test_ctrl_c_and_kill_then_resume_give_the_same_weights(run, tmp_path):
+    out = tmp_path / "run"
+    stop_twice(
+        out, '"learner": "alone", "step": 1', '"learner": "noisy", "step": 4',
+        "distill", *TINY, "--noise=gradient",
+    )  # fmt: skip
+    assert command.main(["distill", f"--resume={out}"]) in (0, 1)
+    assert_same_run(out, run, ("teacher", "control", "noisy", *distillation.ARMS))
+
+
+@pytest.mark.parametrize("place", distillation.NOISE_STD)
+def test_distill_with_noise(run, tmp_path, place):
+    """The student's noise alone parts the noisy arm from the full one, from where it comes in."""
+    out = tmp_path / "run"
+    teacher = run / "checkpoints/teacher.safetensors"
+    arguments = [*TINY[:4], "--epochs=1", "--threads=1", f"--teacher-weights={teacher}"]
+    noise = ["--arms=full", f"--noise={place}", "--noise-std=0.25", f"--out={out}"]
+    assert command.main(["distill", *arguments, *noise]) == 0
+    full, noisy = (
+        [line["loss"] for line in records(out, kind="step", learner=name)]
+        for name in ("full", "noisy")
+    )
+    assert (full[0] == noisy[0]) == (place == "gradient") and full[1] != noisy[1]
+    ratios = [line.get("noise_to_gradient", 0) for line in records(out, kind="epoch")]
+    assert (max(ratios) > 0) == (place == "gradient")
 
 
 def test_resume_takes_its_own_settings(run, capsys):
@@ -232,6 +267,143 @@ def test_teacher_weights(run, tmp_path, monkeypatch):
     monkeypatch.setattr(tv.ResNet18_Weights, "get_state_dict", offline)
     with pytest.raises(TrainError, match="could not be downloaded"):
         models.teacher(10, 224, "DEFAULT")
+
+
+# Experiment 3
+
+
+def logits_of(*probabilities):
+    return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "error"),
+    [
+        ([[1, 0], [0, 1]], [0, 1], 0),  # sure and right
+        ([[1, 0], [0, 1]], [1, 0], 1),  # sure and wrong
+        ([[0.8, 0.2], [0.8, 0.2]], [0, 1], 0.3),  # one bin: half are right, 0.8 promised
+        ([[0.8, 0.2], [0.6, 0.4]], [0, 0], (0.2 + 0.4) / 2),  # a bin each
+        ([[0.81, 0.19], [0.85, 0.15]], [0, 1], 0.33),  # both in (12/15, 13/15]
+        ([[0.25, 0.25, 0.25, 0.25]], [0], 0.75),  # the first of equals is the guess
+    ],
+)
+def test_calibration_error_by_hand(probabilities, labels, error):
+    found = soft_regularization.calibration_error(logits_of(*probabilities), torch.tensor(labels))
+    assert found == pytest.approx(error, abs=1e-12)
+
+
+def test_calibration_error_is_the_papers():
+    """Eq. 3 of Guo et al. as it is written, a bin after the other."""
+    logits = 3 * torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(500) % 4
+    confidence, guess = logits.double().softmax(1).max(1)
+    expected = 0.0
+    for m in range(1, 16):
+        inside = (confidence > (m - 1) / 15) & (confidence <= m / 15)
+        if inside.any():
+            acc = (guess == labels)[inside].double().mean()
+            expected += inside.sum() / 500 * (acc - confidence[inside].mean()).abs()
+    assert soft_regularization.calibration_error(logits, labels) == pytest.approx(float(expected))
+    count, right, _ = soft_regularization.reliability(logits, labels)
+    assert count.sum() == 500 and right.sum() == (guess == labels).sum()
+
+
+def test_difference_by_hand():
+    found = soft_regularization.difference([3.0, 5.0, 7.0], [2.0, 3.0, 4.0])
+    assert found["mean"] == 2 and found["standard_error"] == pytest.approx(1 / 3**0.5)
+    assert found["standard_errors"] == pytest.approx(2 * 3**0.5)
+    assert soft_regularization.difference([3.0], [1.0])["standard_error"] is None
+    assert soft_regularization.difference([1.0, 2.0], [1.0, 2.0])["standard_errors"] is None
+
+
+NETWORK = [
+    "soft-reg", "--model=mlp", "--train-samples=65", "--test-samples=40", "--batch-size=16",
+    "--threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """A whole run of experiment 3, uninterrupted."""
+    out = tmp_path_factory.mktemp("networks") / "run"
+    assert command.main([*NETWORK, "--seeds=2", "--epochs=3", f"--out={out}"]) == 0
+    return out
+
+
+RUNS = [f"{arm}-{seed}" for seed in (0, 1) for arm in soft_regularization.ARMS]
+
+
+def test_networks_end_to_end(networks, capsys):
+    for name in ("noise", "reliability"):
+        assert (networks / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = (networks / "report.html").read_text()
+    assert "Mean over 2 seeds" in page and page.count("data:image/png;base64,") == 2
+    results = json.loads((networks / "results.json").read_text())["soft_regularization"]
+    assert results["seeds"] == [0, 1] and list(results["arms"]) == list(soft_regularization.ARMS)
+    settings = json.loads((networks / "config.json").read_text())["soft_regularization"]
+    assert settings["image_size"] == 8 and settings["input_std"] == 0.5
+    for name, arm in results["arms"].items():
+        assert arm["accuracy"]["mean"] == pytest.approx(sum(arm["accuracy"]["values"]) / 2)
+        assert sum(arm["reliability"][0]) == 80
+        away = arm["loss"]["difference"]["mean"]
+        assert away == 0 if name == "none" else away != 0
+    # A finished run leaves its predictions, and no weights.
+    kept = {path.stem for path in (networks / "checkpoints").iterdir()}
+    assert kept == {f"{name}-predictions" for name in RUNS}
+
+
+def test_arms_of_a_seed_share_weights_and_batches(tmp_path):
+    """Noise of no size changes nothing, so the arms differ by their noise alone."""
+    out = tmp_path / "run"
+    none = ["--input-std=0", "--gradient-std=0", "--parameter-std=0", "--regularizer-lam=0"]
+    assert command.main([*NETWORK, *none, "--seeds=1", "--epochs=2", f"--out={out}"]) == 0
+    logits = {
+        arm: load_file(out / f"checkpoints/{arm}-0-predictions.safetensors")["logits"]
+        for arm in soft_regularization.ARMS
+    }
+    for arm in ("input", "gradient", "parameter"):
+        assert torch.equal(logits[arm], logits["none"]), arm
+    torch.testing.assert_close(logits["regularizer"], logits["none"], rtol=1e-4, atol=1e-5)
+
+
+def test_regularizer_is_the_first_order_of_parameter_noise(tmp_path):
+    """At the first step both losses part from the plain one by std * sum eps_i dL/dtheta_i."""
+    out = tmp_path / "run"
+    small = ["--parameter-std=1e-4", "--regularizer-lam=1e-4"]
+    assert command.main([*NETWORK, *small, "--seeds=1", "--epochs=1", f"--out={out}"]) == 0
+    plain, parameter, regularizer, gradient = (
+        records(out, kind="step", learner=f"{arm}-0")[0]["loss"]
+        for arm in ("none", "parameter", "regularizer", "gradient")
+    )
+    assert gradient == plain
+    assert abs(regularizer - plain) > 1e-6
+    assert parameter - plain == pytest.approx(regularizer - plain, rel=0.2)
+
+
+def test_networks_resume_with_the_same_bits(networks, tmp_path, capsys):
+    out = tmp_path / "run"
+    stop_twice(
+        out, '"learner": "gradient-0", "step": 2', '"learner": "parameter-0", "step": 9',
+        *NETWORK, "--epochs=3", "--seeds=2",
+    )  # fmt: skip
+    # More seeds may be asked for; what is finished stays.
+    assert command.main(["soft-reg", f"--resume={out}", "--seeds=1"]) == 0
+    first = out / "checkpoints/none-0-predictions.safetensors"
+    before = first.stat().st_mtime_ns
+    assert command.main(["soft-reg", f"--resume={out}", "--seeds=2"]) == 0
+    assert first.stat().st_mtime_ns == before
+    assert_same_run(out, networks, [f"{name}-predictions" for name in RUNS])
+    assert command.main(["soft-reg", f"--resume={out}", "--epochs=9"]) == 2
+    assert "only --seeds may be given" in one_sentence(capsys)
+
+
+def test_resnet18_in_all_arms(tmp_path):
+    out = tmp_path / "run"
+    arguments = [*NETWORK[:1], "--model=resnet18", "--train-samples=16", *NETWORK[3:]]
+    assert command.main([*arguments, "--seeds=1", "--epochs=1", f"--out={out}"]) == 0
+    assert len(records(out, kind="epoch")) == len(soft_regularization.ARMS)
+    results = json.loads((out / "results.json").read_text())["soft_regularization"]
+    assert all(arm["accuracy"]["spread"] is None for arm in results["arms"].values())
 
 
 # CIFAR-10's files
@@ -316,12 +488,26 @@ def test_cifar10_missing_or_damaged(cifar, tmp_path, capsys, monkeypatch):
         (["distill", "--teacher-weights=DEFAULT"], "--image-size 224"),
         (["distill", "--teacher-weights=/none/such.pth"], "such.pth"),
         (["distill", "--resume=/none/such"], "no config.json"),
+        (["distill", "--noise=per-step"], "per-step"),
+        (["distill", "--noise-std=0.1"], "--noise, which is not given"),
+        (["distill", "--noise=input", "--noise-std=-1"], "at least 0"),
         (["soft-reg", "--noise=pink"], "pink"),
+        (["soft-reg", "--epochs=3"], "--epochs is for --model mlp and resnet18, not linear"),
+        (["soft-reg", "--model=mlp", "--steps=9"], "--steps is for --model linear, not mlp"),
+        (["soft-reg", "--model=vgg"], "vgg"),
+        (["soft-reg", "--model=mlp", "--arms=none,pink"], "regularizer"),
+        (["soft-reg", "--model=mlp", "--seeds=0"], "--seeds"),
+        (["soft-reg", "--model=mlp", "--input-std=inf"], "--input-std"),
+        (["soft-reg", "--model=mlp", "--data=cifar10"], "could not be downloaded"),
         (["soft-reg", "--out=/proc/none/such"], "/proc/none/such"),
         (["reproduce", "--sigma=-1"], "--sigma"),
     ],
 )
 def test_bad_arguments_get_one_sentence(arguments, said, tmp_path, monkeypatch, capsys):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.CIFAR10.download", offline)
     monkeypatch.chdir(tmp_path)
     assert command.main(arguments) == 2
     assert said in one_sentence(capsys)
@@ -345,6 +531,13 @@ def test_help_names_the_defaults():
     for name in ("steps", "lam", "sigma", "noise", "replicas", "repeats"):
         default = soft_regression.run.__kwdefaults__[name]
         assert f"(default: {default})" in command._OPTIONS[name]["help"], name
+    networks = {name: soft_regularization.Settings(model=name) for name in ("mlp", "resnet18")}
+    for name in ("epochs", "input_std", "gradient_std", "parameter_std", "regularizer_lam"):
+        values = ", ".join(f"{getattr(s, name)} {model}" for model, s in networks.items())
+        assert f"(default: {values})" in command._OF_SOFT[name]["help"], name
+    assert "(default: 5)" in command._OF_SOFT["seeds"]["help"] and networks["mlp"].seeds == 5
+    places = ", ".join(f"{std} {place}" for place, std in distillation.NOISE_STD.items())
+    assert f"(default: {places})" in command._OPTIONS["noise_std"]["help"]
     assert distillation.Settings.lr == 1e-3 and soft_regression.run.__kwdefaults__["lr"] == 0.01
 
 

@@ -212,7 +212,10 @@ class Noise:
         if self.place != "gradient":
             return None
         std = kdkernels.neelakantan(self.std**2, 0.55)
-        return kdkernels.GradientNoise(optimizer, std, seed=self.seed)
+        # Its ratio to the gradient goes into the metrics, which a warning would only repeat.
+        return kdkernels.GradientNoise(
+            optimizer, std, seed=self.seed, diagnostics=True, warn_above=1e30
+        )
 
 
 @dataclasses.dataclass
@@ -309,6 +312,8 @@ class Learner:
             self.random = {
                 k.removeprefix("random."): v for k, v in tensors.items() if k.startswith("random.")
             }
+            if self.gradient_noise is not None:
+                self.gradient_noise.load_state_dict({"seed": self.noise.seed, "step": self.step})
 
         def before(line):
             unit = "step" if line["kind"] == "step" else "epoch"
@@ -401,6 +406,7 @@ class Learner:
         self.epoch += 1
         began = time.perf_counter()
         self.test_accuracy = accuracy(self.model, test, self.memory_format)
+        norms = [] if self.gradient_noise is None else self.gradient_noise.norms()
         folder.log(
             sync=True,
             kind="epoch",
@@ -412,6 +418,7 @@ class Learner:
             phases=self.seconds,
             seconds=sum(self.seconds.values()),
             test_seconds=time.perf_counter() - began,
+            **({"noise_to_gradient": norms[0].ratio} if norms and norms[0].gradient > 0 else {}),
         )
         self.within, self.losses = 0, []
         self.seconds = dict.fromkeys(PHASES, 0.0)

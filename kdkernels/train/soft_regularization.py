@@ -49,11 +49,11 @@ MEASURES = {
 
 _DEFAULTS = {
     "mlp": {
-        "epochs": 30, "input_std": 0.5, "gradient_std": 0.01, "parameter_std": 0.02,
-        "regularizer_lam": 0.02,
+        "epochs": 60, "input_std": 0.5, "gradient_std": 0.003, "parameter_std": 0.05,
+        "regularizer_lam": 0.05,
     },
     "resnet18": {
-        "epochs": 5, "input_std": 0.5, "gradient_std": 0.01, "parameter_std": 0.01,
+        "epochs": 6, "input_std": 0.5, "gradient_std": 0.01, "parameter_std": 0.01,
         "regularizer_lam": 0.01,
     },
 }  # fmt: skip
@@ -215,7 +215,7 @@ def _run(settings, folder, device, interrupt, on_step, say):
             continue
         learner = Learner(
             name, model(seed).to(device), lambda logits, _, labels: F.cross_entropy(logits, labels),
-            None, settings.lr, seed, tuned=settings.model == "resnet18",
+            None, settings.lr, seed,
             noise=Noise(arm, settings.std(arm), seed),
         )  # fmt: skip
         learner.load(folder)
