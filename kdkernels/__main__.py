@@ -68,7 +68,7 @@ _OPTIONS = {
         "type": _number(int, 0, 2**62),
         "help": "of weights, batches, dropout and noise (default: 0)",
     },
-    "threads": {"type": _COUNT, "help": "CPU threads (default: torch's choice)"},
+    "threads": {"type": _COUNT, "help": "CPU threads (default: torch's choice; 1 for mlp)"},
     "device": {
         "choices": ("auto", "cpu", "cuda"),
         "help": "auto is cuda where torch sees one (default: auto)",
@@ -346,7 +346,7 @@ def _config(command: str, given: dict) -> dict:
     if command == "reproduce":
         keys = ("replicas", "repeats", "seed")
         config["soft_reg"] = {k: v for k, v in given.items() if k in keys}
-    config["threads"] = given.get("threads")
+    config["threads"] = given.get("threads") or config.get("soft_regularization", {}).get("threads")
     config["machine"] = report.machine(config["threads"])
     return config
 

@@ -328,10 +328,10 @@ def randn_like(
     """
     noise = _noise(seed, step, stream, offset, distribution)
     if isinstance(x, Tensor) and type(x) not in _PLAIN and hasattr(x, "placements"):
-        local, streams, offsets, runs = _places([x], stream, offset)
-        one = torch.ones(1, dtype=torch.float64, device=local[0].device)
+        [local], streams, offsets, runs = _places([x], stream, offset)
+        one = torch.ones(1, dtype=torch.float64, device=local.device)
         noise = (*noise[:2], streams, offsets, runs, *noise[4:])
-        return _like(_call("_scaled_noise", local, one, *noise)[0], x)
+        return _like(_call("_scaled_noise", [local.detach()], one, *noise)[0], x)
     return _call("randn_like", x, *noise)
 
 

@@ -50,7 +50,7 @@ MEASURES = {
 _DEFAULTS = {
     "mlp": {
         "epochs": 60, "input_std": 0.5, "gradient_std": 0.003, "parameter_std": 0.05,
-        "regularizer_lam": 0.05,
+        "regularizer_lam": 0.05, "threads": 1,
     },
     "resnet18": {
         "epochs": 6, "input_std": 0.5, "gradient_std": 0.01, "parameter_std": 0.01,
@@ -81,7 +81,7 @@ class Settings:
         input_std, gradient_std, parameter_std: standard deviations of the arms' noise.
         regularizer_lam: weight of the regulariser.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        threads: CPU threads; None is torch's choice.
+        threads: CPU threads; None is torch's choice, for an MLP 1: its steps are small.
         train_samples, test_samples: use only the first so many images; None is all.
     """
 
