@@ -180,6 +180,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("input_noise", dispatched("kdkernels::input_noise", input_noise), no_gil);
   m.def("gradient_noise", dispatched("kdkernels::gradient_noise", gradient_noise), no_gil);
   m.def("noise_dot", dispatched("kdkernels::noise_dot", noise_dot), no_gil);
+  m.def("_scaled_noise", dispatched("kdkernels::_scaled_noise", scaled_noise), no_gil);
   m.def("combine_noise_", dispatched("kdkernels::combine_noise_", combine_noise_), no_gil);
   m.def("noisy_update_", dispatched("kdkernels::noisy_update_", noisy_update_), no_gil);
   m.def("noisy_linear_regression", noisy_linear_regression, no_gil);

@@ -5,13 +5,19 @@ import io
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kdkernels
 from kdkernels import (
@@ -26,7 +32,7 @@ from kdkernels import (
     reference,
     soft_regularization,
 )
-from kdkernels.noise import DISTRIBUTIONS
+from kdkernels.noise import DISTRIBUTIONS, shard_of
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 MILLION = 2**20
@@ -46,12 +52,15 @@ def same(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
 
 
-def added(x, std, eps):
-    """x + std * eps rounded once: eps in fp32, and std in the dtype that the kernel computes in."""
+def added(x, std, eps, multiplicative=False):
+    """x + std * eps rounded once, or x + (std * eps) * x with std * eps rounded before: eps in
+    fp32, and std in the dtype that the kernel computes in."""
     if x.dtype == torch.float64:
-        return x + std * eps.double()
-    exact = x.double() + torch.tensor(std, dtype=torch.float32).double() * eps.double()
-    return exact.float().to(x.dtype)
+        return x + std * eps.double() * (x if multiplicative else 1)
+    noise = torch.tensor(std, dtype=torch.float32).double() * eps.double()
+    if multiplicative:
+        noise = noise.float().double() * x.double()
+    return (x.double() + noise).float().to(x.dtype)
 
 
 # ---- which numbers -------------------------------------------------------------------------------
@@ -146,26 +155,44 @@ def test_sha256_on_every_isa_level(set_isa, isa_levels):
         assert digest(normals(MILLION, seed=0)) == SHA256, level
 
 
+def ways_of_noise(x, **noise):
+    """What every op that adds nothing up makes of a matrix."""
+    std = torch.linspace(0, 2, x.numel()).reshape(x.shape)
+    made = [randn_like(x, **noise)]
+    for multiplicative in (False, True):
+        options = noise | {"multiplicative": multiplicative}
+        made += [input_noise(x, s, **options) for s in (0.3, std[:, :1], std[0], std)]
+        add_noise_([y := x.clone(), z := x[0].clone()], [0.1, 0.2], **options)
+        made += [y, z]
+    combine_noise_(y := x.clone(), [0.5, -0.25, 1e-3], [1, -2, 3], step=4, offset=2)
+    return [*made, y]
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_isa_level_adds_alike(dtype, set_isa, isa_levels):
-    x = (10 * torch.randn(5003, generator=torch.Generator().manual_seed(0))).to(dtype)
+def test_every_isa_level_makes_the_same(dtype, distribution, set_isa, isa_levels):
+    x = (10 * torch.randn(3, 1667, generator=torch.Generator().manual_seed(0))).to(dtype)
     results = []
     for level in isa_levels:
         set_isa(level)
-        results.append(input_noise(x, 0.3, seed=1, step=2, offset=3))
-    for level, y in zip(isa_levels, results, strict=True):
-        assert same(y, results[0]), level
+        results.append(ways_of_noise(x, seed=1, step=2, offset=3, distribution=distribution))
+    for level, result in zip(isa_levels, results, strict=True):
+        assert all(same(y, z) for y, z in zip(result, results[0], strict=True)), level
 
 
 @pytest.mark.parametrize("n", [1, 1000, 300001])
 def test_any_number_of_threads(n, set_threads):
     results = []
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(0))
     for threads in (1, 2, 3, 5):
         set_threads(threads)
         tensors = [torch.ones(n), torch.ones(17), torch.ones(n // 2, dtype=torch.bfloat16)]
-        add_noise_(tensors, 0.5, seed=3)
-        results.append(torch.cat([normals(n, seed=3), *(t.float() for t in tensors)]))
-    assert all(same(r, results[0]) for r in results)
+        norms = torch.empty(3, 2, dtype=torch.float64)
+        _C.add_noise_(tensors, [0.5], 3, 0, [0], [0], [], None, None, 0, False, None, norms)
+        results.append([norms, noise_dot([x, *tensors], seed=3), *ways_of_noise(x, seed=3)])
+        results[-1] += tensors
+    for result in results:
+        assert all(same(y, z) for y, z in zip(result, results[0], strict=True))
 
 
 def test_python_threads_at_once():
@@ -184,9 +211,11 @@ def test_a_shard_has_its_slice_of_the_noise(start, length, dtype):
     assert same(shard, whole[start : start + length])
 
 
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_share_the_noise(dtype):
-    assert same(normals(4999, dtype, seed=6), normals(4999, seed=6).to(dtype))
+def test_dtypes_share_the_noise(dtype, distribution):
+    noise = {"seed": 6, "distribution": distribution}
+    assert same(normals(4999, dtype, **noise), normals(4999, **noise).to(dtype))
 
 
 def test_elements_count_row_major_whatever_the_strides():
@@ -925,6 +954,192 @@ def test_modules_resume_with_the_same_bits():
     assert model[0].seed != model[2].seed
     torch.manual_seed(4)
     assert noisy_model()[0].seed == model[0].seed
+
+
+# ---- shards --------------------------------------------------------------------------------------
+
+SHAPE = (6, 10, 7)
+INDEX = torch.arange(420).reshape(SHAPE)
+LAYOUTS = [
+    [Shard(0)],
+    [Shard(1)],
+    [Shard(2)],
+    [Replicate()],
+    [_StridedShard(0, split_factor=3)],
+    [Shard(0), Shard(0)],
+    [Shard(1), Shard(1)],
+    [Shard(0), Shard(1)],
+    [Shard(2), Shard(0)],
+    [Shard(1), Replicate()],
+    [_StridedShard(0, split_factor=2), Shard(0)],
+    [_StridedShard(1, split_factor=2), Shard(1)],
+]
+
+
+def chunk(x, n, k, dim):
+    """torch.chunk's k-th, which may be empty."""
+    size = -(-x.shape[dim] // n)
+    begin = min(k * size, x.shape[dim])
+    return x.narrow(dim, begin, min(size, x.shape[dim] - begin))
+
+
+def cut(x, layout, mesh_shape, coordinate):
+    """What a rank holds, said without DTensor's own words."""
+    if isinstance(layout[0], _StridedShard) and len(layout) == 2:
+        # FSDP2 over tensor parallelism: its second dimension cuts first.
+        for k in (1, 0):
+            x = chunk(x, mesh_shape[k], coordinate[k], layout[k].dim)
+        return x
+    if isinstance(layout[0], _StridedShard):
+        parts = [chunk(x, layout[0].split_factor, j, 0) for j in range(layout[0].split_factor)]
+        return torch.cat([chunk(part, mesh_shape[0], coordinate[0], 0) for part in parts])
+    for placement, n, k in zip(layout, mesh_shape, coordinate, strict=True):
+        x = chunk(x, n, k, placement.dim) if isinstance(placement, Shard) else x
+    return x
+
+
+@contextmanager
+def mesh_of(rank, layout, world=4):
+    """A mesh as one of its ranks sees it, of ranks that are not there. What torch's own functions
+    make of its tensors may be another rank's, which their caches do not tell apart."""
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (2, world // 2) if len(layout) == 2 else (world,))
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(x, mesh, layout):
+    local = cut(x, layout, mesh.shape, mesh.get_coordinate()).clone(
+        memory_format=torch.contiguous_format
+    )
+    return DTensor.from_local(
+        local, mesh, layout, run_check=False, shape=x.shape, stride=x.stride()
+    )
+
+
+@pytest.mark.parametrize("rank", range(4))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_shards_place(layout, rank):
+    with mesh_of(rank, layout) as mesh:
+        tensor = sharded(INDEX, mesh, layout)
+        local, offset, run, stride = shard_of(tensor)
+    i = torch.arange(local.numel())
+    place = offset + (i if run == 0 else i // run * stride + i % run)
+    assert torch.equal(local.reshape(-1), place)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shards_have_their_part_of_every_noise(layout, dtype):
+    """Ranks one after the other, each without the others."""
+    theta = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bias = torch.zeros(5, dtype=dtype)
+    noise = {"seed": 1, "step": 2, "stream": 3, "distribution": "laplace"}
+    whole, combined = theta.clone(), theta.clone()
+    add_noise_([bias.clone(), whole], 0.5, **noise)
+    combine_noise_([bias.clone(), combined], [0.5, 2.0], [7, 8], stream=3)
+    eps = randn_like(theta, **noise)
+    dots = []
+    for rank in range(4):
+        with mesh_of(rank, layout) as mesh:
+
+            def mine(x, mesh=mesh):
+                return cut(x, layout, mesh.shape, mesh.get_coordinate()).contiguous()
+
+            made = randn_like(sharded(theta, mesh, layout), **noise)
+            assert made.placements == tuple(layout) and made.shape == SHAPE
+            assert same(made.to_local(), mine(eps))
+            for want, change in (
+                (whole, lambda ts: add_noise_(ts, 0.5, **noise)),
+                (combined, lambda ts: combine_noise_(ts, [0.5, 2.0], [7, 8], stream=3)),
+            ):
+                tensor = sharded(theta, mesh, layout)
+                change([bias.clone(), tensor])
+                assert same(tensor.to_local(), mine(want))
+            for restore in ("copy", "regenerate"):
+                param = sharded(theta, mesh, layout).requires_grad_()
+                with perturbed_parameters([bias, param], 0.5, restore=restore, **noise):
+                    assert same(param.to_local().detach(), mine(whole))
+                drift = 0 if restore == "copy" else 4 * torch.finfo(dtype).eps
+                assert ((param.to_local().detach() - mine(theta)).abs() <= drift).all()
+            leaf = sharded(theta, mesh, layout).requires_grad_()
+            dot = noise_dot([leaf], **noise)
+            dot.backward()
+            assert same(leaf.grad.to_local(), mine(eps))
+            dots.append(dot.detach())
+    # The ranks that are not there add nothing to a sum: it is this rank's own.
+    if all(placement.is_replicate() for placement in layout):
+        assert all(same(dot, noise_dot(theta, **noise)) for dot in dots)
+    elif not any(placement.is_replicate() for placement in layout):
+        torch.testing.assert_close(sum(dots), noise_dot(theta, **noise))
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "match"),
+    [
+        ([Partial()], SHAPE, "placement"),
+        ([Shard(1), Shard(2)], SHAPE, "equal runs"),
+        ([_StridedShard(0, split_factor=2)], (5, 3), "unevenly"),
+    ],
+)
+def test_shards_that_have_no_place(layout, shape, match):
+    x = torch.zeros(shape)
+    with mesh_of(0, layout, world=4 if len(layout) == 2 else 2) as mesh:
+        tensor = sharded(x, mesh, layout)
+        for call in (randn_like, lambda t, seed: add_noise_([x, t], 1.0, seed=seed), noise_dot):
+            with pytest.raises(ValueError, match=match):
+                call(tensor, seed=0)
+    assert not x.any()
+
+
+def test_a_rank_without_elements():
+    with mesh_of(3, [Shard(0)]) as mesh:
+        tensor = sharded(torch.zeros(3, 2), mesh, [Shard(0)])
+        add_noise_([tensor], 1.0, seed=0)
+        assert randn_like(tensor, seed=0).to_local().shape == (0, 2)
+        assert noise_dot([tensor], seed=0) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("distribution", range(len(DISTRIBUTIONS)))
+def test_runs(dtype, distribution):
+    """Columns 3 to 7 of a matrix and rows 2 to 5, by the ops' own arguments."""
+    tail = [1, 2, [5], [3, 20], [5, 10, 0, 0], None, None, distribution]
+    whole = normals(
+        100, dtype, seed=1, step=2, stream=5, distribution=DISTRIBUTIONS[distribution]
+    ).view(10, 10)
+    rows = normals(
+        100, dtype, seed=1, step=2, stream=6, distribution=DISTRIBUTIONS[distribution]
+    ).view(10, 10)
+    wants = [whole[:, 3:8], rows[2:6]]
+    tensors = [torch.zeros(want.shape, dtype=dtype) for want in wants]
+    norms = torch.full((2, 2), math.nan, dtype=torch.float64)
+    _C.add_noise_(tensors, [1.0], *tail, False, None, norms)
+    assert all(torch.equal(x, want) for x, want in zip(tensors, wants, strict=True))
+    squares = torch.stack([want.double().square().sum() for want in wants])
+    tolerance = 1e-2 if dtype.itemsize == 2 else 1e-6
+    torch.testing.assert_close(norms[:, 1], squares, rtol=tolerance, atol=0)
+    assert not norms[:, 0].any()
+    torch.testing.assert_close(_C.noise_dot(tensors, *tail), squares, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("multiplicative", [False, True])
+def test_norms_of_a_mixed_list(multiplicative):
+    """Of each tensor before the noise, and of its std * eps, whatever its dtype and size."""
+    tensors, std = mixed_list()
+    before = [t.clone() for t in tensors]
+    norms = torch.full((len(tensors), 2), math.nan, dtype=torch.float64)
+    stds = torch.tensor(std, dtype=torch.float64)
+    tail = [8, 0, [0], [0], [], None, None, 0, multiplicative]
+    _C.add_noise_(tensors, [0.0], *tail, stds, norms)
+    for k, x in enumerate(before):
+        eps = randn_like(torch.empty(x.shape, dtype=torch.float64), seed=8, stream=k)
+        want = torch.stack([x.double().square().sum(), (std[k] * eps).square().sum()])
+        torch.testing.assert_close(norms[k], want, rtol=1e-5, atol=1e-12)
+        assert torch.equal(tensors[k], added(x, std[k], eps, multiplicative)) or (
+            x.dtype == torch.float64
+        )
 
 
 # ---- bad input -----------------------------------------------------------------------------------

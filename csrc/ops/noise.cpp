@@ -477,38 +477,6 @@ void add_noise_forward(at::TensorList tensors, at::ArrayRef<double> std, KD_NOIS
   in_place.write_back();
 }
 
-// scales[k] * eps in the shape and dtype of tensors[k]: the adjoint of noise_dot.
-std::vector<Tensor> scaled_noise_forward(at::TensorList tensors, const Tensor& scales,
-                                         KD_NOISE_LIST_PARAMS) {
-  NoiseListArgs noise = KD_NOISE_LIST_ARGS;
-  size_t count = tensors.size();
-  std::vector<Tensor> outputs;
-  for (const Tensor& x : tensors) {
-    outputs.push_back(at::empty_like(x, x.options(), at::MemoryFormat::Contiguous));
-  }
-  if (count == 0 || tensors[0].is_meta()) return outputs;
-  at::Device device = tensors[0].device();
-  NoiseParams p = {};
-  p.mode = NoiseMode::kOnly;
-  p.source = source_of(noise, device);
-  p.std_size = p.std_inner = 1;
-  std::vector<Place> places = places_of(noise, tensors);
-  std::vector<void*> out(count);
-  for (size_t i = 0; i < count; ++i) out[i] = outputs[i].mutable_data_ptr();
-  for (const DtypeGroup& group : by_dtype(tensors)) {
-    std::vector<NoiseTensor> runs = runs_of(group, tensors, places, out, {}, {});
-    if (runs.empty()) continue;
-    Tensor stds = each_of(scales, group, count, acc_type(group.dtype));
-    p.stds = stds.const_data_ptr();
-    p.dtype = group.dtype;
-    p.tensors = runs.data();
-    p.count = static_cast<int64_t>(runs.size());
-    p.indices = static_cast<int64_t>(group.members.size());
-    run(p, device);
-  }
-  return outputs;
-}
-
 Tensor noise_dot_forward(at::TensorList tensors, KD_NOISE_LIST_PARAMS) {
   NoiseListArgs noise = KD_NOISE_LIST_ARGS;
   size_t count = tensors.size();
@@ -663,7 +631,7 @@ struct ScaledNoise : torch::autograd::Function<ScaledNoise> {
     save_noise(ctx, noise);
     ctx->saved_data["tensors"] = static_cast<int64_t>(tensors.size());
     ctx->save_for_backward({snapshot(noise.seed_tensor), snapshot(noise.step_tensor)});
-    static auto handle = op<decltype(scaled_noise_forward)>("kdkernels::_scaled_noise");
+    static auto handle = op<decltype(scaled_noise)>("kdkernels::_scaled_noise");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return handle.call(tensors, scales, KD_NOISE_LIST_SPREAD(noise));
   }
@@ -827,6 +795,41 @@ Tensor next_step(const Tensor& step) {
   return before;
 }
 
+std::vector<Tensor> scaled_noise(at::TensorList tensors, const Tensor& scales,
+                                 KD_NOISE_LIST_PARAMS) {
+  NoiseListArgs noise = KD_NOISE_LIST_ARGS;
+  size_t count = tensors.size();
+  check_list("tensors", tensors);
+  if (count == 0) return {};
+  check_noise(noise, count);
+  check_each("scales", scales, "tensor", count, tensors[0]);
+  std::vector<Tensor> outputs;
+  for (const Tensor& x : tensors) {
+    outputs.push_back(at::empty_like(x, x.options(), at::MemoryFormat::Contiguous));
+  }
+  if (tensors[0].is_meta()) return outputs;
+  at::Device device = tensors[0].device();
+  NoiseParams p = {};
+  p.mode = NoiseMode::kOnly;
+  p.source = source_of(noise, device);
+  p.std_size = p.std_inner = 1;
+  std::vector<Place> places = places_of(noise, tensors);
+  std::vector<void*> out(count);
+  for (size_t i = 0; i < count; ++i) out[i] = outputs[i].mutable_data_ptr();
+  for (const DtypeGroup& group : by_dtype(tensors)) {
+    std::vector<NoiseTensor> runs = runs_of(group, tensors, places, out, {}, {});
+    if (runs.empty()) continue;
+    Tensor stds = each_of(scales, group, count, acc_type(group.dtype));
+    p.stds = stds.const_data_ptr();
+    p.dtype = group.dtype;
+    p.tensors = runs.data();
+    p.count = static_cast<int64_t>(runs.size());
+    p.indices = static_cast<int64_t>(group.members.size());
+    run(p, device);
+  }
+  return outputs;
+}
+
 Tensor randn_like(const Tensor& x, KD_NOISE_PARAMS) {
   NoiseArgs noise = KD_NOISE_ARGS;
   check_tensor("x", x);
@@ -902,7 +905,7 @@ TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {
   m.impl("noise_dot", noise_dot_forward);
   m.impl("combine_noise_", combine_forward);
   m.impl("_noise", noise_forward);
-  m.impl("_scaled_noise", scaled_noise_forward);
+  m.impl("_scaled_noise", scaled_noise);
 }
 TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {
   m.impl("randn_like", randn_like);

@@ -67,6 +67,9 @@ at::Tensor input_noise(const at::Tensor& x, const std::optional<at::Tensor>& std
 at::Tensor gradient_noise(const at::Tensor& x, const std::optional<at::Tensor>& std_tensor,
                           double std, KD_NOISE_PARAMS, bool multiplicative);
 at::Tensor noise_dot(at::TensorList tensors, KD_NOISE_LIST_PARAMS);
+// scales[k] * eps in the shape and dtype of tensors[k]: the adjoint of noise_dot.
+std::vector<at::Tensor> scaled_noise(at::TensorList tensors, const at::Tensor& scales,
+                                     KD_NOISE_LIST_PARAMS);
 void combine_noise_(at::TensorList tensors, const at::Tensor& coefficients, const at::Tensor& seeds,
                     c10::SymInt step, c10::SymIntArrayRef streams, c10::SymIntArrayRef offsets,
                     c10::SymIntArrayRef runs, const std::optional<at::Tensor>& step_tensor,
