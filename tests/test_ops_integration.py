@@ -134,6 +134,63 @@ def test_opcheck(case):
     torch.library.opcheck(op.default, args, kwargs)
 
 
+BAD_UPDATES = [
+    # (what is named, error, {argument's place or name: what it is instead})
+    ("update", ValueError, {0: 4}),
+    ("params", TypeError, {1: [torch.zeros(5, dtype=torch.int64), torch.zeros(7)]}),
+    ("params", ValueError, {1: [torch.zeros(1).expand(5), torch.zeros(7)]}),
+    ("grads", ValueError, {2: [torch.zeros(5)]}),
+    ("grads", ValueError, {2: [torch.zeros(5), torch.zeros(8)]}),
+    ("grads", TypeError, {2: [torch.zeros(5), torch.zeros(7).half()]}),
+    ("grads", ValueError, {2: [torch.zeros(5), torch.zeros(7, device="meta")]}),
+    ("first", ValueError, {3: []}),
+    ("first", ValueError, {3: [torch.zeros(5), torch.zeros(0)]}),
+    ("second", ValueError, {4: [torch.zeros(5), torch.zeros(6)]}),
+    ("second", TypeError, {4: [torch.zeros(5), torch.zeros(7).double()]}),
+    ("steps", ValueError, {5: [1]}),
+    ("steps", ValueError, {5: [1, 0]}),
+    ("steps", ValueError, {6: [torch.ones(()), torch.ones(())]}),
+    ("step_tensors", TypeError, {5: [], 6: [torch.tensor(1)] * 2}),
+    ("rule_of", ValueError, {7: [0]}),
+    (r"rule_of\[1\]", ValueError, {7: [0, 1]}),
+    ("rules", ValueError, {8: [0.1] * 11}),
+    ("lr", ValueError, {8: [-0.1] + [0.1] * 11}),
+    ("std", ValueError, {8: [0.1, float("nan")] + [0.1] * 10}),
+    ("stream", ValueError, {"streams": [1, 2, 3]}),
+    ("stream", ValueError, {"streams": [2**32 - 1]}),
+    ("offset", ValueError, {"offsets": [-1]}),
+    (r"runs\[0\]", ValueError, {"runs": [2, 4, 0, 0]}),
+    ("runs", ValueError, {"runs": [5, 5]}),
+    ("distribution", ValueError, {"distribution": 5}),
+    ("lr", TypeError, {"lr_tensor": torch.ones(1)}),
+    ("std", ValueError, {"std_tensor": torch.ones(2, dtype=torch.float64)}),
+    ("grad_scale", TypeError, {"grad_scale": torch.ones(1).double()}),
+    ("found_inf", ValueError, {"found_inf": torch.ones(2)}),
+    ("norms", ValueError, {"norms": torch.ones(2, 3, dtype=torch.float64)}),
+    ("norms", TypeError, {"norms": torch.ones(2, 2)}),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD_UPDATES)))
+def test_bad_update_is_named(case):
+    name, error, instead = BAD_UPDATES[case]
+    arguments, options = list(update_arguments(1, 2)), dict(LIST)
+    for place, value in instead.items():
+        (arguments if isinstance(place, int) else options)[place] = value
+    written = [x for x in (*arguments[1], *arguments[3], *arguments[4]) if not x.is_meta]
+    before = [x.clone() for x in written]
+    with pytest.raises(error, match=rf"\b{name}"):
+        OPS.noisy_update_(*arguments, **options)
+    assert all(torch.equal(x, y) for x, y in zip(written, before, strict=True))
+
+
+def test_tensors_of_an_update_that_share_memory_are_refused():
+    arguments = list(update_arguments(1, 2))
+    arguments[3] = [arguments[1][0], arguments[3][1]]
+    with pytest.raises(ValueError, match=r"shares memory with"):
+        OPS.noisy_update_(*arguments, **LIST)
+
+
 def test_every_op_is_checked():
     names = {str(s).split("(")[0] for s in torch._C._jit_get_all_schemas()}
     registered = {name.split("::")[1] for name in names if name.startswith("kdkernels::")}
