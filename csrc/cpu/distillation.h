@@ -203,16 +203,134 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
   }
 }
 
+// Short rows, kLanes of them side by side: a vector holds one class of each, so that what is done once a row
+// costs a kLanes-th, and no vector is part empty.
+constexpr int kShortClasses = 32, kLanes = 16;
+
+template <class T, class Policy, math::CrossEntropy kHard>
+void short_rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
+  using Real = typename Compute<T>::type;
+  constexpr bool kOwn = kHard == math::CrossEntropy::kOwn,
+                 kLabels = kHard != math::CrossEntropy::kNone;
+  const int classes = static_cast<int>(p.classes);
+  const Real scale = static_cast<Real>(math::kLog2E / p.temperature);
+  const DivergenceParams general = forward_kl(p);
+  alignas(64) Real z[kShortClasses][kLanes], t[kShortClasses][kLanes];
+  alignas(64) Real max_s[kLanes], max_t[kLanes], sum_s[kLanes], sum_t[kLanes], term[kLanes],
+      sum_hard[kLanes], sum_z[kLanes];
+  alignas(64) Real of_ex[kLanes], of_ey[kLanes], of_hard[kLanes], uniform[kLanes], at_label[kLanes];
+
+  for (int64_t first = begin; first < end; first += kLanes) {
+    const int n = static_cast<int>(end - first < kLanes ? end - first : kLanes);
+    double weight[kLanes];
+    int64_t label[kLanes];
+    bool kept[kLanes], one_pass[kLanes];
+    for (int r = 0; r < kLanes; ++r) {
+      const int64_t row = first + r;
+      weight[r] = r < n && p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : 1.0;
+      label[r] = r < n && p.labels != nullptr ? p.labels[row] : 0;
+      kept[r] = r < n && weight[r] != 0 && (p.labels == nullptr || label[r] != p.ignore_index);
+      const T* z_row = static_cast<const T*>(p.student) + row * p.student_stride;
+      const T* t_row = static_cast<const T*>(p.teacher) + row * p.teacher_stride;
+      for (int c = 0; c < classes; ++c) {
+        z[c][r] = kept[r] ? widen(z_row[c]) : Real(0);
+        t[c][r] = kept[r] ? widen(t_row[c]) : Real(0);
+      }
+    }
+
+    for (int r = 0; r < kLanes; ++r) {
+      max_s[r] = max_t[r] = -std::numeric_limits<Real>::max();
+      sum_s[r] = sum_t[r] = term[r] = sum_hard[r] = sum_z[r] = 0;
+    }
+    for (int c = 0; c < classes; ++c) {
+      for (int r = 0; r < kLanes; ++r) {
+        max_s[r] = z[c][r] > max_s[r] ? z[c][r] : max_s[r];
+        max_t[r] = t[c][r] > max_t[r] ? t[c][r] : max_t[r];
+      }
+    }
+    double label_z[kLanes];
+    for (int r = 0; r < kLanes; ++r) {
+      label_z[r] = kLabels && kept[r] ? static_cast<double>(z[label[r]][r]) - max_s[r] : 0.0;
+    }
+    // Exponentials take the place of the logits they are of.
+    alignas(64) Real hard[kOwn ? kShortClasses : 1][kLanes];
+    for (int c = 0; c < classes; ++c) {
+#pragma omp simd
+      for (int r = 0; r < kLanes; ++r) {
+        Real shifted = z[c][r] - max_s[r];
+        Real x = shifted * scale, y = (t[c][r] - max_t[r]) * scale;
+        Real a = math::exp2_nonpositive(x), b = math::exp2_nonpositive(y);
+        z[c][r] = a;
+        t[c][r] = b;
+        sum_s[r] += a;
+        sum_t[r] += b;
+        term[r] += Policy::term(x, y, a, b);
+        sum_z[r] += shifted;
+        if constexpr (kOwn) {
+          Real h = math::exp2_nonpositive(shifted * static_cast<Real>(math::kLog2E));
+          hard[c][r] = h;
+          sum_hard[r] += h;
+        }
+      }
+    }
+
+    for (int r = 0; r < n; ++r) {
+      of_ex[r] = of_ey[r] = of_hard[r] = uniform[r] = 0;
+      one_pass[r] = true;
+      row_loss[first + r] = 0;
+      if (!kept[r]) continue;
+      math::RowSums<double> sums = {max_s[r], max_t[r],    sum_s[r], sum_t[r],
+                                    term[r],  sum_hard[r], sum_z[r], static_cast<double>(classes)};
+      double factor = p.denominator != 0 ? weight[r] / p.denominator * p.gradient_scale : 0.0;
+      math::RowResult<double> result =
+          math::finish_row<Policy, double>(kHard, sums, 1.0 / classes, p.temperature, p.alpha,
+                                           p.label_smoothing, label_z[r], factor);
+      row_loss[first + r] = weight[r] * result.loss;
+      one_pass[r] = !(result.divergence < math::kNearRow);
+      of_ex[r] = static_cast<Real>(result.of_ex);
+      of_ey[r] = static_cast<Real>(result.of_ey);
+      of_hard[r] = static_cast<Real>(result.of_hard);
+      uniform[r] = static_cast<Real>(result.uniform);
+      at_label[r] = static_cast<Real>(result.at_label);
+    }
+    if (p.gradient != nullptr) {
+      for (int c = 0; c < classes; ++c) {
+#pragma omp simd
+        for (int r = 0; r < kLanes; ++r) {
+          Real g = -uniform[r];
+          if constexpr (kOwn) g = math::fma(of_hard[r], hard[c][r], g);
+          z[c][r] = math::fma(of_ex[r], z[c][r], math::fma(of_ey[r], t[c][r], g));
+        }
+      }
+    }
+    for (int r = 0; r < n; ++r) {
+      if (!one_pass[r]) {
+        divergence_rows_of<T>(general, first + r, first + r + 1, row_loss);
+      } else if (p.gradient != nullptr) {
+        T* g_row = static_cast<T*>(p.gradient) + (first + r) * p.gradient_stride;
+        if (kLabels && kept[r]) z[label[r]][r] -= at_label[r];
+        for (int c = 0; c < classes; ++c) narrow(kept[r] ? z[c][r] : Real(0), g_row[c]);
+      }
+    }
+  }
+}
+
+template <class T, math::CrossEntropy kHard>
+void rows_with(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
+  using Policy = math::OnePassKL;
+  return p.classes <= kShortClasses ? short_rows<T, Policy, kHard>(p, begin, end, row_loss)
+                                    : rows<T, Policy, kHard>(p, begin, end, row_loss);
+}
+
 template <class T>
 void rows_of(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
   using math::CrossEntropy;
-  using math::OnePassKL;
   if (p.labels == nullptr || p.alpha == 1) {
-    rows<T, OnePassKL, CrossEntropy::kNone>(p, begin, end, row_loss);
+    rows_with<T, CrossEntropy::kNone>(p, begin, end, row_loss);
   } else if (p.temperature == 1) {
-    rows<T, OnePassKL, CrossEntropy::kShared>(p, begin, end, row_loss);
+    rows_with<T, CrossEntropy::kShared>(p, begin, end, row_loss);
   } else {
-    rows<T, OnePassKL, CrossEntropy::kOwn>(p, begin, end, row_loss);
+    rows_with<T, CrossEntropy::kOwn>(p, begin, end, row_loss);
   }
 }
 
