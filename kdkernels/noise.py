@@ -593,7 +593,8 @@ def perturbed_parameters(
         scale: a finite number; -scale gives the antithetic pair.
         restore: "copy" keeps a copy of params, and theta has its own bits back. "regenerate" keeps
             nothing and subtracts the same noise: an element is then off by at most half an ulp of
-            theta + scale * eps plus half an ulp of theta, each time, and what overflowed is lost.
+            theta + scale * eps plus half an ulp of what it comes back to, each time (16-bit ones by
+            a rounding in fp32 more), and what overflowed is lost.
         seed, step, stream, offset, distribution: see the module.
 
     Example:
