@@ -432,6 +432,36 @@ def test_compiled_module_with_noise_moves_on_without_recompiling():
     assert counter.frame_count == 1 and not torch.equal(outputs[0], outputs[1])
 
 
+def test_compiled_parameter_noise():
+    """The regulariser differentiates within its forward pass, which a tracer must be allowed."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 2), randn(4, 3)
+    params = list(model.parameters())
+
+    def loss():
+        return model(x).square().sum()
+
+    def perturbed(step):
+        with kdkernels.perturbed_parameters(params, 0.1, seed=1, step=step):
+            return loss().detach()
+
+    def regularized(step):
+        return kdkernels.soft_regularization(loss, params, 0.1, seed=1, step=step)
+
+    step = torch.tensor(3)
+    before = [p.detach().clone() for p in params]
+    close(compiled(perturbed)(step), perturbed(step))
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this torch traces no autograd.grad")
+    results = []
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        for fn in (regularized, compiled(regularized)):
+            out = fn(step)
+            results.append([out.detach(), *torch.autograd.grad(out, params)])
+    close(*results)
+
+
 def test_compiled_add_noise_writes_to_its_argument():
     def step(tensors):
         add_noise_(tensors, 0.1, seed=3)
