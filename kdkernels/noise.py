@@ -647,6 +647,8 @@ def soft_regularization(
     itself: backward gives grad L + lam * H eps, H the Hessian of L, by one Hessian-vector product
     (Pearlmutter, "Fast exact multiplication by the Hessian", 1994). Give each training step its own
     ``step``, or a seed of None, and the regulariser's mean is zero.
+    Inside of torch.compile(fullgraph=True) it needs ``torch._dynamo.config.trace_autograd_ops``;
+    else Dynamo breaks the graph there.
 
     Args:
         loss_fn: called once with gradients enabled; returns a scalar. What it is made of must be
