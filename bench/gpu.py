@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 import kdkernels
-from bench.plain import plain_loss
+from bench.plain import gpt2, plain_loss, resnet18
 
 OURS = "kdkernels"
 MODES = ("cold", "warm", "loop")
@@ -409,7 +409,7 @@ def linear(case, elements, rows, classes, width, dtype):
     case.add("copy", products)
 
 
-def add_noise(case, elements, sizes, dtype):
+def add_noise(case, elements, sizes, dtype, distribution="normal"):
     """x + std * noise, in place, over a list of tensors."""
     std = 0.1
     sizes = [min(size, elements or size) for size in sizes]
@@ -418,20 +418,27 @@ def add_noise(case, elements, sizes, dtype):
     largest = max(tensors, key=torch.numel)
     case.bytes = 2 * sum(x.nbytes for x in tensors)
 
+    def fused():
+        kdkernels.add_noise_(tensors, std, seed=1, step=2, distribution=distribution)
+
     def plain(tensors):
         for x in tensors:
             x.add_(torch.randn_like(x), alpha=std)
+
+    def foreach():
+        torch._foreach_add_(tensors, [torch.randn_like(x) for x in tensors], alpha=std)
 
     def copy():
         for x, y in zip(tensors, targets, strict=True):
             y.copy_(x)
 
     compiled = torch.compile(plain, dynamic=False)
-    for name, call in {
-        OURS: lambda: kdkernels.add_noise_(tensors, std, seed=1, step=2),
+    peers = {
         "eager": lambda: plain(tensors),
+        "foreach": foreach,
         "torch.compile": lambda: compiled(tensors),
-    }.items():
+    }
+    for name, call in {OURS: fused, **(peers if distribution == "normal" else {})}.items():
 
         def error(call=call):
             for x in tensors:
@@ -439,8 +446,115 @@ def add_noise(case, elements, sizes, dtype):
             call()
             return abs(largest.double().std().item() / std - 1)
 
-        case.add(name, call, error, 4 / largest.numel() ** 0.5 + 0.01)
+        case.add(name, call, error, 6 / largest.numel() ** 0.5 + 0.01)
     case.add("copy", copy)
+
+
+def dot_noise(case, elements, size, dtype):
+    """The sum of a tensor's products with its noise."""
+    x = torch.ones(min(size, elements or size), dtype=dtype, device=case.device)
+    case.bytes = x.nbytes
+
+    def plain():
+        return (x * torch.randn_like(x)).sum(dtype=torch.float32)
+
+    compiled = torch.compile(plain, dynamic=False)
+    for name, call in {
+        OURS: lambda: kdkernels.noise_dot(x, seed=1, step=2),
+        "eager": plain,
+        "torch.compile": compiled,
+    }.items():
+        # Standard deviations off: a sum of so many normals.
+        case.add(name, call, lambda call=call: abs(call().item()) / x.numel() ** 0.5, 6)
+    case.add("copy", lambda: x.sum(dtype=torch.float32))
+
+
+def combine(case, elements, sizes, dtype, terms):
+    """x + sum of several noises, in place: an update of evolution strategies or of MeZO."""
+    sizes = [min(size, elements or size) for size in sizes]
+    tensors = [torch.zeros(size, dtype=dtype, device=case.device) for size in sizes]
+    targets = [torch.empty_like(x) for x in tensors]
+    largest = max(tensors, key=torch.numel)
+    case.bytes = 2 * sum(x.nbytes for x in tensors)
+    seeds = list(range(terms))
+    coefficients = [0.1 * (-1) ** k for k in seeds]
+    generator = torch.Generator(case.device)
+
+    def plain():
+        for seed, coefficient in zip(seeds, coefficients, strict=True):
+            generator.manual_seed(seed)
+            for x in tensors:
+                kind = {"dtype": x.dtype, "device": x.device, "generator": generator}
+                x.add_(torch.randn(x.shape, **kind), alpha=coefficient)
+
+    def copy():
+        for x, y in zip(tensors, targets, strict=True):
+            y.copy_(x)
+
+    for name, call in {
+        OURS: lambda: kdkernels.combine_noise_(tensors, coefficients, seeds),
+        "eager": plain,
+    }.items():
+
+        def error(call=call):
+            for x in tensors:
+                x.zero_()
+            call()
+            return abs(largest.double().std().item() / (0.1 * terms**0.5) - 1)
+
+        case.add(name, call, error, 6 / largest.numel() ** 0.5 + 0.02)
+    case.add("copy", copy)
+
+
+def optimizer(case, elements, kind, sizes, dtype):
+    """A step of an optimizer on gradients with noise; peers add the noise to them first."""
+    std, lr = 0.1, 1e-3
+    sizes = [min(size, elements or size) for size in sizes]
+    passes = {"AdamW": 7, "SGD": 5}[kind]  # tensors read or written
+    options = {"lr": lr} | ({"momentum": 0.9} if kind == "SGD" else {"weight_decay": 0.0})
+    theirs, ours = getattr(torch.optim, kind), getattr(kdkernels, f"Noisy{kind}")
+    case.bytes = passes * dtype.itemsize * sum(sizes)
+
+    def parameters():
+        made = [torch.zeros(n, dtype=dtype, device=case.device) for n in sizes]
+        made = [torch.nn.Parameter(x) for x in made]
+        for p in made:
+            p.grad = torch.zeros_like(p)
+        return made
+
+    def with_noise(optimizer):
+        grads = [p.grad for p in optimizer.param_groups[0]["params"]]
+
+        def step():
+            torch._foreach_add_(grads, [torch.randn_like(g) for g in grads], alpha=std)
+            optimizer.step()
+
+        return step
+
+    makers = {
+        OURS: lambda params: ours(params, **options, std=std, seed=1),
+        f"{OURS}, no noise": lambda params: ours(params, **options),
+        "foreach": lambda params: theirs(params, **options, foreach=True),
+        "torch fused": lambda params: theirs(params, **options, fused=True),
+        "torch fused, no noise": lambda params: theirs(params, **options, fused=True),
+    }
+    for name, make in makers.items():
+        noisy = "no noise" not in name
+        params = parameters()
+        made = make(params)
+        call = made.step if name.startswith(OURS) or not noisy else with_noise(made)
+
+        def error(params=params, call=call, noisy=noisy):
+            """From zero, AdamW's first step is lr in the noise's direction, SGD's lr * noise."""
+            call()
+            largest = max(params, key=torch.numel).detach().double()
+            step = largest.square().mean().sqrt().item()
+            return abs(step / (lr * (1 if kind == "AdamW" else std)) - 1) if noisy else step
+
+        case.add(name, call, error, 0.05)
+    source = torch.zeros(passes * sum(sizes) // 2, dtype=dtype, device=case.device)
+    target = torch.empty_like(source)
+    case.add("copy", lambda: target.copy_(source))
 
 
 def regression(case, elements, replicas, steps):
@@ -488,10 +602,6 @@ LOGITS = [
     (1 << 20, 10, torch.float32),
     (512, 10, torch.float32),
 ]
-RESNET18 = [(40, 256), (1, 9408), (4, 36864), (1, 73728), (3, 147456), (1, 294912), (3, 589824)]
-RESNET18 += [(1, 1179648), (3, 2359296), (1, 8192), (1, 32768), (1, 131072), (1, 512000), (1, 1000)]
-RESNET18 = [size for count, size in RESNET18 for _ in range(count)]
-
 # A new op: a function that fills a Case, and a line a size here.
 CASES = (
     {
@@ -514,7 +624,18 @@ CASES = (
         "noise 67M fp32": (add_noise, [1 << 26], torch.float32),
         "noise 67M bf16": (add_noise, [1 << 26], torch.bfloat16),
         "noise 1k fp32": (add_noise, [1000], torch.float32),
-        "noise ResNet-18 fp32": (add_noise, RESNET18, torch.float32),
+        "noise ResNet-18 fp32": (add_noise, resnet18(), torch.float32),
+        "noise GPT-2 fp32": (add_noise, gpt2(), torch.float32),
+        "uniform noise 67M bf16": (add_noise, [1 << 26], torch.bfloat16, "uniform"),
+        "Laplace noise 67M bf16": (add_noise, [1 << 26], torch.bfloat16, "laplace"),
+        "noise dot 67M fp32": (dot_noise, 1 << 26, torch.float32),
+        "noise dot 67M bf16": (dot_noise, 1 << 26, torch.bfloat16),
+        "8 noises GPT-2 fp32": (combine, gpt2(), torch.float32, 8),
+        "8 noises GPT-2 bf16": (combine, gpt2(), torch.bfloat16, 8),
+        "AdamW ResNet-18 fp32": (optimizer, "AdamW", resnet18(), torch.float32),
+        "AdamW GPT-2 fp32": (optimizer, "AdamW", gpt2(), torch.float32),
+        "AdamW GPT-2 bf16": (optimizer, "AdamW", gpt2(), torch.bfloat16),
+        "SGD GPT-2 fp32": (optimizer, "SGD", gpt2(), torch.float32),
         "regression 1 replica, 1000 steps": (regression, 1, 1000),
         "regression 65536 replicas, 1000 steps": (regression, 65536, 1000),
     }

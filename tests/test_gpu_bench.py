@@ -98,13 +98,13 @@ def test_only_the_call_is_timed_on_the_device(monkeypatch):
 
 
 def test_a_run_on_the_cpu(tmp_path, capsys):
-    only = "x 10 fp32|200000 fp32 labels|ResNet-18|regression 1 "
+    only = "x 10 fp32|200000 fp32 labels|ResNet-18|noises GPT-2 bf16|dot 67M bf16|SGD|regression 1 "
     arguments = ["--device", "cpu", "--seconds", "0", "--elements", "20000", "--flush", "1"]
     gpu.main([*arguments, "--only", only, "--peers", "eager", "copy", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "gpu-cpu.json").read_text())
     results = {result["title"]: result for result in report["results"]}
     assert set(results) == {title for title in gpu.CASES if re.search(only, title)}
-    assert len(results) == 7
+    assert len(results) == 11
     small = results["distillation 1048576 x 10 fp32"]
     assert list(small["cases"]) == ["kdkernels", "kdkernels in place", "eager", "copy"]
     assert small["bytes"] == 3 * 20000 * 4
@@ -116,6 +116,9 @@ def test_a_run_on_the_cpu(tmp_path, capsys):
             if result["bytes"]:
                 want = result["bytes"] / facts["cold"]["seconds"][1] / report["copy_bandwidth"]
                 assert facts["of_copy"] == pytest.approx(want)
+    stepped = results["AdamW ResNet-18 fp32"]
+    assert stepped["bytes"] == 7 * 4 * sum(min(n, 20000) for n in gpu.resnet18())
+    assert list(stepped["cases"]) == ["kdkernels", "kdkernels, no noise", "copy"]
     text = (tmp_path / "gpu-cpu.md").read_text()
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + sum(len(result["cases"]) for result in results.values())
