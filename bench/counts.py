@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+from bench.plain import resnet18  # noqa: E402
 
 # NVIDIA H100 Tensor Core GPU datasheet (SXM): 3.35 TB/s, 67 TFLOPS in FP32. NVIDIA H100 Tensor Core
 # GPU Architecture (whitepaper): 132 SMs, 128 FP32 lanes an SM, 50 MB of L2. The boost clock is what
@@ -316,11 +317,9 @@ def rows_of(classes):
     return max(512, ELEMENTS // classes)
 
 
-RESNET18 = [(40, 256), (1, 9408), (4, 36864), (1, 73728), (3, 147456), (1, 294912), (3, 589824)]
-RESNET18 += [(1, 1179648), (3, 2359296), (1, 8192), (1, 32768), (1, 131072), (1, 512000), (1, 1000)]
 LISTS = {
     "one tensor": [1 << 24],
-    "ResNet-18's": [n for count, n in RESNET18 for _ in range(count)],
+    "ResNet-18's": resnet18(),
 }
 
 
@@ -451,6 +450,23 @@ def count_noise(sizes, dtype, blocks):
 
 # ---- ours ----------------------------------------------------------------------------------------
 
+# Title, launcher, how often an element is read or written, and the case. An update's rule is the
+# first of its kind in tests/launchers.py.
+NOISY = [
+    (f"noise, {name}", "noise", 2, {"distribution": name})
+    for name in ("uniform", "rademacher", "truncated_normal", "laplace")
+]
+NOISY += [
+    ("noise, norms too", "noise", 2, {"norms": True}),
+    ("noise, a std a channel", "noise", 2, {"pattern": (64, 49)}),
+    ("noise, dot product", "noise_dot", 1, {}),
+    ("noises of 8 seeds", "combine", 2, {"terms": 8}),
+    ("SGD with momentum and noise", "update", 5, {"update": "sgd"}),
+    ("AdamW with noise", "update", 7, {"update": "adamw"}),
+    ("AdamW", "update", 7, {"update": "adamw", "std": 0.0}),
+    ("pSGLD", "update", 5, {"update": "psgld"}),
+]
+
 
 @functools.cache
 def ours():
@@ -544,6 +560,17 @@ def count_ours(dtype, classes, wanted):
         some = 1 << 20 if len(sizes) == 1 else None
         costs = our_costs(ops["noise"], case, 2 * size * sum(sizes), sum(sizes), some)
         yield "noise", title, costs, sum(sizes), 2 * size
+    elements, some = LISTS["one tensor"][0], 1 << 20
+    for title, op, passes, of in NOISY:
+        if not wanted(title):
+            continue
+
+        def case(n, op=op, of=of):
+            kind = launchers.Update if op == "update" else launchers.Noise
+            return kind(name, (n,), **of)
+
+        costs = our_costs(ops[op], case, passes * size * elements, elements, some)
+        yield title, "one tensor", costs, elements, passes * size
     if dtype == torch.float32 and wanted("regression"):  # it has no other dtype than fp64
         replicas, steps = THREADS_PER_SM // 32 * SMS, 64
         for title, samples, per_sample in (
