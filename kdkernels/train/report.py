@@ -310,6 +310,9 @@ def _distillation_tables(found: dict, config: dict) -> list[Table]:
     return tables
 
 
+FEW = 10
+"""A bin of fewer predictions says little about its accuracy and is left out of the plot."""
+
 CLEAR = 2.0
 """Standard errors from which on a difference is called one."""
 
@@ -329,10 +332,9 @@ def _noise_tables(found: dict, config: dict) -> list[Table]:
     def heading(measure):
         return names[measure] + (", %" if units[measure] else "")
 
-    spread = " ± standard deviation" if seeds > 1 else ""
     summary = Table(
         "Experiment 3: accuracy and calibration",
-        ["arm", "std, λ", *(heading(m) + spread for m in names), "seconds a run (median)"],
+        ["arm", "std, λ", *map(heading, names), "seconds a run (median)"],
         [
             [
                 name,
@@ -344,10 +346,27 @@ def _noise_tables(found: dict, config: dict) -> list[Table]:
         ],
         f"{config['model']} on {config['data']} at {config['image_size']}x{config['image_size']}, "
         f"{config['epochs']} epochs, batch {config['batch_size']}, Adam, lr {config['lr']}; "
-        + (f"mean over seeds {found['seeds'][0]} to {found['seeds'][-1]}. " if seeds > 1 else "")
-        + f"ECE: {soft_regularization.BINS} bins of equal width (Guo et al., arXiv 1706.04599). "
-        "The test loss is the cross-entropy. Runs follow each other, so their seconds are rough. "
-        + " ".join(f"{name}: {soft_regularization.ARMS[name]}." for name in arms),
+        + (
+            f"mean ± standard deviation over seeds {found['seeds'][0]} to {found['seeds'][-1]}. "
+            if seeds > 1
+            else f"seed {found['seeds'][0]}. "
+        )
+        + f"ECE: expected calibration error, {soft_regularization.BINS} bins of equal width (Guo "
+        "et al., arXiv 1706.04599). The test loss is the cross-entropy. Runs follow each other, "
+        "so their seconds are rough. "
+        + " ".join(f"{name}: {soft_regularization.ARMS[name]}." for name in arms)
+        + (
+            " Its mean over eps is the plain loss; what parameter's noise does beyond it is of "
+            "higher order in std."
+            if {"parameter", "regularizer"} <= arms.keys()
+            else ""
+        )
+        + (
+            " The noise on the gradients had {:.2g} times their norm after the first epoch and "
+            "{:.2g} times after the last (medians over seeds).".format(*ratios)
+            if (ratios := arms.get("gradient", {}).get("noise_to_gradient"))
+            else ""
+        ),
     )
     if "none" not in arms or len(arms) == 1:
         return [summary]
@@ -378,7 +397,7 @@ def _noise_tables(found: dict, config: dict) -> list[Table]:
             f"such entries would be (Student's t, {seeds - 1} degrees of freedom), about "
             f"{chance * len(rows) * len(names):.1f} of these {len(rows) * len(names)}. The "
             "standard errors are over weights, batches and noise; the test images are always the "
-            "same. The noise was not tuned arm by arm."
+            "same."
         )
     titles = (f"{names[m]}, points" if units[m] else names[m] for m in names)
     return [summary, Table("Experiment 3: differences from none", ["arm", *titles], rows, note)]
@@ -549,7 +568,7 @@ def _plot_noise(found: dict) -> Figure:
             axes.axvline(arms["none"][measure]["mean"], color=COLOURS["none"], lw=1, ls=":")
         if measure != "loss":
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.grid(axis="y", visible=False)
         axes.set(title=title[0].upper() + title[1:], yticks=range(len(arms)))
         axes.set_yticklabels(list(arms))
@@ -565,17 +584,18 @@ def _plot_reliability(found: dict) -> Figure:
     axes.plot([0, 1], [0, 1], color="black", lw=1, ls=":", label="calibrated")
     for name, arm in found["arms"].items():
         bins = zip(*arm["reliability"], strict=True)
-        points = [(confidence / n, right / n) for n, right, confidence in bins if n]
+        points = [(confidence / n, right / n) for n, right, confidence in bins if n >= FEW]
         look = {"color": COLOURS[name], "marker": "o", "ms": 4, "lw": 1.2}
-        axes.plot(*zip(*points, strict=True), label=name, **look)
+        axes.plot([x for x, _ in points], [y for _, y in points], label=name, **look)
         counts = arm["reliability"][0]
         middles = [(m + 0.5) / len(counts) for m in range(len(counts))]
         shares = [count / sum(counts) for count in counts]
         below.step(middles, shares, where="mid", color=COLOURS[name], lw=1.2)
-    axes.set(ylabel="accuracy", title="How often right, by how sure, all seeds", ylim=(0, 1.02))
+    axes.set(ylabel="accuracy", ylim=(0, 1.02))
+    axes.set_title(f"Reliability: all seeds, bins of {FEW} images or more")
     axes.legend(fontsize=9)
     below.set(xlabel="largest probability", ylabel="share of images", yscale="log", xlim=(0, 1))
-    below.yaxis.set_major_formatter(PercentFormatter(1.0))
+    below.yaxis.set_major_formatter(lambda share, _: f"{share * 100:g} %")
     return figure
 
 
