@@ -154,43 +154,40 @@ KD_FN math::NoiseKey key_of(const NoiseSource& source, uint32_t stream) {
   return {source.seed_low, source.seed_high, stream, step};
 }
 
-// The std of every element of a block.
+// The std of a block's elements where all have one, once for all blocks of a call; false where they differ.
 template <class Real>
-struct StdBlock {
-  alignas(64) Real value[kNumbers];
+KD_FN bool fill_std(const NoiseParams& p, const NoiseTensor& tensor, int64_t count,
+                    Real (&block)[kNumbers]) {
+  if (p.stds != nullptr && p.std_size > 1) return false;
+  Real std = p.stds != nullptr ? static_cast<const Real*>(p.stds)[tensor.index]
+                               : static_cast<Real>(tensor.std);
+  int n = static_cast<int>(count < kNumbers ? count : kNumbers);
+  for (int j = 0; j < n; ++j) block[j] = std;
+  return true;
+}
 
-  // The same for all blocks of elements [begin, end) that a call fills in once, unless they differ.
-  KD_FN bool fill(StdBlock& block, const NoiseParams& p, const NoiseTensor& tensor, int64_t count) {
-    if (p.stds != nullptr && p.std_size > 1) return true;
-    Real std = p.stds != nullptr ? static_cast<const Real*>(p.stds)[tensor.index]
-                                 : static_cast<Real>(tensor.std);
-    int n = static_cast<int>(count < kNumbers ? count : kNumbers);
-    for (int j = 0; j < n; ++j) block.value[j] = std;
-    return false;
-  }
-
-  // Elements [i, i + n) of a pattern.
-  KD_FN void fill_pattern(StdBlock& block, const NoiseParams& p, const NoiseTensor& tensor,
-                          int64_t i, int n) {
-    const Real* stds = static_cast<const Real*>(p.stds) + tensor.index * p.std_size;
-    int64_t at = i / p.std_inner % p.std_size, left = p.std_inner - i % p.std_inner;
-    for (int j = 0; j < n;) {
-      // A stretch of one std, or where each has one element, a stretch of the pattern.
-      bool each = p.std_inner == 1;
-      int64_t stretch = each ? p.std_size - at : left;
-      int m = static_cast<int>(stretch < n - j ? stretch : n - j);
-      if (each) {
-        for (int k = 0; k < m; ++k) block.value[j + k] = stds[at + k];
-        at = 0;
-      } else {
-        for (int k = 0; k < m; ++k) block.value[j + k] = stds[at];
-        at = at + 1 < p.std_size ? at + 1 : 0;
-        left = p.std_inner;
-      }
-      j += m;
+// Those of elements [i, i + n) where they differ.
+template <class Real>
+KD_FN void fill_pattern(const NoiseParams& p, const NoiseTensor& tensor, int64_t i, int n,
+                        Real (&block)[kNumbers]) {
+  const Real* stds = static_cast<const Real*>(p.stds) + tensor.index * p.std_size;
+  int64_t at = i / p.std_inner % p.std_size, left = p.std_inner - i % p.std_inner;
+  for (int j = 0; j < n;) {
+    // A stretch of one std, or where each has one element, a stretch of the pattern.
+    bool each = p.std_inner == 1;
+    int64_t stretch = each ? p.std_size - at : left;
+    int m = static_cast<int>(stretch < n - j ? stretch : n - j);
+    if (each) {
+      for (int k = 0; k < m; ++k) block[j + k] = stds[at + k];
+      at = 0;
+    } else {
+      for (int k = 0; k < m; ++k) block[j + k] = stds[at];
+      at = at + 1 < p.std_size ? at + 1 : 0;
+      left = p.std_inner;
     }
+    j += m;
   }
-};
+}
 
 template <NoiseMode kMode, class T, class Real>
 KD_FN void apply_block(const T* in, const Real* std, const float* eps, int n, T* out) {
@@ -223,19 +220,17 @@ void noise_of(const NoiseParams& p, const NoiseTensor& tensor, int64_t begin, in
   using Real = typename Compute<T>::type;
   const T* in = static_cast<const T*>(tensor.in);
   T* out = static_cast<T*>(tensor.out);
-  StdBlock<Real> std;
-  bool pattern = StdBlock<Real>::fill(std, p, tensor, end - begin);
+  alignas(64) Real std[kNumbers];
+  bool one = fill_std(p, tensor, end - begin, std);
   for_numbers(p.source.distribution, key_of(p.source, tensor.stream), tensor.offset, begin, end,
               [&](int64_t i, int n, const float* eps) KD_INLINE_LAMBDA {
-    if (pattern) StdBlock<Real>::fill_pattern(std, p, tensor, i, n);
-    if (norms != nullptr) add_squares(in + i, std.value, eps, n, norms);
+    if (!one) fill_pattern(p, tensor, i, n, std);
+    if (norms != nullptr) add_squares(in + i, std, eps, n, norms);
     switch (p.mode) {
-      case NoiseMode::kOnly: return apply_block<NoiseMode::kOnly>(in, std.value, eps, n, out + i);
-      case NoiseMode::kAdd: return apply_block<NoiseMode::kAdd>(in + i, std.value, eps, n, out + i);
-      case NoiseMode::kScale:
-        return apply_block<NoiseMode::kScale>(in + i, std.value, eps, n, out + i);
-      case NoiseMode::kTimes:
-        return apply_block<NoiseMode::kTimes>(in + i, std.value, eps, n, out + i);
+      case NoiseMode::kOnly: return apply_block<NoiseMode::kOnly>(in, std, eps, n, out + i);
+      case NoiseMode::kAdd: return apply_block<NoiseMode::kAdd>(in + i, std, eps, n, out + i);
+      case NoiseMode::kScale: return apply_block<NoiseMode::kScale>(in + i, std, eps, n, out + i);
+      case NoiseMode::kTimes: return apply_block<NoiseMode::kTimes>(in + i, std, eps, n, out + i);
     }
   });
 }
