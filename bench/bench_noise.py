@@ -51,17 +51,23 @@ def optax(tensors, count=1, eta=STD**2, gamma=0.0):
     return [x + std * torch.randn_like(x) for x in tensors]
 
 
+def copy_of(tensors):
+    """A call that copies them all."""
+    targets = [torch.empty_like(x) for x in tensors]
+
+    def copy():
+        for x, y in zip(tensors, targets, strict=True):
+            y.copy_(x)
+
+    return copy
+
+
 @functools.lru_cache(maxsize=1)  # the next input takes its place
 def peers(name):
     """{name: call}, all on the same tensors."""
     torch._dynamo.reset()
     sizes, dtype = INPUTS[name]
     tensors = [torch.zeros(n, dtype=dtype) for n in sizes]
-    targets = [torch.empty_like(x) for x in tensors]
-
-    def copy():
-        for x, y in zip(tensors, targets, strict=True):
-            y.copy_(x)
 
     compiled = torch.compile(eager, dynamic=False)
     calls = {
@@ -71,7 +77,7 @@ def peers(name):
         "optax": lambda: optax(tensors),
         "torch.compile": lambda: compiled(tensors),
         "fused": lambda: add_noise_(tensors, STD, seed=1, step=2),
-        "copy": copy,
+        "copy": copy_of(tensors),
     }
     largest = max(range(len(tensors)), key=lambda i: sizes[i])
     for peer in PEERS[:-1]:
@@ -85,7 +91,6 @@ def peers(name):
 def combinations(sizes, terms):
     """{name: call} of theta += sum_k c_k eps(seed_k), the update of ES and MeZO."""
     tensors = [torch.zeros(n) for n in LISTS[sizes]]
-    targets = [torch.empty_like(x) for x in tensors]
     seeds, coefficients = list(range(terms)), [0.1] * terms
 
     def passes():
@@ -99,15 +104,11 @@ def combinations(sizes, terms):
         for seed, coefficient in zip(seeds, coefficients, strict=True):
             add_noise_(tensors, coefficient, seed=seed)
 
-    def copy():
-        for x, y in zip(tensors, targets, strict=True):
-            y.copy_(x)
-
     return {
         "eager": passes,
         "add_noise_ a seed": own_passes,
         "fused": lambda: combine_noise_(tensors, coefficients, seeds),
-        "copy": copy,
+        "copy": copy_of(tensors),
     }
 
 

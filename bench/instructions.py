@@ -9,10 +9,10 @@ worse. The figures hold for one compiler version; another has figures of its own
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import tempfile
@@ -35,15 +35,13 @@ def compiler():
 
 def build(folder):
     """The program of instructions.cpp with the CPU kernels, compiled as setup.py does."""
-    spec = importlib.util.spec_from_file_location("kdkernels_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
+    setup = runpy.run_path(str(ROOT / "setup.py"))
     program = Path(folder, "instructions")
     sources = [ROOT / "bench/instructions.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
     jobs, objects = [], []
     for source in sources:
         objects.append(Path(folder, source.stem + ".o"))
-        flags = [*setup.CXX_FLAGS, "-I", ROOT / "csrc", "-c", source, "-o", objects[-1]]
+        flags = [*setup["CXX_FLAGS"], "-I", ROOT / "csrc", "-c", source, "-o", objects[-1]]
         jobs.append(subprocess.Popen([*compiler()[0], *flags]))
     if any(job.wait() for job in jobs):
         raise RuntimeError("the kernels do not compile; the compiler's message is above")

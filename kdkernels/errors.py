@@ -27,6 +27,12 @@ def fits(value, kind: str) -> bool:
     return isinstance(value, Tensor) or (kind == OPTIONAL_TENSOR and value is None)
 
 
+def check(name: str, value, kind: str):
+    """TypeError that names the argument unless the value is what one of the constants says."""
+    if not fits(value, kind):
+        raise TypeError(f"{name} is a {type(value).__name__}; it takes {kind}")
+
+
 def explain(error: TypeError, **arguments: tuple[object, str]) -> Exception:
     """A sentence for pybind11's refusal of a call, which names no argument.
 

@@ -48,6 +48,7 @@ from kdkernels.errors import (
     OPTIONAL_TENSOR,
     STRING,
     TENSOR,
+    check,
     explain,
     fits,
 )
@@ -127,8 +128,7 @@ def _fixed_seed(seed: int | None) -> int:
     """A seed that several calls share."""
     if seed is None:
         return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
-    if not fits(seed, INT):
-        raise TypeError(f"seed is a {type(seed).__name__}; it takes {INT}")
+    check("seed", seed, INT)
     return _signed(seed.__index__())
 
 
@@ -136,8 +136,7 @@ def _distribution(name: str) -> int:
     for number, known in enumerate(DISTRIBUTIONS):
         if name == known:
             return number
-    if not fits(name, STRING):
-        raise TypeError(f"distribution is a {type(name).__name__}; it takes {STRING}")
+    check("distribution", name, STRING)
     raise ValueError(f'distribution is "{name}"; it takes one of {", ".join(DISTRIBUTIONS)}')
 
 
@@ -603,8 +602,7 @@ def perturbed_parameters(
     """
     if restore not in ("copy", "regenerate"):
         raise ValueError(f'restore is "{restore}"; it takes "copy" or "regenerate"')
-    if not fits(scale, NUMBER):
-        raise TypeError(f"scale is a {type(scale).__name__}; it takes {NUMBER}")
+    check("scale", scale, NUMBER)
     scale = float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it takes a finite number")
@@ -671,8 +669,7 @@ def soft_regularization(
     for k, param in enumerate(params):
         if not param.requires_grad:
             raise ValueError(f"params[{k}] does not require grad; leave it out or let it")
-    if not fits(lam, NUMBER):
-        raise TypeError(f"lam is a {type(lam).__name__}; it takes {NUMBER}")
+    check("lam", lam, NUMBER)
     with torch.enable_grad():
         loss = loss_fn()
         if not isinstance(loss, Tensor):
@@ -701,8 +698,7 @@ def _streams(stream, count: int) -> list[int]:
     """One stream a tensor."""
     if isinstance(stream, (list, tuple)):
         return list(stream)
-    if not fits(stream, INT):
-        raise TypeError(f"stream is a {type(stream).__name__}; it takes {INT}")
+    check("stream", stream, INT)
     return [stream + k for k in range(count)]
 
 
@@ -714,12 +710,10 @@ class _NoiseLayer(nn.Module):
 
     def __init__(self, seed, stream, distribution, multiplicative):
         super().__init__()
-        if not fits(stream, INT):
-            raise TypeError(f"stream is a {type(stream).__name__}; it takes {INT}")
+        check("stream", stream, INT)
         if not 0 <= stream < 2**32:
             raise ValueError(f"stream is {stream}; it takes 0 to 2^32 - 1")
-        if not fits(multiplicative, BOOL):
-            raise TypeError(f"multiplicative is a {type(multiplicative).__name__}; it takes {BOOL}")
+        check("multiplicative", multiplicative, BOOL)
         _distribution(distribution)
         self.seed = _fixed_seed(seed)
         self.stream = stream
@@ -797,8 +791,7 @@ class InputNoise(_NoiseLayer):
         stream: int = 0,
     ):
         super().__init__(seed, stream, distribution, multiplicative)
-        if not fits(learnable, BOOL):
-            raise TypeError(f"learnable is a {type(learnable).__name__}; it takes {BOOL}")
+        check("learnable", learnable, BOOL)
         if isinstance(std, Tensor):
             if not std.is_floating_point():
                 raise TypeError(f"std has dtype {std.dtype}; it takes a floating one")
@@ -884,8 +877,7 @@ def noisy_linear_regression(
     if noise not in ("per-step", "per-sample"):
         raise ValueError(f'noise is "{noise}"; it takes "per-step" or "per-sample"')
     for name, value, kind in (("x", x, TENSOR), ("y", y, TENSOR), ("steps", steps, INT)):
-        if not fits(value, kind):
-            raise TypeError(f"{name} is a {type(value).__name__}; it takes {kind}")
+        check(name, value, kind)
     if isinstance(seed, int):
         seed = _signed(seed)
     elif not isinstance(seed, Tensor) or seed.dtype != torch.int64:

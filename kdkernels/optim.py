@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _C
-from kdkernels.errors import BOOL, INT, NUMBER, fits
+from kdkernels.errors import BOOL, INT, NUMBER, check, fits
 from kdkernels.noise import (
     _distribution,
     _fixed_seed,
@@ -113,8 +113,7 @@ def _check_number(name: str, value, low: float = 0.0, high: float = math.inf):
     """A finite number or one-element tensor of at least low and below high."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{name} has shape {list(value.shape)}; it takes one element")
-    if not fits(value, NUMBER):
-        raise TypeError(f"{name} is a {type(value).__name__}; it takes {NUMBER}")
+    check(name, value, NUMBER)
     if not low <= float(value) < high:
         below = "" if high == math.inf else f" and below {high:g}"
         raise ValueError(
@@ -123,8 +122,7 @@ def _check_number(name: str, value, low: float = 0.0, high: float = math.inf):
 
 
 def _check_count(name: str, value):
-    if not fits(value, INT):
-        raise TypeError(f"{name} is a {type(value).__name__}; it takes {INT}")
+    check(name, value, INT)
     if value < 1:
         raise ValueError(f"{name} is {value}; it takes at least 1")
 
@@ -132,11 +130,6 @@ def _check_count(name: str, value):
 def _check_std(std: Std):
     if not callable(std):
         _check_number("std", std)
-
-
-def _check_bool(name: str, value):
-    if not fits(value, BOOL):
-        raise TypeError(f"{name} is a {type(value).__name__}; it takes {BOOL}")
 
 
 def _refuse_gradients(params: Sequence[Tensor], error: Exception) -> Exception:
@@ -313,8 +306,8 @@ class _NoisyOptimizer(torch.optim.Optimizer):
         distribution="normal",
         diagnostics=False,
     ):
-        _check_bool("capturable", capturable)
-        _check_bool("diagnostics", diagnostics)
+        check("capturable", capturable, BOOL)
+        check("diagnostics", diagnostics, BOOL)
         _distribution(distribution)
         self.distribution, self.diagnostics = distribution, diagnostics
         self._forget()
@@ -367,7 +360,7 @@ class _NoisyOptimizer(torch.optim.Optimizer):
             _check_number("dampening", group["dampening"], low=-math.inf)
         for name in ("nesterov", "maximize", "capturable"):
             if name in group:
-                _check_bool(name, group[name])
+                check(name, group[name], BOOL)
         if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 f"nesterov is True with momentum {group['momentum']} and dampening "
@@ -826,8 +819,8 @@ class GradientNoise:
         self.optimizer, self.std = optimizer, std
         for value in self._stds(optimizer.param_groups):
             _check_std(value)
-        _check_bool("capturable", capturable)
-        _check_bool("diagnostics", diagnostics)
+        check("capturable", capturable, BOOL)
+        check("diagnostics", diagnostics, BOOL)
         _check_number("warn_above", warn_above)
         _check_count("check_every", check_every)
         _distribution(distribution)
@@ -955,11 +948,11 @@ class GradientNoise:
 
     def _add_to(self, grads, groups):
         stds = [_value_at(std, self.step) for std in self._stds(groups)]
-        check = not self.capturable and self.step % self.check_every == 0 and not self._warned
+        look = not self.capturable and self.step % self.check_every == 0 and not self._warned
         kept = []
         for part in self._layout.parts:
             squares = None
-            if check or self.diagnostics:
+            if look or self.diagnostics:
                 kind = {"dtype": torch.float64, "device": part.device}
                 squares = torch.empty(len(part.where), 2, **kind)
             of_group = _on_device(stds, part.device)
@@ -980,7 +973,7 @@ class GradientNoise:
                 squares,
             )
             kept.append(squares)
-        if check or self.diagnostics:
+        if look or self.diagnostics:
             self._kept = (self._layout.parts, kept, len(groups))
             if not self.capturable and not self._warned:
                 self._warn()
@@ -1007,8 +1000,7 @@ class GradientNoise:
 def _member_seeds(seed: int | None, step: int, count: int) -> list[int]:
     """Seeds of a step's directions: 64 bits of Philox under the seed, each at its own counter."""
     seed = _fixed_seed(seed)
-    if not fits(step, INT):
-        raise TypeError(f"step is a {type(step).__name__}; it takes {INT}")
+    check("step", step, INT)
     if not 0 <= step < 2**32:
         raise ValueError(f"step is {step}; it takes an int in [0, 2^32)")
     key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
@@ -1075,7 +1067,7 @@ def evolution_step(
     _check_count("population", population)
     _check_number("lr", lr)
     _check_above_0("std", std)
-    _check_bool("antithetic", antithetic)
+    check("antithetic", antithetic, BOOL)
     if antithetic and population % 2 != 0:
         raise ValueError(f"population is {population}; antithetic members come in pairs")
     if shaping not in ("standardize", "ranks"):

@@ -17,7 +17,8 @@ static bool same(NoisePair a, NoisePair b) { return std::memcmp(&a, &b, sizeof a
 static NoisePair box_muller_plain(uint32_t r_a, uint32_t r_b) {
   float u = (static_cast<float>(r_a) + 0.5f) * 0x1p-32f;
   float radius = std::sqrt(-2.0f * log_normal(u));
-  SinCos angle = sincospi_turn(static_cast<float>(r_b) * 0x1p-31f);
+  float turn = static_cast<float>(r_b) * 0x1p-31f;
+  SinCos angle = sincospi_reduced(turn, static_cast<int32_t>(std::nearbyint(2.0f * turn)));
   return {radius * angle.cos, radius * angle.sin};
 }
 

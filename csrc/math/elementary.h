@@ -260,11 +260,6 @@ KD_FN SinCos sincospi(float x) {
   return sincospi_reduced(x, static_cast<int32_t>(twice + (twice < 0.0f ? -half : half)));
 }
 
-// The same for x in [0, 2].
-KD_FN SinCos sincospi_turn(float x) {
-  return sincospi_reduced(x, bits_from_float(fma(x, 2.0f, kRoundToInt)) - kRoundToIntBits);
-}
-
 KD_FN float sqrt(float x) {
 #if defined(__CUDA_ARCH__)
   return __fsqrt_rn(x);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 
 #include "params.h"
@@ -11,6 +12,12 @@ namespace kdkernels {
 constexpr const char* kCpuOnly =
     "this kdkernels was built for the CPU only; on a host with nvcc rebuild it with "
     "`KDKERNELS_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .`";
+
+// A registered op, by way of PyTorch's dispatcher; Function is the type of its implementation.
+template <class Function>
+auto dispatched(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+}
 
 inline bool is_floating_dtype(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
@@ -26,9 +33,10 @@ inline Dtype dtype_of(const at::Tensor& tensor) {
 }
 
 // fp64 for fp64, fp32 for all others.
-inline at::ScalarType acc_type(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+inline at::ScalarType acc_type(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? at::kDouble : at::kFloat;
 }
+inline at::ScalarType acc_type(const at::Tensor& tensor) { return acc_type(dtype_of(tensor)); }
 
 inline void check_tensor(const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(is_floating_dtype(tensor.scalar_type()), name, " has dtype ",

@@ -1,6 +1,8 @@
 // The kernels of every device that this build has, and what a CUDA launch needs of PyTorch.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/Device.h>
 
 #include "cpu/kernels.h"
@@ -35,6 +37,18 @@ void launch_cuda(const c10::Device& device, Launch launch) {
   c10::cuda::CUDAGuard guard(device);
   C10_CUDA_CHECK(launch(c10::cuda::getCurrentCUDAStream()));
 #endif
+}
+
+// launch(params, stream) with a workspace of so many doubles.
+template <class Params>
+void launch_cuda(const c10::Device& device, Params p, int64_t workspace,
+                 cudaError_t (*launch)(const Params&, cudaStream_t)) {
+  at::Tensor memory;
+  if (workspace > 0) {
+    memory = at::empty({workspace}, at::TensorOptions(device).dtype(at::kDouble));
+    p.workspace = memory.mutable_data_ptr<double>();
+  }
+  launch_cuda(device, [&](cudaStream_t stream) { return launch(p, stream); });
 }
 #endif
 

@@ -436,11 +436,6 @@ Tensor distillation_stage(const Tensor& student, at::TensorList teachers,
   return out;
 }
 
-template <class Function>
-auto dispatched(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
-}
-
 LossResult dispatch_forward(const LossCall& call, const Want& want, const OptionalTensor& state) {
   static auto op = dispatched<decltype(distillation_forward)>("kdkernels::_distillation_forward");
   std::vector<double> options = call.options.packed();

@@ -9,7 +9,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -428,9 +427,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
 }
 
 LinearResult dispatch_forward(const LinearCall& c, int64_t want) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("kdkernels::_linear_distillation_forward", "")
-                       .typed<decltype(linear_forward)>();
+  static auto op = dispatched<decltype(linear_forward)>("kdkernels::_linear_distillation_forward");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   std::vector<double> options = c.options.packed();
   auto [loss, hidden, head, bias, statistics] =

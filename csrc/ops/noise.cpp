@@ -6,7 +6,6 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/stack.h>
@@ -227,26 +226,6 @@ std::vector<DtypeGroup> by_dtype(at::TensorList tensors) {
   return groups;
 }
 
-Rows::Rows(Tensor all, size_t count) : all_(std::move(all)), count_(count) {}
-
-double* Rows::of(const DtypeGroup& group) {
-  if (!all_.defined()) return nullptr;
-  bool whole = group.members.size() == count_;
-  part_ = whole ? all_ : all_.narrow(0, 0, group.members.size()).clone();
-  return part_.mutable_data_ptr<double>();
-}
-
-void Rows::zero() {
-  if (all_.defined()) part_.zero_();
-}
-
-void Rows::collect(const DtypeGroup& group) {
-  if (!all_.defined()) return;
-  for (size_t i = 0; i < group.members.size() && !part_.is_same(all_); ++i) {
-    all_.select(0, group.members[i]).copy_(part_.select(0, i));
-  }
-}
-
 Tensor each_of(const Tensor& tensor, const DtypeGroup& group, size_t count, at::ScalarType dtype) {
   Tensor each = tensor.detach().expand({static_cast<int64_t>(count)});
   if (group.members.size() != count) {
@@ -257,34 +236,21 @@ Tensor each_of(const Tensor& tensor, const DtypeGroup& group, size_t count, at::
   return each.to(dtype).contiguous();
 }
 
-Tensor workspace_of(int64_t doubles, const at::Device& device) {
-  return at::empty({doubles}, at::TensorOptions(device).dtype(at::kDouble));
-}
-
 namespace {
 
 // ---- kernels -------------------------------------------------------------------------------------
 
-template <class Signature>
-c10::TypedOperatorHandle<Signature> op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-void run(NoiseParams p, const at::Device& device) {
+void run(const NoiseParams& p, const at::Device& device) {
   if (!on_cuda(device)) return cpu::noise(p, at::get_num_threads());
 #if defined(KDKERNELS_WITH_CUDA)
-  Tensor workspace = workspace_of(cuda::noise_workspace(p), device);
-  p.workspace = workspace.mutable_data_ptr<double>();
-  launch_cuda(device, [&](cudaStream_t s) { return cuda::noise(p, s); });
+  launch_cuda(device, p, cuda::noise_workspace(p), cuda::noise);
 #endif
 }
 
-void run(NoiseDotParams p, const at::Device& device) {
+void run(const NoiseDotParams& p, const at::Device& device) {
   if (!on_cuda(device)) return cpu::noise_dot(p, at::get_num_threads());
 #if defined(KDKERNELS_WITH_CUDA)
-  Tensor workspace = workspace_of(cuda::noise_dot_workspace(p), device);
-  p.workspace = workspace.mutable_data_ptr<double>();
-  launch_cuda(device, [&](cudaStream_t s) { return cuda::noise_dot(p, s); });
+  launch_cuda(device, p, cuda::noise_dot_workspace(p), cuda::noise_dot);
 #endif
 }
 
@@ -318,8 +284,6 @@ std::vector<NoiseTensor> runs_of(const DtypeGroup& group, at::TensorList tensors
   }
   return runs;
 }
-
-at::ScalarType acc_type(Dtype dtype) { return dtype == Dtype::kFloat64 ? at::kDouble : at::kFloat; }
 
 // ---- one tensor ----------------------------------------------------------------------------------
 
@@ -420,7 +384,7 @@ Tensor noise_forward(const Tensor& x, int64_t mode, const OptionalTensor& std_te
 
 Tensor dispatch_noise(const Tensor& x, NoiseMode mode, const OptionalTensor& std_tensor, double std,
                       const NoiseArgs& noise) {
-  static auto handle = op<decltype(noise_forward)>("kdkernels::_noise");
+  static auto handle = dispatched<decltype(noise_forward)>("kdkernels::_noise");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return handle.call(x, static_cast<int64_t>(mode), std_tensor, std, KD_NOISE_SPREAD(noise));
 }
@@ -457,22 +421,16 @@ void add_noise_forward(at::TensorList tensors, at::ArrayRef<double> std, KD_NOIS
   Rows rows(norms.value_or(Tensor()), count);
   for (const DtypeGroup& group : by_dtype(tensors)) {
     std::vector<NoiseTensor> runs = runs_of(group, tensors, places, out, in, std);
-    p.norms = rows.of(group);
-    if (runs.empty()) {
-      rows.zero();
-    } else {
-      Tensor stds;
-      if (std_tensor.has_value()) {
-        stds = each_of(*std_tensor, group, count, acc_type(group.dtype));
-        p.stds = stds.const_data_ptr();
-      }
-      p.dtype = group.dtype;
-      p.tensors = runs.data();
-      p.count = static_cast<int64_t>(runs.size());
-      p.indices = static_cast<int64_t>(group.members.size());
-      run(p, device);
+    Tensor stds;
+    if (std_tensor.has_value()) {
+      stds = each_of(*std_tensor, group, count, acc_type(group.dtype));
+      p.stds = stds.const_data_ptr();
     }
-    rows.collect(group);
+    rows.fill(group, runs.empty(), [&](double* at) {
+      p.norms = at;
+      set_runs(p, group, runs);
+      run(p, device);
+    });
   }
   in_place.write_back();
 }
@@ -498,17 +456,11 @@ Tensor noise_dot_forward(at::TensorList tensors, KD_NOISE_LIST_PARAMS) {
   Rows rows(result, count);
   for (const DtypeGroup& group : by_dtype(tensors)) {
     std::vector<NoiseTensor> runs = runs_of(group, tensors, places, {}, in, {});
-    p.result = rows.of(group);
-    if (runs.empty()) {
-      rows.zero();
-    } else {
-      p.dtype = group.dtype;
-      p.tensors = runs.data();
-      p.count = static_cast<int64_t>(runs.size());
-      p.indices = static_cast<int64_t>(group.members.size());
+    rows.fill(group, runs.empty(), [&](double* at) {
+      p.result = at;
+      set_runs(p, group, runs);
       run(p, device);
-    }
-    rows.collect(group);
+    });
   }
   return result;
 }
@@ -555,9 +507,7 @@ void combine_forward(at::TensorList tensors, const Tensor& coefficients, const T
   for (const DtypeGroup& group : by_dtype(tensors)) {
     std::vector<NoiseTensor> list = runs_of(group, tensors, places, out, {}, {});
     if (list.empty()) continue;
-    p.dtype = group.dtype;
-    p.tensors = list.data();
-    p.count = static_cast<int64_t>(list.size());
+    set_runs(p, group, list);
     run(p, device);
   }
   in_place.write_back();
@@ -631,7 +581,7 @@ struct ScaledNoise : torch::autograd::Function<ScaledNoise> {
     save_noise(ctx, noise);
     ctx->saved_data["tensors"] = static_cast<int64_t>(tensors.size());
     ctx->save_for_backward({snapshot(noise.seed_tensor), snapshot(noise.step_tensor)});
-    static auto handle = op<decltype(scaled_noise)>("kdkernels::_scaled_noise");
+    static auto handle = dispatched<decltype(scaled_noise)>("kdkernels::_scaled_noise");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return handle.call(tensors, scales, KD_NOISE_LIST_SPREAD(noise));
   }
@@ -667,7 +617,7 @@ struct NoiseDot : torch::autograd::Function<NoiseDot> {
     saved.push_back(snapshot(noise.seed_tensor));
     saved.push_back(snapshot(noise.step_tensor));
     ctx->save_for_backward(std::move(saved));
-    static auto handle = op<decltype(noise_dot_forward)>("kdkernels::noise_dot");
+    static auto handle = dispatched<decltype(noise_dot_forward)>("kdkernels::noise_dot");
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return handle.call(tensors, KD_NOISE_LIST_SPREAD(noise));
   }
@@ -736,7 +686,7 @@ struct InputNoise : torch::autograd::Function<InputNoise> {
       x_gradient = multiplicative ? apply(grad, given, std, true, noise) : grad;
     }
     if (std_tensor.defined() && ctx->needs_input_grad(1)) {
-      at::ScalarType acc = kdkernels::acc_type(grad);
+      at::ScalarType acc = acc_type(grad);
       Tensor product = multiplicative ? grad.to(acc) * x.to(acc) : grad;
       Tensor sum;
       if (std_tensor.sym_numel() == 1) {
@@ -821,10 +771,7 @@ std::vector<Tensor> scaled_noise(at::TensorList tensors, const Tensor& scales,
     if (runs.empty()) continue;
     Tensor stds = each_of(scales, group, count, acc_type(group.dtype));
     p.stds = stds.const_data_ptr();
-    p.dtype = group.dtype;
-    p.tensors = runs.data();
-    p.count = static_cast<int64_t>(runs.size());
-    p.indices = static_cast<int64_t>(group.members.size());
+    set_runs(p, group, runs);
     run(p, device);
   }
   return outputs;
@@ -841,7 +788,7 @@ void add_noise_(at::TensorList tensors, at::ArrayRef<double> std, KD_NOISE_LIST_
                 bool multiplicative, const OptionalTensor& std_tensor,
                 const OptionalTensor& norms) {
   check_no_gradient("add_noise_", "tensors", tensors);
-  static auto handle = op<decltype(add_noise_forward)>("kdkernels::add_noise_");
+  static auto handle = dispatched<decltype(add_noise_forward)>("kdkernels::add_noise_");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   handle.call(tensors, std, seed, step, streams, offsets, runs, seed_tensor, step_tensor,
               distribution, multiplicative, std_tensor, norms);
@@ -872,7 +819,7 @@ void combine_noise_(at::TensorList tensors, const Tensor& coefficients, const Te
                     c10::SymIntArrayRef runs, const OptionalTensor& step_tensor,
                     int64_t distribution) {
   check_no_gradient("combine_noise_", "tensors", tensors);
-  static auto handle = op<decltype(combine_forward)>("kdkernels::combine_noise_");
+  static auto handle = dispatched<decltype(combine_forward)>("kdkernels::combine_noise_");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   handle.call(tensors, coefficients, seeds, step, streams, offsets, runs, step_tensor,
               distribution);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/core/SymInt.h>
 
 #include <optional>
@@ -144,22 +145,40 @@ std::vector<DtypeGroup> by_dtype(at::TensorList tensors);
 class Rows {
  public:
   // `all`: undefined where they are not wanted.
-  Rows(at::Tensor all, size_t count);
-  // Where a kernel writes those of a group, in its order; null where not wanted.
-  double* of(const DtypeGroup& group);
-  // ... where no kernel does.
-  void zero();
-  void collect(const DtypeGroup& group);
+  Rows(at::Tensor all, size_t count) : all_(std::move(all)), count_(count) {}
+
+  // run(where it writes those of a group, in its order, or null), unless the group has no elements: all are 0 then.
+  template <class Run>
+  void fill(const DtypeGroup& group, bool empty, Run run) {
+    if (!all_.defined()) return empty ? void() : run(nullptr);
+    bool whole = group.members.size() == count_;
+    at::Tensor part = whole ? all_ : at::empty_like(all_.narrow(0, 0, group.members.size()));
+    if (empty) {
+      part.zero_();
+    } else {
+      run(part.mutable_data_ptr<double>());
+    }
+    for (size_t i = 0; i < group.members.size() && !whole; ++i) {
+      all_.select(0, group.members[i]).copy_(part.select(0, i));
+    }
+  }
 
  private:
-  at::Tensor all_, part_;
+  at::Tensor all_;
   size_t count_;
 };
+
+// What a kernel is told of a group, as its runs.
+template <class Params, class Run>
+void set_runs(Params& p, const DtypeGroup& group, const std::vector<Run>& runs) {
+  p.dtype = group.dtype;
+  p.tensors = runs.data();
+  p.count = static_cast<int64_t>(runs.size());
+  if constexpr (requires { p.indices; }) p.indices = static_cast<int64_t>(group.members.size());
+}
 
 // `tensor`, of one number or one each, as those of a group in its order.
 at::Tensor each_of(const at::Tensor& tensor, const DtypeGroup& group, size_t count,
                    at::ScalarType dtype);
-
-at::Tensor workspace_of(int64_t doubles, const at::Device& device);
 
 }  // namespace kdkernels

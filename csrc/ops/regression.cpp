@@ -2,7 +2,6 @@
 #include "ops/regression.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -86,9 +85,7 @@ Tensor noisy_linear_regression(const Tensor& x, const Tensor& y, const Tensor& t
                                const Tensor& lr, const Tensor& lam, const Tensor& sigma,
                                const Tensor& seed, int64_t steps, int64_t stream, bool per_sample,
                                bool trajectory) {
-  static auto handle = c10::Dispatcher::singleton()
-                           .findSchemaOrThrow("kdkernels::noisy_linear_regression", "")
-                           .typed<decltype(regression)>();
+  static auto handle = dispatched<decltype(regression)>("kdkernels::noisy_linear_regression");
   return handle.call(x, y, theta, lr, lam, sigma, seed, steps, stream, per_sample, trajectory);
 }
 

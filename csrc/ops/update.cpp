@@ -3,7 +3,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -86,12 +85,10 @@ const float* scalar(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
 }
 
-void run(UpdateParams p, const at::Device& device) {
+void run(const UpdateParams& p, const at::Device& device) {
   if (!on_cuda(device)) return cpu::update(p, at::get_num_threads());
 #if defined(KDKERNELS_WITH_CUDA)
-  Tensor workspace = workspace_of(cuda::update_workspace(p), device);
-  p.workspace = workspace.mutable_data_ptr<double>();
-  launch_cuda(device, [&](cudaStream_t s) { return cuda::update(p, s); });
+  launch_cuda(device, p, cuda::update_workspace(p), cuda::update);
 #endif
 }
 
@@ -210,17 +207,11 @@ void update_forward(int64_t update, at::TensorList params, at::TensorList grads,
         list.push_back(t);
       });
     }
-    p.norms = rows.of(group);
-    if (list.empty()) {
-      rows.zero();
-    } else {
-      p.dtype = group.dtype;
-      p.tensors = list.data();
-      p.count = static_cast<int64_t>(list.size());
-      p.indices = static_cast<int64_t>(group.members.size());
+    rows.fill(group, list.empty(), [&](double* at) {
+      p.norms = at;
+      set_runs(p, group, list);
       run(p, device);
-    }
-    rows.collect(group);
+    });
   }
   in_place.write_back();
 }
@@ -234,9 +225,7 @@ void noisy_update_(int64_t update, at::TensorList params, at::TensorList grads,
                    const OptionalTensor& std_tensor, const OptionalTensor& grad_scale,
                    const OptionalTensor& found_inf, const OptionalTensor& norms) {
   check_no_gradient("noisy_update_", "params", params);
-  static auto handle = c10::Dispatcher::singleton()
-                           .findSchemaOrThrow("kdkernels::noisy_update_", "")
-                           .typed<decltype(update_forward)>();
+  static auto handle = dispatched<decltype(update_forward)>("kdkernels::noisy_update_");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   handle.call(update, params, grads, first, second, steps, step_tensors, rule_of, rules, seed, step,
               streams, offsets, runs, seed_tensor, step_tensor, distribution, lr_tensor, std_tensor,
