@@ -1,10 +1,9 @@
 // The dense row walker. Included by one file an ISA level.
 //
-// A row is visited in blocks that stay in L1. For each block: its largest logits, then its exponentials
-// relative to the largest so far, which are summed (fp32 within a block, fp64 across blocks) and kept.
-// Once the row's sums are known the gradient is made from the kept exponentials, each block's brought to
-// the row's final maxima by one factor. So z and t are read once, the gradient is written once, and each
-// exponential is computed once; the kept ones take 2 (3 with cross-entropy's own) acc values a class.
+// One pass over a row makes every exponential once, relative to a maximum that was guessed from a few classes,
+// and keeps them in L2 while their sums grow; it also finds the row's largest logits, and the rare row whose
+// guess was far off is done again. A second pass makes the gradient of what was kept. So z and t are read once
+// and the gradient is written once; what is kept takes 2 (3 with cross-entropy's own) computed values a class.
 #pragma once
 
 #include <cmath>
@@ -12,7 +11,7 @@
 #include <limits>
 
 #include "cpu/kernels.h"
-#include "cpu/storage.h"
+#include "cpu/vector.h"
 #include "math/distillation.h"
 #include "row_task.h"
 
@@ -20,11 +19,12 @@ namespace kdkernels {
 namespace cpu {
 namespace {
 
-constexpr int kBlock = 1024;  // 3 logit or gradient blocks of 4 KB beside 12 KB of exponentials: L1
+constexpr int kPad = 16;  // the widest vector: rows that are copied are padded to a multiple of it
 // Elements summed in fp32 before fp64 takes over: a dominant class would otherwise swallow the small ones
 // that follow it in its lane.
 constexpr int kFold = 128;
-constexpr int kPad = 16;  // the widest vector: block loops run over a multiple of it
+// How far ahead of its reads a row asks for memory. The hardware's own prefetchers stop at the end of a page.
+constexpr int kAheadBytes = 4096;
 
 // Rows of any divergence; see cpu/divergence.h.
 template <class T>
@@ -48,268 +48,422 @@ struct RowBuffer {
   }
 };
 
-template <class Real>
-KD_FN Real block_max(const Real* x, int padded) {
-  Real m = -std::numeric_limits<Real>::max();
-#pragma omp simd reduction(max : m)
-  for (int i = 0; i < padded; ++i) m = x[i] > m ? x[i] : m;
-  return m;
+// How far the exponents of a row may exceed their shift without any overflow, or fall behind it without loss.
+constexpr double kFar = 60;
+constexpr double kLargestShift = 1 << 20;
+constexpr double kHuge =
+    1e30;  // what no row's loss is, unless a class that p has is excluded from q
+
+KD_FN bool near(double x, double most) { return -most <= x && x <= most; }
+
+// Near a row's largest logit: the largest of some classes, or 0 where that is not finite.
+template <class T>
+double guess(const T* row, int64_t classes) {
+  constexpr int kLooks = 4, kClasses = 8;
+  double m = -std::numeric_limits<double>::infinity();
+  for (int look = 0; look < kLooks; ++look) {
+    int64_t first = classes * look / kLooks;
+    for (int64_t i = first; i < first + kClasses && i < classes; ++i) {
+      double x = widen(row[i]);
+      m = x > m ? x : m;
+    }
+  }
+  return m - m == 0 ? m : 0.0;
 }
 
-// The largest logits that a block's exponentials are relative to.
+// Of the exponents of a row's sides and of its cross-entropy: 2^(scale z - shift). The shifts are integers.
+struct Shifts {
+  double s, t, hard;
+};
 template <class Real>
-struct Maxima {
-  Real s, t;
+struct Exponents {
+  math::Shifted<Vector<Real>> s, t, hard;
+  Real zero_s,
+      zero_t;  // near the logits whose exponents are 0: subtracting them first keeps differences exact
+
+  static math::Shifted<Vector<Real>> of(Real scale, double shift) {
+    using V = Vector<Real>;
+    return {V(scale), V(static_cast<Real>(shift)),
+            V(static_cast<Real>((shift - 127) / static_cast<double>(scale)))};
+  }
+  Exponents(Real scale, Real scale_hard, const Shifts& shift)
+      : s(of(scale, shift.s)),
+        t(of(scale, shift.t)),
+        hard(of(scale_hard, shift.hard)),
+        zero_s(static_cast<Real>(shift.s / static_cast<double>(scale))),
+        zero_t(static_cast<Real>(shift.t / static_cast<double>(scale))) {}
 };
 
-// Exponentials of one block and their sums.
-template <class Policy, math::CrossEntropy kHard, class Real>
-KD_FN math::RowSums<double> block_sums(const Real* z, const Real* t, int padded, Maxima<Real> max,
-                                       Real scale, Real* ex, Real* ey, Real* eh) {
-  math::RowSums<double> sums = {max.s, max.t, 0, 0, 0, 0, 0, 0};
-  for (int first = 0; first < padded; first += kFold) {
-    int last = first + kFold < padded ? first + kFold : padded;
-    Real sum_s = 0, sum_t = 0, term = 0, sum_hard = 0;
-#pragma omp simd reduction(+ : sum_s, sum_t, term, sum_hard)
-    for (int i = first; i < last; ++i) {
-      Real shifted = z[i] - max.s;
-      Real x = shifted * scale, y = (t[i] - max.t) * scale;
-      Real a = math::exp2_nonpositive(x), b = math::exp2_nonpositive(y);
-      ex[i] = a;
-      ey[i] = b;
-      sum_s += a;
-      sum_t += b;
-      term += Policy::term(x, y, a, b);
-      if constexpr (kHard == math::CrossEntropy::kOwn) {
-        Real h = math::exp2_nonpositive(shifted * static_cast<Real>(math::kLog2E));
-        eh[i] = h;
-        sum_hard += h;
-      }
+// add(u, v, i) for the vectors u, v at every class i of a row, padded with excluded classes, and fold() after every
+// kFold of them.
+template <class T, class Add, class Fold>
+KD_FN void for_row(const T* z, const T* t, int64_t classes, Add add, Fold fold) {
+  using Real = typename Compute<T>::type;
+  constexpr int kLanes = Vector<Real>::kLanes, kAhead = kAheadBytes / sizeof(T);
+  constexpr Real kExcluded = -std::numeric_limits<Real>::infinity();
+  const int64_t whole = classes / kLanes * kLanes;
+  for (int64_t first = 0; first < classes; first += kFold) {
+    const int64_t last = first + kFold < whole ? first + kFold : whole;
+    for (int64_t i = first; i < last; i += kLanes) {
+      __builtin_prefetch(z + i + kAhead);
+      __builtin_prefetch(t + i + kAhead);
+      add(load(z + i), load(t + i), i);
     }
-    sums.sum_s += sum_s;
-    sums.sum_t += sum_t;
-    sums.term += term;
-    sums.sum_hard += sum_hard;
+    if (whole < classes && classes - first <= kFold) {
+      const int n = static_cast<int>(classes - whole);
+      add(load_part(z + whole, n, kExcluded), load_part(t + whole, n, kExcluded), whole);
+    }
+    fold();
   }
-  return sums;
+}
+
+// What y - x is where t - zero_t and z - zero_s are equal.
+template <class Real>
+double rest_of(const Exponents<Real>& by, const Shifts& shift, double scale) {
+  return (static_cast<double>(by.zero_t) * scale - shift.t) -
+         (static_cast<double>(by.zero_s) * scale - shift.s);
+}
+
+// What the first pass over a row finds: its largest logits and its sums, term being that of ey (y - x), the exponents' difference.
+struct RowPass {
+  double max_s, max_t, sum_s, sum_t, sum_hard, term;
+};
+
+// Makes the row's exponentials, and keeps them if anybody asks for the gradient.
+template <class T, bool kOwn, bool kKeep, class Real>
+KD_FN RowPass first_pass(const T* z, const T* t, int64_t classes, const Exponents<Real>& by,
+                         Real* ex, Real* ey, Real* eh) {
+  using V = Vector<Real>;
+  const V lowest(-std::numeric_limits<Real>::max()), zero_s(by.zero_s), zero_t(by.zero_t);
+  V max_s = lowest, max_t = lowest;
+  WideSum<Real> sum_s, sum_t, sum_hard, term;
+  V part_s(Real(0)), part_t = part_s, part_hard = part_s, part_term = part_s;
+  auto add = [&](V u, V v, int64_t i) KD_INLINE_LAMBDA {
+    max_s = larger(u, max_s);
+    max_t = larger(v, max_t);
+    // Finite, so that it adds 0 where p is 0; where p is not it drowns the sum.
+    u = larger(lowest, u);
+    V a = exp2_shifted(u, by.s), b = exp2_shifted(v, by.t);
+    part_s = part_s + a;
+    part_t = part_t + b;
+    part_term = fma(b, (larger(by.t.lowest, v) - zero_t) - (u - zero_s), part_term);
+    if constexpr (kKeep) {
+      store(a, ex + i);
+      store(b, ey + i);
+    }
+    if constexpr (kOwn) {
+      V h = exp2_shifted(u, by.hard);
+      part_hard = part_hard + h;
+      if constexpr (kKeep) store(h, eh + i);
+    }
+  };
+  for_row(z, t, classes, add, [&]() KD_INLINE_LAMBDA {
+    sum_s.add(part_s);
+    sum_t.add(part_t);
+    term.add(part_term);
+    if constexpr (kOwn) sum_hard.add(part_hard);
+    part_s = part_t = part_hard = part_term = V(Real(0));
+  });
+  return {static_cast<double>(largest(max_s)),
+          static_cast<double>(largest(max_t)),
+          sum_s.total(),
+          sum_t.total(),
+          kOwn ? sum_hard.total() : 0.0,
+          term.total()};
+}
+
+// The first pass, from a guess of the shifts and, where the largest logits turn out to be far from it, once more.
+// False where the row has no such logits or they are too large.
+template <class T, bool kOwn, bool kKeep, class Real>
+bool pass_over(const T* z, const T* t, int64_t classes, Real scale, Real scale_hard, Real* ex,
+               Real* ey, Real* eh, Shifts& shift, RowPass& pass) {
+  double max_s = guess(z, classes), max_t = guess(t, classes);
+  for (int tries = 0; tries < 2; ++tries) {
+    shift = {__builtin_rint(max_s * scale), __builtin_rint(max_t * scale),
+             __builtin_rint(max_s * scale_hard)};
+    if (!near(shift.s, kLargestShift) || !near(shift.t, kLargestShift) ||
+        !near(shift.hard, kLargestShift)) {
+      return false;
+    }
+    const Exponents<Real> by(scale, scale_hard, shift);
+    pass = first_pass<T, kOwn, kKeep>(z, t, classes, by, ex, ey, eh);
+    pass.term = pass.term * scale + pass.sum_t * rest_of(by, shift, scale);
+    max_s = pass.max_s;
+    max_t = pass.max_t;
+    if (near(max_s * scale - shift.s, kFar) && near(max_t * scale - shift.t, kFar) &&
+        near(max_s * scale_hard - shift.hard, kFar)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// For a row whose p and q are close: the sum of its terms, none of which is negative, and a = q - p in the place
+// of ey, with its sum.
+struct NearTerms {
+  double f, a;
+};
+template <class T, class Real>
+KD_FN NearTerms near_pass(const T* z, const T* t, int64_t classes, const Exponents<Real>& by,
+                          const Shifts& shift, double scale, const RowPass& pass, const Real* ex,
+                          Real* ey) {
+  using V = Vector<Real>;
+  const V inv_s(static_cast<Real>(1 / pass.sum_s)), inv_t(static_cast<Real>(1 / pass.sum_t)),
+      lowest(-std::numeric_limits<Real>::max()), zero_s(by.zero_s), zero_t(by.zero_t);
+  // d = log p - log q
+  const V nats(static_cast<Real>(scale * math::kLn2)),
+      rest(static_cast<Real>(rest_of(by, shift, scale) * math::kLn2 +
+                             math::log_acc(pass.sum_s / pass.sum_t)));
+  WideSum<Real> sum_f, sum_a;
+  V part_f(Real(0)), part_a = part_f;
+  auto add = [&](V u, V v, int64_t i) KD_INLINE_LAMBDA {
+    V d = fma((larger(by.t.lowest, v) - zero_t) - (larger(lowest, u) - zero_s), nats, rest);
+    V q = load(ex + i) * inv_s, p = load(ey + i) * inv_t;
+    V a = math::difference(q, p, -d);
+    part_f = part_f + math::excess(p, q, d);
+    part_a = part_a + a;
+    store(a, ey + i);
+  };
+  for_row(z, t, classes, add, [&]() KD_INLINE_LAMBDA {
+    sum_f.add(part_f);
+    sum_a.add(part_a);
+    part_f = part_a = V(Real(0));
+  });
+  return {sum_f.total(), sum_a.total()};
+}
+
+// of_ex ex + of_ey ey + of_hard eh - uniform.
+template <class T, bool kOwn, class Real>
+KD_FN void second_pass(const math::RowResult<double>& result, const Real* ex, const Real* ey,
+                       const Real* eh, int64_t classes, T* gradient) {
+  using V = Vector<Real>;
+  const V of_ex(static_cast<Real>(result.of_ex)), of_ey(static_cast<Real>(result.of_ey)),
+      of_hard(static_cast<Real>(result.of_hard)), rest(static_cast<Real>(-result.uniform));
+  auto make = [&](int64_t i) KD_INLINE_LAMBDA {
+    V g = fma(of_ey, load(ey + i), rest);
+    if constexpr (kOwn) g = fma(of_hard, load(eh + i), g);
+    return fma(of_ex, load(ex + i), g);
+  };
+  const int64_t whole = classes / V::kLanes * V::kLanes;
+  for (int64_t i = 0; i < whole; i += V::kLanes) store(make(i), gradient + i);
+  if (whole < classes) {
+    store_part(make(whole), static_cast<int>(classes - whole), gradient + whole);
+  }
 }
 
 template <class T, class Policy, math::CrossEntropy kHard>
 void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
   using Real = typename Compute<T>::type;
-  using Sums = math::RowSums<double>;
   static thread_local RowBuffer buffer;
-  constexpr int kKept = kHard == math::CrossEntropy::kOwn ? 3 : 2;
-  constexpr Real kLowest = -std::numeric_limits<Real>::max();
-  constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
-  alignas(64) Real z_block[kBlock], t_block[kBlock], g_block[kBlock], kept_block[kKept * kBlock];
+  constexpr bool kOwn = kHard == math::CrossEntropy::kOwn,
+                 kLabels = kHard != math::CrossEntropy::kNone;
 
-  // Rows of one block keep their exponentials on the stack; statistics alone reuse one block.
-  int64_t blocks = (p.classes + kBlock - 1) / kBlock;
-  bool keep = p.gradient != nullptr;
-  Real* kept = kept_block;
-  Maxima<Real> only_maxima, *maxima = &only_maxima;
-  if (keep && blocks > 1) {
-    size_t values = static_cast<size_t>(kKept * kBlock * blocks);
-    kept =
-        static_cast<Real*>(buffer.reserve(values * sizeof(Real) + blocks * sizeof(Maxima<Real>)));
-    maxima = reinterpret_cast<Maxima<Real>*>(kept + values);
-  }
-  // The same rounded factor for elements and for sums.
-  const Real scale = static_cast<Real>(math::kLog2E / p.temperature);
-
+  const bool keep = p.gradient != nullptr;
+  const int64_t padded = (p.classes + kPad - 1) / kPad * kPad;
+  const size_t values = static_cast<size_t>((kOwn ? 3 : 2) * padded);
+  Real* ex = static_cast<Real*>(buffer.reserve(values * sizeof(Real)));
+  Real *ey = ex + padded, *eh = ey + padded;
+  // The same rounded factors for elements and for sums.
+  const Real scale_real = static_cast<Real>(math::kLog2E / p.temperature),
+             scale_hard_real = static_cast<Real>(kOwn ? math::kLog2E : scale_real);
+  const double scale = scale_real, scale_hard = scale_hard_real;
   const DivergenceParams general = forward_kl(p);
 
   for (int64_t row = begin; row < end; ++row) {
-    const T* z_row = static_cast<const T*>(p.student) + row * p.student_stride;
-    const T* t_row = static_cast<const T*>(p.teacher) + row * p.teacher_stride;
-    T* g_row = static_cast<T*>(p.gradient) + (keep ? row * p.gradient_stride : 0);
-    int64_t label = p.labels != nullptr ? p.labels[row] : -1;
-    double weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : 1.0;
+    const T* z = static_cast<const T*>(p.student) + row * p.student_stride;
+    const T* t = static_cast<const T*>(p.teacher) + row * p.teacher_stride;
+    T* gradient = static_cast<T*>(p.gradient) + (keep ? row * p.gradient_stride : 0);
+    const int64_t label = p.labels != nullptr ? p.labels[row] : -1;
+    const double weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : 1.0;
     if ((p.labels != nullptr && label == p.ignore_index) || weight == 0) {
       row_loss[row] = 0;
-      if (keep) std::memset(static_cast<void*>(g_row), 0, p.classes * sizeof(T));
+      if (keep) std::memset(static_cast<void*>(gradient), 0, p.classes * sizeof(T));
       continue;
     }
-    double label_z = 0;
-    if constexpr (kHard != math::CrossEntropy::kNone) label_z = widen(z_row[label]);
 
-    Sums sums = {};
-    Maxima<Real> max = {kLowest, kLowest};
-    for (int64_t b = 0; b < blocks; ++b) {
-      int n = static_cast<int>(p.classes - b * kBlock < kBlock ? p.classes - b * kBlock : kBlock);
-      int padded = (n + kPad - 1) / kPad * kPad;
-      const Real* z = load_block(z_row + b * kBlock, n, padded, -kInfinity, z_block);
-      const Real* t = load_block(t_row + b * kBlock, n, padded, -kInfinity, t_block);
-      max.s = math::larger(block_max(z, padded), max.s);
-      max.t = math::larger(block_max(t, padded), max.t);
-      Real* ex = kept + (keep ? kKept * kBlock * b : 0);
-      Sums part =
-          block_sums<Policy, kHard>(z, t, padded, max, scale, ex, ex + kBlock, ex + 2 * kBlock);
-      if (kHard != math::CrossEntropy::kNone && p.label_smoothing > 0) {
-        for (int i = 0; i < n; ++i) part.sum_z += static_cast<double>(z[i]) - max.s;
-        part.count = n;
-      }
-      sums = b == 0 ? part
-                    : math::merge<Policy>(kHard, sums, part, static_cast<double>(scale), exp2_fp64);
-      if (keep) maxima[b] = max;
-    }
-
+    Shifts shift;
+    RowPass pass;
+    bool done = keep ? pass_over<T, kOwn, true>(z, t, p.classes, scale_real, scale_hard_real, ex,
+                                                ey, eh, shift, pass)
+                     : pass_over<T, kOwn, false>(z, t, p.classes, scale_real, scale_hard_real, ex,
+                                                 ey, eh, shift, pass);
     double factor = p.denominator != 0 ? weight / p.denominator * p.gradient_scale : 0.0;
-    math::RowResult<double> result = math::finish_row<Policy, double>(
-        kHard, sums, 1.0 / static_cast<double>(p.classes), p.temperature, p.alpha,
-        p.label_smoothing, label_z - max.s, factor);
-    row_loss[row] = weight * result.loss;
-    if (result.divergence < math::kNearRow) {
+    math::RowResult<double> result = {};
+    if (done) {
+      math::RowSums<double> sums = {};
+      sums.sum_s = pass.sum_s;
+      sums.sum_t = pass.sum_t;
+      sums.term = pass.term;
+      sums.sum_hard = pass.sum_hard;
+      const double zero = shift.hard / scale_hard;  // the logit that cross-entropy is relative to
+      if (kLabels && p.label_smoothing > 0) {
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < p.classes; ++i) sum += static_cast<double>(widen(z[i])) - zero;
+        sums.sum_z = sum;
+      }
+      double label_z = kLabels ? static_cast<double>(widen(z[label])) - zero : 0.0;
+      result = math::finish_row<Policy, double>(kHard, sums, 1.0 / static_cast<double>(p.classes),
+                                                p.temperature, p.alpha, p.label_smoothing, label_z,
+                                                factor);
+      done = pass.sum_s + pass.sum_t + pass.sum_hard < kHuge &&
+             (result.divergence < kHuge || p.alpha == 0);
+    }
+    if (!done) {
       divergence_rows_of<T>(general, row, row + 1, row_loss);
       continue;
     }
+    if (result.divergence < math::kNearRow) {
+      const Exponents<Real> by(scale_real, scale_hard_real, shift);
+      if (!keep) first_pass<T, kOwn, true>(z, t, p.classes, by, ex, ey, eh);
+      NearTerms terms = near_pass(z, t, p.classes, by, shift, scale, pass, ex, ey);
+      result.loss += p.alpha * p.temperature * p.temperature * (terms.f - result.divergence);
+      result.of_ey = p.alpha * p.temperature * factor;  // of a, which has the place of ey
+      result.of_ex -= result.of_ey * (1 + terms.a) / pass.sum_s;
+    }
+    row_loss[row] = weight * result.loss;
     if (!keep) continue;
-
-    for (int64_t b = 0; b < blocks; ++b) {
-      int n = static_cast<int>(p.classes - b * kBlock < kBlock ? p.classes - b * kBlock : kBlock);
-      int padded = (n + kPad - 1) / kPad * kPad;
-      double grown_s = static_cast<double>(maxima[b].s) - max.s,
-             grown_t = static_cast<double>(maxima[b].t) - max.t;
-      Real of_ex = static_cast<Real>(result.of_ex * exp2_fp64(grown_s * scale));
-      Real of_ey = static_cast<Real>(result.of_ey * exp2_fp64(grown_t * scale));
-      Real uniform = static_cast<Real>(result.uniform);
-      const Real *ex = kept + kKept * kBlock * b, *ey = ex + kBlock;
-      bool direct = sizeof(T) == sizeof(Real) && n == padded;
-      Real* g = direct ? reinterpret_cast<Real*>(g_row + b * kBlock) : g_block;
-      if constexpr (kHard == math::CrossEntropy::kOwn) {
-        Real of_hard = static_cast<Real>(result.of_hard * exp2_fp64(grown_s * math::kLog2E));
-        const Real* eh = ex + 2 * kBlock;
-#pragma omp simd
-        for (int i = 0; i < padded; ++i) {
-          g[i] =
-              math::fma(of_ex, ex[i], math::fma(of_ey, ey[i], math::fma(of_hard, eh[i], -uniform)));
-        }
-      } else {
-#pragma omp simd
-        for (int i = 0; i < padded; ++i) {
-          g[i] = math::fma(of_ex, ex[i], math::fma(of_ey, ey[i], -uniform));
-        }
-      }
-      int64_t at = label - b * kBlock;
-      if (kHard != math::CrossEntropy::kNone && at >= 0 && at < n) {
-        g[at] -= static_cast<Real>(result.at_label);
-      }
-      if (!direct) {
-        T* out = g_row + b * kBlock;
-        for (int i = 0; i < n; ++i) narrow(g[i], out[i]);
-      }
+    second_pass<T, kOwn>(result, ex, ey, eh, p.classes, gradient);
+    if (kLabels) {
+      double g = result.of_ex * ex[label] + result.of_ey * ey[label] - result.uniform;
+      if (kOwn) g += result.of_hard * eh[label];
+      narrow(static_cast<Real>(g - result.at_label), gradient[label]);
     }
   }
 }
 
 // Short rows, kLanes of them side by side: a vector holds one class of each, so that what is done once a row
-// costs a kLanes-th, and no vector is part empty.
+// costs a kLanes-th, and no vector is part empty. Their terms are always those that none is negative of.
 constexpr int kShortClasses = 32, kLanes = 16;
 
-template <class T, class Policy, math::CrossEntropy kHard>
+template <class T, math::CrossEntropy kHard>
 void short_rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
   using Real = typename Compute<T>::type;
   constexpr bool kOwn = kHard == math::CrossEntropy::kOwn,
                  kLabels = kHard != math::CrossEntropy::kNone;
   const int classes = static_cast<int>(p.classes);
   const Real scale = static_cast<Real>(math::kLog2E / p.temperature);
+  const Real of_divergence = static_cast<Real>(p.alpha * p.temperature * p.temperature),
+             of_soft = static_cast<Real>(p.alpha * p.temperature),
+             of_label = static_cast<Real>((1 - p.alpha) * (1 - p.label_smoothing)),
+             of_classes = static_cast<Real>((1 - p.alpha) * p.label_smoothing / p.classes);
+  const bool smooth = kLabels && p.label_smoothing > 0;
   const DivergenceParams general = forward_kl(p);
-  alignas(64) Real z[kShortClasses][kLanes], t[kShortClasses][kLanes];
-  alignas(64) Real max_s[kLanes], max_t[kLanes], sum_s[kLanes], sum_t[kLanes], term[kLanes],
-      sum_hard[kLanes], sum_z[kLanes];
-  alignas(64) Real of_ex[kLanes], of_ey[kLanes], of_hard[kLanes], uniform[kLanes], at_label[kLanes];
+  using Lanes = Real[kLanes];
+  // Exponents, exponentials and, in the place of p's, a = q - p.
+  alignas(64) Lanes x[kShortClasses], y[kShortClasses], q[kShortClasses], a[kShortClasses],
+      hard[kOwn ? kShortClasses : 1];
 
   for (int64_t first = begin; first < end; first += kLanes) {
     const int n = static_cast<int>(end - first < kLanes ? end - first : kLanes);
-    double weight[kLanes];
-    int64_t label[kLanes];
-    bool kept[kLanes], one_pass[kLanes];
+    alignas(64) Lanes weight, max_s, max_t, sum_s = {}, sum_t = {}, sum_hard = {}, sum_z = {};
+    int label[kLanes];
+    bool kept[kLanes];
     for (int r = 0; r < kLanes; ++r) {
       const int64_t row = first + r;
-      weight[r] = r < n && p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : 1.0;
-      label[r] = r < n && p.labels != nullptr ? p.labels[row] : 0;
-      kept[r] = r < n && weight[r] != 0 && (p.labels == nullptr || label[r] != p.ignore_index);
+      weight[r] = r < n && p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : Real(1);
+      kept[r] = r < n && weight[r] != 0 && (p.labels == nullptr || p.labels[row] != p.ignore_index);
+      label[r] = kept[r] && p.labels != nullptr ? static_cast<int>(p.labels[row]) : 0;
       const T* z_row = static_cast<const T*>(p.student) + row * p.student_stride;
       const T* t_row = static_cast<const T*>(p.teacher) + row * p.teacher_stride;
       for (int c = 0; c < classes; ++c) {
-        z[c][r] = kept[r] ? widen(z_row[c]) : Real(0);
-        t[c][r] = kept[r] ? widen(t_row[c]) : Real(0);
+        x[c][r] = kept[r] ? widen(z_row[c]) : Real(0);
+        y[c][r] = kept[r] ? widen(t_row[c]) : Real(0);
       }
     }
 
     for (int r = 0; r < kLanes; ++r) {
       max_s[r] = max_t[r] = -std::numeric_limits<Real>::max();
-      sum_s[r] = sum_t[r] = term[r] = sum_hard[r] = sum_z[r] = 0;
     }
     for (int c = 0; c < classes; ++c) {
       for (int r = 0; r < kLanes; ++r) {
-        max_s[r] = z[c][r] > max_s[r] ? z[c][r] : max_s[r];
-        max_t[r] = t[c][r] > max_t[r] ? t[c][r] : max_t[r];
+        max_s[r] = x[c][r] > max_s[r] ? x[c][r] : max_s[r];
+        max_t[r] = y[c][r] > max_t[r] ? y[c][r] : max_t[r];
       }
     }
-    double label_z[kLanes];
-    for (int r = 0; r < kLanes; ++r) {
-      label_z[r] = kLabels && kept[r] ? static_cast<double>(z[label[r]][r]) - max_s[r] : 0.0;
-    }
-    // Exponentials take the place of the logits they are of.
-    alignas(64) Real hard[kOwn ? kShortClasses : 1][kLanes];
+    alignas(64) Lanes label_z = {};
+    for (int r = 0; r < n; ++r) label_z[r] = kLabels ? x[label[r]][r] - max_s[r] : Real(0);
     for (int c = 0; c < classes; ++c) {
 #pragma omp simd
       for (int r = 0; r < kLanes; ++r) {
-        Real shifted = z[c][r] - max_s[r];
-        Real x = shifted * scale, y = (t[c][r] - max_t[r]) * scale;
-        Real a = math::exp2_nonpositive(x), b = math::exp2_nonpositive(y);
-        z[c][r] = a;
-        t[c][r] = b;
-        sum_s[r] += a;
-        sum_t[r] += b;
-        term[r] += Policy::term(x, y, a, b);
+        Real shifted = x[c][r] - max_s[r];
+        x[c][r] = shifted * scale;
+        y[c][r] = (y[c][r] - max_t[r]) * scale;
+        q[c][r] = math::exp2_nonpositive(x[c][r]);
+        a[c][r] = math::exp2_nonpositive(y[c][r]);
+        sum_s[r] += q[c][r];
+        sum_t[r] += a[c][r];
         sum_z[r] += shifted;
         if constexpr (kOwn) {
-          Real h = math::exp2_nonpositive(shifted * static_cast<Real>(math::kLog2E));
-          hard[c][r] = h;
-          sum_hard[r] += h;
+          hard[c][r] = math::exp2_nonpositive(shifted * static_cast<Real>(math::kLog2E));
+          sum_hard[r] += hard[c][r];
         }
       }
     }
 
-    for (int r = 0; r < n; ++r) {
-      of_ex[r] = of_ey[r] = of_hard[r] = uniform[r] = 0;
-      one_pass[r] = true;
-      row_loss[first + r] = 0;
-      if (!kept[r]) continue;
-      math::RowSums<double> sums = {max_s[r], max_t[r],    sum_s[r], sum_t[r],
-                                    term[r],  sum_hard[r], sum_z[r], static_cast<double>(classes)};
-      double factor = p.denominator != 0 ? weight[r] / p.denominator * p.gradient_scale : 0.0;
-      math::RowResult<double> result =
-          math::finish_row<Policy, double>(kHard, sums, 1.0 / classes, p.temperature, p.alpha,
-                                           p.label_smoothing, label_z[r], factor);
-      row_loss[first + r] = weight[r] * result.loss;
-      one_pass[r] = !(result.divergence < math::kNearRow);
-      of_ex[r] = static_cast<Real>(result.of_ex);
-      of_ey[r] = static_cast<Real>(result.of_ey);
-      of_hard[r] = static_cast<Real>(result.of_hard);
-      uniform[r] = static_cast<Real>(result.uniform);
-      at_label[r] = static_cast<Real>(result.at_label);
+    // d = log p - log q = (y - x) ln 2 + above
+    alignas(64) Lanes inv_s, inv_t, above, loss = {}, sum_a = {}, log_hard = {};
+#pragma omp simd
+    for (int r = 0; r < kLanes; ++r) {
+      inv_s[r] = math::inverse(sum_s[r]);
+      inv_t[r] = math::inverse(sum_t[r]);
+      above[r] = math::log_normal(sum_s[r] * inv_t[r]);
+      if constexpr (kLabels) log_hard[r] = math::log_normal(kOwn ? sum_hard[r] : sum_s[r]);
+    }
+    for (int c = 0; c < classes; ++c) {
+#pragma omp simd
+      for (int r = 0; r < kLanes; ++r) {
+        Real d = math::fma(y[c][r] - x[c][r], static_cast<Real>(math::kLn2), above[r]);
+        q[c][r] *= inv_s[r];
+        Real p_class = a[c][r] * inv_t[r];
+        loss[r] += math::excess(p_class, q[c][r], d);
+        a[c][r] = math::difference(q[c][r], p_class, -d);
+        sum_a[r] += a[c][r];
+      }
+    }
+    alignas(64) Lanes of_a, of_q, of_hard, uniform, at_label;
+    const Real unit =
+        p.denominator != 0 ? static_cast<Real>(p.gradient_scale / p.denominator) : Real(0);
+#pragma omp simd
+    for (int r = 0; r < kLanes; ++r) {
+      const Real factor = weight[r] * unit;
+      loss[r] *= of_divergence;
+      of_a[r] = of_soft * factor;
+      of_q[r] = -of_a[r] * sum_a[r];
+      of_hard[r] = uniform[r] = at_label[r] = 0;
+      if constexpr (kLabels) {
+        const Real of_both = of_label + of_classes * static_cast<Real>(classes);
+        loss[r] += of_both * log_hard[r] - of_label * label_z[r] -
+                   (smooth ? of_classes * sum_z[r] : Real(0));
+        uniform[r] = of_classes * factor;
+        at_label[r] = of_label * factor;
+        if constexpr (kOwn) {
+          of_hard[r] = of_both * factor * math::inverse(sum_hard[r]);
+        } else {
+          of_q[r] += of_both * factor;
+        }
+      }
     }
     if (p.gradient != nullptr) {
       for (int c = 0; c < classes; ++c) {
 #pragma omp simd
         for (int r = 0; r < kLanes; ++r) {
-          Real g = -uniform[r];
+          Real g = math::fma(of_q[r], q[c][r], -uniform[r]);
           if constexpr (kOwn) g = math::fma(of_hard[r], hard[c][r], g);
-          z[c][r] = math::fma(of_ex[r], z[c][r], math::fma(of_ey[r], t[c][r], g));
+          x[c][r] = math::fma(of_a[r], a[c][r], g);
         }
       }
     }
     for (int r = 0; r < n; ++r) {
-      if (!one_pass[r]) {
+      row_loss[first + r] =
+          kept[r] ? static_cast<double>(weight[r]) * static_cast<double>(loss[r]) : 0.0;
+      const bool sound = loss[r] - loss[r] == 0 && sum_s[r] > 0 && sum_t[r] > 0;
+      if (kept[r] && !sound) {
         divergence_rows_of<T>(general, first + r, first + r + 1, row_loss);
       } else if (p.gradient != nullptr) {
         T* g_row = static_cast<T*>(p.gradient) + (first + r) * p.gradient_stride;
-        if (kLabels && kept[r]) z[label[r]][r] -= at_label[r];
-        for (int c = 0; c < classes; ++c) narrow(kept[r] ? z[c][r] : Real(0), g_row[c]);
+        if (kLabels && kept[r]) x[label[r]][r] -= at_label[r];
+        for (int c = 0; c < classes; ++c) narrow(kept[r] ? x[c][r] : Real(0), g_row[c]);
       }
     }
   }
@@ -318,7 +472,7 @@ void short_rows(const DistillationParams& p, int64_t begin, int64_t end, double*
 template <class T, math::CrossEntropy kHard>
 void rows_with(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
   using Policy = math::OnePassKL;
-  return p.classes <= kShortClasses ? short_rows<T, Policy, kHard>(p, begin, end, row_loss)
+  return p.classes <= kShortClasses ? short_rows<T, kHard>(p, begin, end, row_loss)
                                     : rows<T, Policy, kHard>(p, begin, end, row_loss);
 }
 

@@ -67,11 +67,6 @@ struct OnePassKL {
   }
 };
 
-template <class Acc>
-KD_FN Acc larger(Acc a, Acc b) {
-  return a > b ? a : b;
-}
-
 // The sums of a part relative to other maxima, each at least the part's own. exp2_fn: 2^x for x <= 0.
 template <class Policy, class Acc, class Exp2>
 KD_FN RowSums<Acc> rebase(CrossEntropy hard, const RowSums<Acc>& part, Acc max_s, Acc max_t,

@@ -81,15 +81,23 @@ KD_FN double neg_log(double x, double sum, bool small) {
 // Below this a series is the more accurate.
 constexpr double kSmall = 0.25;
 
-template <class Real>
-KD_FN Real magnitude(Real x) {
-  return x < Real(0) ? -x : x;
+// A number's own type, or that of a vector's lanes (cpu/vector.h).
+template <class F>
+struct Scalar {
+  using type = F;
+};
+template <class F>
+using RealOf = typename Scalar<F>::type;
+
+template <class F>
+KD_FN F magnitude(F x) {
+  return select(x < F(0), -x, x);
 }
 
-// sum over k >= 0 of x^k / (k + first)!, |x| < kSmall, to the precision of Real.
-template <int kFirst, class Real>
-KD_FN Real exp_tail(Real x) {
-  constexpr int kTerms = sizeof(Real) == 4 ? 6 : 11;
+// sum over k >= 0 of x^k / (k + first)!, |x| < kSmall, to the precision of F.
+template <int kFirst, class F>
+KD_FN F exp_tail(F x) {
+  constexpr int kTerms = sizeof(RealOf<F>) == 4 ? 6 : 11;
   constexpr double kInverse[] = {1.0,
                                  1.0,
                                  1.0 / 2,
@@ -104,27 +112,29 @@ KD_FN Real exp_tail(Real x) {
                                  1.0 / 39916800,
                                  1.0 / 479001600,
                                  1.0 / 6227020800.0};
-  Real y = static_cast<Real>(kInverse[kTerms + kFirst - 1]);
+  F y(static_cast<RealOf<F>>(kInverse[kTerms + kFirst - 1]));
   KD_UNROLL
-  for (int k = kTerms - 2; k >= 0; --k) y = fma(y, x, static_cast<Real>(kInverse[k + kFirst]));
+  for (int k = kTerms - 2; k >= 0; --k) {
+    y = fma(y, x, F(static_cast<RealOf<F>>(kInverse[k + kFirst])));
+  }
   return y;
 }
 
 // a (e - 1) + b where b = a exp(-e): never negative; b where a is 0.
-template <class Real>
-KD_FN Real excess(Real a, Real b, Real e) {
-  Real series = a * (e * e * exp_tail<2>(-e));
-  Real direct = fma(a, e - Real(1), b);
-  direct = direct < Real(0) ? Real(0) : direct;
-  Real y = magnitude(e) < Real(kSmall) ? series : direct;
-  return a == Real(0) ? b : y;
+template <class F>
+KD_FN F excess(F a, F b, F e) {
+  F series = a * (e * e * exp_tail<2>(-e));
+  F direct = fma(a, e - F(1), b);
+  direct = select(direct < F(0), F(0), direct);
+  F y = select(magnitude(e) < F(kSmall), series, direct);
+  return select(a == F(0), b, y);
 }
 
 // a - b where b = a exp(-e).
-template <class Real>
-KD_FN Real difference(Real a, Real b, Real e) {
-  Real series = a * (e * exp_tail<1>(-e));
-  return magnitude(e) < Real(kSmall) ? series : a - b;
+template <class F>
+KD_FN F difference(F a, F b, F e) {
+  F series = a * (e * exp_tail<1>(-e));
+  return select(magnitude(e) < F(kSmall), series, a - b);
 }
 
 // a e; 0 where a is 0.

@@ -80,6 +80,17 @@ KD_FN double fma(double a, double b, double c) {
 #endif
 }
 
+template <class Real>
+KD_FN Real select(bool condition, Real a, Real b) {
+  return condition ? a : b;
+}
+
+// b where either is NaN.
+template <class Real>
+KD_FN Real larger(Real a, Real b) {
+  return a > b ? a : b;
+}
+
 // 2^n, n in [-126, 127].
 KD_FN float exp2_int(int32_t n) { return float_from_bits((n + 127) << 23); }
 
@@ -108,22 +119,48 @@ KD_FN float exp(float x) {
   return p * exp2_int(half) * exp2_int(n - half);
 }
 
+// 2^r, |r| <= 1/2. F: float, or a vector of them.
+template <class F>
+KD_FN F exp2_reduced(F r) {
+  F p(0x1.416b50p-13f);
+  p = fma(p, r, F(0x1.5f082ep-10f));
+  p = fma(p, r, F(0x1.3b2de0p-7f));
+  p = fma(p, r, F(0x1.c6af7cp-5f));
+  p = fma(p, r, F(0x1.ebfbdcp-3f));
+  p = fma(p, r, F(0x1.62e430p-1f));
+  return fma(p, r, F(1.0f));
+}
+
+// 2^n for an integer n >= -126 that stands in the low bits of k; 0 for n = -127.
+KD_FN float power_of_low_bits(float k) {
+  uint32_t bits = (static_cast<uint32_t>(bits_from_float(k)) << 23) + 0x3F800000u;
+  return float_from_bits(static_cast<int32_t>(bits));
+}
+
 // 2^u for u <= 0: u = (z - max) log2(e) / T costs no more to make than the natural exponent, and reduces to
 // r = u - n exactly. Accurate down to -126, 0 below -126.5.
 KD_FN float exp2_polynomial(float u) {
   u = u < -127.0f ? -127.0f : u;  // the comparison lets NaN through
-  float k = u + kRoundToInt;
-  float r = u - (k - kRoundToInt);
-  float p = 0x1.416b50p-13f;
-  p = fma(p, r, 0x1.5f082ep-10f);
-  p = fma(p, r, 0x1.3b2de0p-7f);
-  p = fma(p, r, 0x1.c6af7cp-5f);
-  p = fma(p, r, 0x1.ebfbdcp-3f);
-  p = fma(p, r, 0x1.62e430p-1f);
-  p = fma(p, r, 1.0f);
-  // n stands in k's low bits; 2^-127 comes out as 0.
-  uint32_t power = (static_cast<uint32_t>(bits_from_float(k)) << 23) + 0x3F800000u;
-  return p * float_from_bits(static_cast<int32_t>(power));
+  float k = u + kRoundToInt;  // n stands in its low bits
+  return exp2_reduced(u - (k - kRoundToInt)) * power_of_low_bits(k);
+}
+
+// How exp2_shifted scales and shifts its arguments.
+template <class F>
+struct Shifted {
+  F scale, shift;  // shift: an integer of magnitude < 2^21
+  F lowest;  // whose exponent is -127
+};
+
+// 2^(scale z - shift) for an exponent of at most 127: one rounding beside the polynomial's, whatever z is. 0 where
+// the exponent is below -126.5.
+template <class F>
+KD_FN F exp2_shifted(F z, const Shifted<F>& by) {
+  z = larger(by.lowest, z);  // lets NaN through
+  F to_int = F(kRoundToInt) - by.shift;  // exact
+  F k = fma(z, by.scale, to_int);
+  F r = fma(z, by.scale, -(k - to_int));
+  return exp2_reduced(r) * power_of_low_bits(k);
 }
 
 // The softmax's exponential: exp2_polynomial, or on a GPU one special function with a relative error of
