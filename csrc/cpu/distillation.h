@@ -27,6 +27,7 @@ constexpr int kFold = 128;
 constexpr int kAheadBytes = 4096;
 
 // Rows of any divergence; see cpu/divergence.h.
+void divergence_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss);
 template <class T>
 void divergence_rows_of(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss);
 
@@ -77,21 +78,37 @@ struct Shifts {
 };
 template <class Real>
 struct Exponents {
-  math::Shifted<Vector<Real>> s, t, hard;
-  Real zero_s,
-      zero_t;  // near the logits whose exponents are 0: subtracting them first keeps differences exact
+  using V = Vector<Real>;
+  math::Shifted<V> s, t, hard;
+  // Near the logits whose exponents are 0: subtracted first, so that differences of large logits stay exact.
+  V zero_s, zero_t;
+  V scale, rest;  // y - x = ((t - zero_t) - (z - zero_s)) scale + rest
 
-  static math::Shifted<Vector<Real>> of(Real scale, double shift) {
-    using V = Vector<Real>;
+  static math::Shifted<V> of(Real scale, double shift) {
     return {V(scale), V(static_cast<Real>(shift)),
             V(static_cast<Real>((shift - 127) / static_cast<double>(scale)))};
   }
-  Exponents(Real scale, Real scale_hard, const Shifts& shift)
-      : s(of(scale, shift.s)),
-        t(of(scale, shift.t)),
+  Exponents(Real scale_soft, Real scale_hard, const Shifts& shift)
+      : s(of(scale_soft, shift.s)),
+        t(of(scale_soft, shift.t)),
         hard(of(scale_hard, shift.hard)),
-        zero_s(static_cast<Real>(shift.s / static_cast<double>(scale))),
-        zero_t(static_cast<Real>(shift.t / static_cast<double>(scale))) {}
+        scale(scale_soft) {
+    const double exact = scale_soft;
+    const Real near_s = static_cast<Real>(shift.s / exact),
+               near_t = static_cast<Real>(shift.t / exact);
+    zero_s = V(near_s);
+    zero_t = V(near_t);
+    rest = V(static_cast<Real>((near_t * exact - shift.t) - (near_s * exact - shift.s)));
+  }
+
+  // y - x. Finite also where a logit is -inf: times an exponential of 0 it adds 0, and where the exponential is
+  // not 0 it drowns the sum. `of_s`: the exponential is the student's.
+  KD_INLINE_LAMBDA V difference(V u, V v, bool of_s) const {
+    const V lowest(-std::numeric_limits<Real>::max());
+    V above_s = larger(of_s ? s.lowest : lowest, u) - zero_s,
+      above_t = larger(of_s ? lowest : t.lowest, v) - zero_t;
+    return fma(above_t - above_s, scale, rest);
+  }
 };
 
 // add(u, v, i) for the vectors u, v at every class i of a row, padded with excluded classes, and fold() after every
@@ -117,39 +134,38 @@ KD_FN void for_row(const T* z, const T* t, int64_t classes, Add add, Fold fold) 
   }
 }
 
-// What y - x is where t - zero_t and z - zero_s are equal.
-template <class Real>
-double rest_of(const Exponents<Real>& by, const Shifts& shift, double scale) {
-  return (static_cast<double>(by.zero_t) * scale - shift.t) -
-         (static_cast<double>(by.zero_s) * scale - shift.s);
-}
-
-// What the first pass over a row finds: its largest logits and its sums, term being that of ey (y - x), the exponents' difference.
+// What the first pass over a row finds: its largest logits and its sums. With exponents x and y, term is the sum of
+// ey (y - x), or for reverse KL of ex (x - y).
 struct RowPass {
   double max_s, max_t, sum_s, sum_t, sum_hard, term;
 };
 
-// Makes the row's exponentials, and keeps them if anybody asks for the gradient.
-template <class T, bool kOwn, bool kKeep, class Real>
+// Makes the row's exponentials, and keeps what the gradient is made of: ex, eh, and ey or for reverse KL
+// ex (x - y).
+template <class T, bool kReverse, bool kOwn, bool kKeep, class Real>
 KD_FN RowPass first_pass(const T* z, const T* t, int64_t classes, const Exponents<Real>& by,
                          Real* ex, Real* ey, Real* eh) {
   using V = Vector<Real>;
-  const V lowest(-std::numeric_limits<Real>::max()), zero_s(by.zero_s), zero_t(by.zero_t);
-  V max_s = lowest, max_t = lowest;
+  V max_s(-std::numeric_limits<Real>::max()), max_t = max_s;
   WideSum<Real> sum_s, sum_t, sum_hard, term;
   V part_s(Real(0)), part_t = part_s, part_hard = part_s, part_term = part_s;
   auto add = [&](V u, V v, int64_t i) KD_INLINE_LAMBDA {
     max_s = larger(u, max_s);
     max_t = larger(v, max_t);
-    // Finite, so that it adds 0 where p is 0; where p is not it drowns the sum.
-    u = larger(lowest, u);
     V a = exp2_shifted(u, by.s), b = exp2_shifted(v, by.t);
     part_s = part_s + a;
     part_t = part_t + b;
-    part_term = fma(b, (larger(by.t.lowest, v) - zero_t) - (u - zero_s), part_term);
+    V y_less_x = by.difference(u, v, kReverse);
+    V kept = b;
+    if constexpr (kReverse) {
+      kept = -(a * y_less_x);
+      part_term = part_term + kept;
+    } else {
+      part_term = fma(b, y_less_x, part_term);
+    }
     if constexpr (kKeep) {
       store(a, ex + i);
-      store(b, ey + i);
+      store(kept, ey + i);
     }
     if constexpr (kOwn) {
       V h = exp2_shifted(u, by.hard);
@@ -174,7 +190,7 @@ KD_FN RowPass first_pass(const T* z, const T* t, int64_t classes, const Exponent
 
 // The first pass, from a guess of the shifts and, where the largest logits turn out to be far from it, once more.
 // False where the row has no such logits or they are too large.
-template <class T, bool kOwn, bool kKeep, class Real>
+template <class T, bool kReverse, bool kOwn, bool kKeep, class Real>
 bool pass_over(const T* z, const T* t, int64_t classes, Real scale, Real scale_hard, Real* ex,
                Real* ey, Real* eh, Shifts& shift, RowPass& pass) {
   double max_s = guess(z, classes), max_t = guess(t, classes);
@@ -186,8 +202,7 @@ bool pass_over(const T* z, const T* t, int64_t classes, Real scale, Real scale_h
       return false;
     }
     const Exponents<Real> by(scale, scale_hard, shift);
-    pass = first_pass<T, kOwn, kKeep>(z, t, classes, by, ex, ey, eh);
-    pass.term = pass.term * scale + pass.sum_t * rest_of(by, shift, scale);
+    pass = first_pass<T, kReverse, kOwn, kKeep>(z, t, classes, by, ex, ey, eh);
     max_s = pass.max_s;
     max_t = pass.max_t;
     if (near(max_s * scale - shift.s, kFar) && near(max_t * scale - shift.t, kFar) &&
@@ -198,36 +213,32 @@ bool pass_over(const T* z, const T* t, int64_t classes, Real scale, Real scale_h
   return false;
 }
 
-// For a row whose p and q are close: the sum of its terms, none of which is negative, and a = q - p in the place
-// of ey, with its sum.
+// For a row whose p and q are close: the sum of its terms, none of which is negative, and their a (of
+// math::ClassShare) in the place of ey, with its sum.
 struct NearTerms {
   double f, a;
 };
-template <class T, class Real>
+template <class T, class Policy, class Real>
 KD_FN NearTerms near_pass(const T* z, const T* t, int64_t classes, const Exponents<Real>& by,
-                          const Shifts& shift, double scale, const RowPass& pass, const Real* ex,
-                          Real* ey) {
+                          const RowPass& pass, const Real* ex, Real* ey) {
   using V = Vector<Real>;
   const V inv_s(static_cast<Real>(1 / pass.sum_s)), inv_t(static_cast<Real>(1 / pass.sum_t)),
-      lowest(-std::numeric_limits<Real>::max()), zero_s(by.zero_s), zero_t(by.zero_t);
-  // d = log p - log q
-  const V nats(static_cast<Real>(scale * math::kLn2)),
-      rest(static_cast<Real>(rest_of(by, shift, scale) * math::kLn2 +
-                             math::log_acc(pass.sum_s / pass.sum_t)));
+      nats(static_cast<Real>(math::kLn2)),
+      rest(static_cast<Real>(math::log_acc(pass.sum_s / pass.sum_t))), none(Real(0));
   WideSum<Real> sum_f, sum_a;
-  V part_f(Real(0)), part_a = part_f;
+  V part_f = none, part_a = none;
   auto add = [&](V u, V v, int64_t i) KD_INLINE_LAMBDA {
-    V d = fma((larger(by.t.lowest, v) - zero_t) - (larger(lowest, u) - zero_s), nats, rest);
-    V q = load(ex + i) * inv_s, p = load(ey + i) * inv_t;
-    V a = math::difference(q, p, -d);
-    part_f = part_f + math::excess(p, q, d);
-    part_a = part_a + a;
-    store(a, ey + i);
+    V d = fma(by.difference(u, v, false), nats, rest);  // log p - log q
+    V q = load(ex + i) * inv_s, p = exp2_shifted(v, by.t) * inv_t;
+    math::ClassShare<V> share = Policy::Terms::share(math::Element<V>{p, q, d, d, d}, none, none);
+    part_f = part_f + share.f;
+    part_a = part_a + share.a;
+    store(share.a, ey + i);
   };
   for_row(z, t, classes, add, [&]() KD_INLINE_LAMBDA {
     sum_f.add(part_f);
     sum_a.add(part_a);
-    part_f = part_a = V(Real(0));
+    part_f = part_a = none;
   });
   return {sum_f.total(), sum_a.total()};
 }
@@ -252,7 +263,7 @@ KD_FN void second_pass(const math::RowResult<double>& result, const Real* ex, co
 }
 
 template <class T, class Policy, math::CrossEntropy kHard>
-void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
+void rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
   using Real = typename Compute<T>::type;
   static thread_local RowBuffer buffer;
   constexpr bool kOwn = kHard == math::CrossEntropy::kOwn,
@@ -266,8 +277,7 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
   // The same rounded factors for elements and for sums.
   const Real scale_real = static_cast<Real>(math::kLog2E / p.temperature),
              scale_hard_real = static_cast<Real>(kOwn ? math::kLog2E : scale_real);
-  const double scale = scale_real, scale_hard = scale_hard_real;
-  const DivergenceParams general = forward_kl(p);
+  const double scale_hard = scale_hard_real;
 
   for (int64_t row = begin; row < end; ++row) {
     const T* z = static_cast<const T*>(p.student) + row * p.student_stride;
@@ -283,14 +293,14 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
 
     Shifts shift;
     RowPass pass;
-    bool done = keep ? pass_over<T, kOwn, true>(z, t, p.classes, scale_real, scale_hard_real, ex,
-                                                ey, eh, shift, pass)
-                     : pass_over<T, kOwn, false>(z, t, p.classes, scale_real, scale_hard_real, ex,
-                                                 ey, eh, shift, pass);
+    bool done = keep ? pass_over<T, Policy::kReverse, kOwn, true>(
+                           z, t, p.classes, scale_real, scale_hard_real, ex, ey, eh, shift, pass)
+                     : pass_over<T, Policy::kReverse, kOwn, false>(
+                           z, t, p.classes, scale_real, scale_hard_real, ex, ey, eh, shift, pass);
     double factor = p.denominator != 0 ? weight / p.denominator * p.gradient_scale : 0.0;
     math::RowResult<double> result = {};
+    math::RowSums<double> sums = {};
     if (done) {
-      math::RowSums<double> sums = {};
       sums.sum_s = pass.sum_s;
       sums.sum_t = pass.sum_t;
       sums.term = pass.term;
@@ -310,16 +320,19 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
              (result.divergence < kHuge || p.alpha == 0);
     }
     if (!done) {
-      divergence_rows_of<T>(general, row, row + 1, row_loss);
+      divergence_rows_of<T>(p, row, row + 1, row_loss);
       continue;
     }
     if (result.divergence < math::kNearRow) {
       const Exponents<Real> by(scale_real, scale_hard_real, shift);
-      if (!keep) first_pass<T, kOwn, true>(z, t, p.classes, by, ex, ey, eh);
-      NearTerms terms = near_pass(z, t, p.classes, by, shift, scale, pass, ex, ey);
+      if (!keep) first_pass<T, Policy::kReverse, kOwn, true>(z, t, p.classes, by, ex, ey, eh);
+      NearTerms terms = near_pass<T, Policy>(z, t, p.classes, by, pass, ex, ey);
       result.loss += p.alpha * p.temperature * p.temperature * (terms.f - result.divergence);
-      result.of_ey = p.alpha * p.temperature * factor;  // of a, which has the place of ey
-      result.of_ex -= result.of_ey * (1 + terms.a) / pass.sum_s;
+      // The gradient is a - q sum a, with a in the place of ey.
+      double of_ex, of_ey;
+      Policy::gradient(sums, 1 / pass.sum_s, 1 / pass.sum_t, p.temperature, of_ex, of_ey);
+      result.of_ey = p.alpha * p.temperature * factor;
+      result.of_ex -= p.alpha * factor * (of_ex + p.temperature * terms.a / pass.sum_s);
     }
     row_loss[row] = weight * result.loss;
     if (!keep) continue;
@@ -336,8 +349,8 @@ void rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_l
 // costs a kLanes-th, and no vector is part empty. Their terms are always those that none is negative of.
 constexpr int kShortClasses = 32, kLanes = 16;
 
-template <class T, math::CrossEntropy kHard>
-void short_rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
+template <class T, class Terms, math::CrossEntropy kHard>
+void short_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
   using Real = typename Compute<T>::type;
   constexpr bool kOwn = kHard == math::CrossEntropy::kOwn,
                  kLabels = kHard != math::CrossEntropy::kNone;
@@ -348,9 +361,9 @@ void short_rows(const DistillationParams& p, int64_t begin, int64_t end, double*
              of_label = static_cast<Real>((1 - p.alpha) * (1 - p.label_smoothing)),
              of_classes = static_cast<Real>((1 - p.alpha) * p.label_smoothing / p.classes);
   const bool smooth = kLabels && p.label_smoothing > 0;
-  const DivergenceParams general = forward_kl(p);
+  const Real beta = static_cast<Real>(p.beta);
   using Lanes = Real[kLanes];
-  // Exponents, exponentials and, in the place of p's, a = q - p.
+  // Exponents, exponentials and, in the place of p's, a of math::ClassShare.
   alignas(64) Lanes x[kShortClasses], y[kShortClasses], q[kShortClasses], a[kShortClasses],
       hard[kOwn ? kShortClasses : 1];
 
@@ -416,8 +429,10 @@ void short_rows(const DistillationParams& p, int64_t begin, int64_t end, double*
         Real d = math::fma(y[c][r] - x[c][r], static_cast<Real>(math::kLn2), above[r]);
         q[c][r] *= inv_s[r];
         Real p_class = a[c][r] * inv_t[r];
-        loss[r] += math::excess(p_class, q[c][r], d);
-        a[c][r] = math::difference(q[c][r], p_class, -d);
+        math::Element<Real> element = {p_class, q[c][r], d, d, d};
+        math::ClassShare<Real> share = Terms::share(element, beta, Real(0));
+        loss[r] += share.f;
+        a[c][r] = share.a;
         sum_a[r] += a[c][r];
       }
     }
@@ -459,7 +474,7 @@ void short_rows(const DistillationParams& p, int64_t begin, int64_t end, double*
           kept[r] ? static_cast<double>(weight[r]) * static_cast<double>(loss[r]) : 0.0;
       const bool sound = loss[r] - loss[r] == 0 && sum_s[r] > 0 && sum_t[r] > 0;
       if (kept[r] && !sound) {
-        divergence_rows_of<T>(general, first + r, first + r + 1, row_loss);
+        divergence_rows_of<T>(p, first + r, first + r + 1, row_loss);
       } else if (p.gradient != nullptr) {
         T* g_row = static_cast<T*>(p.gradient) + (first + r) * p.gradient_stride;
         if (kLabels && kept[r]) x[label[r]][r] -= at_label[r];
@@ -469,32 +484,45 @@ void short_rows(const DistillationParams& p, int64_t begin, int64_t end, double*
   }
 }
 
+// The rows of a call whose loss needs nothing but two matrices of logits. False if it needs more.
 template <class T, math::CrossEntropy kHard>
-void rows_with(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
-  using Policy = math::OnePassKL;
-  return p.classes <= kShortClasses ? short_rows<T, kHard>(p, begin, end, row_loss)
-                                    : rows<T, Policy, kHard>(p, begin, end, row_loss);
+bool plain_rows_with(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
+  using math::Divergence;
+  const bool is_short = p.classes <= kShortClasses;
+  if (p.divergence == Divergence::kForwardKL && is_short) {
+    short_rows<T, math::ForwardKL, kHard>(p, begin, end, row_loss);
+  } else if (p.divergence == Divergence::kForwardKL) {
+    rows<T, math::OnePassKL, kHard>(p, begin, end, row_loss);
+  } else if (p.divergence == Divergence::kReverseKL && is_short) {
+    short_rows<T, math::ReverseKL, kHard>(p, begin, end, row_loss);
+  } else if (p.divergence == Divergence::kReverseKL) {
+    rows<T, math::OnePassReverseKL, kHard>(p, begin, end, row_loss);
+  } else if (p.divergence == Divergence::kJS && is_short) {
+    short_rows<T, math::JS, kHard>(p, begin, end, row_loss);
+  } else {
+    return false;
+  }
+  return true;
 }
 
 template <class T>
-void rows_of(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
+bool plain_rows_of(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
   using math::CrossEntropy;
-  if (p.labels == nullptr || p.alpha == 1) {
-    rows_with<T, CrossEntropy::kNone>(p, begin, end, row_loss);
-  } else if (p.temperature == 1) {
-    rows_with<T, CrossEntropy::kShared>(p, begin, end, row_loss);
-  } else {
-    rows_with<T, CrossEntropy::kOwn>(p, begin, end, row_loss);
+  if (p.teachers != 1 || p.tail != Tail::kNone || p.probs || p.standardize || p.logit_scale != 1 ||
+      p.soft_cap != 0 || p.teacher_logit_scale != 1 || p.teacher_soft_cap != 0 ||
+      p.teacher_gradient != nullptr || p.statistics != nullptr || p.state != nullptr) {
+    return false;
   }
+  if (p.labels == nullptr || p.alpha == 1) {
+    return plain_rows_with<T, CrossEntropy::kNone>(p, begin, end, row_loss);
+  } else if (p.temperature == 1) {
+    return plain_rows_with<T, CrossEntropy::kShared>(p, begin, end, row_loss);
+  }
+  return plain_rows_with<T, CrossEntropy::kOwn>(p, begin, end, row_loss);
 }
 
 void distillation_rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
-  switch (p.dtype) {
-    case Dtype::kFloat32: return rows_of<float>(p, begin, end, row_loss);
-    case Dtype::kFloat64: return rows_of<double>(p, begin, end, row_loss);
-    case Dtype::kBFloat16: return rows_of<BFloat16>(p, begin, end, row_loss);
-    case Dtype::kFloat16: return rows_of<Float16>(p, begin, end, row_loss);
-  }
+  divergence_rows(forward_kl(p), begin, end, row_loss);
 }
 
 }  // namespace

@@ -571,11 +571,15 @@ void divergence_rows_of(const DivergenceParams& p, int64_t begin, int64_t end, d
 }
 
 void divergence_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
+  auto run = [&](auto element) {
+    using T = decltype(element);
+    if (!plain_rows_of<T>(p, begin, end, row_loss)) divergence_rows_of<T>(p, begin, end, row_loss);
+  };
   switch (p.dtype) {
-    case Dtype::kFloat32: return divergence_rows_of<float>(p, begin, end, row_loss);
-    case Dtype::kFloat64: return divergence_rows_of<double>(p, begin, end, row_loss);
-    case Dtype::kBFloat16: return divergence_rows_of<BFloat16>(p, begin, end, row_loss);
-    case Dtype::kFloat16: return divergence_rows_of<Float16>(p, begin, end, row_loss);
+    case Dtype::kFloat32: return run(float{});
+    case Dtype::kFloat64: return run(double{});
+    case Dtype::kBFloat16: return run(BFloat16{});
+    case Dtype::kFloat16: return run(Float16{});
   }
 }
 

@@ -38,6 +38,8 @@ struct RowSums {
 
 // KL(p_t || p_s) = sum p_t (log p_t - log p_s).
 struct OnePassKL {
+  static constexpr bool kReverse = false;
+  using Terms = ForwardKL;
   // p_t = 0 contributes 0 whatever the student says; NaN stays NaN.
   template <class Real>
   KD_FN Real term(Real x, Real y, Real, Real ey) {
@@ -64,6 +66,23 @@ struct OnePassKL {
                       Acc& of_ey) {
     of_ex = temperature * inv_s;
     of_ey = -temperature * inv_t;
+  }
+};
+
+// KL(p_s || p_t), of sums whose term is that of ex (x - y); the gradient's second coefficient is of ex (x - y).
+struct OnePassReverseKL {
+  static constexpr bool kReverse = true;
+  using Terms = ReverseKL;
+  template <class Acc>
+  KD_FN Acc divergence(const RowSums<Acc>& sums, Acc inv_s, Acc) {
+    return sums.term * (inv_s * Acc(kLn2)) + log_acc(sums.sum_t * inv_s);
+  }
+  // T^2 dD/dz = T p_s (log p_s - log p_t - D)
+  template <class Acc>
+  KD_FN void gradient(const RowSums<Acc>& sums, Acc inv_s, Acc, Acc temperature, Acc& of_ex,
+                      Acc& of_difference) {
+    of_difference = temperature * inv_s * Acc(kLn2);
+    of_ex = -of_difference * sums.term * inv_s;
   }
 };
 

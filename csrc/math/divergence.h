@@ -138,9 +138,9 @@ KD_FN F difference(F a, F b, F e) {
 }
 
 // a e; 0 where a is 0.
-template <class Real>
-KD_FN Real times(Real a, Real e) {
-  return a == Real(0) ? Real(0) : a * e;
+template <class F>
+KD_FN F times(F a, F e) {
+  return select(a == F(0), F(0), a * e);
 }
 
 // log(p / m) and log(q / m) of the mixture m = of_p p + of_q q, from d = log p - log q; of_p + of_q = 1.
@@ -200,15 +200,15 @@ struct Element {
 };
 
 struct ForwardKL {
-  template <class Real>
-  KD_FN ClassShare<Real> share(const Element<Real>& x, Real, Real) {
+  template <class F>
+  KD_FN ClassShare<F> share(const Element<F>& x, F, F) {
     return {excess(x.p, x.q, x.d), difference(x.q, x.p, -x.d), times(x.p, x.d)};
   }
 };
 
 struct ReverseKL {
-  template <class Real>
-  KD_FN ClassShare<Real> share(const Element<Real>& x, Real, Real) {
+  template <class F>
+  KD_FN ClassShare<F> share(const Element<F>& x, F, F) {
     return {excess(x.q, x.p, -x.d), times(x.q, -x.d), difference(x.p, x.q, x.d)};
   }
 };
