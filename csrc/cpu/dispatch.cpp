@@ -1,4 +1,6 @@
 // Which ISA level runs, and how its kernels' ranges are shared among threads.
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -83,11 +85,26 @@ void set_isa(const std::string& name) {
   current.store(find(name, "isa"), std::memory_order_release);
 }
 
-// Work below which a second thread costs more than it brings: waking one takes some 5 microseconds, in
-// which one thread does about this many exponentials or normals.
-constexpr int64_t kElementsPerThread = 16384;
+thread_local bool forked = false;
 
 namespace {
+[[maybe_unused]] const int watching =
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });  // in the child
+}  // namespace
+
+// Exponentials or normals that another thread must find to do: 4 to 6 microseconds of work. To start a team takes 2
+// where the others still spin, as they do for milliseconds after any loop of PyTorch's, and 20 where they sleep: two
+// threads are the faster from 10,000 elements in all or from 50,000 to 90,000.
+constexpr int64_t kElementsPerThread = 12288;
+// What a thread takes at a time, at least: so much that the calls for it do not count.
+constexpr int64_t kElementsPerPiece = 8192;
+
+namespace {
+
+// How many threads so much work is worth.
+int worth(int64_t elements, int threads) {
+  return static_cast<int>(std::min<int64_t>(threads, elements / kElementsPerThread));
+}
 
 void store(Dtype dtype, void* out, int64_t i, double value) {
   if (dtype == Dtype::kFloat64) {
@@ -101,12 +118,13 @@ void store(Dtype dtype, void* out, int64_t i, double value) {
 template <class Params>
 void losses(const Params& p, int threads,
             void (*rows)(const Params&, int64_t begin, int64_t end, double* row_loss)) {
-  constexpr int64_t kOnStack = 256;
+  constexpr int64_t kOnStack = 256, kShortRows = 16;  // kernels take short rows so many at a time
   double on_stack[kOnStack];
   std::vector<double> on_heap(p.rows > kOnStack ? static_cast<size_t>(p.rows) : 0);
   double* row_loss = p.rows > kOnStack ? on_heap.data() : on_stack;
-  int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(p.classes, 1));
-  parallel_for(p.rows, grain, threads,
+  int64_t piece = std::max<int64_t>(1, kElementsPerPiece / std::max<int64_t>(p.classes, 1));
+  if (piece > kShortRows) piece -= piece % kShortRows;
+  parallel_for(p.rows, piece, worth(p.rows * p.classes, threads),
                [&](int64_t begin, int64_t end) { rows(p, begin, end, row_loss); });
   if (p.loss != nullptr) {
     double sum = 0;
@@ -141,7 +159,7 @@ void for_chunks(const Tensor* tensors, int64_t count, int64_t chunk_elements, in
     first_chunk[t + 1] = first_chunk[t] + (tensors[t].numel + chunk_elements - 1) / chunk_elements;
     elements += tensors[t].numel;
   }
-  if (elements < 2 * kElementsPerThread / std::max<int64_t>(work, 1)) threads = 1;
+  threads = worth(elements * work, threads);
   parallel_for(first_chunk[count], 1, threads, [&](int64_t begin, int64_t end) {
     int64_t t =
         std::upper_bound(first_chunk.begin(), first_chunk.end(), begin) - first_chunk.begin() - 1;
@@ -160,10 +178,10 @@ void sum_chunks(const Tensor* tensors, int64_t count, int threads, double* out, 
                 const F& f) {
   int64_t chunks = 0;
   for (int64_t t = 0; out != nullptr && t < count; ++t) {
-    chunks += (tensors[t].numel + kElementsPerThread - 1) / kElementsPerThread;
+    chunks += (tensors[t].numel + kElementsPerPiece - 1) / kElementsPerPiece;
   }
   std::vector<double> sums(static_cast<size_t>(kSums * chunks), 0.0);
-  for_chunks(tensors, count, kElementsPerThread, 1, threads,
+  for_chunks(tensors, count, kElementsPerPiece, 1, threads,
              [&](const Tensor& tensor, int64_t begin, int64_t end, int64_t chunk) {
     f(tensor, begin, end, out != nullptr ? &sums[kSums * chunk] : nullptr);
   });
@@ -171,7 +189,7 @@ void sum_chunks(const Tensor* tensors, int64_t count, int threads, double* out, 
   std::fill(out, out + kSums * indices, 0.0);
   const double* sum = sums.data();
   for (int64_t t = 0; t < count; ++t) {
-    for (int64_t i = 0; i < tensors[t].numel; i += kElementsPerThread, sum += kSums) {
+    for (int64_t i = 0; i < tensors[t].numel; i += kElementsPerPiece, sum += kSums) {
       for (int s = 0; s < kSums; ++s) out[kSums * tensors[t].index + s] += sum[s];
     }
   }
@@ -198,7 +216,7 @@ void noise_dot(const NoiseDotParams& p, int threads) {
 void combine(const CombineParams& p, int threads) {
   const Kernels& k = kernels();
   // An element's work grows with the seeds; no chunk is smaller than a block of noise.
-  int64_t chunk = std::max<int64_t>(kElementsPerThread / std::max<int64_t>(p.terms, 1), 1024);
+  int64_t chunk = std::max<int64_t>(kElementsPerPiece / std::max<int64_t>(p.terms, 1), 1024);
   for_chunks(p.tensors, p.count, chunk, p.terms, threads,
              [&](const NoiseTensor& tensor, int64_t begin, int64_t end, int64_t) {
     k.combine(p, tensor, begin, end);
@@ -216,9 +234,9 @@ void update(const UpdateParams& p, int threads) {
 
 void regression(const RegressionParams& p, int threads) {
   const Kernels& k = kernels();
+  constexpr int64_t kTogether = 64;  // replicas that the kernel takes at a time
   int64_t normals = p.steps * (p.per_sample ? p.samples : 1);
-  int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(normals, 1));
-  parallel_for(p.replicas, std::max<int64_t>(grain, p.per_sample ? 1 : 64), threads,
+  parallel_for(p.replicas, p.per_sample ? 1 : kTogether, worth(p.replicas * normals, threads),
                [&](int64_t begin, int64_t end) { k.regression(p, begin, end); });
 }
 

@@ -4,24 +4,43 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace kdkernels {
 namespace cpu {
 
-// f(begin, end) over [0, n), in contiguous parts of at least `grain`, on at most `threads` threads.
-// f must not throw.
+// Whether this thread came out of a fork. libgomp's other threads stayed in the parent then, and a team would wait
+// for them for ever.
+extern thread_local bool forked;
+
+// f(begin, end) over [0, n) on at most `threads` threads, in pieces that begin at multiples of `piece`. Each thread
+// has a contiguous part of the range, as in PyTorch's loops, and when that is done takes pieces of the others' parts:
+// rows that do not count cost nothing, and cores are not all equally free. f must not throw.
 template <class F>
-void parallel_for(int64_t n, int64_t grain, int threads, const F& f) {
-  int64_t parts = std::min<int64_t>(threads, n / std::max<int64_t>(grain, 1));
-  if (parts <= 1 || omp_in_parallel()) {
+void parallel_for(int64_t n, int64_t piece, int threads, const F& f) {
+  int64_t pieces = (n + piece - 1) / piece, parts = std::min<int64_t>(threads, pieces);
+  if (parts <= 1 || forked || omp_in_parallel()) {
     if (n > 0) f(0, n);
     return;
   }
-#pragma omp parallel num_threads(static_cast<int>(parts))
+  struct alignas(64) Part {
+    std::atomic<int64_t> next;
+  };
+  std::vector<Part> taken(static_cast<size_t>(parts));
+  // No num_threads(parts): threads that a team leaves out end, and the next larger team starts them anew.
+#pragma omp parallel
   {
-    int64_t count = omp_get_num_threads(), part = omp_get_thread_num();
-    f(n * part / count, n * (part + 1) / count);
+    int64_t count = std::min<int64_t>(parts, omp_get_num_threads()), own = omp_get_thread_num();
+    for (int64_t i = 0; own < count && i < count; ++i) {
+      int64_t part = (own + i) % count, first = pieces * part / count;
+      int64_t mine = pieces * (part + 1) / count - first, at;
+      while ((at = taken[part].next.fetch_add(1, std::memory_order_relaxed)) < mine) {
+        int64_t begin = (first + at) * piece;
+        f(begin, std::min(begin + piece, n));
+      }
+    }
   }
 }
 
