@@ -1,4 +1,5 @@
 // The Python module kdkernels._C: the ops as plain functions, and what the library knows of itself.
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/headeronly/version.h>
 
@@ -19,36 +20,118 @@ using namespace kdkernels;
 
 namespace {
 
-// An op through PyTorch's dispatcher, with what pybind11 makes of lists and of numbers that may be symbolic.
+constexpr const char* kRefusal = "incompatible function arguments";  // which errors.py explains
+
+// How an op's argument comes from Python: as pybind11 takes it, and without its detours for the frequent kinds.
+// What get() returns holds as long as this and the Python object do.
 template <class Argument>
 struct FromPython {
-  using type = Argument;
-  static Argument get(Argument argument) { return argument; }
+  py::detail::make_caster<Argument> caster;
+  bool load(PyObject* object) { return caster.load(object, true); }
+  Argument get() { return py::detail::cast_op<Argument>(caster); }
 };
 template <>
-struct FromPython<c10::SymInt> {
-  using type = int64_t;
-  static c10::SymInt get(int64_t number) { return number; }
+struct FromPython<const at::Tensor&> {
+  const at::Tensor* tensor;
+  bool load(PyObject* object) {
+    if (!THPVariable_Check(object)) return false;
+    tensor = &THPVariable_Unpack(object);
+    return true;
+  }
+  const at::Tensor& get() { return *tensor; }
 };
+template <>
+struct FromPython<at::Tensor> : FromPython<const at::Tensor&> {};
+template <>
+struct FromPython<const std::optional<at::Tensor>&> {
+  std::optional<at::Tensor> tensor;
+  bool load(PyObject* object) {
+    if (object == Py_None) return true;
+    if (!THPVariable_Check(object)) return false;
+    tensor = THPVariable_Unpack(object);
+    return true;
+  }
+  const std::optional<at::Tensor>& get() { return tensor; }
+};
+template <>
+struct FromPython<std::string_view> {
+  std::string_view text;
+  bool load(PyObject* object) {
+    Py_ssize_t size = 0;
+    const char* data = PyUnicode_Check(object) ? PyUnicode_AsUTF8AndSize(object, &size) : nullptr;
+    PyErr_Clear();  // of a string that has no UTF-8
+    text = {data, static_cast<size_t>(size)};
+    return data != nullptr;
+  }
+  std::string_view get() { return text; }
+};
+template <>
+struct FromPython<c10::SymInt> : FromPython<int64_t> {};
 template <class Element>
 struct FromPython<at::ArrayRef<Element>> {
-  using type = const std::vector<Element>&;
-  static at::ArrayRef<Element> get(const std::vector<Element>& list) { return list; }
+  c10::SmallVector<Element, 4> list;
+  bool load(PyObject* object) {
+    if (!PySequence_Check(object) || PyUnicode_Check(object) || PyBytes_Check(object)) return false;
+    auto elements = py::reinterpret_steal<py::object>(PySequence_Fast(object, ""));
+    if (!elements) throw py::error_already_set();
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(elements.ptr()); ++i) {
+      FromPython<Element> element;
+      if (!element.load(PySequence_Fast_GET_ITEM(elements.ptr(), i))) return false;
+      list.push_back(element.get());
+    }
+    return true;
+  }
+  at::ArrayRef<Element> get() { return list; }
 };
-template <>
-struct FromPython<c10::SymIntArrayRef> {
-  using type = const std::vector<int64_t>&;
-  static std::vector<c10::SymInt> get(const std::vector<int64_t>& list) {
-    return {list.begin(), list.end()};
+
+// m.name: a registered op, through PyTorch's dispatcher, of positional arguments. Not by pybind11's def, which takes
+// most of a microsecond for a loss's arguments.
+template <auto implementation>
+struct Op;
+template <class Result, class... Arguments, Result (*implementation)(Arguments...)>
+struct Op<implementation> {
+  using Handle = c10::TypedOperatorHandle<Result(Arguments...)>;
+  static inline std::optional<Handle> op;
+  static inline PyMethodDef method;
+
+  template <size_t... I>
+  static PyObject* run(PyObject* const* arguments, std::index_sequence<I...>) {
+    std::tuple<FromPython<Arguments>...> from;
+    if (!(std::get<I>(from).load(arguments[I]) && ...)) throw py::type_error(kRefusal);
+    auto call = [&] {
+      py::gil_scoped_release no_gil;
+      return op->call(std::get<I>(from).get()...);
+    };
+    if constexpr (std::is_void_v<Result>) {
+      call();
+      return py::none().release().ptr();
+    } else {
+      return py::cast(call()).release().ptr();
+    }
+  }
+
+  static PyObject* from_python(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    try {
+      if (count != sizeof...(Arguments)) throw py::type_error(kRefusal);
+      return run(arguments, std::index_sequence_for<Arguments...>());
+    } catch (py::error_already_set& error) {
+      error.restore();
+    } catch (...) {
+      py::detail::try_translate_exceptions();
+    }
+    return nullptr;
+  }
+
+  static void define(py::module_& m, const char* name) {
+    op = c10::Dispatcher::singleton()
+             .findSchemaOrThrow((std::string("kdkernels::") + name).c_str(), "")
+             .template typed<Result(Arguments...)>();
+    method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(from_python)),
+              METH_FASTCALL, nullptr};
+    m.add_object(name, py::reinterpret_steal<py::object>(
+                           PyCFunction_NewEx(&method, nullptr, m.attr("__name__").ptr())));
   }
 };
-template <class... Arguments, class Result>
-auto dispatched(const char* name, Result (*)(Arguments...)) {
-  auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Arguments...)>();
-  return [op](typename FromPython<Arguments>::type... arguments) {
-    return op.call(FromPython<Arguments>::get(arguments)...);
-  };
-}
 
 const char* name_of(math::Divergence divergence) {
   switch (divergence) {
@@ -94,7 +177,7 @@ py::dict arguments_of(const LossOptions& o) {
     out["tail"] = kTails[static_cast<int>(o.tail)];
     return out;
   }
-  out["teacher_weights"] = o.teacher_weights;
+  out["teacher_weights"] = std::vector<double>(o.teacher_weights.begin(), o.teacher_weights.end());
   out["teacher_mixture"] = o.log_mix ? "log_probs" : "probs";
   out["standardize"] = o.standardize;
   out["teacher_logit_scale"] = o.teacher_logit_scale;
@@ -170,20 +253,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }
   });
 
-  py::call_guard<py::gil_scoped_release> no_gil;
-  m.def("distillation_loss", dispatched("kdkernels::distillation_loss", distillation_loss), no_gil);
-  m.def("linear_distillation_loss",
-        dispatched("kdkernels::linear_distillation_loss", linear_distillation_loss), no_gil);
+  Op<distillation_loss>::define(m, "distillation_loss");
+  Op<linear_distillation_loss>::define(m, "linear_distillation_loss");
   m.def("set_differentiable_gradients", set_gradients);
-  m.def("randn_like", dispatched("kdkernels::randn_like", randn_like), no_gil);
-  m.def("add_noise_", dispatched("kdkernels::add_noise_", add_noise_), no_gil);
-  m.def("input_noise", dispatched("kdkernels::input_noise", input_noise), no_gil);
-  m.def("gradient_noise", dispatched("kdkernels::gradient_noise", gradient_noise), no_gil);
-  m.def("noise_dot", dispatched("kdkernels::noise_dot", noise_dot), no_gil);
-  m.def("_scaled_noise", dispatched("kdkernels::_scaled_noise", scaled_noise), no_gil);
-  m.def("combine_noise_", dispatched("kdkernels::combine_noise_", combine_noise_), no_gil);
-  m.def("noisy_update_", dispatched("kdkernels::noisy_update_", noisy_update_), no_gil);
-  m.def("noisy_linear_regression", noisy_linear_regression, no_gil);
+  Op<randn_like>::define(m, "randn_like");
+  Op<add_noise_>::define(m, "add_noise_");
+  Op<input_noise>::define(m, "input_noise");
+  Op<gradient_noise>::define(m, "gradient_noise");
+  Op<noise_dot>::define(m, "noise_dot");
+  Op<scaled_noise>::define(m, "_scaled_noise");
+  Op<combine_noise_>::define(m, "combine_noise_");
+  Op<noisy_update_>::define(m, "noisy_update_");
+  m.def("noisy_linear_regression", noisy_linear_regression,
+        py::call_guard<py::gil_scoped_release>());
 
   m.def("build_info", build_info);
   m.attr("row_state") = math::kRowState;

@@ -231,47 +231,40 @@ def distillation_loss(
     teachers, several = _listed(teacher_logits, student_logits)
     if teacher_weights is not None and not several:
         raise ValueError("teacher_weights goes with several teachers only")
-    options = {  # all of _OPTIONS, in their order
-        "temperature": temperature,
-        "alpha": alpha,
-        "divergence": divergence,
-        "divergence_alpha": divergence_alpha,
-        "beta": beta,
-        "tail": "none",
-        "teacher_kind": teacher_kind,
-        "teacher_weights": teacher_weights,
-        "teacher_mixture": teacher_mixture,
-        "standardize": standardize,
-        "logit_scale": logit_scale,
-        "soft_cap": soft_cap,
-        "teacher_logit_scale": teacher_logit_scale,
-        "teacher_soft_cap": teacher_soft_cap,
-        "label_smoothing": label_smoothing,
-        "ignore_index": ignore_index,
-        "num_items": num_items,
-        "reduction": reduction,
-    }
+    options = (  # all of _OPTIONS, in their order
+        temperature,
+        alpha,
+        divergence,
+        divergence_alpha,
+        beta,
+        "none",
+        teacher_kind,
+        () if teacher_weights is None else teacher_weights,
+        teacher_mixture,
+        standardize,
+        logit_scale,
+        soft_cap,
+        teacher_logit_scale,
+        teacher_soft_cap,
+        label_smoothing,
+        ignore_index,
+        num_items,
+        reduction,
+    )
     # The kernels make the gradient of one teacher.
     if _plain(backend, process_group, teachers if several else ()):
-        del options["tail"]
+        named = dict(zip(_OPTIONS, options, strict=True)) | {"teacher_weights": teacher_weights}
+        del named["tail"]
         return reference.distillation_loss(
             student_logits,
             teachers if several else teacher_logits,
             labels,
             weight=weight,
-            **options,
+            **named,
             return_statistics=return_statistics,
         )
-    return _loss(
-        student_logits,
-        teachers,
-        labels,
-        options,
-        weight=weight,
-        inplace=inplace,
-        return_statistics=return_statistics,
-        process_group=process_group,
-    )
+    tensors = (student_logits, teachers, labels, None, None, weight)
+    return _loss(tensors, options, (inplace, False, return_statistics), process_group)
 
 
 @overload
@@ -367,43 +360,40 @@ def topk_distillation_loss(
         ValueError, TypeError: as ``distillation_loss``; K or ``teacher_logsumexp`` is not as said,
             or (on CPU) an index is out of range or twice in a row.
     """
-    options = {
-        "temperature": temperature,
-        "alpha": alpha,
-        "divergence": divergence,
-        "beta": beta,
-        "tail": tail,
-        "teacher_kind": teacher_kind,
-        "logit_scale": logit_scale,
-        "soft_cap": soft_cap,
-        "label_smoothing": label_smoothing,
-        "ignore_index": ignore_index,
-        "num_items": num_items,
-        "reduction": reduction,
-    }
-    tensors = {"weight": weight, "teacher_logsumexp": teacher_logsumexp}
+    options = (  # all of _OPTIONS, in their order
+        temperature,
+        alpha,
+        divergence,
+        None,
+        beta,
+        tail,
+        teacher_kind,
+        (),
+        "probs",
+        False,
+        logit_scale,
+        soft_cap,
+        1.0,
+        None,
+        label_smoothing,
+        ignore_index,
+        num_items,
+        reduction,
+    )
     if _plain(backend, process_group, (teacher_values,)):
+        named = dict(zip(_OPTIONS, options, strict=True))
         return reference.topk_distillation_loss(
             student_logits,
             teacher_values,
             teacher_indices,
             labels,
-            **tensors,
-            **options,
+            weight=weight,
+            teacher_logsumexp=teacher_logsumexp,
+            **{name: named[name] for name in named if name not in _OF_DENSE_TEACHERS},
             return_statistics=return_statistics,
         )
-    return _loss(
-        student_logits,
-        [teacher_values],
-        labels,
-        _DEFAULTS | options,
-        indices=teacher_indices,
-        **tensors,
-        inplace=inplace,
-        sparse_gradient=sparse_gradient,
-        return_statistics=return_statistics,
-        process_group=process_group,
-    )
+    tensors = (student_logits, [teacher_values], labels, teacher_indices, teacher_logsumexp, weight)
+    return _loss(tensors, options, (inplace, sparse_gradient, return_statistics), process_group)
 
 
 def _plain(backend: str, process_group: ProcessGroup | None, teachers: Sequence[Tensor]) -> bool:
@@ -411,7 +401,9 @@ def _plain(backend: str, process_group: ProcessGroup | None, teachers: Sequence[
     if backend not in ("fused", "reference"):
         raise ValueError(f'backend is "{backend}"; it takes "fused" or "reference"')
     plain = backend == "reference" or (
-        torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in teachers)
+        bool(teachers)
+        and torch.is_grad_enabled()
+        and any(isinstance(t, Tensor) and t.requires_grad for t in teachers)
     )
     if plain and process_group is not None:
         raise ValueError("process_group goes with kernels only, which need a teacher detached")
@@ -457,67 +449,50 @@ def _listed(teachers, leading: Tensor) -> tuple[list, bool]:
     return list(teachers) if several else [teachers], several
 
 
-def _explained(options: dict) -> dict[str, tuple[object, str]]:
+def _explained(options: Sequence) -> dict[str, tuple[object, str]]:
     """What ``explain`` wants to know of options."""
-    return {name: (value, _OPTIONS[name][1]) for name, value in options.items()}
+    kinds = [kind for _, kind in _OPTIONS.values()]
+    return dict(zip(_OPTIONS, zip(options, kinds, strict=True), strict=True))
 
 
-def _numbers(options: dict) -> tuple[dict, Tensor | None]:
+def _numbers(options: tuple) -> tuple[tuple, Tensor | None]:
     """Options as the ops take them, and what the sum is divided by, where that is a tensor."""
-    if options["teacher_weights"] is None:
-        options["teacher_weights"] = ()
-    num_items = options["num_items"]
+    num_items = options[-2]
     if not isinstance(num_items, Tensor):
         return options, None
-    if options["reduction"] != "mean":
-        raise ValueError(f'num_items goes with reduction="mean" only, not "{options["reduction"]}"')
-    return options | {"num_items": None, "reduction": "sum"}, num_items
+    if options[-1] != "mean":
+        raise ValueError(f'num_items goes with reduction="mean" only, not "{options[-1]}"')
+    return (*options[:-2], None, "sum"), num_items
 
 
-def _returned(loss: Tensor, statistics: Tensor, total: Tensor | None, return_statistics: bool):
-    if total is not None:
-        loss = loss / total
-    return (loss, RowStatistics(*statistics.unbind())) if return_statistics else loss
+def _returned(outputs: list[Tensor], total: Tensor | None):
+    """What a loss returns: of the op's loss and, where asked for, statistics."""
+    loss = outputs[0] if total is None else outputs[0] / total
+    return loss if len(outputs) == 1 else (loss, RowStatistics(*outputs[1].unbind()))
 
 
 def _loss(
-    student_logits: Tensor,
-    teachers: list[Tensor],
-    labels: Tensor | None,
-    options: dict,
-    *,
-    weight: Tensor | None,
-    indices: Tensor | None = None,
-    teacher_logsumexp: Tensor | None = None,
-    inplace: bool,
-    sparse_gradient: bool = False,
-    return_statistics: bool,
-    process_group: ProcessGroup | None,
+    tensors: tuple, options: tuple, flags: tuple[bool, bool, bool], process_group
 ) -> Tensor | tuple[Tensor, RowStatistics]:
-    """The kernels' loss, of a dense or a top-k teacher; all of _OPTIONS."""
+    """The kernels' loss, of a dense or a top-k teacher.
+
+    Args:
+        tensors: the student's logits, a list of teachers, labels, indices, teacher_logsumexp and
+            weight.
+        options: all of _OPTIONS.
+        flags: inplace, sparse_gradient and return_statistics.
+        process_group: of a shared vocabulary, or None.
+    """
     options, total = _numbers(options)
-    group, first_class, classes = "", 0, 0
-    if process_group is not None or type(student_logits) is not Tensor:
-        student_logits, teachers, group, first_class, classes = vocabulary_shard(
-            student_logits, teachers, process_group
-        )
+    group = ("", 0, 0)
+    if process_group is not None or type(tensors[0]) is not Tensor:
+        student_logits, teachers, *group = vocabulary_shard(*tensors[:2], process_group)
+        tensors = (student_logits, teachers, *tensors[2:])
     try:
-        loss, statistics = _ops().distillation_loss(
-            student_logits,
-            teachers,
-            labels,
-            indices,
-            teacher_logsumexp,
-            weight,
-            *options.values(),
-            inplace,
-            sparse_gradient,
-            return_statistics,
-            group,
-            first_class,
-            classes,
-        )
+        outputs = _ops().distillation_loss(*tensors, *options, *flags, *group)
     except TypeError as error:
+        student_logits, teachers, labels, indices, teacher_logsumexp, weight = tensors
+        inplace, sparse_gradient, return_statistics = flags
         raise explain(
             error,
             student_logits=(student_logits, TENSOR),
@@ -530,7 +505,7 @@ def _loss(
             sparse_gradient=(sparse_gradient, BOOL),
             return_statistics=(return_statistics, BOOL),
         ) from None
-    return _returned(loss, statistics, total, return_statistics)
+    return _returned(outputs, total)
 
 
 def _teacher_arguments(teachers: list, indices: Tensor | None) -> dict[str, tuple[object, str]]:
@@ -975,7 +950,8 @@ def linear_distillation_loss(
     if not several and teacher_weights is not None:
         raise ValueError("teacher_weights goes with several teachers only")
     tails = {"tail": tail if form == "values" else "none"}
-    options, total = _numbers(_DEFAULTS | options | tails)
+    options["teacher_weights"] = () if teacher_weights is None else teacher_weights
+    options, total = _numbers(tuple((_DEFAULTS | options | tails).values()))
     group = ("", 0, 0)
     if process_group is not None:
         own = student_weight.shape[0]
@@ -985,7 +961,7 @@ def linear_distillation_loss(
             *student.values(),
             teachers,
             *tensors.values(),
-            *options.values(),
+            *options,
             return_statistics,
             *group,
             memory_budget,
@@ -1002,7 +978,7 @@ def linear_distillation_loss(
             return_statistics=(return_statistics, BOOL),
             memory_budget=(1 if memory_budget is None else memory_budget, INT),
         ) from None
-    return _returned(loss, statistics, total, return_statistics)
+    return _returned([loss, statistics] if return_statistics else [loss], total)
 
 
 _OF_DENSE_TEACHERS = (

@@ -220,14 +220,19 @@ bool one_pass(const LossCall& call, const Want& want) {
 
 // The sum of the kept rows' weights, on the CPU.
 double kept_weight(const Tensor& labels, const Tensor& weight, int64_t rows, int64_t ignore_index) {
-  double kept = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    if (labels.defined() && labels.const_data_ptr<int64_t>()[i] == ignore_index) continue;
-    kept += !weight.defined()                     ? 1.0
-            : weight.scalar_type() == at::kDouble ? weight.const_data_ptr<double>()[i]
-                                                  : weight.const_data_ptr<float>()[i];
+  const int64_t* label = labels.defined() ? labels.const_data_ptr<int64_t>() : nullptr;
+  auto sum = [&](auto weight_of) {
+    double kept = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (label == nullptr || label[i] != ignore_index) kept += weight_of(i);
+    }
+    return kept;
+  };
+  if (!weight.defined()) return sum([](int64_t) { return 1.0; });
+  if (weight.scalar_type() == at::kDouble) {
+    return sum([w = weight.const_data_ptr<double>()](int64_t i) { return w[i]; });
   }
-  return kept;
+  return sum([w = weight.const_data_ptr<float>()](int64_t i) { return w[i]; });
 }
 
 // Rows as a kernel reads them: the tensor itself or, where they do not lie so, a copy.
@@ -313,7 +318,7 @@ LossResult launch(const LossCall& call, const Want& want, int stages, const Tens
   }
 
   // Without a share in the loss the teacher is not read.
-  std::vector<Rows> teachers;
+  c10::SmallVector<Rows, 1> teachers;
   for (const Tensor& teacher : call.teachers) {
     if (topk) {
       teachers.emplace_back(teacher.to(acc).contiguous());
@@ -537,21 +542,26 @@ struct DistillationLoss : torch::autograd::Function<DistillationLoss> {
                                const OptionalTensor& /* teacher */, const LossCall& call,
                                const Want& want) {
     LossResult out = run_loss(call, want);
-    variable_list saved = {out.gradient, out.teacher_gradient, Tensor()};
+    variable_list saved;
+    saved.reserve(8 + call.teachers.size());
+    saved.push_back(std::move(out.gradient));
+    saved.push_back(std::move(out.teacher_gradient));
+    saved.push_back(want.entries_only ? *call.indices : Tensor());
     auto holder = c10::make_intrusive<SavedCall>();
     holder->options = call.options;
     holder->group = call.group;
     holder->teachers = call.teachers.size();
     holder->want = want;
     holder->scale = gradient_scale(call);
-    if (want.entries_only) saved[2] = *call.indices;
     if (want.inplace) {
       student.unsafeGetTensorImpl()->bump_version();
     } else {
       // For a second differentiation.
-      saved.insert(saved.end(),
-                   {student, call.labels.value_or(Tensor()), call.weight.value_or(Tensor()),
-                    call.indices.value_or(Tensor()), call.teacher_logsumexp.value_or(Tensor())});
+      saved.push_back(student);
+      for (const OptionalTensor* x :
+           {&call.labels, &call.weight, &call.indices, &call.teacher_logsumexp}) {
+        saved.push_back(x->has_value() ? **x : Tensor());
+      }
       saved.insert(saved.end(), call.teachers.begin(), call.teachers.end());
     }
     ctx->save_for_backward(std::move(saved));
@@ -622,6 +632,29 @@ void promote(LossCall& call) {
   }
 }
 
+// That the classes of a row's entries differ, and are some.
+template <class Index>
+void check_entries(const Index* index, const Tensor& indices, int64_t classes) {
+  std::vector<uint64_t> seen(static_cast<size_t>(classes / 64 + 1), 0);  // a bit a class
+  int64_t entries = indices.size(-1);
+  for (int64_t i = 0; i < indices.numel(); i += entries) {
+    for (int64_t e = i; e < i + entries; ++e) {
+      int64_t at = index[e];
+      TORCH_CHECK_VALUE(at >= -1 && at < classes, "teacher_indices holds ", at, " in row ",
+                        i / entries, "; it takes classes in [0, ", classes,
+                        "), or -1 for no entry");
+      if (at < 0) continue;
+      uint64_t bit = uint64_t{1} << (at % 64);
+      TORCH_CHECK_VALUE((seen[at / 64] & bit) == 0, "teacher_indices holds ", at, " twice in row ",
+                        i / entries, "; a row's classes must differ");
+      seen[at / 64] |= bit;
+    }
+    for (int64_t e = i; e < i + entries; ++e) {
+      if (index[e] >= 0) seen[index[e] / 64] = 0;
+    }
+  }
+}
+
 void check_inplace(const LossCall& call) {
   const Tensor& student = call.student;
   TORCH_CHECK_VALUE(!student.is_leaf(),
@@ -686,7 +719,7 @@ LossOptions LossOptions::unpacked(at::ArrayRef<double> x) {
           x[14] != 0,
           x[15] != 0,
           x[16] != 0,
-          x.slice(kNumbers).vec(),
+          {x.begin() + kNumbers, x.end()},
           static_cast<int64_t>(x[17]),
           static_cast<int64_t>(x[18])};
 }
@@ -818,25 +851,17 @@ void check_logsumexp(const LossCall& call, std::string_view teacher_kind) {
 void check_classes(const LossCall& call, const Tensor& labels, const Tensor& indices) {
   const LossOptions& o = call.options;
   int64_t classes = o.all_classes != 0 ? o.all_classes : call.student.size(-1);
+  const int64_t* label = labels.defined() ? labels.const_data_ptr<int64_t>() : nullptr;
   for (int64_t i = 0, rows = labels.defined() ? labels.numel() : 0; i < rows; ++i) {
-    int64_t label = labels.const_data_ptr<int64_t>()[i];
-    TORCH_CHECK_VALUE(label == o.ignore_index || (label >= 0 && label < classes), "labels holds ",
-                      label, " at position ", i, "; it takes classes in [0, ", classes,
-                      ") or ignore_index=", o.ignore_index);
+    TORCH_CHECK_VALUE(label[i] == o.ignore_index || (label[i] >= 0 && label[i] < classes),
+                      "labels holds ", label[i], " at position ", i, "; it takes classes in [0, ",
+                      classes, ") or ignore_index=", o.ignore_index);
   }
   if (!indices.defined()) return;
-  // The row that named a class last.
-  std::vector<int64_t> seen(static_cast<size_t>(classes), -1);
-  int64_t entries = indices.size(-1);
-  for (int64_t i = 0; i < indices.numel(); ++i) {
-    int64_t at = indices.scalar_type() == at::kLong ? indices.const_data_ptr<int64_t>()[i]
-                                                    : indices.const_data_ptr<int32_t>()[i];
-    TORCH_CHECK_VALUE(at >= -1 && at < classes, "teacher_indices holds ", at, " in row ",
-                      i / entries, "; it takes classes in [0, ", classes, "), or -1 for no entry");
-    if (at < 0) continue;
-    TORCH_CHECK_VALUE(seen[at] != i / entries, "teacher_indices holds ", at, " twice in row ",
-                      i / entries, "; a row's classes must differ");
-    seen[at] = i / entries;
+  if (indices.scalar_type() == at::kLong) {
+    check_entries(indices.const_data_ptr<int64_t>(), indices, classes);
+  } else {
+    check_entries(indices.const_data_ptr<int32_t>(), indices, classes);
   }
 }
 
@@ -904,7 +929,7 @@ void set_differentiable_gradients(DifferentiableGradients gradients) {
   differentiable_gradients() = std::move(gradients);
 }
 
-std::tuple<Tensor, Tensor> distillation_loss(
+std::vector<Tensor> distillation_loss(
     const Tensor& student_logits, at::TensorList teacher, const OptionalTensor& labels,
     const OptionalTensor& indices, const OptionalTensor& teacher_logsumexp,
     const OptionalTensor& weight, double temperature, std::optional<double> alpha,
@@ -960,8 +985,8 @@ std::tuple<Tensor, Tensor> distillation_loss(
     out.loss = outputs[0];
     if (statistics) out.statistics = outputs[1];
   }
-  if (!statistics) out.statistics = at::empty({0}, call.student.options());
-  return {out.loss, out.statistics};
+  if (!statistics) return {std::move(out.loss)};
+  return {std::move(out.loss), std::move(out.statistics)};
 }
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
@@ -974,7 +999,7 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
       "soft_cap=None, float teacher_logit_scale=1.0, float? teacher_soft_cap=None, float "
       "label_smoothing=0.0, int ignore_index=-100, float? num_items=None, str reduction=\"mean\", "
       "bool inplace=False, bool sparse_gradient=False, bool statistics=False, str group=\"\", int "
-      "first_class=0, int all_classes=0) -> (Tensor, Tensor)");
+      "first_class=0, int all_classes=0) -> Tensor[]");
   m.def(
       "_distillation_forward(Tensor student, Tensor[] teachers, Tensor? labels, Tensor? weight, "
       "Tensor? indices, Tensor? teacher_logsumexp, Tensor? state, float[] options, int want) -> "

@@ -2,12 +2,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
-#include <tuple>
 #include <vector>
 
 #include "params.h"
@@ -27,7 +27,7 @@ struct LossOptions {
   Reduction reduction;
   Tail tail;
   bool probs, log_mix, standardize;
-  std::vector<double> teacher_weights;  // sum 1, one a teacher
+  c10::SmallVector<double, kMaxTeachers> teacher_weights;  // sum 1, one a teacher
   // Columns of a vocabulary: [first_class, first_class + V) of all_classes; all_classes 0: it is whole.
   int64_t first_class, all_classes;
 
@@ -74,9 +74,9 @@ at::Tensor scaled(const at::Tensor& gradient, const at::Tensor& grad_output, boo
 // Whether that is nothing to do: the incoming gradient is 1, and that is known without waiting for a device.
 bool is_one(const at::Tensor& grad_output, bool per_row, double scale, bool last);
 
-// Every loss on given logits. `tail` is "none" for dense teachers. Returns the loss and the statistics, which
-// are empty unless asked for.
-std::tuple<at::Tensor, at::Tensor> distillation_loss(
+// Every loss on given logits. `tail` is "none" for dense teachers. Returns the loss, and the statistics where
+// asked for.
+std::vector<at::Tensor> distillation_loss(
     const at::Tensor& student_logits, at::TensorList teacher,
     const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& indices,
     const std::optional<at::Tensor>& teacher_logsumexp, const std::optional<at::Tensor>& weight,
