@@ -1,10 +1,12 @@
 // The row walker for any divergence, teacher and layout. Included by one file an ISA level.
 //
-// Each pass of math/row.h is a loop over one row, which L2 holds. Student and teacher are read where they lie
-// if nothing changes them (fp32 and fp64 without transforms), else once into a buffer of computed values;
-// their exponentials at temperature T are made once and kept, the terms' derivatives take the teacher's
-// place, and the gradient is written once. So the buffer takes 2 to 4 values a class, 6 with a gradient of
-// the teacher's.
+// Each pass of math/row.h is a loop over one row, which L2 holds. Where nothing changes the logits and a whole
+// row's loss and gradient are all that is wanted, the passes go block by block (`plain`): a block is read where
+// it lies, its exponentials are relative to the largest logits so far, as cpu/distillation.h has them, and no
+// pass looks for the maxima. Else student and teacher are read where they lie or once into a buffer of computed
+// values. Exponentials at temperature T are made once and kept, the terms' derivatives take the teacher's
+// place, and the gradient is written once. So the buffer takes 2 to 4 values a class, 6 with a gradient of the
+// teacher's.
 #pragma once
 
 #include "cpu/lane.h"
@@ -55,10 +57,12 @@ struct RowWalk {
   const bool dense;  // the row's own classes are read, beside a top-k teacher's entries too
   const bool shares_hard;  // cross-entropy's exponentials are those at temperature T
   const bool watched;  // statistics are wanted, or may be by another slice
+  const bool plain;
   const int first_stage;
   Lane<Real> own, entry;
   Real *u, *t, *entry_u, *entry_t;  // planes for logits
   int64_t* column;  // of an entry, or -1
+  Maxima<Real>* maxima;  // that a block's exponentials are relative to
 
   int64_t row;
   const T* z_row;
@@ -80,12 +84,16 @@ struct RowWalk {
         dense(!task.renormalize || task.cross_entropy),
         shares_hard(task.temperature == 1 && !task.standardize),
         watched(p.statistics != nullptr || p.state != nullptr),
+        plain(task.compares && !watched && !wants_teacher && !task.entries && !task.aside_label &&
+              !task.standardize && p.teachers == 1 && !p.probs && Transform::nothing(of_student) &&
+              Transform::nothing(of_teacher)),
         first_stage(p.stages & -p.stages) {
     const int64_t padded = padded_to_vectors(p.classes),
                   entries = task.entries ? padded_to_vectors(p.entries) : 0;
-    const int64_t planes = wants_teacher ? 6 : 4;
+    const int64_t planes = wants_teacher ? 6 : 4, blocks = p.classes / kBlock + 1;
     Real* memory = static_cast<Real*>(
         buffer.reserve(static_cast<size_t>(planes * (padded + entries)) * sizeof(Real) +
+                       static_cast<size_t>(blocks) * sizeof(Maxima<Real>) +
                        static_cast<size_t>(entries) * sizeof(int64_t)));
     own = lane(memory, p.classes, padded);
     entry = lane(memory + planes * padded, task.entries ? p.entries : 0, entries);
@@ -93,7 +101,8 @@ struct RowWalk {
     t = memory + 3 * padded;
     entry_u = memory + planes * padded + 2 * entries;
     entry_t = entry_u + entries;
-    column = reinterpret_cast<int64_t*>(memory + planes * (padded + entries));
+    maxima = reinterpret_cast<Maxima<Real>*>(memory + planes * (padded + entries));
+    column = reinterpret_cast<int64_t*>(maxima + blocks);
   }
 
   Lane<Real> lane(Real* memory, int64_t n, int64_t padded) const {
@@ -108,6 +117,52 @@ struct RowWalk {
             wants_teacher ? more + padded : probabilities};
   }
   const Lane<Real>& compared() const { return task.entries ? entry : own; }
+
+  // A block of a plain row. Logits that cannot be read where they lie take the first places of u and t.
+  Lane<Real> block(int64_t first) const {
+    const int64_t n = own.n - first < kBlock ? own.n - first : kBlock;
+    return {n,
+            padded_to_vectors(n),
+            nullptr,
+            nullptr,
+            own.q + first,
+            own.p + first,
+            own.a + first,
+            own.b + first};
+  }
+  const Real* student_block(const Lane<Real>& lane, int64_t first) const {
+    return load_block(z_row + first, static_cast<int>(lane.n), static_cast<int>(lane.padded),
+                      -kInfinity<Real>, u);
+  }
+  const Real* teacher_block(const Lane<Real>& lane, int64_t first) const {
+    return load_block(teacher_row(0) + first, static_cast<int>(lane.n),
+                      static_cast<int>(lane.padded), -kInfinity<Real>, t);
+  }
+
+  // f(lane, maxima, inv_s, inv_t) for the classes that are compared, all at once or in blocks: their exponentials
+  // are relative to these maxima, and probabilities times these factors.
+  template <class F>
+  void each_block(F f) const {
+    const double max_s = task.entries ? x.entry_max_s : x.max_s,
+                 max_t = task.entries ? x.entry_max_t : x.max_t;
+    const double inv_s = inverse_s(max_s), inv_t = inverse_t(max_t);
+    if (!plain)
+      return f(compared(), {finite_max<Real>(max_s), finite_max<Real>(max_t)}, inv_s, inv_t);
+    for (int64_t first = 0, b = 0; first < own.n; first += kBlock, ++b) {
+      Lane<Real> lane = block(first);
+      lane.u = student_block(lane, first);
+      lane.t = teacher_block(lane, first);
+      f(lane, maxima[b], inv_s * below(maxima[b].s, max_s, exact.scale_s),
+        inv_t * below(maxima[b].t, max_t, exact.scale_t));
+    }
+  }
+
+  // The factor of exponentials that are rounded to Real, in powers of 2.
+  static Real log2_scale(double scale) { return static_cast<Real>(scale * math::kLog2E); }
+  // What brings exponentials relative to an earlier maximum to a later one, by the same rounded factor.
+  static double below(double max, double later, double scale) {
+    return exp2_fp64((max - later) * log2_scale(scale));
+  }
 
   // ---- a row ----
 
@@ -124,6 +179,14 @@ struct RowWalk {
     label_here = label - p.first_class;
     if (p.labels == nullptr || label_here < 0 || label_here >= p.classes) label_here = -1;
 
+    if (plain) {
+      x = math::RowState{};
+      math::scales(task, x, exact);
+      sweep();
+      add_terms();
+      finish(label, loss);
+      return;
+    }
     x = p.state != nullptr && first_stage > kMoments ? load_state(p.state, p.rows, row)
                                                      : math::RowState{};
     load();
@@ -330,10 +393,41 @@ struct RowWalk {
     x.best_t = static_cast<double>(p.first_class + (task.entries ? column[t] : t));
   }
 
+  // Maxima, exponentials and all sums of a plain row.
+  void sweep() {
+    const Real scale_s = log2_scale(exact.scale_s), scale_t = log2_scale(exact.scale_t);
+    Maxima<Real> max = {-std::numeric_limits<Real>::max(), -std::numeric_limits<Real>::max()};
+    for (int64_t first = 0, b = 0; first < own.n; first += kBlock, ++b) {
+      const Maxima<Real> before = max;
+      Lane<Real> lane = block(first);
+      lane.u = student_block(lane, first);
+      max.s = math::larger(max_of(lane.u, lane.padded), max.s);
+      x.sum_s = x.sum_s * below(before.s, max.s, exact.scale_s) +
+                exponentials(lane.u, lane.q, lane.padded, max.s, scale_s);
+      if (task.cross_entropy && !shares_hard) {
+        x.hard = x.hard * below(before.s, max.s, 1.0) +
+                 exponential_sum(lane.u, lane.padded, max.s, kLog2EOf<Real>);
+      }
+      if (task.cross_entropy && task.smoothing > 0) {
+        for (int64_t i = 0; i < lane.n; ++i) x.total_u += lane.u[i];
+      }
+      lane.t = teacher_block(lane, first);
+      max.t = math::larger(max_of(lane.t, lane.padded), max.t);
+      x.sum_t = x.sum_t * below(before.t, max.t, exact.scale_t) +
+                exponentials(lane.t, lane.p, lane.padded, max.t, scale_t);
+      maxima[b] = max;
+    }
+    x.max_s = max.s;
+    x.max_t = max.t;
+    x.entry_max_s = x.entry_max_t = math::kLowestState;
+    if (shares_hard) x.hard = x.sum_s;
+    label_u = label_here >= 0 ? widen(z_row[label_here]) : Real(0);
+    x.label_s = label_u;
+  }
+
   void add_exponentials() {
     math::RowState now = {};
-    const Real scale_s = static_cast<Real>(exact.scale_s * math::kLog2E),
-               scale_t = static_cast<Real>(exact.scale_t * math::kLog2E),
+    const Real scale_s = log2_scale(exact.scale_s), scale_t = log2_scale(exact.scale_t),
                max_s = finite_max<Real>(x.max_s), max_t = finite_max<Real>(x.max_t),
                entry_max_s = finite_max<Real>(x.entry_max_s),
                entry_max_t = finite_max<Real>(x.entry_max_t);
@@ -385,36 +479,46 @@ struct RowWalk {
     math::normalize(task, x, logsumexp, exact);
     const bool aside = task.aside_label || task.entries;
     auto norm = math::ElementNorm<Real>::of(exact, aside);
-    const Lane<Real>& lane = compared();
-    const double inv_s = inverse_s(task.entries ? x.entry_max_s : x.max_s),
-                 inv_t = inverse_t(task.entries ? x.entry_max_t : x.max_t);
-    if ((p.stages & kTerms) != 0) add_plain_terms(lane, norm, inv_s, inv_t);
+    if ((p.stages & kTerms) != 0 && !plain) add_other_terms(norm);
     const bool sensitive = p.divergence == math::Divergence::kTotalVariation ||
                            p.divergence == math::Divergence::kAlphaBeta;
     if (sensitive && p.state == nullptr) {
-      math::refine(exact, excess_of_q(lane, norm, inv_s, inv_t));
+      double excess = 0;
+      each_block([&](const Lane<Real>& lane, const Maxima<Real>&, double inv_s, double inv_t) {
+        excess += excess_of_q(lane, norm, inv_s, inv_t);
+      });
+      math::refine(exact, excess);
       norm = math::ElementNorm<Real>::of(exact, aside);
     }
     bool far = sizeof(Real) == 4 && p.divergence == math::Divergence::kJS && !task.entries;
-    Terms sums = terms(p, lane, norm, inv_s, inv_t, wants_teacher, far);
-    if (far && sums.f < math::kFarJS) {  // a lies over p
-      exponentials(own.t, own.p, own.padded, finite_max<Real>(x.max_t),
-                   static_cast<Real>(exact.scale_t * math::kLog2E));
-      sums = terms(p, lane, norm, inv_s, inv_t, wants_teacher, false);
+    Terms sums = {};
+    each_block([&](const Lane<Real>& lane, const Maxima<Real>&, double inv_s, double inv_t) {
+      terms(p, lane, norm, inv_s, inv_t, wants_teacher, far, sums);
+    });
+    if (far && sums.f < kFarJS) {
+      sums = {};
+      each_block([&](const Lane<Real>& lane, const Maxima<Real>& max, double inv_s, double inv_t) {
+        exponentials(lane.t, lane.p, lane.padded, max.t,
+                     log2_scale(exact.scale_t));  // a lies over p
+        terms(p, lane, norm, inv_s, inv_t, wants_teacher, false, sums);
+      });
     }
     if ((p.stages & kTerms) == 0) return;
     x.f = sums.f;
     x.a = sums.a;
     x.b = sums.b;
     if (!task.standardize) return;
+    const Lane<Real>& lane = compared();
     x.az = times_z(lane.a, lane.u, lane.padded, exact.s);
     x.bz = wants_teacher ? times_z(lane.b, lane.t, lane.padded, exact.t) : 0.0;
   }
 
   // Sums that no divergence is needed for, before `a` takes the place of p.
-  void add_plain_terms(const Lane<Real>& lane, const math::ElementNorm<Real>& norm, double inv_s,
-                       double inv_t) {
+  void add_other_terms(const math::ElementNorm<Real>& norm) {
     using Norm = math::ElementNorm<Real>;
+    const Lane<Real>& lane = compared();
+    const double inv_s = inverse_s(task.entries ? x.entry_max_s : x.max_s),
+                 inv_t = inverse_t(task.entries ? x.entry_max_t : x.max_t);
     if (watched) {
       x.self_s = inv_s * sum_of<Real>(lane.padded, [&](int64_t i) KD_INLINE_LAMBDA {
         return math::times(lane.q[i], Norm::log_q(norm, lane.u[i]));
@@ -484,12 +588,13 @@ struct RowWalk {
       std::memset(static_cast<void*>(out), 0, static_cast<size_t>(own.n) * sizeof(T));
       return;
     }
+    if (plain) return write_blocks(g);
     const bool soft = p.alpha > 0 && !task.entries;  // else no class has a share of its own
     LaneGradient<Real> of =
         lane_gradient(g, soft ? g.of_q * inverse_s(x.max_s) : g.of_other, x.max_s);
     if (!soft) of.of_a = 0;
     const Real* a = soft ? own.a : own.q;
-    const Real at_label = label_here >= 0 ? label_gradient(g, of, a) : Real(0);
+    const Real at_label = label_here >= 0 ? label_gradient(g, of, a[label_here]) : Real(0);
     if (Transform::nothing(of_student) && of.of_z == Real(0)) {
       write_gradient(own, a, of, out);
     } else {
@@ -499,15 +604,28 @@ struct RowWalk {
     if (label_here >= 0) narrow(at_label, out[label_here]);
   }
 
-  Real label_gradient(const math::RowGradient& g, const LaneGradient<Real>& of,
-                      const Real* a) const {
+  void write_blocks(const math::RowGradient& g) {
+    const double of_q = g.of_q * inverse_s(x.max_s);
+    for (int64_t first = 0, b = 0; first < own.n; first += kBlock, ++b) {
+      Lane<Real> lane = block(first);
+      const LaneGradient<Real> of =
+          lane_gradient(g, of_q * below(maxima[b].s, x.max_s, exact.scale_s), maxima[b].s);
+      if (of.of_hard != Real(0)) lane.u = student_block(lane, first);
+      write_gradient(lane, lane.a, of, gradient_row() + first);
+      if (label_here >= first && label_here - first < lane.n) {
+        narrow(label_gradient(g, of, own.a[label_here]), gradient_row()[label_here]);
+      }
+    }
+  }
+
+  Real label_gradient(const math::RowGradient& g, const LaneGradient<Real>& of, Real a) const {
     using Gradient = LaneGradient<Real>;
     Real y;
     if (task.aside_label) {
       double hard = task.cross_entropy ? g.of_hard * math::exp_acc(label_u - g.hard_max) : 0.0;
       y = static_cast<Real>(g.label_s + hard - g.uniform);
     } else {
-      y = Gradient::add_hard(of, Gradient::soft(of, a[label_here], own.q[label_here]), label_u);
+      y = Gradient::add_hard(of, Gradient::soft(of, a, own.q[label_here]), label_u);
     }
     y = Gradient::add_z(of, y, label_u) - static_cast<Real>(g.at_label);
     return Transform::back(of_student, label_u, y);

@@ -73,18 +73,35 @@ void add_moments(const Real* x, int64_t padded, double& count, double& sum, doub
   squares = ss;
 }
 
-// The sum of f(i) over [0, padded), in Real over kFold classes, beyond them in fp64.
-template <class Real, class F>
-KD_FN double sum_of(int64_t padded, F f) {
-  double total = 0;
+// f(i, j, sums) for the classes i of [0, padded), which adds to the sums[k][j]. These are in Real over kFold
+// classes, beyond them in fp64, each lane j for itself: a vector's lanes are added up once, at the end.
+template <class Real, int kSums, class F>
+KD_FN void add_sums(int64_t padded, double (&out)[kSums], F f) {
+  alignas(64) double total[kSums][kPad] = {};
   for (int64_t first = 0; first < padded; first += kFold) {
     int64_t last = first + kFold < padded ? first + kFold : padded;
-    Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = first; i < last; ++i) sum += f(i);
-    total += sum;
+    alignas(64) Real sums[kSums][kPad] = {};
+    for (int64_t i = first; i < last; i += kPad) {
+#pragma omp simd
+      for (int j = 0; j < kPad; ++j) f(i + j, j, sums);
+    }
+    for (int k = 0; k < kSums; ++k) {
+#pragma omp simd
+      for (int j = 0; j < kPad; ++j) total[k][j] += sums[k][j];
+    }
   }
-  return total;
+  for (int k = 0; k < kSums; ++k) {
+    for (int j = 0; j < kPad; ++j) out[k] += total[k][j];
+  }
+}
+// The sum of f(i).
+template <class Real, class F>
+KD_FN double sum_of(int64_t padded, F f) {
+  double out[1] = {};
+  add_sums<Real>(padded, out, [=](int64_t i, int j, Real(&sums)[1][kPad]) KD_INLINE_LAMBDA {
+    sums[0][j] += f(i);
+  });
+  return out[0];
 }
 
 // y[i] = 2^((x[i] - max) scale); their sum.
@@ -109,7 +126,7 @@ struct Terms {
   double f, a, b;
 };
 
-// Sums over all classes; a, and b if wanted, are kept. inv_s and inv_t make probabilities of q and p.
+// Adds to the sums over all classes; a, and b if wanted, are kept. inv_s and inv_t make probabilities of q and p.
 template <class Policy, bool kTeacher, class Real>
 void terms_of(const Lane<Real>& x, const math::ElementNorm<Real>& norm, Real inv_s, Real inv_t,
               Real beta, Real second, Terms& out) {
@@ -118,33 +135,58 @@ void terms_of(const Lane<Real>& x, const math::ElementNorm<Real>& norm, Real inv
   const Norm n = norm;
   const Real *logits = x.u, *teacher = x.t, *q = x.q, *p = x.p;
   Real *keep_a = x.a, *keep_b = x.b;
-  for (int64_t first = 0; first < x.padded; first += kFold) {
-    int64_t last = first + kFold < x.padded ? first + kFold : x.padded;
-    Real f = 0, a = 0, b = 0;
-#pragma omp simd reduction(+ : f, a, b)
-    for (int64_t i = first; i < last; ++i) {
-      Real u = logits[i], t = teacher[i];
-      math::Element<Real> element = {p[i] * inv_t, q[i] * inv_s, Norm::d(n, u, t),
-                                     Norm::log_p(n, t), Norm::log_q(n, u)};
-      math::ClassShare<Real> share = Policy::share(element, beta, second);
-      keep_a[i] = share.a;
-      f += share.f;
-      a += share.a;
-      if constexpr (kTeacher) {
-        keep_b[i] = share.b;
-        b += share.b;
-      }
+  constexpr int kSums = kTeacher ? 3 : 2;
+  double total[kSums] = {};
+  add_sums<Real>(x.padded, total, [=](int64_t i, int j, Real(&sums)[kSums][kPad]) KD_INLINE_LAMBDA {
+    Real u = logits[i], t = teacher[i];
+    math::Element<Real> element = {p[i] * inv_t, q[i] * inv_s, Norm::d(n, u, t), Norm::log_p(n, t),
+                                   Norm::log_q(n, u)};
+    math::ClassShare<Real> share = Policy::share(element, beta, second);
+    keep_a[i] = share.a;
+    sums[0][j] += share.f;
+    sums[1][j] += share.a;
+    if constexpr (kTeacher) {
+      keep_b[i] = share.b;
+      sums[2][j] += share.b;
     }
-    out.f += f;
-    out.a += a;
-    out.b += b;
-  }
+  });
+  out.f += total[0];
+  out.a += total[1];
+  if constexpr (kTeacher) out.b += total[2];
 }
 
+// JS at half the price, with an error of some 1e-7 in D, which is felt below kFarJS.
+constexpr double kFarJS = 0.005;
+
+template <bool kTeacher, class Real>
+void far_js(const Lane<Real>& x, const math::ElementNorm<Real>& norm, Real inv_s, Real inv_t,
+            Real beta, Terms& out) {
+  using Norm = math::ElementNorm<Real>;
+  const Norm n = norm;
+  const Real *logits = x.u, *teacher = x.t, *q = x.q, *p = x.p;
+  Real *keep_a = x.a, *keep_b = x.b;
+  const Real of_q = (Real(1) - beta) * inv_s, of_p = beta * inv_t;
+  double total[2] = {};
+  add_sums<Real>(x.padded, total, [=](int64_t i, int j, Real(&sums)[2][kPad]) KD_INLINE_LAMBDA {
+    Real share_q = q[i] * of_q, share_p = p[i] * of_p;
+    // Never 0, and as it is where that matters.
+    Real log_m = math::log_normal(share_p + (share_q + Real(0x1p-126)));
+    Real a = math::times(share_q, Norm::log_q(n, logits[i]) - log_m);
+    Real b = math::times(share_p, Norm::log_p(n, teacher[i]) - log_m);
+    keep_a[i] = a;
+    if constexpr (kTeacher) keep_b[i] = b;
+    sums[0][j] += a;
+    sums[1][j] += b;
+  });
+  out.f += total[0] + total[1];
+  out.a += total[0];
+  out.b += total[1];
+}
+
+// Added to `out`.
 template <class Real>
-Terms terms(const DivergenceParams& p, const Lane<Real>& x, const math::ElementNorm<Real>& norm,
-            double inv_s, double inv_t, bool teacher, bool far) {
-  Terms out = {0, 0, 0};
+void terms(const DivergenceParams& p, const Lane<Real>& x, const math::ElementNorm<Real>& norm,
+           double inv_s, double inv_t, bool teacher, bool far, Terms& out) {
   Real of_q = static_cast<Real>(inv_s), of_p = static_cast<Real>(inv_t),
        beta = static_cast<Real>(p.beta), second = static_cast<Real>(p.second);
   auto run = [&](auto policy) {
@@ -156,7 +198,8 @@ Terms terms(const DivergenceParams& p, const Lane<Real>& x, const math::ElementN
     }
   };
   if (far) {
-    run(math::FarJS{});
+    teacher ? far_js<true>(x, norm, of_q, of_p, beta, out)
+            : far_js<false>(x, norm, of_q, of_p, beta, out);
   } else if (p.divergence != math::Divergence::kAlphaBeta) {
     math::with_policy(p.divergence, run);
   } else if (beta == Real(0) ||
@@ -165,7 +208,6 @@ Terms terms(const DivergenceParams& p, const Lane<Real>& x, const math::ElementN
   } else {
     run(math::AlphaBetaInside{});
   }
-  return out;
 }
 
 // The sum of q - p: see math::refine.

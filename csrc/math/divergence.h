@@ -237,18 +237,6 @@ struct JS {
   }
 };
 
-// The same at half the price, with an error of some 1e-7 in D, which is felt below kFarJS.
-constexpr double kFarJS = 0.005;
-struct FarJS {
-  template <class Real>
-  KD_FN ClassShare<Real> share(const Element<Real>& x, Real beta, Real) {
-    Real rest = Real(1) - beta, m = fma(beta, x.p, rest * x.q);
-    Real log_m = log_normal(m > Real(0x1p-126) ? m : Real(0x1p-126));
-    Real a = rest * times(x.q, x.log_q - log_m), b = beta * times(x.p, x.log_p - log_m);
-    return {a + b, a, b};
-  }
-};
-
 struct SkewForwardKL {
   template <class Real>
   KD_FN ClassShare<Real> share(const Element<Real>& x, Real beta, Real) {
