@@ -3,6 +3,8 @@
 How a comparison is measured is in kdkernels/benchmark.py, what its page looks like in report.py.
 """
 
+import importlib.metadata
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 
 from kdkernels import benchmark as measuring
 
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+PEERS = ("trl", "liger-kernel", "torchdistill", "opacus")
 FOLDER = Path(__file__).parent / "results"
 RESULTS, MACHINE = pytest.StashKey[list](), pytest.StashKey[dict]()
 
@@ -18,7 +22,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("kdkernels")
     group.addoption("--full", action="store_true", help="all sizes, not the main ones alone")
     group.addoption(
-        "--compare-seconds", type=float, default=7.0, metavar="S", help="a comparison; default 7"
+        "--compare-seconds", type=float, default=6.0, metavar="S", help="a comparison; default 6"
     )
     group.addoption(
         "--threads", type=int, metavar="N", help="for all cases; default torch's choice"
@@ -49,7 +53,9 @@ def pytest_collection_modifyitems(config, items):
 def machine(request):
     if request.config.getoption("--threads"):
         torch.set_num_threads(request.config.getoption("--threads"))
-    request.config.stash[MACHINE] = measuring.machine()
+    installed = {found.name.lower() for found in importlib.metadata.distributions()}
+    peers = {n: importlib.metadata.version(n) for n in PEERS if n.replace("-", "_") in installed}
+    request.config.stash[MACHINE] = measuring.machine() | {"peers": peers}
 
 
 @pytest.fixture
