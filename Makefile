@@ -1,7 +1,8 @@
 # make reproduce   build everything and run both experiments; needs Python >= 3.11 and a C++ compiler
 # make test        build and run the tests
 # make lint        check the style of Python and C++; make format puts it right
-# make bench       build and run the benchmarks
+# make bench       the benchmarks beside what people use, into bench/results (10 minutes); ARGS="-k noise" and others
+# make bench-full  the same for all sizes, with more rounds (an hour)
 # make peers       the losses against TRL's, Liger-Kernel's and others, installed beside .venv
 # make counts      what the CUDA kernels and their peers cost on an H100, counted without one
 # make gpu-test    the tests that need a GPU; SANITIZE=1 runs them under each tool of compute-sanitizer
@@ -32,7 +33,7 @@ endif
 GPU_PYTHON := $(if $(HOST),$(PYTHON),$(BIN)/python)
 IN_PLACE := build/in-place-$(HOST)-$(or $(KDKERNELS_CUDA),1)-$(ARCHS)
 # bench/peers.py knows where these versions differ from us. Of those alone only a file or two run.
-PEERS := trl==1.16.0 liger-kernel==0.8.5 torchdistill==1.1.5
+PEERS := trl==1.16.0 liger-kernel==0.8.5 torchdistill==1.1.5 opacus==1.6.0
 PEERS_ALONE := mmrazor==1.0.0 axolotl==0.19.0 verl==0.9.1
 PEERS_BUILT := build/peers/built-$(TORCH)-$(subst $() ,-,$(PEERS))
 GPU_TESTS = $(shell grep -l "mark\.gpu" tests/test_*.py)
@@ -40,7 +41,7 @@ SITE_PACKAGES = $(shell $(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_
 SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(addsuffix \
   /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-* $(SITE_PACKAGES)/nvidia/*)))
 
-.PHONY: setup reproduce test lint format bench peers counts gpu-test gpu-bench gpu gpu-seen clean
+.PHONY: setup reproduce test lint format bench bench-full peers counts gpu-test gpu-bench gpu gpu-seen clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -51,8 +52,11 @@ reproduce: setup
 test: setup
 	@$(BIN)/python -m pytest
 
-bench: setup
-	@$(BIN)/python -m pytest bench --benchmark-only
+bench: $(PEERS_BUILT) setup
+	@build/peers/bin/python -m pytest bench -vv --benchmark-only --benchmark-quiet $(ARGS)
+
+bench-full: $(PEERS_BUILT) setup
+	@build/peers/bin/python -m pytest bench -vv --benchmark-only --benchmark-quiet --full --compare-seconds 20 $(ARGS)
 
 counts: setup
 	@$(PIP) -q install --no-deps liger-kernel

@@ -1,4 +1,7 @@
-"""The distillation losses, forward and backward: eager PyTorch, torch.compile, fused."""
+"""The distillation losses, forward and backward, beside eager PyTorch, torch.compile and packages.
+
+TRL's and torchdistill's losses get the factor T^2 that theirs lack: see bench/peers.py.
+"""
 
 import functools
 
@@ -6,123 +9,243 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench.plain import plain_loss
-from kdkernels import distillation_loss, topk_distillation_loss, topk_teacher
+import kdkernels
+from kdkernels.benchmark import OURS, Comparison, backward, dense, plain_loss, short, top_k
 
-SIZES = [
-    (512, 32000, torch.float32),
-    (512, 32000, torch.bfloat16),
-    (128, 1000, torch.float32),
-    (64, 10, torch.float32),
-]
-# rows, classes, dtype, labels, divergence
-CASES = [(*size, labels, "forward_kl") for size in SIZES for labels in (False, True)]
-CASES += [(*size, False, name) for size in SIZES[:3] for name in ("reverse_kl", "js")]
-PEERS = ["eager", "torch.compile", "fused", "fused inplace", "copy"]
+FP32, BF16 = torch.float32, torch.bfloat16
+BETAS = {"forward_kl": 0.0, "js": 0.5, "reverse_kl": 1.0}  # TRL's and Liger's names for them
 
 
-@functools.lru_cache(maxsize=1)  # the next size takes its place
-def peers(rows, classes, dtype, with_labels, divergence):
-    """{name: call}, all on the same tensors; each call makes the loss and the logits' gradient."""
-    torch._dynamo.reset()
+def full(*values):
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+def add_compiled(found, **options):
+    leaf, t, others = (found.inputs[name] for name in ("z", "t", "options"))
+    compiled = torch.compile(plain_loss, **options)
+    found.add("torch.compile", lambda: backward(compiled(leaf, t, *others), leaf))
+
+
+def add_trl(found):
+    leaf, t, (_, temperature, _, divergence) = (found.inputs[n] for n in ("z", "t", "options"))
+
+    def make(gkd):
+        loss = gkd.GKDTrainer.generalized_jsd_loss
+        z, teacher, beta = leaf[:, None], t[:, None], BETAS[divergence]
+        return lambda: backward(temperature**2 * loss(z, teacher, None, beta, temperature), leaf)
+
+    found.add_peer("TRL", "trl.experimental.gkd", make)
+
+
+def add_torchdistill(found):
+    leaf, t, (labels, temperature, *_) = (found.inputs[n] for n in ("z", "t", "options"))
+
+    def make(losses):
+        where = {f"{side}_module_path": side for side in ("student", "teacher")}
+        where |= {f"{side}_module_io": "output" for side in ("student", "teacher")}
+        loss = losses.KDLoss(**where, temperature=temperature, alpha=0.5)
+        factor = 1 if labels is not None else temperature**2
+        z, teacher = {"student": {"output": leaf}}, {"teacher": {"output": t}}
+        return lambda: backward(factor * loss(z, teacher, labels), leaf)
+
+    found.add_peer("torchdistill", "torchdistill.losses.mid_level", make)
+
+
+@pytest.mark.parametrize(
+    "rows, classes, dtype, divergence, labels",
+    [
+        (512, 32000, FP32, "forward_kl", False),
+        (512, 32000, FP32, "forward_kl", True),
+        (512, 32000, BF16, "forward_kl", False),
+        full(512, 32000, BF16, "forward_kl", True),
+        (128, 1000, FP32, "forward_kl", False),
+        full(128, 1000, FP32, "forward_kl", True),
+        full(128, 1000, BF16, "forward_kl", False),
+        (64, 10, FP32, "forward_kl", False),
+        (64, 10, FP32, "forward_kl", True),
+        (512, 32000, FP32, "js", False),
+        (512, 32000, FP32, "reverse_kl", False),
+        full(512, 32000, BF16, "js", False),
+        full(512, 32000, BF16, "reverse_kl", False),
+        full(128, 1000, FP32, "js", False),
+        full(128, 1000, FP32, "reverse_kl", False),
+        full(64, 128256, FP32, "forward_kl", False),
+        full(64, 128256, BF16, "forward_kl", False),
+    ],
+)
+def test_dense(compare, rows, classes, dtype, divergence, labels):
+    found = dense(rows, classes, dtype, divergence, labels)
+    add_compiled(found, dynamic=False)
+    if not labels:
+        add_trl(found)
+    if divergence == "forward_kl":
+        add_torchdistill(found)
+    compare(found)
+
+
+@pytest.mark.parametrize("dtype", [FP32, full(BF16)])
+def test_divergences(compare, dtype):
+    """Ours in place, all of them beside the forward KL."""
+    rows, classes = 512, 32000
     g = torch.Generator().manual_seed(0)
     z, t = ((3 * torch.randn(rows, classes, generator=g)).to(dtype) for _ in range(2))
-    labels = torch.randint(classes, (rows,), generator=g) if with_labels else None
-    temperature, alpha = (3.0, 0.5) if with_labels else (2.0, None)
-    leaf = z.clone().requires_grad_()
-    hidden = leaf * 1  # logits are a layer's output, which may be overwritten; a leaf may not
-    options = (labels, temperature, alpha, divergence)
-    compiled = torch.compile(plain_loss, dynamic=False)
-    # Reading two tensors and writing one is half as much again as a copy of one.
-    source = torch.empty(3 * z.numel() // 2, dtype=dtype).normal_()
-    target = torch.empty_like(source)
+    labels = torch.randint(classes, (rows,), generator=g)
+    output = z.clone().requires_grad_() * 1
 
-    def backward(loss, logits):
-        return loss, torch.autograd.grad(loss, logits)[0]
+    def check(call, **options):
+        with torch.no_grad():
+            output.copy_(z)
+            want = kdkernels.distillation_loss(z, t, backend="reference", **options)
+        torch.testing.assert_close(call()[0].float(), want.float(), rtol=2e-3, atol=1e-5)
 
-    def fused(logits, inplace):
-        loss = distillation_loss(
-            logits,
-            t,
-            labels,
-            temperature=temperature,
-            alpha=alpha,
-            divergence=divergence,
-            inplace=inplace,
-        )
-        return backward(loss, logits)
+    title = f"kdkernels in place, divergences, {rows}x{classes} {short(dtype)}"
+    found = Comparison(title, check, bytes=3 * z.nbytes)
+    for name in kdkernels.divergences():
+        options = {"divergence": name, "temperature": 2.0}
+        if name == "decoupled":
+            options |= {"labels": labels, "alpha": 1.0}
 
-    calls = {
-        "eager": lambda: backward(plain_loss(leaf, t, *options), leaf),
-        "torch.compile": lambda: backward(compiled(leaf, t, *options), leaf),
-        "fused": lambda: fused(leaf, False),
-        # From the second call on the logits are the last call's gradient, which takes as long.
-        "fused inplace": lambda: fused(hidden, True),
-        "copy": lambda: target.copy_(source),
-    }
+        def call(options=options):
+            return backward(kdkernels.distillation_loss(output, t, inplace=True, **options), output)
 
-    want = backward(plain_loss(leaf.double(), t.double(), *options), leaf)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    for name in PEERS[:-1]:
-        loss, gradient = calls[name]()
-        torch.testing.assert_close(loss.double(), want[0], rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(gradient, want[1], rtol=tolerance, atol=tolerance / rows)
-    return calls
+        found.check = functools.partial(check, **options)
+        found.add(name if name == "forward_kl" else f"{OURS} {name}", call)
+    compare(found)
 
 
-@functools.lru_cache(maxsize=1)
-def topk_peers(rows, classes, k):
-    """The forward KL to a teacher's k largest classes, beside the dense eager loss."""
-    g = torch.Generator().manual_seed(0)
-    z, t = (3 * torch.randn(rows, classes, generator=g) for _ in range(2))
-    leaf, top = z.requires_grad_(), topk_teacher(t, k)
-    indices = top.indices.long()
-    source = torch.empty(rows * k).normal_()
-    target = torch.empty_like(source)
-
-    def eager_topk():
-        log_q = leaf.gather(-1, indices).log_softmax(-1)
-        return F.kl_div(log_q, top.values.softmax(-1), reduction="batchmean")
-
-    def fused(sparse):
-        return topk_distillation_loss(leaf, top.values, top.indices, sparse_gradient=sparse)
-
-    def dense():
-        return plain_loss(leaf, t, None, 1.0, None, "forward_kl")
-
-    calls = {"eager": dense, "eager top k": eager_topk}
-    calls |= {"fused": lambda: fused(False), "fused sparse": lambda: fused(True)}
-    torch.testing.assert_close(fused(False), eager_topk())
-    steps = {
-        name: lambda call=call: torch.autograd.grad(call(), leaf) for name, call in calls.items()
-    }
-    return steps | {"copy": lambda: target.copy_(source)}
+def test_top_k(compare):
+    compare(top_k(64, 128256, 64))
 
 
-def title(rows, classes, dtype, with_labels, divergence):
-    name = str(dtype).removeprefix("torch.")
-    kind = "" if divergence == "forward_kl" else f" {divergence}"
-    return f"{rows}x{classes} {name}{kind}{' labels' if with_labels else ''}"
+@pytest.mark.parametrize("classes", [10, 100, 1000, 8000, 32000, full(128256)])
+def test_growth_with_classes(compare, classes):
+    growth(compare, 128, classes, "loss, 128 rows fp32", "classes", classes)
 
 
-@pytest.fixture(
-    scope="module",  # so that the tests of one case follow each other
-    params=CASES,
-    ids=lambda p: title(*p).replace(" ", "-"),
+@pytest.mark.parametrize("rows", [1, 8, 64, 512, 4096, full(32768)])
+def test_growth_with_rows(compare, rows):
+    growth(compare, rows, 1000, "loss, 1,000 classes fp32", "rows", rows)
+
+
+def growth(compare, rows, classes, plot, axis, value):
+    growth = {"plot": plot, "axis": axis, "value": value, "elements": rows * classes}
+    found = dense(rows, classes, growth=growth)
+    found.title = f"growth, {found.title}"
+    # As where shapes vary: one piece of code for all of them.
+    add_compiled(found, dynamic=True)
+    compare(found)
+
+
+@pytest.mark.skipif(torch.get_num_threads() == 1, reason="one thread alone")
+def test_threads(compare):
+    """Ours in place on 1, 2, 4, ... threads and on all of them."""
+    found, most = dense(512, 32000), torch.get_num_threads()
+    call = found.calls[f"{OURS} in place"]
+
+    def on(threads):
+        torch.set_num_threads(threads)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(most)
+
+    found.title += ", threads"
+    found.calls.clear()
+    for threads in [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < most] + [most]:
+        name = f"{OURS} in place, {threads}"
+        found.add(name, functools.partial(on, threads))
+    compare(found)
+
+
+# rows, classes, width, dtype, rows of logits at a time: a part of a batch of 4,096 rows
+@pytest.mark.parametrize(
+    "rows, classes, width, dtype, chunk",
+    [
+        (512, 8000, 2048, FP32, 128),
+        (512, 8000, 2048, BF16, 128),
+        full(652, 8016, 2048, BF16, 652),
+    ],
 )
-def case(request):
-    return request.param
+def test_linear(compare, rows, classes, width, dtype, chunk):
+    """The loss of linear heads, and the gradients of hidden states and head.
 
+    "products" are the four matrix products that it takes and nothing else, of the whole batch and
+    of as many rows at a time as ours takes.
+    """
+    g = torch.Generator().manual_seed(0)
+    hidden, teacher_hidden = (torch.randn(rows, width, generator=g).to(dtype) for _ in range(2))
+    head, teacher_head = (
+        (2 * width**-0.5 * torch.randn(classes, width, generator=g)).to(dtype) for _ in range(2)
+    )
+    leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+    z, t = (torch.empty(rows, classes, dtype=dtype) for _ in range(2))
+    grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head)
 
-@pytest.mark.parametrize("peer", PEERS)
-def test_time(benchmark, case, peer):
-    benchmark.group = title(*case)
-    benchmark(peers(*case)[peer])
+    def logits(h, w):
+        with torch.no_grad():
+            teacher_logits = F.linear(teacher_hidden, teacher_head)
+        return F.linear(h, w), teacher_logits
 
+    def loss(h, w):
+        return plain_loss(*logits(h, w), None, 2.0, None)
 
-def test_ratios(compare, case):
-    compare(title(*case), peers(*case))
+    def eager():
+        return backward(loss(*leaves), *leaves)
 
+    def unfused():
+        made = kdkernels.distillation_loss(*logits(*leaves), temperature=2.0, inplace=True)
+        return backward(made, *leaves)
 
-def test_topk_ratios(compare):
-    compare("top 64, 64x128256 float32", topk_peers(64, 128256, 64))
+    def fused():
+        budget = 2 * chunk * classes * hidden.element_size()
+        return backward(
+            kdkernels.linear_distillation_loss(
+                *leaves, teacher_hidden, teacher_head, temperature=2.0, memory_budget=budget
+            ),
+            *leaves,
+        )
+
+    def products(step):
+        for i in range(0, rows, step):
+            h, th, n = hidden[i : i + step], teacher_hidden[i : i + step], min(step, rows - i)
+            torch.mm(h, head.T, out=z[:n])
+            torch.mm(th, teacher_head.T, out=t[:n])
+            torch.mm(z[:n], head, out=grad_hidden[i : i + step])
+            torch.addmm(grad_head, z[:n].T, h, beta=min(i, 1), out=grad_head)
+
+    def trl(trainer):
+        mask = torch.ones(1, rows)
+        states = hidden_states, teacher_hidden[None]
+        heads = leaves[1], teacher_head
+        return lambda: backward(
+            4 * trainer._chunked_divergence_loss(*states, *heads, mask, 0.0, temperature=2.0)[0],
+            *leaves,
+        )
+
+    def liger(chunked):
+        labels = torch.zeros(rows, dtype=torch.long)
+        module = chunked.LigerFusedLinearJSDLoss(
+            0.0, 4.0, beta=0.0, temperature=2.0, compiled=False, chunk_size=chunk
+        )
+        return lambda: backward(module(*leaves, teacher_hidden, teacher_head, labels), *leaves)
+
+    hidden_states = leaves[0][None]
+    want, tolerance = eager(), 1e-4 if dtype == FP32 else 3e-2
+
+    def check(call):
+        for a, b in zip(call(), want, strict=True):
+            atol = tolerance * b.abs().max().item()
+            torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=atol)
+
+    title = f"linear {rows}x{width}x{classes} {short(dtype)}, {chunk} rows of logits"
+    found = Comparison(title, check)
+    compiled = torch.compile(loss, dynamic=False)
+    found.add("eager", eager)
+    found.add("torch.compile", lambda: backward(compiled(*leaves), *leaves))
+    found.add_peer("TRL, chunked", "trl.trainer.distillation_trainer", trl)
+    found.add_peer("Liger, chunked", "liger_kernel.chunked_loss", liger)
+    found.add("products", lambda: products(rows), check=False)
+    found.add(f"products, {chunk} rows", lambda: products(chunk), check=False)
+    found.add(f"{OURS}, logits in memory", unfused)
+    found.add(OURS, fused)
+    compare(found)

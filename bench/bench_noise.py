@@ -1,173 +1,116 @@
-"""Noise added to lists of tensors, and optimizer steps with noise, beside what people write."""
+"""Noise added to lists of tensors, one and many at once, beside what people write."""
 
-import functools
-import math
-
+import numpy as np
 import pytest
 import torch
 
-from bench.plain import gpt2, resnet18
-from kdkernels import NoisyAdamW, NoisySGD, add_noise_, combine_noise_
+import kdkernels
+from kdkernels.benchmark import (
+    OURS,
+    Comparison,
+    gpt2,
+    memcpy,
+    noise,
+    plain_noise,
+    resnet18,
+)
 
-STD = 0.1
-LISTS = {
-    "20M": [20_000_000],
-    "1k": [1000],
-    "ResNet-18": resnet18(),
-    "GPT-2": gpt2(),
-}
-INPUTS = {
-    f"{name} {str(dtype).removeprefix('torch.')}": (sizes, dtype)
-    for name, sizes in LISTS.items()
-    for dtype in ((torch.float32, torch.bfloat16) if name == "20M" else (torch.float32,))
-}
-PEERS = ["eager", "foreach", "Opacus", "optax", "torch.compile", "fused", "copy"]
-OPTIMIZERS = {"AdamW": (torch.optim.AdamW, NoisyAdamW, {}, 7)}  # tensors read and written
-OPTIMIZERS["SGD"] = (torch.optim.SGD, NoisySGD, {"lr": 1e-3, "momentum": 0.9}, 5)
+FULL = pytest.mark.full
 
 
-def eager(tensors):
-    """What people write."""
-    for x in tensors:
-        x.add_(torch.randn_like(x), alpha=STD)
+def add_peers(found):
+    tensors, std = found.inputs["tensors"], found.inputs["std"]
+    largest = max(range(len(tensors)), key=lambda i: len(tensors[i]))
+    compiled = torch.compile(plain_noise, dynamic=False)
+    random = np.random.default_rng(0)
+
+    def foreach():
+        torch._foreach_add_(tensors, [torch.randn_like(x) for x in tensors], alpha=std)
+
+    def numpy():
+        for x in tensors:
+            array = x.numpy()
+            array += np.float32(std) * random.standard_normal(len(x), np.float32)
+
+    def opacus(package):
+        """Its optimizer's step of noise, on the sum of the clipped gradients."""
+        parameters = [torch.nn.Parameter(x.detach()) for x in tensors]
+        optimizer = package.DPOptimizer(
+            torch.optim.SGD(parameters, lr=1.0),
+            noise_multiplier=std,
+            max_grad_norm=1.0,
+            expected_batch_size=1,
+        )
+        for p, x in zip(parameters, tensors, strict=True):
+            p.summed_grad = x
+
+        def call():
+            optimizer.add_noise()
+            for x in tensors:
+                del x._processed  # or a second call on the same gradients would raise
+            return parameters[largest].grad
+
+        return call
+
+    found.add("foreach", foreach)
+    found.add("torch.compile", lambda: compiled(tensors, std))
+    found.add_peer("Opacus", "opacus.optimizers", opacus)
+    if tensors[0].dtype == torch.float32:
+        found.add("NumPy", numpy)
 
 
-def foreach(tensors):
-    torch._foreach_add_(tensors, [torch.randn_like(x) for x in tensors], alpha=STD)
+@pytest.mark.parametrize(
+    "name, sizes, dtype",
+    [
+        ("20M elements", [20_000_000], torch.float32),
+        ("20M elements", [20_000_000], torch.bfloat16),
+        ("1k elements", [1000], torch.float32),
+        ("ResNet-18's 62 tensors", resnet18(), torch.float32),
+        pytest.param("GPT-2's 148 tensors", gpt2(), torch.float32, marks=FULL),
+    ],
+)
+def test_noise(compare, name, sizes, dtype):
+    found = noise(name, sizes, dtype)
+    add_peers(found)
+    compare(found)
 
 
-def opacus(tensors):
-    """DPOptimizer.add_noise of Opacus 1.6: a new gradient from the summed one."""
-    out = []
-    for x in tensors:
-        torch.zeros(x.shape, dtype=x.dtype)  # _generate_noise's answer where std is 0
-        out.append(x + torch.normal(mean=0, std=STD, size=x.shape, dtype=x.dtype))
-    return out
+@pytest.mark.parametrize("size", [1000, 10_000, 100_000, 1_000_000, 10_000_000])
+def test_growth(compare, size):
+    plot = {"plot": "noise fp32", "axis": "elements", "value": size, "elements": size}
+    found = noise(f"{size:,} elements", [size], growth=plot)
+    found.title = f"growth, {found.title}"
+    compare(found)
 
 
-def optax(tensors, count=1, eta=STD**2, gamma=0.0):
-    """optax.add_noise: g + sqrt(eta / count^gamma) N(0, 1), out of place as in JAX."""
-    std = math.sqrt(eta / count**gamma)
-    return [x + std * torch.randn_like(x) for x in tensors]
+def test_combine(compare):
+    """x + sum_k c_k eps(seed_k): the update of evolution strategies and of MeZO."""
+    terms = 32
+    tensors = [torch.zeros(n) for n in resnet18()]
+    seeds, coefficients = list(range(terms)), [0.1] * terms
+    largest = max(tensors, key=torch.numel)
 
-
-def copy_of(tensors):
-    """A call that copies them all."""
-    targets = [torch.empty_like(x) for x in tensors]
-
-    def copy():
-        for x, y in zip(tensors, targets, strict=True):
-            y.copy_(x)
-
-    return copy
-
-
-@functools.lru_cache(maxsize=1)  # the next input takes its place
-def peers(name):
-    """{name: call}, all on the same tensors."""
-    torch._dynamo.reset()
-    sizes, dtype = INPUTS[name]
-    tensors = [torch.zeros(n, dtype=dtype) for n in sizes]
-
-    compiled = torch.compile(eager, dynamic=False)
-    calls = {
-        "eager": lambda: eager(tensors),
-        "foreach": lambda: foreach(tensors),
-        "Opacus": lambda: opacus(tensors),
-        "optax": lambda: optax(tensors),
-        "torch.compile": lambda: compiled(tensors),
-        "fused": lambda: add_noise_(tensors, STD, seed=1, step=2),
-        "copy": copy_of(tensors),
-    }
-    largest = max(range(len(tensors)), key=lambda i: sizes[i])
-    for peer in PEERS[:-1]:
+    def check(call):
         for x in tensors:
             x.zero_()
-        noisy = (calls[peer]() or tensors)[largest]
-        assert abs(noisy.float().std() / STD - 1) < 0.15
-    return calls
-
-
-def combinations(sizes, terms):
-    """{name: call} of theta += sum_k c_k eps(seed_k), the update of ES and MeZO."""
-    tensors = [torch.zeros(n) for n in LISTS[sizes]]
-    seeds, coefficients = list(range(terms)), [0.1] * terms
+        call()
+        off = largest.std().item() / (0.1 * terms**0.5) - 1
+        assert abs(off) < 0.01, f"the noise's std is off by {off:.1%}"
 
     def passes():
         """As MeZO's and ES' scripts do: seed the generator, go over the parameters."""
         for seed, coefficient in zip(seeds, coefficients, strict=True):
             torch.manual_seed(seed)
-            for x in tensors:
-                x.add_(torch.randn_like(x), alpha=coefficient)
+            plain_noise(tensors, coefficient)
 
     def own_passes():
         for seed, coefficient in zip(seeds, coefficients, strict=True):
-            add_noise_(tensors, coefficient, seed=seed)
+            kdkernels.add_noise_(tensors, coefficient, seed=seed)
 
-    return {
-        "eager": passes,
-        "add_noise_ a seed": own_passes,
-        "fused": lambda: combine_noise_(tensors, coefficients, seeds),
-        "copy": copy_of(tensors),
-    }
-
-
-@functools.lru_cache(maxsize=1)
-def optimizers(kind, sizes):
-    """{name: call} of one step with noise on the gradients, each with its own parameters."""
-    theirs, ours, options, passes = OPTIMIZERS[kind]
-
-    def parameters():
-        made = [torch.nn.Parameter(torch.ones(n)) for n in LISTS[sizes]]
-        for p in made:
-            p.grad = torch.full_like(p, 0.01)
-        return made
-
-    def with_noise(optimizer, params):
-        grads = [p.grad for p in params]
-
-        def step():
-            eager(grads)
-            optimizer.step()
-
-        return step
-
-    calls = {}
-    for name, option in {"eager": {"foreach": True}, "torch fused": {"fused": True}}.items():
-        params = parameters()
-        calls[name] = with_noise(theirs(params, **options, **option), params)
-    calls["fused"] = ours(parameters(), **options, std=STD, seed=1).step
-    calls["fused, no noise"] = ours(parameters(), **options).step
-    params = parameters()
-    calls["torch fused, no noise"] = theirs(params, **options, fused=True).step
-    total = passes * sum(LISTS[sizes]) // 2
-    source, target = torch.ones(total), torch.empty(total)
-    return calls | {"copy": lambda: target.copy_(source)}
-
-
-@pytest.fixture(scope="module", params=INPUTS, ids=lambda name: name.replace(" ", "-"))
-def name(request):
-    return request.param
-
-
-@pytest.mark.parametrize("peer", PEERS)
-def test_time(benchmark, name, peer):
-    benchmark.group = name
-    benchmark(peers(name)[peer])
-
-
-def test_ratios(compare, name):
-    peers.cache_clear()  # the last test's tensors
-    compare(name, peers(name))
-
-
-def test_combine_ratios(compare):
-    peers.cache_clear()
-    compare("32 seeds, ResNet-18", combinations("ResNet-18", 32))
-
-
-@pytest.mark.parametrize("sizes", ["ResNet-18", "GPT-2"])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_optimizer_ratios(compare, kind, sizes):
-    peers.cache_clear()
-    compare(f"{kind} {sizes}", optimizers(kind, sizes))
+    bytes = 2 * sum(x.nbytes for x in tensors)
+    found = Comparison(f"{terms} noises on ResNet-18's 62 tensors fp32", check, bytes=bytes)
+    found.add("eager, a pass a seed", passes)
+    found.add(f"{OURS}, a pass a seed", own_passes)
+    found.add(OURS, lambda: kdkernels.combine_noise_(tensors, coefficients, seeds))
+    found.add("memcpy", memcpy(tensors), check=False)
+    compare(found)

@@ -1,4 +1,4 @@
-"""The ``kdkernels`` command: ``info``, ``reproduce``, ``soft-reg`` and ``distill``.
+"""The ``kdkernels`` command: ``info``, ``bench``, ``reproduce``, ``soft-reg`` and ``distill``.
 
 Exit status: 0 done; 1 a check failed or a run stopped on the way; 2 bad arguments, or data or
 weights that are not there; 130 interrupted. Whatever goes wrong is said in one sentence.
@@ -186,6 +186,14 @@ _OF_SOFT = {
         "help": "lambda of L + lambda sum eps_i dL/dtheta_i (default: 0.05 mlp, 0.01 resnet18)",
     },
 }
+_OF_BENCH = {
+    "quick": {
+        "action": "store_true",
+        "help": "what people use most, in a minute; all of it is `make bench` in the source folder",
+    },
+    "threads": {"type": _COUNT, "help": "CPU threads (default: torch's choice)"},
+    "json": {"metavar": "FILE", "help": "write everything that was measured to FILE"},
+}
 # soft-reg's options by the models that take them, in the order of --help.
 _COMMON = ("lr", "seed", "threads", "out")
 _LINEAR = ("noise", "steps", "lam", "sigma", "replicas", "repeats")
@@ -213,6 +221,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     about = {
         "info": ("versions, what was compiled in, instruction set, threads, GPUs", (), {}),
+        "bench": (
+            "how fast the ops are on this machine, beside eager PyTorch and the memory's limit",
+            tuple(_OF_BENCH),
+            _OF_BENCH,
+        ),
         "reproduce": ("run experiments 1 and 2 and write one report", _REPRODUCE, {}),
         "soft-reg": (
             "experiment 1: soft-regularised linear regression in NumPy, PyTorch and one kernel; "
@@ -397,6 +410,24 @@ def _experiments(command: str, given: dict) -> int:
     return 0 if passed else 1
 
 
+def _bench(quick: bool = False, threads: int | None = None, json: str | None = None) -> int:
+    from kdkernels import benchmark
+
+    if not quick:
+        print(
+            "kdkernels bench: give --quick for a table in a minute; the whole suite is "
+            "`make bench` in kdkernels' source folder",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        benchmark.quick(threads, json)
+    except OSError as error:
+        print(f"kdkernels bench: cannot write {json}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
@@ -419,7 +450,7 @@ def main(argv: list[str] | None = None) -> int:
     from kdkernels.train import TrainError
 
     try:
-        return _experiments(command, given)
+        return _bench(**given) if command == "bench" else _experiments(command, given)
     except TrainError as error:
         print(f"kdkernels {command}: {error}", file=sys.stderr)
         return error.status
