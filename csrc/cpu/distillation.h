@@ -134,15 +134,20 @@ KD_FN void for_row(const T* z, const T* t, int64_t classes, Add add, Fold fold) 
   }
 }
 
-// What the first pass over a row finds: its largest logits and its sums. With exponents x and y, term is the sum of
-// ey (y - x), or for reverse KL of ex (x - y).
+// With exponents x and y of student and teacher: what is added up beside the exponentials.
+enum class Term {
+  kForward,  // ey (y - x)
+  kReverse,  // ex (x - y), which is kept in the place of ey
+  kNone,
+};
+
+// What the first pass over a row finds: its largest logits and its sums.
 struct RowPass {
   double max_s, max_t, sum_s, sum_t, sum_hard, term;
 };
 
-// Makes the row's exponentials, and keeps what the gradient is made of: ex, eh, and ey or for reverse KL
-// ex (x - y).
-template <class T, bool kReverse, bool kOwn, bool kKeep, class Real>
+// Makes the row's exponentials, and keeps what the gradient is made of.
+template <class T, Term kTerm, bool kOwn, bool kKeep, class Real>
 KD_FN RowPass first_pass(const T* z, const T* t, int64_t classes, const Exponents<Real>& by,
                          Real* ex, Real* ey, Real* eh) {
   using V = Vector<Real>;
@@ -155,13 +160,12 @@ KD_FN RowPass first_pass(const T* z, const T* t, int64_t classes, const Exponent
     V a = exp2_shifted(u, by.s), b = exp2_shifted(v, by.t);
     part_s = part_s + a;
     part_t = part_t + b;
-    V y_less_x = by.difference(u, v, kReverse);
     V kept = b;
-    if constexpr (kReverse) {
-      kept = -(a * y_less_x);
+    if constexpr (kTerm == Term::kForward) {
+      part_term = fma(b, by.difference(u, v, false), part_term);
+    } else if constexpr (kTerm == Term::kReverse) {
+      kept = -(a * by.difference(u, v, true));
       part_term = part_term + kept;
-    } else {
-      part_term = fma(b, y_less_x, part_term);
     }
     if constexpr (kKeep) {
       store(a, ex + i);
@@ -190,7 +194,7 @@ KD_FN RowPass first_pass(const T* z, const T* t, int64_t classes, const Exponent
 
 // The first pass, from a guess of the shifts and, where the largest logits turn out to be far from it, once more.
 // False where the row has no such logits or they are too large.
-template <class T, bool kReverse, bool kOwn, bool kKeep, class Real>
+template <class T, Term kTerm, bool kOwn, bool kKeep, class Real>
 bool pass_over(const T* z, const T* t, int64_t classes, Real scale, Real scale_hard, Real* ex,
                Real* ey, Real* eh, Shifts& shift, RowPass& pass) {
   double max_s = guess(z, classes), max_t = guess(t, classes);
@@ -202,7 +206,7 @@ bool pass_over(const T* z, const T* t, int64_t classes, Real scale, Real scale_h
       return false;
     }
     const Exponents<Real> by(scale, scale_hard, shift);
-    pass = first_pass<T, kReverse, kOwn, kKeep>(z, t, classes, by, ex, ey, eh);
+    pass = first_pass<T, kTerm, kOwn, kKeep>(z, t, classes, by, ex, ey, eh);
     max_s = pass.max_s;
     max_t = pass.max_t;
     if (near(max_s * scale - shift.s, kFar) && near(max_t * scale - shift.t, kFar) &&
@@ -268,6 +272,7 @@ void rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_los
   static thread_local RowBuffer buffer;
   constexpr bool kOwn = kHard == math::CrossEntropy::kOwn,
                  kLabels = kHard != math::CrossEntropy::kNone;
+  constexpr Term kTerm = Policy::kOfStudent ? Term::kReverse : Term::kForward;
 
   const bool keep = p.gradient != nullptr;
   const int64_t padded = (p.classes + kPad - 1) / kPad * kPad;
@@ -293,10 +298,10 @@ void rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_los
 
     Shifts shift;
     RowPass pass;
-    bool done = keep ? pass_over<T, Policy::kReverse, kOwn, true>(
-                           z, t, p.classes, scale_real, scale_hard_real, ex, ey, eh, shift, pass)
-                     : pass_over<T, Policy::kReverse, kOwn, false>(
-                           z, t, p.classes, scale_real, scale_hard_real, ex, ey, eh, shift, pass);
+    bool done = keep ? pass_over<T, kTerm, kOwn, true>(z, t, p.classes, scale_real, scale_hard_real,
+                                                       ex, ey, eh, shift, pass)
+                     : pass_over<T, kTerm, kOwn, false>(z, t, p.classes, scale_real,
+                                                        scale_hard_real, ex, ey, eh, shift, pass);
     double factor = p.denominator != 0 ? weight / p.denominator * p.gradient_scale : 0.0;
     math::RowResult<double> result = {};
     math::RowSums<double> sums = {};
@@ -325,7 +330,7 @@ void rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_los
     }
     if (result.divergence < math::kNearRow) {
       const Exponents<Real> by(scale_real, scale_hard_real, shift);
-      if (!keep) first_pass<T, Policy::kReverse, kOwn, true>(z, t, p.classes, by, ex, ey, eh);
+      if (!keep) first_pass<T, kTerm, kOwn, true>(z, t, p.classes, by, ex, ey, eh);
       NearTerms terms = near_pass<T, Policy>(z, t, p.classes, by, pass, ex, ey);
       result.loss += p.alpha * p.temperature * p.temperature * (terms.f - result.divergence);
       // The gradient is a - q sum a, with a in the place of ey.

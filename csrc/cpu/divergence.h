@@ -1,12 +1,11 @@
 // The row walker for any divergence, teacher and layout. Included by one file an ISA level.
 //
 // Each pass of math/row.h is a loop over one row, which L2 holds. Where nothing changes the logits and a whole
-// row's loss and gradient are all that is wanted, the passes go block by block (`plain`): a block is read where
-// it lies, its exponentials are relative to the largest logits so far, as cpu/distillation.h has them, and no
-// pass looks for the maxima. Else student and teacher are read where they lie or once into a buffer of computed
-// values. Exponentials at temperature T are made once and kept, the terms' derivatives take the teacher's
-// place, and the gradient is written once. So the buffer takes 2 to 4 values a class, 6 with a gradient of the
-// teacher's.
+// row's loss and gradient are all that is wanted (`plain`), the exponentials and their sums come from the first pass
+// of cpu/distillation.h, and the terms are made block by block of logits that are read where they lie. Else
+// student and teacher are read where they lie or once into a buffer of computed values. Exponentials at
+// temperature T are made once and kept, the terms' derivatives take the teacher's place, and the gradient is
+// written once. So the buffer takes 2 to 4 values a class, 6 with a gradient of the teacher's.
 #pragma once
 
 #include "cpu/lane.h"
@@ -57,18 +56,19 @@ struct RowWalk {
   const bool dense;  // the row's own classes are read, beside a top-k teacher's entries too
   const bool shares_hard;  // cross-entropy's exponentials are those at temperature T
   const bool watched;  // statistics are wanted, or may be by another slice
-  const bool plain;
+  const bool may_be_plain;
+  bool plain;
   const int first_stage;
   Lane<Real> own, entry;
   Real *u, *t, *entry_u, *entry_t;  // planes for logits
   int64_t* column;  // of an entry, or -1
-  Maxima<Real>* maxima;  // that a block's exponentials are relative to
 
   int64_t row;
   const T* z_row;
   int64_t label_here;  // the label's class of the slice, or -1
   double weight;
   Real label_u, label_t, max_u, max_t;
+  double lift_s, lift_t;  // what brings kept exponentials to those relative to the maxima
   math::RowState x;
   math::RowNorm exact;
   double total_u;
@@ -84,16 +84,15 @@ struct RowWalk {
         dense(!task.renormalize || task.cross_entropy),
         shares_hard(task.temperature == 1 && !task.standardize),
         watched(p.statistics != nullptr || p.state != nullptr),
-        plain(task.compares && !watched && !wants_teacher && !task.entries && !task.aside_label &&
-              !task.standardize && p.teachers == 1 && !p.probs && Transform::nothing(of_student) &&
-              Transform::nothing(of_teacher)),
+        may_be_plain(task.compares && !watched && !wants_teacher && !task.entries &&
+                     !task.aside_label && !task.standardize && p.teachers == 1 && !p.probs &&
+                     Transform::nothing(of_student) && Transform::nothing(of_teacher)),
         first_stage(p.stages & -p.stages) {
     const int64_t padded = padded_to_vectors(p.classes),
                   entries = task.entries ? padded_to_vectors(p.entries) : 0;
-    const int64_t planes = wants_teacher ? 6 : 4, blocks = p.classes / kBlock + 1;
+    const int64_t planes = wants_teacher ? 6 : 4;
     Real* memory = static_cast<Real*>(
         buffer.reserve(static_cast<size_t>(planes * (padded + entries)) * sizeof(Real) +
-                       static_cast<size_t>(blocks) * sizeof(Maxima<Real>) +
                        static_cast<size_t>(entries) * sizeof(int64_t)));
     own = lane(memory, p.classes, padded);
     entry = lane(memory + planes * padded, task.entries ? p.entries : 0, entries);
@@ -101,8 +100,7 @@ struct RowWalk {
     t = memory + 3 * padded;
     entry_u = memory + planes * padded + 2 * entries;
     entry_t = entry_u + entries;
-    maxima = reinterpret_cast<Maxima<Real>*>(memory + planes * (padded + entries));
-    column = reinterpret_cast<int64_t*>(maxima + blocks);
+    column = reinterpret_cast<int64_t*>(memory + planes * (padded + entries));
   }
 
   Lane<Real> lane(Real* memory, int64_t n, int64_t padded) const {
@@ -139,30 +137,23 @@ struct RowWalk {
                       static_cast<int>(lane.padded), -kInfinity<Real>, t);
   }
 
-  // f(lane, maxima, inv_s, inv_t) for the classes that are compared, all at once or in blocks: their exponentials
-  // are relative to these maxima, and probabilities times these factors.
+  // f(lane, inv_s, inv_t) for the classes that are compared, all at once or in blocks; the factors make
+  // probabilities of their exponentials.
   template <class F>
   void each_block(F f) const {
-    const double max_s = task.entries ? x.entry_max_s : x.max_s,
-                 max_t = task.entries ? x.entry_max_t : x.max_t;
-    const double inv_s = inverse_s(max_s), inv_t = inverse_t(max_t);
-    if (!plain)
-      return f(compared(), {finite_max<Real>(max_s), finite_max<Real>(max_t)}, inv_s, inv_t);
-    for (int64_t first = 0, b = 0; first < own.n; first += kBlock, ++b) {
+    const double inv_s = inverse_s(task.entries ? x.entry_max_s : x.max_s),
+                 inv_t = inverse_t(task.entries ? x.entry_max_t : x.max_t);
+    if (!plain) return f(compared(), inv_s, inv_t);
+    for (int64_t first = 0; first < own.n; first += kBlock) {
       Lane<Real> lane = block(first);
       lane.u = student_block(lane, first);
       lane.t = teacher_block(lane, first);
-      f(lane, maxima[b], inv_s * below(maxima[b].s, max_s, exact.scale_s),
-        inv_t * below(maxima[b].t, max_t, exact.scale_t));
+      f(lane, inv_s, inv_t);
     }
   }
 
   // The factor of exponentials that are rounded to Real, in powers of 2.
   static Real log2_scale(double scale) { return static_cast<Real>(scale * math::kLog2E); }
-  // What brings exponentials relative to an earlier maximum to a later one, by the same rounded factor.
-  static double below(double max, double later, double scale) {
-    return exp2_fp64((max - later) * log2_scale(scale));
-  }
 
   // ---- a row ----
 
@@ -179,10 +170,9 @@ struct RowWalk {
     label_here = label - p.first_class;
     if (p.labels == nullptr || label_here < 0 || label_here >= p.classes) label_here = -1;
 
+    lift_s = lift_t = 1;
+    plain = may_be_plain && sweep();
     if (plain) {
-      x = math::RowState{};
-      math::scales(task, x, exact);
-      sweep();
       add_terms();
       finish(label, loss);
       return;
@@ -393,36 +383,39 @@ struct RowWalk {
     x.best_t = static_cast<double>(p.first_class + (task.entries ? column[t] : t));
   }
 
-  // Maxima, exponentials and all sums of a plain row.
-  void sweep() {
-    const Real scale_s = log2_scale(exact.scale_s), scale_t = log2_scale(exact.scale_t);
-    Maxima<Real> max = {-std::numeric_limits<Real>::max(), -std::numeric_limits<Real>::max()};
-    for (int64_t first = 0, b = 0; first < own.n; first += kBlock, ++b) {
-      const Maxima<Real> before = max;
-      Lane<Real> lane = block(first);
-      lane.u = student_block(lane, first);
-      max.s = math::larger(max_of(lane.u, lane.padded), max.s);
-      x.sum_s = x.sum_s * below(before.s, max.s, exact.scale_s) +
-                exponentials(lane.u, lane.q, lane.padded, max.s, scale_s);
-      if (task.cross_entropy && !shares_hard) {
-        x.hard = x.hard * below(before.s, max.s, 1.0) +
-                 exponential_sum(lane.u, lane.padded, max.s, kLog2EOf<Real>);
-      }
-      if (task.cross_entropy && task.smoothing > 0) {
-        for (int64_t i = 0; i < lane.n; ++i) x.total_u += lane.u[i];
-      }
-      lane.t = teacher_block(lane, first);
-      max.t = math::larger(max_of(lane.t, lane.padded), max.t);
-      x.sum_t = x.sum_t * below(before.t, max.t, exact.scale_t) +
-                exponentials(lane.t, lane.p, lane.padded, max.t, scale_t);
-      maxima[b] = max;
-    }
-    x.max_s = max.s;
-    x.max_t = max.t;
+  // Exponentials and all sums of a plain row. False where that is not possible.
+  bool sweep() {
+    x = math::RowState{};
+    math::scales(task, x, exact);
+    const Real scale = log2_scale(exact.scale_s);
+    const bool own_hard = task.cross_entropy && !shares_hard;
+    const Real scale_hard = own_hard ? kLog2EOf<Real> : scale;
+    Shifts shift;
+    RowPass pass = {};
+    const T* t_row = teacher_row(0);
+    // What cross-entropy's own exponentials are once added up nobody needs: they may lie over u.
+    const bool done =
+        own_hard ? pass_over<T, Term::kNone, true, true>(z_row, t_row, own.n, scale, scale_hard,
+                                                         own.q, own.p, u, shift, pass)
+                 : pass_over<T, Term::kNone, false, true>(z_row, t_row, own.n, scale, scale_hard,
+                                                          own.q, own.p, u, shift, pass);
+    if (!done) return false;
+    // Logits of type Real near those whose exponents are 0.
+    const double exact_scale = scale;
+    x.max_s = static_cast<Real>(shift.s / exact_scale);
+    x.max_t = static_cast<Real>(shift.t / exact_scale);
+    lift_s = exp2_fp64(shift.s - x.max_s * exact_scale);
+    lift_t = exp2_fp64(shift.t - x.max_t * exact_scale);
+    x.sum_s = pass.sum_s * lift_s;
+    x.sum_t = pass.sum_t * lift_t;
+    x.hard = own_hard ? pass.sum_hard * exp2_fp64(shift.hard - x.max_s * scale_hard) : x.sum_s;
     x.entry_max_s = x.entry_max_t = math::kLowestState;
-    if (shares_hard) x.hard = x.sum_s;
+    if (task.cross_entropy && task.smoothing > 0) {
+      for (int64_t i = 0; i < own.n; ++i) x.total_u += widen(z_row[i]);
+    }
     label_u = label_here >= 0 ? widen(z_row[label_here]) : Real(0);
     x.label_s = label_u;
+    return true;
   }
 
   void add_exponentials() {
@@ -463,10 +456,10 @@ struct RowWalk {
 
   // What makes probabilities of the exponentials relative to these maxima.
   double inverse_s(double max) const {
-    return exponent((max - exact.max_s) * exact.scale_s, exact.log_sum_s);
+    return lift_s * exponent((max - exact.max_s) * exact.scale_s, exact.log_sum_s);
   }
   double inverse_t(double max) const {
-    return exponent((max - exact.max_t) * exact.scale_t, exact.log_sum_t);
+    return lift_t * exponent((max - exact.max_t) * exact.scale_t, exact.log_sum_t);
   }
   static double exponent(double above, double log_sum) {
     return log_sum == -kInfinity<double> ? 0.0 : exp2_fp64((above - log_sum) * math::kLog2E);
@@ -484,7 +477,7 @@ struct RowWalk {
                            p.divergence == math::Divergence::kAlphaBeta;
     if (sensitive && p.state == nullptr) {
       double excess = 0;
-      each_block([&](const Lane<Real>& lane, const Maxima<Real>&, double inv_s, double inv_t) {
+      each_block([&](const Lane<Real>& lane, double inv_s, double inv_t) {
         excess += excess_of_q(lane, norm, inv_s, inv_t);
       });
       math::refine(exact, excess);
@@ -492,14 +485,16 @@ struct RowWalk {
     }
     bool far = sizeof(Real) == 4 && p.divergence == math::Divergence::kJS && !task.entries;
     Terms sums = {};
-    each_block([&](const Lane<Real>& lane, const Maxima<Real>&, double inv_s, double inv_t) {
+    each_block([&](const Lane<Real>& lane, double inv_s, double inv_t) {
       terms(p, lane, norm, inv_s, inv_t, wants_teacher, far, sums);
     });
     if (far && sums.f < kFarJS) {
       sums = {};
-      each_block([&](const Lane<Real>& lane, const Maxima<Real>& max, double inv_s, double inv_t) {
-        exponentials(lane.t, lane.p, lane.padded, max.t,
-                     log2_scale(exact.scale_t));  // a lies over p
+      lift_t = 1;
+      each_block([&](const Lane<Real>& lane, double inv_s, double inv_t) {
+        // a lies over p
+        exponentials(lane.t, lane.p, lane.padded, finite_max<Real>(x.max_t),
+                     log2_scale(exact.scale_t));
         terms(p, lane, norm, inv_s, inv_t, wants_teacher, false, sums);
       });
     }
@@ -572,7 +567,8 @@ struct RowWalk {
 
   // of_e: of exponentials relative to `max`.
   LaneGradient<Real> lane_gradient(const math::RowGradient& g, double of_e, double max) const {
-    if (shares_hard && task.cross_entropy) of_e += g.of_hard * math::exp_acc(max - g.hard_max);
+    if (shares_hard && task.cross_entropy)
+      of_e += lift_s * g.of_hard * math::exp_acc(max - g.hard_max);
     return {static_cast<Real>(g.of_a),
             static_cast<Real>(of_e),
             static_cast<Real>(shares_hard ? 0.0 : g.of_hard),
@@ -605,17 +601,14 @@ struct RowWalk {
   }
 
   void write_blocks(const math::RowGradient& g) {
-    const double of_q = g.of_q * inverse_s(x.max_s);
-    for (int64_t first = 0, b = 0; first < own.n; first += kBlock, ++b) {
+    const LaneGradient<Real> of = lane_gradient(g, g.of_q * inverse_s(x.max_s), x.max_s);
+    const Real at_label = label_here >= 0 ? label_gradient(g, of, own.a[label_here]) : Real(0);
+    for (int64_t first = 0; first < own.n; first += kBlock) {
       Lane<Real> lane = block(first);
-      const LaneGradient<Real> of =
-          lane_gradient(g, of_q * below(maxima[b].s, x.max_s, exact.scale_s), maxima[b].s);
       if (of.of_hard != Real(0)) lane.u = student_block(lane, first);
       write_gradient(lane, lane.a, of, gradient_row() + first);
-      if (label_here >= first && label_here - first < lane.n) {
-        narrow(label_gradient(g, of, own.a[label_here]), gradient_row()[label_here]);
-      }
     }
+    if (label_here >= 0) narrow(at_label, gradient_row()[label_here]);
   }
 
   Real label_gradient(const math::RowGradient& g, const LaneGradient<Real>& of, Real a) const {

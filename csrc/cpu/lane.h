@@ -9,6 +9,7 @@ namespace kdkernels {
 namespace cpu {
 namespace {
 
+constexpr int kBlock = 1024;  // classes of a row that L1 holds beside what is kept of them
 template <class Real>
 constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 template <class Real>
@@ -158,29 +159,35 @@ void terms_of(const Lane<Real>& x, const math::ElementNorm<Real>& norm, Real inv
 // JS at half the price, with an error of some 1e-7 in D, which is felt below kFarJS.
 constexpr double kFarJS = 0.005;
 
-template <bool kTeacher, class Real>
-void far_js(const Lane<Real>& x, const math::ElementNorm<Real>& norm, Real inv_s, Real inv_t,
-            Real beta, Terms& out) {
-  using Norm = math::ElementNorm<Real>;
-  const Norm n = norm;
-  const Real *logits = x.u, *teacher = x.t, *q = x.q, *p = x.p;
-  Real *keep_a = x.a, *keep_b = x.b;
-  const Real of_q = (Real(1) - beta) * inv_s, of_p = beta * inv_t;
-  double total[2] = {};
-  add_sums<Real>(x.padded, total, [=](int64_t i, int j, Real(&sums)[2][kPad]) KD_INLINE_LAMBDA {
-    Real share_q = q[i] * of_q, share_p = p[i] * of_p;
-    // Never 0, and as it is where that matters.
-    Real log_m = math::log_normal(share_p + (share_q + Real(0x1p-126)));
-    Real a = math::times(share_q, Norm::log_q(n, logits[i]) - log_m);
-    Real b = math::times(share_p, Norm::log_p(n, teacher[i]) - log_m);
-    keep_a[i] = a;
-    if constexpr (kTeacher) keep_b[i] = b;
-    sums[0][j] += a;
-    sums[1][j] += b;
-  });
-  out.f += total[0] + total[1];
-  out.a += total[0];
-  out.b += total[1];
+template <bool kTeacher>
+void far_js(const Lane<float>& x, const math::ElementNorm<float>& norm, float inv_s, float inv_t,
+            float beta, Terms& out) {
+  using V = Floats;
+  const V none(0.0f), scale_s(norm.scale_s), scale_t(norm.scale_t), max_s(norm.max_s),
+      max_t(norm.max_t), above_s(-norm.log_sum_s), above_t(-norm.log_sum_t),
+      of_q((1 - beta) * inv_s), of_p(beta * inv_t), tiny(0x1p-126f);
+  WideSum<float> sum_a, sum_b;
+  for (int64_t first = 0; first < x.padded; first += kFold) {
+    const int64_t last = first + kFold < x.padded ? first + kFold : x.padded;
+    V part_a = none, part_b = none;
+    for (int64_t i = first; i < last; i += V::kLanes) {
+      V q = load(x.q + i) * of_q, p = load(x.p + i) * of_p;
+      V log_m = math::log_normal(p + (q + tiny));  // never of 0, and as it is where that matters
+      V log_q = fma(load(x.u + i) - max_s, scale_s, above_s),
+        log_p = fma(load(x.t + i) - max_t, scale_t, above_t);
+      V a = math::times(q, log_q - log_m), b = math::times(p, log_p - log_m);
+      part_a = part_a + a;
+      part_b = part_b + b;
+      store(a, x.a + i);
+      if constexpr (kTeacher) store(b, x.b + i);
+    }
+    sum_a.add(part_a);
+    sum_b.add(part_b);
+  }
+  const double a = sum_a.total(), b = sum_b.total();
+  out.f += a + b;
+  out.a += a;
+  out.b += b;
 }
 
 // Added to `out`.
@@ -197,10 +204,13 @@ void terms(const DivergenceParams& p, const Lane<Real>& x, const math::ElementNo
       terms_of<Policy, false>(x, norm, of_q, of_p, beta, second, out);
     }
   };
-  if (far) {
-    teacher ? far_js<true>(x, norm, of_q, of_p, beta, out)
-            : far_js<false>(x, norm, of_q, of_p, beta, out);
-  } else if (p.divergence != math::Divergence::kAlphaBeta) {
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    if (far) {
+      return teacher ? far_js<true>(x, norm, of_q, of_p, beta, out)
+                     : far_js<false>(x, norm, of_q, of_p, beta, out);
+    }
+  }
+  if (p.divergence != math::Divergence::kAlphaBeta) {
     math::with_policy(p.divergence, run);
   } else if (beta == Real(0) ||
              second == Real(0)) {  // a branch within the loop would keep it scalar

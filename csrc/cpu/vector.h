@@ -118,6 +118,14 @@ KD_FN Floats power_of_low_bits(Floats k) {
   return Floats((Floats::Lanes)(((Ints)k.lanes << 23) + 0x3F800000));
 }
 
+KD_FN math::Mantissa<Floats> split(Floats x) {
+  typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+  Ints bits = (Ints)x.lanes;
+  Ints e = (bits - math::kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
+  Floats m((Floats::Lanes)(bits - e));
+  return {m, Floats(__builtin_convertvector(e >> 23, Floats::Lanes))};
+}
+
 KD_FN Doubles exp2_shifted(Doubles z, const math::Shifted<Doubles>& by) {
   for (int i = 0; i < Doubles::kLanes; ++i) {
     z.lanes[i] = __builtin_exp2(__builtin_fma(z.lanes[i], by.scale.lanes[i], -by.shift.lanes[i]));

@@ -38,7 +38,7 @@ struct RowSums {
 
 // KL(p_t || p_s) = sum p_t (log p_t - log p_s).
 struct OnePassKL {
-  static constexpr bool kReverse = false;
+  static constexpr bool kOfStudent = false;  // whose exponentials the terms are of
   using Terms = ForwardKL;
   // p_t = 0 contributes 0 whatever the student says; NaN stays NaN.
   template <class Real>
@@ -71,7 +71,7 @@ struct OnePassKL {
 
 // KL(p_s || p_t), of sums whose term is that of ex (x - y); the gradient's second coefficient is of ex (x - y).
 struct OnePassReverseKL {
-  static constexpr bool kReverse = true;
+  static constexpr bool kOfStudent = true;
   using Terms = ReverseKL;
   template <class Acc>
   KD_FN Acc divergence(const RowSums<Acc>& sums, Acc inv_s, Acc) {

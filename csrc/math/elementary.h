@@ -214,23 +214,34 @@ KD_FN constexpr float log_coefficient(int i) {
 }
 
 // log(1 + f), |f| <= 1/3, plus e ln 2.
-KD_FN float log_reduced(float f, float e) {
-  float p = log_coefficient(0);
+template <class F>
+KD_FN F log_reduced(F f, F e) {
+  F p(log_coefficient(0));
   KD_UNROLL
-  for (int i = 1; i < 8; ++i) p = fma(p, f, log_coefficient(i));
-  float s = f * f;
-  float r = fma(s, fma(f, p, -0.5f), f);
-  return fma(e, 0x1.62e43p-1f, r);
+  for (int i = 1; i < 8; ++i) p = fma(p, f, F(log_coefficient(i)));
+  F s = f * f;
+  F r = fma(s, fma(f, p, F(-0.5f)), f);
+  return fma(e, F(0x1.62e43p-1f), r);
 }
 
 constexpr int32_t kTwoThirdsBits = 0x3F2AAAAB;
 
-// log x for positive, normal, finite x.
-KD_FN float log_normal(float x) {
+// x = m 2^e for positive, normal, finite x; m in [2/3, 4/3).
+template <class F>
+struct Mantissa {
+  F m, e;
+};
+KD_FN Mantissa<float> split(float x) {
   int32_t bits = bits_from_float(x);
   int32_t e = (bits - kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
-  float m = float_from_bits(bits - e);  // in [2/3, 4/3)
-  return log_reduced(m - 1.0f, static_cast<float>(e >> 23));
+  return {float_from_bits(bits - e), static_cast<float>(e >> 23)};
+}
+
+// log x for positive, normal, finite x. F: float, or a vector of them.
+template <class F>
+KD_FN F log_normal(F x) {
+  Mantissa<F> b = split(x);
+  return log_reduced(b.m - F(1.0f), b.e);
 }
 
 // log x; -inf at 0, NaN below.
