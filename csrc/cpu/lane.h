@@ -165,26 +165,28 @@ void far_js(const Lane<float>& x, const math::ElementNorm<float>& norm, float in
   using V = Floats;
   const V none(0.0f), scale_s(norm.scale_s), scale_t(norm.scale_t), max_s(norm.max_s),
       max_t(norm.max_t), above_s(-norm.log_sum_s), above_t(-norm.log_sum_t),
-      of_q((1 - beta) * inv_s), of_p(beta * inv_t), tiny(0x1p-126f);
+      of_q((1 - beta) * inv_s), of_p(beta * inv_t), tiny(0x1p-126f), lowest(-1e30f);
   WideSum<float> sum_a, sum_b;
   for (int64_t first = 0; first < x.padded; first += kFold) {
     const int64_t last = first + kFold < x.padded ? first + kFold : x.padded;
     V part_a = none, part_b = none;
     for (int64_t i = first; i < last; i += V::kLanes) {
-      V q = load(x.q + i) * of_q, p = load(x.p + i) * of_p;
-      V log_m = math::log_normal(p + (q + tiny));  // never of 0, and as it is where that matters
-      V log_q = fma(load(x.u + i) - max_s, scale_s, above_s),
-        log_p = fma(load(x.t + i) - max_t, scale_t, above_t);
-      V a = math::times(q, log_q - log_m), b = math::times(p, log_p - log_m);
+      V q = load(x.q + i), p = load(x.p + i);
+      // Never of 0, and as it is where that matters.
+      V log_m = math::log_normal(fma(p, of_p, fma(q, of_q, tiny)));
+      // An excluded class has finite logarithms too, times 0.
+      V log_q = fma(larger(lowest, load(x.u + i)) - max_s, scale_s, above_s),
+        log_p = fma(larger(lowest, load(x.t + i)) - max_t, scale_t, above_t);
+      V a = q * (log_q - log_m), b = p * (log_p - log_m);
       part_a = part_a + a;
       part_b = part_b + b;
-      store(a, x.a + i);
-      if constexpr (kTeacher) store(b, x.b + i);
+      store(a * of_q, x.a + i);
+      if constexpr (kTeacher) store(b * of_p, x.b + i);
     }
     sum_a.add(part_a);
     sum_b.add(part_b);
   }
-  const double a = sum_a.total(), b = sum_b.total();
+  const double a = of_q.lanes[0] * sum_a.total(), b = of_p.lanes[0] * sum_b.total();
   out.f += a + b;
   out.a += a;
   out.b += b;

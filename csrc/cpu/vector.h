@@ -123,7 +123,7 @@ KD_FN math::Mantissa<Floats> split(Floats x) {
   Ints bits = (Ints)x.lanes;
   Ints e = (bits - math::kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
   Floats m((Floats::Lanes)(bits - e));
-  return {m, Floats(__builtin_convertvector(e >> 23, Floats::Lanes))};
+  return {m, Floats(__builtin_convertvector(e, Floats::Lanes))};
 }
 
 KD_FN Doubles exp2_shifted(Doubles z, const math::Shifted<Doubles>& by) {

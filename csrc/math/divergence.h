@@ -66,7 +66,7 @@ KD_FN float neg_log(float x, float sum, bool small) {
   int32_t bits = bits_from_float(sum);
   int32_t e = small ? 0 : (bits - kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
   float f = small ? x : float_from_bits(bits - e) - 1.0f;
-  return -log_reduced(f, static_cast<float>(e >> 23));
+  return -log_reduced(f, static_cast<float>(e));
 }
 KD_FN double neg_log(double x, double sum, bool small) {
 #if defined(__CUDA_ARCH__)
@@ -176,7 +176,7 @@ KD_FN LogAndPhi<float> log_and_phi(float x, float sum, bool small) {
   float p = log_coefficient(0);
   KD_UNROLL
   for (int i = 1; i < 8; ++i) p = fma(p, f, log_coefficient(i));
-  float log = fma(static_cast<float>(e >> 23), 0x1.62e43p-1f, fma(f * f, fma(f, p, -0.5f), f));
+  float log = fma(static_cast<float>(e), 0x1.62e43p-24f, fma(f * f, fma(f, p, -0.5f), f));
   float series = f * f * fma(f, fma(f, p, p - 0.5f), 0.5f);
   return {log, small ? series : fma(sum, log, -x)};
 }

@@ -213,7 +213,7 @@ KD_FN constexpr float log_coefficient(int i) {
   return kCoefficient[i];
 }
 
-// log(1 + f), |f| <= 1/3, plus e ln 2.
+// log(1 + f), |f| <= 1/3, plus 2^-23 e ln 2: the exponent as it stands in a float's bits.
 template <class F>
 KD_FN F log_reduced(F f, F e) {
   F p(log_coefficient(0));
@@ -221,12 +221,12 @@ KD_FN F log_reduced(F f, F e) {
   for (int i = 1; i < 8; ++i) p = fma(p, f, F(log_coefficient(i)));
   F s = f * f;
   F r = fma(s, fma(f, p, F(-0.5f)), f);
-  return fma(e, F(0x1.62e43p-1f), r);
+  return fma(e, F(0x1.62e43p-24f), r);
 }
 
 constexpr int32_t kTwoThirdsBits = 0x3F2AAAAB;
 
-// x = m 2^e for positive, normal, finite x; m in [2/3, 4/3).
+// x = m 2^(2^-23 e) for positive, normal, finite x; m in [2/3, 4/3).
 template <class F>
 struct Mantissa {
   F m, e;
@@ -234,7 +234,7 @@ struct Mantissa {
 KD_FN Mantissa<float> split(float x) {
   int32_t bits = bits_from_float(x);
   int32_t e = (bits - kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
-  return {float_from_bits(bits - e), static_cast<float>(e >> 23)};
+  return {float_from_bits(bits - e), static_cast<float>(e)};
 }
 
 // log x for positive, normal, finite x. F: float, or a vector of them.
@@ -250,7 +250,7 @@ KD_FN float log(float x) {
   int32_t bits = bits_from_float(subnormal ? x * 0x1p23f : x);
   int32_t e = (bits - kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
   float m = float_from_bits(bits - e);
-  float y = log_reduced(m - 1.0f, static_cast<float>(e >> 23) - (subnormal ? 23.0f : 0.0f));
+  float y = log_reduced(m - 1.0f, static_cast<float>(e) - (subnormal ? 0x17p23f : 0.0f));
   y = x > 0.0f ? y : (x == 0.0f ? -__builtin_inff() : __builtin_nanf(""));
   return x < __builtin_inff() ? y : x;  // inf and NaN are their own logarithms; NaN compares false
 }
@@ -263,7 +263,7 @@ KD_FN float log1p(float x) {
   int32_t k = e >> 23, half = k >> 1;
   float s = exp2_int(-half), s2 = exp2_int(half - k);
   float f = fma(x * s, s2, s * s2 - 1.0f);
-  float y = log_reduced(f, static_cast<float>(k));
+  float y = log_reduced(f, static_cast<float>(e));
   y = x > -1.0f ? y : (x == -1.0f ? -__builtin_inff() : __builtin_nanf(""));
   y = x == 0.0f ? x : y;  // keeps -0
   return x < __builtin_inff() ? y : x;
