@@ -26,6 +26,7 @@
 #include "ops/checks.h"
 #include "ops/devices.h"
 #include "ops/distillation.h"
+#include "ops/pages.h"
 
 namespace kdkernels {
 namespace {
@@ -60,7 +61,11 @@ at::ScalarType hidden_gradient_type(const Tensor& hidden) {
   return hidden.scalar_type() == at::kHalf ? at::kFloat : hidden.scalar_type();
 }
 
+// The loss 0, and gradients of hidden states and head that are yet to be written.
 LinearResult outputs(const LinearCall& c, int64_t want) {
+  auto unwritten = [&](c10::SymIntArrayRef shape, const at::TensorOptions& options) {
+    return in_huge_pages(at::empty_symint(shape, options));
+  };
   auto options = c.hidden.options();
   auto acc = options.dtype(acc_type(c.hidden));
   c10::SymIntArrayRef shape = c.hidden.sym_sizes(), rows = shape.slice(0, shape.size() - 1);
@@ -68,9 +73,9 @@ LinearResult outputs(const LinearCall& c, int64_t want) {
   out.loss =
       c.options.reduction == Reduction::kNone ? at::zeros_symint(rows, acc) : at::zeros({}, acc);
   if (want & kHidden) {
-    out.hidden = at::zeros_symint(shape, options.dtype(hidden_gradient_type(c.hidden)));
+    out.hidden = unwritten(shape, options.dtype(hidden_gradient_type(c.hidden)));
   }
-  if (want & kHead) out.head = at::zeros_symint(c.head.sym_sizes(), acc);
+  if (want & kHead) out.head = unwritten(c.head.sym_sizes(), acc);
   if (want & kBias) out.bias = at::zeros_symint(c.head.sym_sizes().slice(0, 1), acc);
   if (want & kRowStatistics) {
     std::vector<c10::SymInt> sizes(rows.begin(), rows.end());
@@ -104,16 +109,20 @@ at::ScalarType work_type(const Tensor& hidden) {
   return wide ? at::kFloat : type;
 }
 
-// into += alpha * x, both contiguous; torch's own would first make a copy of x in fp32.
-void add(const Tensor& into, const Tensor& x, float alpha) {
+// into = beta * into + alpha * x, both contiguous and beta 0 or 1; torch's own would first make a copy of x in fp32.
+void add(const Tensor& into, const Tensor& x, double beta, float alpha) {
   auto* out = into.mutable_data_ptr<float>();
   const auto* in = x.const_data_ptr<at::BFloat16>();
   at::parallel_for(0, into.numel(), 1 << 15, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) out[i] += alpha * static_cast<float>(in[i]);
+    if (beta == 0) {
+      for (int64_t i = begin; i < end; ++i) out[i] = alpha * static_cast<float>(in[i]);
+    } else {
+      for (int64_t i = begin; i < end; ++i) out[i] += alpha * static_cast<float>(in[i]);
+    }
   });
 }
 
-// out = beta * out + alpha * a @ b, summed in acc; out is in the dtype of a or in acc.
+// out = beta * out + alpha * a @ b with beta 0 or 1, summed in acc; out is in the dtype of a or in acc.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
   Tensor into = out;
   if (out.scalar_type() == a.scalar_type()) {
@@ -126,13 +135,13 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, 
     for (int64_t r = 0; r < out.size(0); r += most) {
       int64_t n = std::min(most, out.size(0) - r);
       Tensor product = part.narrow(0, 0, n), rows = out.narrow(0, r, n), of_a = a.narrow(0, r, n);
-      if (beta == 0) rows.zero_();
       if (cuda) {
         at::mm_out(product, of_a, b, out.scalar_type());
+        if (beta == 0) rows.zero_();
         rows.add_(product, alpha);
       } else {
         at::mm_out(product, of_a, b);
-        add(rows, product, static_cast<float>(alpha));
+        add(rows, product, beta, static_cast<float>(alpha));
       }
     }
   }
@@ -174,12 +183,12 @@ class Head {
     }
   }
 
-  // grad_weight [V, H] += alpha * gradient^T [V, n] @ hidden [n, H]
-  void weight_gradient(const Tensor& gradient, const Tensor& hidden, double alpha,
+  // grad_weight [V, H] = beta * grad_weight + alpha * gradient^T [V, n] @ hidden [n, H]
+  void weight_gradient(const Tensor& gradient, const Tensor& hidden, double beta, double alpha,
                        const Tensor& grad_weight) {
     for (int64_t v = 0; v < classes_; v += block_) {
       int64_t n = std::min(block_, classes_ - v);
-      multiply(grad_weight.narrow(0, v, n), gradient.narrow(1, v, n).t(), hidden, 1, alpha);
+      multiply(grad_weight.narrow(0, v, n), gradient.narrow(1, v, n).t(), hidden, beta, alpha);
     }
   }
 
@@ -328,9 +337,8 @@ LinearResult run(const LinearCall& c, int64_t want) {
                                                  : 0);
   int64_t step = chunk_rows(c, rows, copies, work);
   auto options = c.hidden.options();
-  Tensor logits = at::empty({step, classes}, options.dtype(work));
-  Tensor teacher_logits =
-      teacher_head.has_value() ? at::empty({step, classes}, options.dtype(work)) : Tensor();
+  auto buffer = [&] { return in_huge_pages(at::empty({step, classes}, options.dtype(work))); };
+  Tensor logits = buffer(), teacher_logits = teacher_head.has_value() ? buffer() : Tensor();
   std::vector<Tensor> teachers;
   for (const Tensor& teacher : c.teachers) teachers.push_back(flat(teacher));
   Tensor row_loss = at::zeros({all}, options.dtype(acc));
@@ -354,6 +362,8 @@ LinearResult run(const LinearCall& c, int64_t want) {
   if (!on_cuda(c.hidden.device())) {
     check_classes(call, labels.value_or(Tensor()), indices.value_or(Tensor()));
   }
+  if (out.hidden.defined() && rows.index.defined()) out.hidden.zero_();
+  if (out.head.defined() && rows.count == 0) out.head.zero_();
   for (int64_t from = 0; from < rows.count; from += step) {
     int64_t n = std::min(step, rows.count - from);
     Tensor h = rows.hidden(hidden, from, n, work);
@@ -387,7 +397,9 @@ LinearResult run(const LinearCall& c, int64_t want) {
       head.hidden_gradient(loss.gradient, alpha, part);
       rows.put(grad_hidden, 0, from, part);
     }
-    if (out.head.defined()) head.weight_gradient(loss.gradient, h, alpha, out.head);
+    if (out.head.defined()) {
+      head.weight_gradient(loss.gradient, h, from == 0 ? 0 : 1, alpha, out.head);
+    }
     if (out.bias.defined()) head.bias_gradient(loss.gradient, alpha, out.bias);
   }
 
@@ -498,7 +510,9 @@ struct LinearLoss : torch::autograd::Function<LinearLoss> {
       // Once rounded; but fp16 waits for backward's factor.
       for (int i = 1; i < 3; ++i) {
         Tensor& x = i == 1 ? out.head : out.bias;
-        if (x.defined() && holder->types[i] != at::kHalf) x = x.to(holder->types[i]);
+        at::ScalarType type = holder->types[i];
+        if (!x.defined() || type == at::kHalf || type == x.scalar_type()) continue;
+        x = in_huge_pages(at::empty_symint(x.sym_sizes(), x.options().dtype(type))).copy_(x);
       }
       ctx->save_for_backward({out.hidden, out.head, out.bias});
     }
