@@ -6,12 +6,16 @@
 // before, is made once more in backward.
 #include "ops/linear_distillation.h"
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/ScalarOps.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
@@ -89,8 +93,9 @@ LinearResult outputs(const LinearCall& c, int64_t want) {
 
 // On CPUs products of a few hundred rows with a whole head are made in blocks of classes, which stay in cache.
 constexpr int64_t kBlock = 2048;
-// Rows of a product in 16 bits before they are added up in fp32.
+// Rows of a product that is made before it is added to others.
 constexpr int64_t kPart = 512;
+const c10::OperatorName kOneDnnLinear("mkldnn::_linear_pointwise", "");
 
 bool has_bf16_products() {
 #if defined(__x86_64__)
@@ -122,27 +127,57 @@ void add(const Tensor& into, const Tensor& x, double beta, float alpha) {
   });
 }
 
+// Whether a product of fp32 on a CPU is for oneDNN: torch takes MKL, which keeps to AVX2 on CPUs that are not Intel's,
+// and makes half as many in a second. Not for small ones, of which oneDNN compiles a kernel for each new shape.
+bool for_onednn(const Tensor& out, int64_t inner) {
+#if defined(__x86_64__)
+  static const bool faster = __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f") &&
+                             c10::Dispatcher::singleton().findSchema(kOneDnnLinear).has_value();
+  return faster && out.is_cpu() && out.scalar_type() == at::kFloat &&
+         out.numel() * inner >= int64_t{1} << 26 && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
+// a @ b by oneDNN, which torch has for torch.compile's linear layers only.
+Tensor onednn_product(const Tensor& a, const Tensor& b) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
+      kOneDnnLinear.name.c_str(), kOneDnnLinear.overload_name.c_str());
+  torch::jit::Stack stack = {
+      a, b.t(), c10::IValue(), "none", c10::List<std::optional<at::Scalar>>(), c10::IValue()};
+  op.callBoxed(stack);
+  return stack[0].toTensor();
+}
+
 // out = beta * out + alpha * a @ b with beta 0 or 1, summed in acc; out is in the dtype of a or in acc.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
   Tensor into = out;
-  if (out.scalar_type() == a.scalar_type()) {
+  bool same = out.scalar_type() == a.scalar_type(), onednn = same && for_onednn(out, a.size(1));
+  if (same && !onednn) {
     at::addmm_out(into, into, a, b, beta, alpha);
-  } else {
-    // CUDA sums in fp32 and rounds nothing; addmm with such an output is refused by some versions of torch.
-    bool cuda = out.is_cuda();
-    int64_t most = std::min(cuda ? 16 * kPart : kPart, out.size(0));
-    Tensor part = at::empty({most, out.size(1)}, cuda ? out.options() : a.options());
-    for (int64_t r = 0; r < out.size(0); r += most) {
-      int64_t n = std::min(most, out.size(0) - r);
-      Tensor product = part.narrow(0, 0, n), rows = out.narrow(0, r, n), of_a = a.narrow(0, r, n);
-      if (cuda) {
-        at::mm_out(product, of_a, b, out.scalar_type());
-        if (beta == 0) rows.zero_();
-        rows.add_(product, alpha);
-      } else {
-        at::mm_out(product, of_a, b);
-        add(rows, product, beta, static_cast<float>(alpha));
-      }
+    return;
+  }
+  // CUDA sums in fp32 and rounds nothing; addmm with such an output is refused by some versions of torch.
+  bool cuda = out.is_cuda();
+  int64_t most = std::min(cuda ? 16 * kPart : kPart, out.size(0));
+  Tensor part;
+  if (!onednn) part = at::empty({most, out.size(1)}, cuda ? out.options() : a.options());
+  for (int64_t r = 0; r < out.size(0); r += most) {
+    int64_t n = std::min(most, out.size(0) - r);
+    Tensor rows = out.narrow(0, r, n), of_a = a.narrow(0, r, n);
+    Tensor product = onednn ? onednn_product(of_a, b) : part.narrow(0, 0, n);
+    if (onednn && beta == 0) {
+      at::mul_out(rows, product, c10::scalar_to_tensor(alpha));
+    } else if (onednn) {
+      rows.add_(product, alpha);
+    } else if (cuda) {
+      at::mm_out(product, of_a, b, out.scalar_type());
+      if (beta == 0) rows.zero_();
+      rows.add_(product, alpha);
+    } else {
+      at::mm_out(product, of_a, b);
+      add(rows, product, beta, static_cast<float>(alpha));
     }
   }
 }
@@ -167,7 +202,10 @@ class Head {
     for (int64_t v = 0; v < classes_; v += block_) {
       int64_t n = std::min(block_, classes_ - v);
       Tensor into = out.narrow(1, v, n), w = rows(v, n).t();
-      if (bias_.defined()) {
+      if (for_onednn(into, hidden.size(1))) {
+        if (bias_.defined()) into.copy_(bias_.narrow(0, v, n));
+        multiply(into, hidden, w, bias_.defined() ? 1 : 0, 1);
+      } else if (bias_.defined()) {
         at::addmm_out(into, bias_.narrow(0, v, n), hidden, w);
       } else {
         at::mm_out(into, hidden, w);
