@@ -198,6 +198,24 @@ def test_other_dtypes(dtype, form):
             torch.testing.assert_close(a.double(), b, rtol=0, atol=8 * unit * b.abs().max().item())
 
 
+@pytest.mark.filterwarnings("ignore:TF32")
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_large_products(bias, onednn):
+    """Whoever makes them."""
+    rows, classes, width = (600,), 2300, 128
+    h, w, b = student(rows, classes, width, torch.float32)
+    options = teacher("bias" if bias else "hidden", rows, classes, torch.float32)
+    options |= {"labels": labels_of(rows, classes), "temperature": 2.0}
+    tensors = (h, w / 8, b if bias else 0 * b)
+    want = exact(tensors, **options)
+    for budget in (None, 400 * 8 * classes):
+        with torch.backends.mkldnn.flags(enabled=onednn):
+            got = results(linear_distillation_loss, tensors, **options, memory_budget=budget)
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=0, atol=2e-6 * y.abs().max().item())
+
+
 def test_any_dtype_of_given_logits():
     h, w, b = (x.float() for x in student())
     logits = teacher("logits")["teacher_logits"].bfloat16()

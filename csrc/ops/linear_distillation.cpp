@@ -6,12 +6,16 @@
 // before, is made once more in backward.
 #include "ops/linear_distillation.h"
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/ScalarOps.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
@@ -26,6 +30,7 @@
 #include "ops/checks.h"
 #include "ops/devices.h"
 #include "ops/distillation.h"
+#include "ops/pages.h"
 
 namespace kdkernels {
 namespace {
@@ -60,7 +65,11 @@ at::ScalarType hidden_gradient_type(const Tensor& hidden) {
   return hidden.scalar_type() == at::kHalf ? at::kFloat : hidden.scalar_type();
 }
 
+// The loss 0, and gradients of hidden states and head that are yet to be written.
 LinearResult outputs(const LinearCall& c, int64_t want) {
+  auto unwritten = [&](c10::SymIntArrayRef shape, const at::TensorOptions& options) {
+    return in_huge_pages(at::empty_symint(shape, options));
+  };
   auto options = c.hidden.options();
   auto acc = options.dtype(acc_type(c.hidden));
   c10::SymIntArrayRef shape = c.hidden.sym_sizes(), rows = shape.slice(0, shape.size() - 1);
@@ -68,9 +77,9 @@ LinearResult outputs(const LinearCall& c, int64_t want) {
   out.loss =
       c.options.reduction == Reduction::kNone ? at::zeros_symint(rows, acc) : at::zeros({}, acc);
   if (want & kHidden) {
-    out.hidden = at::zeros_symint(shape, options.dtype(hidden_gradient_type(c.hidden)));
+    out.hidden = unwritten(shape, options.dtype(hidden_gradient_type(c.hidden)));
   }
-  if (want & kHead) out.head = at::zeros_symint(c.head.sym_sizes(), acc);
+  if (want & kHead) out.head = unwritten(c.head.sym_sizes(), acc);
   if (want & kBias) out.bias = at::zeros_symint(c.head.sym_sizes().slice(0, 1), acc);
   if (want & kRowStatistics) {
     std::vector<c10::SymInt> sizes(rows.begin(), rows.end());
@@ -84,8 +93,9 @@ LinearResult outputs(const LinearCall& c, int64_t want) {
 
 // On CPUs products of a few hundred rows with a whole head are made in blocks of classes, which stay in cache.
 constexpr int64_t kBlock = 2048;
-// Rows of a product in 16 bits before they are added up in fp32.
+// Rows of a product that is made before it is added to others.
 constexpr int64_t kPart = 512;
+const c10::OperatorName kOneDnnLinear("mkldnn::_linear_pointwise", "");
 
 bool has_bf16_products() {
 #if defined(__x86_64__)
@@ -104,36 +114,70 @@ at::ScalarType work_type(const Tensor& hidden) {
   return wide ? at::kFloat : type;
 }
 
-// into += alpha * x, both contiguous; torch's own would first make a copy of x in fp32.
-void add(const Tensor& into, const Tensor& x, float alpha) {
+// into = beta * into + alpha * x, both contiguous and beta 0 or 1; torch's own would first make a copy of x in fp32.
+void add(const Tensor& into, const Tensor& x, double beta, float alpha) {
   auto* out = into.mutable_data_ptr<float>();
   const auto* in = x.const_data_ptr<at::BFloat16>();
   at::parallel_for(0, into.numel(), 1 << 15, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) out[i] += alpha * static_cast<float>(in[i]);
+    if (beta == 0) {
+      for (int64_t i = begin; i < end; ++i) out[i] = alpha * static_cast<float>(in[i]);
+    } else {
+      for (int64_t i = begin; i < end; ++i) out[i] += alpha * static_cast<float>(in[i]);
+    }
   });
 }
 
-// out = beta * out + alpha * a @ b, summed in acc; out is in the dtype of a or in acc.
+// Whether a product of fp32 on a CPU is for oneDNN: torch takes MKL, which keeps to AVX2 on CPUs that are not Intel's,
+// and makes half as many in a second. Not for small ones, of which oneDNN compiles a kernel for each new shape.
+bool for_onednn(const Tensor& out, int64_t inner) {
+#if defined(__x86_64__)
+  static const bool faster = __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f") &&
+                             c10::Dispatcher::singleton().findSchema(kOneDnnLinear).has_value();
+  return faster && out.is_cpu() && out.scalar_type() == at::kFloat &&
+         out.numel() * inner >= int64_t{1} << 26 && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
+// a @ b by oneDNN, which torch has for torch.compile's linear layers only.
+Tensor onednn_product(const Tensor& a, const Tensor& b) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
+      kOneDnnLinear.name.c_str(), kOneDnnLinear.overload_name.c_str());
+  torch::jit::Stack stack = {
+      a, b.t(), c10::IValue(), "none", c10::List<std::optional<at::Scalar>>(), c10::IValue()};
+  op.callBoxed(stack);
+  return stack[0].toTensor();
+}
+
+// out = beta * out + alpha * a @ b with beta 0 or 1, summed in acc; out is in the dtype of a or in acc.
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
   Tensor into = out;
-  if (out.scalar_type() == a.scalar_type()) {
+  bool same = out.scalar_type() == a.scalar_type(), onednn = same && for_onednn(out, a.size(1));
+  if (same && !onednn) {
     at::addmm_out(into, into, a, b, beta, alpha);
-  } else {
-    // CUDA sums in fp32 and rounds nothing; addmm with such an output is refused by some versions of torch.
-    bool cuda = out.is_cuda();
-    int64_t most = std::min(cuda ? 16 * kPart : kPart, out.size(0));
-    Tensor part = at::empty({most, out.size(1)}, cuda ? out.options() : a.options());
-    for (int64_t r = 0; r < out.size(0); r += most) {
-      int64_t n = std::min(most, out.size(0) - r);
-      Tensor product = part.narrow(0, 0, n), rows = out.narrow(0, r, n), of_a = a.narrow(0, r, n);
+    return;
+  }
+  // CUDA sums in fp32 and rounds nothing; addmm with such an output is refused by some versions of torch.
+  bool cuda = out.is_cuda();
+  int64_t most = std::min(cuda ? 16 * kPart : kPart, out.size(0));
+  Tensor part;
+  if (!onednn) part = at::empty({most, out.size(1)}, cuda ? out.options() : a.options());
+  for (int64_t r = 0; r < out.size(0); r += most) {
+    int64_t n = std::min(most, out.size(0) - r);
+    Tensor rows = out.narrow(0, r, n), of_a = a.narrow(0, r, n);
+    Tensor product = onednn ? onednn_product(of_a, b) : part.narrow(0, 0, n);
+    if (onednn && beta == 0) {
+      at::mul_out(rows, product, c10::scalar_to_tensor(alpha));
+    } else if (onednn) {
+      rows.add_(product, alpha);
+    } else if (cuda) {
+      at::mm_out(product, of_a, b, out.scalar_type());
       if (beta == 0) rows.zero_();
-      if (cuda) {
-        at::mm_out(product, of_a, b, out.scalar_type());
-        rows.add_(product, alpha);
-      } else {
-        at::mm_out(product, of_a, b);
-        add(rows, product, static_cast<float>(alpha));
-      }
+      rows.add_(product, alpha);
+    } else {
+      at::mm_out(product, of_a, b);
+      add(rows, product, beta, static_cast<float>(alpha));
     }
   }
 }
@@ -158,7 +202,10 @@ class Head {
     for (int64_t v = 0; v < classes_; v += block_) {
       int64_t n = std::min(block_, classes_ - v);
       Tensor into = out.narrow(1, v, n), w = rows(v, n).t();
-      if (bias_.defined()) {
+      if (for_onednn(into, hidden.size(1))) {
+        if (bias_.defined()) into.copy_(bias_.narrow(0, v, n));
+        multiply(into, hidden, w, bias_.defined() ? 1 : 0, 1);
+      } else if (bias_.defined()) {
         at::addmm_out(into, bias_.narrow(0, v, n), hidden, w);
       } else {
         at::mm_out(into, hidden, w);
@@ -174,12 +221,12 @@ class Head {
     }
   }
 
-  // grad_weight [V, H] += alpha * gradient^T [V, n] @ hidden [n, H]
-  void weight_gradient(const Tensor& gradient, const Tensor& hidden, double alpha,
+  // grad_weight [V, H] = beta * grad_weight + alpha * gradient^T [V, n] @ hidden [n, H]
+  void weight_gradient(const Tensor& gradient, const Tensor& hidden, double beta, double alpha,
                        const Tensor& grad_weight) {
     for (int64_t v = 0; v < classes_; v += block_) {
       int64_t n = std::min(block_, classes_ - v);
-      multiply(grad_weight.narrow(0, v, n), gradient.narrow(1, v, n).t(), hidden, 1, alpha);
+      multiply(grad_weight.narrow(0, v, n), gradient.narrow(1, v, n).t(), hidden, beta, alpha);
     }
   }
 
@@ -328,9 +375,8 @@ LinearResult run(const LinearCall& c, int64_t want) {
                                                  : 0);
   int64_t step = chunk_rows(c, rows, copies, work);
   auto options = c.hidden.options();
-  Tensor logits = at::empty({step, classes}, options.dtype(work));
-  Tensor teacher_logits =
-      teacher_head.has_value() ? at::empty({step, classes}, options.dtype(work)) : Tensor();
+  auto buffer = [&] { return in_huge_pages(at::empty({step, classes}, options.dtype(work))); };
+  Tensor logits = buffer(), teacher_logits = teacher_head.has_value() ? buffer() : Tensor();
   std::vector<Tensor> teachers;
   for (const Tensor& teacher : c.teachers) teachers.push_back(flat(teacher));
   Tensor row_loss = at::zeros({all}, options.dtype(acc));
@@ -354,6 +400,8 @@ LinearResult run(const LinearCall& c, int64_t want) {
   if (!on_cuda(c.hidden.device())) {
     check_classes(call, labels.value_or(Tensor()), indices.value_or(Tensor()));
   }
+  if (out.hidden.defined() && rows.index.defined()) out.hidden.zero_();
+  if (out.head.defined() && rows.count == 0) out.head.zero_();
   for (int64_t from = 0; from < rows.count; from += step) {
     int64_t n = std::min(step, rows.count - from);
     Tensor h = rows.hidden(hidden, from, n, work);
@@ -387,7 +435,9 @@ LinearResult run(const LinearCall& c, int64_t want) {
       head.hidden_gradient(loss.gradient, alpha, part);
       rows.put(grad_hidden, 0, from, part);
     }
-    if (out.head.defined()) head.weight_gradient(loss.gradient, h, alpha, out.head);
+    if (out.head.defined()) {
+      head.weight_gradient(loss.gradient, h, from == 0 ? 0 : 1, alpha, out.head);
+    }
     if (out.bias.defined()) head.bias_gradient(loss.gradient, alpha, out.bias);
   }
 
@@ -498,7 +548,9 @@ struct LinearLoss : torch::autograd::Function<LinearLoss> {
       // Once rounded; but fp16 waits for backward's factor.
       for (int i = 1; i < 3; ++i) {
         Tensor& x = i == 1 ? out.head : out.bias;
-        if (x.defined() && holder->types[i] != at::kHalf) x = x.to(holder->types[i]);
+        at::ScalarType type = holder->types[i];
+        if (!x.defined() || type == at::kHalf || type == x.scalar_type()) continue;
+        x = in_huge_pages(at::empty_symint(x.sym_sizes(), x.options().dtype(type))).copy_(x);
       }
       ctx->save_for_backward({out.hidden, out.head, out.bias});
     }
