@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.distributed import ProcessGroup
 
 from kdkernels import _C, reference
@@ -220,6 +221,14 @@ def distillation_loss(
     Non-finite logits: -inf is a class without probability (0 where both sides exclude it). A row
     with NaN, +inf, or only -inf gives NaN for its loss and gradient and leaves other rows alone.
 
+    Memory on a CPU: the gradient is the only tensor of the logits' size. Where it is tens of MB
+    glibc gives it back to the system at once, and the page faults of the next one take longer than
+    the loss (512 x 32000 in fp32, two cores: 1.6 times the time of ``inplace``, though it comes in
+    huge pages where /sys/kernel/mm/transparent_hugepage/enabled is not "never"). A process that is
+    started with ``MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296`` keeps such
+    memory, at its peak, for the next step: the loss takes the time of ``inplace``, and plain
+    PyTorch gains as much. Else ``inplace``, or ``linear_distillation_loss`` in row blocks.
+
     The same bits come out for any number of threads. Differentiable twice and more, and through
     ``torch.compile``. On CUDA a label out of range gives NaN loss and zero gradient for its row.
 
@@ -231,7 +240,13 @@ def distillation_loss(
     teachers, several = _listed(teacher_logits, student_logits)
     if teacher_weights is not None and not several:
         raise ValueError("teacher_weights goes with several teachers only")
-    options = (  # all of _OPTIONS, in their order
+    arguments = (  # of the op, in its order
+        student_logits,
+        teachers,
+        labels,
+        None,
+        None,
+        weight,
         temperature,
         alpha,
         divergence,
@@ -250,10 +265,16 @@ def distillation_loss(
         ignore_index,
         num_items,
         reduction,
+        inplace,
+        False,
+        return_statistics,
+        "",
+        0,
+        0,
     )
     # The kernels make the gradient of one teacher.
-    if _plain(backend, process_group, teachers if several else ()):
-        named = dict(zip(_OPTIONS, options, strict=True)) | {"teacher_weights": teacher_weights}
+    if (several or backend != "fused") and _plain(backend, process_group, teachers):
+        named = _named(arguments) | {"teacher_weights": teacher_weights}
         del named["tail"]
         return reference.distillation_loss(
             student_logits,
@@ -263,8 +284,7 @@ def distillation_loss(
             **named,
             return_statistics=return_statistics,
         )
-    tensors = (student_logits, teachers, labels, None, None, weight)
-    return _loss(tensors, options, (inplace, False, return_statistics), process_group)
+    return _loss(arguments, process_group)
 
 
 @overload
@@ -360,7 +380,13 @@ def topk_distillation_loss(
         ValueError, TypeError: as ``distillation_loss``; K or ``teacher_logsumexp`` is not as said,
             or (on CPU) an index is out of range or twice in a row.
     """
-    options = (  # all of _OPTIONS, in their order
+    arguments = (  # of the op, in its order
+        student_logits,
+        [teacher_values],
+        labels,
+        teacher_indices,
+        teacher_logsumexp,
+        weight,
         temperature,
         alpha,
         divergence,
@@ -379,9 +405,15 @@ def topk_distillation_loss(
         ignore_index,
         num_items,
         reduction,
+        inplace,
+        sparse_gradient,
+        return_statistics,
+        "",
+        0,
+        0,
     )
     if _plain(backend, process_group, (teacher_values,)):
-        named = dict(zip(_OPTIONS, options, strict=True))
+        named = _named(arguments)
         return reference.topk_distillation_loss(
             student_logits,
             teacher_values,
@@ -392,8 +424,7 @@ def topk_distillation_loss(
             **{name: named[name] for name in named if name not in _OF_DENSE_TEACHERS},
             return_statistics=return_statistics,
         )
-    tensors = (student_logits, [teacher_values], labels, teacher_indices, teacher_logsumexp, weight)
-    return _loss(tensors, options, (inplace, sparse_gradient, return_statistics), process_group)
+    return _loss(arguments, process_group)
 
 
 def _plain(backend: str, process_group: ProcessGroup | None, teachers: Sequence[Tensor]) -> bool:
@@ -401,9 +432,7 @@ def _plain(backend: str, process_group: ProcessGroup | None, teachers: Sequence[
     if backend not in ("fused", "reference"):
         raise ValueError(f'backend is "{backend}"; it takes "fused" or "reference"')
     plain = backend == "reference" or (
-        bool(teachers)
-        and torch.is_grad_enabled()
-        and any(isinstance(t, Tensor) and t.requires_grad for t in teachers)
+        torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in teachers)
     )
     if plain and process_group is not None:
         raise ValueError("process_group goes with kernels only, which need a teacher detached")
@@ -432,11 +461,14 @@ _OPTIONS = {
     "reduction": ("mean", STRING),
 }
 _DEFAULTS = {name: default for name, (default, _) in _OPTIONS.items()}
+# Where they are among the arguments of the op distillation_loss.
+_OF_OPTIONS = slice(6, 6 + len(_OPTIONS))
+_NUM_ITEMS = 6 + [*_OPTIONS].index("num_items")
 
 
 def _ops():
     """The registered ops for a tracer; the same as plain functions, which cost less, for others."""
-    return torch.ops.kdkernels if torch.compiler.is_compiling() else _C
+    return torch.ops.kdkernels if is_compiling() else _C
 
 
 def _listed(teachers, leading: Tensor) -> tuple[list, bool]:
@@ -447,6 +479,11 @@ def _listed(teachers, leading: Tensor) -> tuple[list, bool]:
     if isinstance(teachers, Tensor) and isinstance(leading, Tensor):
         several = teachers.dim() == leading.dim() + 1 > 1
     return list(teachers) if several else [teachers], several
+
+
+def _named(arguments: tuple) -> dict:
+    """The options among an op's arguments, by name."""
+    return dict(zip(_OPTIONS, arguments[_OF_OPTIONS], strict=True))
 
 
 def _explained(options: Sequence) -> dict[str, tuple[object, str]]:
@@ -471,28 +508,20 @@ def _returned(outputs: list[Tensor], total: Tensor | None):
     return loss if len(outputs) == 1 else (loss, RowStatistics(*outputs[1].unbind()))
 
 
-def _loss(
-    tensors: tuple, options: tuple, flags: tuple[bool, bool, bool], process_group
-) -> Tensor | tuple[Tensor, RowStatistics]:
-    """The kernels' loss, of a dense or a top-k teacher.
-
-    Args:
-        tensors: the student's logits, a list of teachers, labels, indices, teacher_logsumexp and
-            weight.
-        options: all of _OPTIONS.
-        flags: inplace, sparse_gradient and return_statistics.
-        process_group: of a shared vocabulary, or None.
-    """
-    options, total = _numbers(options)
-    group = ("", 0, 0)
-    if process_group is not None or type(tensors[0]) is not Tensor:
-        student_logits, teachers, *group = vocabulary_shard(*tensors[:2], process_group)
-        tensors = (student_logits, teachers, *tensors[2:])
+def _loss(arguments: tuple, process_group) -> Tensor | tuple[Tensor, RowStatistics]:
+    """The kernels' loss, by the arguments of the op distillation_loss for a whole vocabulary."""
+    total = None
+    if arguments[_NUM_ITEMS] is not None:
+        options, total = _numbers(arguments[_OF_OPTIONS])
+        arguments = (*arguments[: _OF_OPTIONS.start], *options, *arguments[_OF_OPTIONS.stop :])
+    if process_group is not None or type(arguments[0]) is not Tensor:
+        student_logits, teachers, *group = vocabulary_shard(*arguments[:2], process_group)
+        arguments = (student_logits, teachers, *arguments[2:-3], *group)
     try:
-        outputs = _ops().distillation_loss(*tensors, *options, *flags, *group)
+        outputs = _ops().distillation_loss(*arguments)
     except TypeError as error:
-        student_logits, teachers, labels, indices, teacher_logsumexp, weight = tensors
-        inplace, sparse_gradient, return_statistics = flags
+        student_logits, teachers, labels, indices, teacher_logsumexp, weight, *_ = arguments
+        inplace, sparse_gradient, return_statistics = arguments[_OF_OPTIONS.stop : -3]
         raise explain(
             error,
             student_logits=(student_logits, TENSOR),
@@ -500,12 +529,12 @@ def _loss(
             labels=(labels, OPTIONAL_TENSOR),
             teacher_logsumexp=(teacher_logsumexp, OPTIONAL_TENSOR),
             weight=(weight, OPTIONAL_TENSOR),
-            **_explained(options),
+            **_explained(arguments[_OF_OPTIONS]),
             inplace=(inplace, BOOL),
             sparse_gradient=(sparse_gradient, BOOL),
             return_statistics=(return_statistics, BOOL),
         ) from None
-    return _returned(outputs, total)
+    return outputs[0] if len(outputs) == 1 and total is None else _returned(outputs, total)
 
 
 def _teacher_arguments(teachers: list, indices: Tensor | None) -> dict[str, tuple[object, str]]:

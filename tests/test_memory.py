@@ -1,6 +1,7 @@
 """What losses and their gradients take of memory: the peak of a process's resident set."""
 
 import multiprocessing
+import os
 
 import pytest
 import torch
@@ -110,6 +111,38 @@ def test_dense(options):
     """In place nothing of the logits' size, else the gradient alone; a row's buffers beside it."""
     assert peak(dense, inplace=True, **options) < 4 * MB
     assert peak(dense, inplace=False, **options) < 4 * MB
+
+
+def flags_of_mapping(address):
+    """What the system keeps of the mapping that an address is in, or None if it does not say."""
+    try:
+        with open("/proc/self/smaps") as f:
+            lines = f.read().splitlines()
+    except OSError:
+        return None
+    inside = False
+    for line in lines:
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return rest
+    return None
+
+
+def test_huge_pages():
+    """Large gradients ask for them."""
+    if not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"):
+        pytest.skip("this system has no huge pages for the asking")
+    t = randn(ROWS, CLASSES, seed=1).requires_grad_()
+    gradients = torch.autograd.grad(
+        distillation_loss(z := randn(ROWS, CLASSES).requires_grad_(), t), (z, t)
+    )
+    flags = [flags_of_mapping(x.data_ptr() + x.nbytes // 2) for x in gradients]
+    if None in flags:
+        pytest.skip("this system says nothing of its mappings")
+    assert all("hg" in f for f in flags)
 
 
 def test_without_a_gradient():

@@ -20,6 +20,10 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cmath>
 #include <cstddef>
 #include <limits>
@@ -221,18 +225,18 @@ bool one_pass(const LossCall& call, const Want& want) {
 // The sum of the kept rows' weights, on the CPU.
 double kept_weight(const Tensor& labels, const Tensor& weight, int64_t rows, int64_t ignore_index) {
   const int64_t* label = labels.defined() ? labels.const_data_ptr<int64_t>() : nullptr;
-  auto sum = [&](auto weight_of) {
-    double kept = 0;
+  auto sum = [&](auto zero, auto weight_of) {
+    auto kept = zero;
     for (int64_t i = 0; i < rows; ++i) {
-      if (label == nullptr || label[i] != ignore_index) kept += weight_of(i);
+      kept += label == nullptr || label[i] != ignore_index ? weight_of(i) : zero;
     }
-    return kept;
+    return static_cast<double>(kept);
   };
-  if (!weight.defined()) return sum([](int64_t) { return 1.0; });
+  if (!weight.defined()) return sum(int64_t{0}, [](int64_t) { return int64_t{1}; });
   if (weight.scalar_type() == at::kDouble) {
-    return sum([w = weight.const_data_ptr<double>()](int64_t i) { return w[i]; });
+    return sum(0.0, [w = weight.const_data_ptr<double>()](int64_t i) { return w[i]; });
   }
-  return sum([w = weight.const_data_ptr<float>()](int64_t i) { return w[i]; });
+  return sum(0.0, [w = weight.const_data_ptr<float>()](int64_t i) { return double{w[i]}; });
 }
 
 // Rows as a kernel reads them: the tensor itself or, where they do not lie so, a copy.
@@ -269,6 +273,20 @@ LossResult outputs(const LossCall& call, const Want& want) {
   return out;
 }
 
+// What is about to be written of fresh memory comes in huge pages, where the system gives them for the asking: faults
+// of small ones take longer than the loss.
+void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20, kWorth = 4 * kPage;
+  if (!tensor.defined() || !tensor.is_cpu() || tensor.nbytes() < kWorth) return;
+  // Whole ones, so that the process grows by no more than the tensor.
+  uintptr_t data = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  uintptr_t begin = (data + kPage - 1) / kPage * kPage,
+            end = (data + tensor.nbytes()) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail: it is advice
+#endif
+}
+
 // One call of a kernel: all of a loss, or one stage of it with its `state`.
 LossResult launch(const LossCall& call, const Want& want, int stages, const Tensor& state) {
   const LossOptions& o = call.options;
@@ -276,6 +294,8 @@ LossResult launch(const LossCall& call, const Want& want, int stages, const Tens
   LossResult out;
   if (last) out = outputs(call, want);
   if (call.student.is_meta()) return out;
+  if (!want.inplace) ask_for_huge_pages(out.gradient);
+  ask_for_huge_pages(out.teacher_gradient);
   bool cuda = on_cuda(call.student.device());
   at::ScalarType acc = acc_type(call.student);
   int64_t classes = call.student.size(-1), rows = call.student.numel() / classes;
@@ -852,10 +872,13 @@ void check_classes(const LossCall& call, const Tensor& labels, const Tensor& ind
   const LossOptions& o = call.options;
   int64_t classes = o.all_classes != 0 ? o.all_classes : call.student.size(-1);
   const int64_t* label = labels.defined() ? labels.const_data_ptr<int64_t>() : nullptr;
-  for (int64_t i = 0, rows = labels.defined() ? labels.numel() : 0; i < rows; ++i) {
-    TORCH_CHECK_VALUE(label[i] == o.ignore_index || (label[i] >= 0 && label[i] < classes),
-                      "labels holds ", label[i], " at position ", i, "; it takes classes in [0, ",
-                      classes, ") or ignore_index=", o.ignore_index);
+  int64_t rows = labels.defined() ? labels.numel() : 0;
+  auto fits = [&](int64_t x) { return (x == o.ignore_index) | (uint64_t(x) < uint64_t(classes)); };
+  bool all_fit = true;  // first, since a loop that may raise has no vectors
+  for (int64_t i = 0; i < rows; ++i) all_fit &= fits(label[i]);
+  for (int64_t i = 0; !all_fit && i < rows; ++i) {
+    TORCH_CHECK_VALUE(fits(label[i]), "labels holds ", label[i], " at position ", i,
+                      "; it takes classes in [0, ", classes, ") or ignore_index=", o.ignore_index);
   }
   if (!indices.defined()) return;
   if (indices.scalar_type() == at::kLong) {
