@@ -11,10 +11,11 @@ median lies between with that probability, whatever the distribution, since each
 above the true median as below. (A bootstrap of the median has 87 % where it says 95 % for the seven
 rounds that slow cases get.) It takes rounds as independent; of seven or fewer it is their range.
 
-**The memory's limit** is a triad, c = a + 3 b on three existing arrays that hold together as many
-bytes as the op must move at least, measured in the same rounds. GB/s are of those bytes too: what
-a case moves beyond them does not count for it. A processor reads the lines of c before it writes
-them, which an op that writes where it reads is spared: such an op can be faster than the triad.
+**The limit** of the memory, or of the cache where so many bytes fit one, is a triad, c = a + 3 b on
+three existing arrays that hold together as many bytes as the op must move at least, measured in the
+same rounds. GB/s are of those bytes too: what a case moves beyond them does not count for it. A
+processor reads the lines of c before it writes them, which an op that writes where it reads is
+spared: such an op can be faster than the triad.
 """
 
 import contextlib
