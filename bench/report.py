@@ -178,7 +178,9 @@ def plot_overview(results):
     axes.set(xscale="log", xlabel="times faster than the first case of each table", ylim=(-1, None))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.invert_yaxis()
-    axes.legend(shown.values(), shown.keys(), fontsize=8, loc="lower right")
+    figure.legend(
+        shown.values(), shown.keys(), ncols=len(shown), fontsize=8, loc="outside lower center"
+    )
     return figure
 
 
