@@ -11,10 +11,11 @@ median lies between with that probability, whatever the distribution, since each
 above the true median as below. (A bootstrap of the median has 87 % where it says 95 % for the seven
 rounds that slow cases get.) It takes rounds as independent; of seven or fewer it is their range.
 
-**The memory's limit** is a triad, c = a + 3 b on three existing arrays that hold together as many
-bytes as the op must move at least, measured in the same rounds. GB/s are of those bytes too: what
-a case moves beyond them does not count for it. A processor reads the lines of c before it writes
-them, which an op that writes where it reads is spared: such an op can be faster than the triad.
+**The limit** of the memory, or of the cache where so many bytes fit one, is a triad, c = a + 3 b on
+three existing arrays that hold together as many bytes as the op must move at least, measured in the
+same rounds. GB/s are of those bytes too: what a case moves beyond them does not count for it. A
+processor reads the lines of c before it writes them, which an op that writes where it reads is
+spared: such an op can be faster than the triad.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ import kdkernels
 from kdkernels import info
 
 __all__ = [
-    "OURS", "Comparison", "dense", "duration", "experiment_1", "gpt2", "interval",
+    "OURS", "Comparison", "dense", "disturbed", "duration", "experiment_1", "gpt2", "interval",
     "lines", "machine", "measure", "noise", "optimizer", "plain_loss", "quick", "ratio", "record",
     "resnet18", "slug", "summary", "take_turns", "top_k",
 ]  # fmt: skip
@@ -144,6 +145,16 @@ def take_turns(
         if collecting:
             gc.enable()
     return rounds
+
+
+def _others() -> float | None:
+    """Processor seconds that were not this process's, stolen ones included; None: not Linux."""
+    try:
+        spent = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
+    except (OSError, ValueError):
+        return None
+    idle, waiting = spent[3:5]
+    return (sum(spent) - idle - waiting) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 @contextlib.contextmanager
@@ -250,8 +261,9 @@ def measure(comparison: Comparison, seconds: float = 8.0, least: int = 7) -> dic
 
     Returns:
         What goes to JSON: the comparison's ``title``, ``bytes``, ``growth`` and ``missing``, when
-        it began (``date``), ``threads``, the ``load`` average before and after, and ``cases``: as
-        of :func:`summary`, with ``allocations`` and ``allocated`` bytes of one call.
+        it began (``date``), ``threads``, the ``load`` average before and after, the share of the
+        processors' time that ``others`` took (None where the system does not tell), and ``cases``:
+        as of :func:`summary`, with ``allocations`` and ``allocated`` bytes of one call.
     """
     calls = dict(comparison.calls)
     if comparison.bytes:
@@ -262,7 +274,10 @@ def measure(comparison: Comparison, seconds: float = 8.0, least: int = 7) -> dic
     calls = {name: calls[name] for name in (base, *others)}
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     began = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    before, start = _others(), time.perf_counter()
     rounds = take_turns(calls, seconds, least)
+    processors = os.cpu_count() * (time.perf_counter() - start)
+    others = None if before is None else max(0.0, (_others() - before) / processors)
     if torch.get_num_threads() != threads:
         raise RuntimeError(f"{comparison.title}: a case has changed the number of threads")
     cases = summary(
@@ -274,7 +289,7 @@ def measure(comparison: Comparison, seconds: float = 8.0, least: int = 7) -> dic
     return {
         "title": comparison.title, "bytes": comparison.bytes, "growth": comparison.growth,
         "missing": comparison.missing, "date": began, "threads": threads,
-        "load": [load, os.getloadavg()[0]], "cases": cases,
+        "load": [load, os.getloadavg()[0]], "others": others, "cases": cases,
     }  # fmt: skip
 
 
@@ -341,9 +356,15 @@ HEAD = (
 )
 
 
+def disturbed(result: dict) -> str:
+    """Says so where other work had more than 5 % of the processors' time; else empty."""
+    others = result["others"] or 0.0
+    return f"(disturbed: other work had {others:.0%} of the processors)" * (others > 0.05)
+
+
 def lines(result: dict) -> list[str]:
     """A result as lines of a terminal, below ``HEAD``."""
-    shown = [result["title"]]
+    shown = [" ".join(filter(None, (result["title"], disturbed(result))))]
     for number, (name, case) in enumerate(result["cases"].items()):
         middle, low, high = case["faster"]
         line = f"  {name:34}{duration(case['median']):>9}  "

@@ -106,6 +106,7 @@ def test_a_result_goes_to_json_and_back(short_samples):
     record = benchmark.record(benchmark.machine(), [result])
     again = json.loads(json.dumps(record))
     assert benchmark.ratio(again["results"][0], "eager", OURS) == result["cases"][OURS]["faster"]
+    assert again["results"][0]["others"] is None or again["results"][0]["others"] >= 0
     assert again["machine"] == record["machine"] and record["machine"]["cores"] > 0
     shown = benchmark.lines(again["results"][0])
     assert len(shown) == 7 and shown == benchmark.lines(result)
@@ -172,7 +173,8 @@ def made_up(title, suite, names, bytes=0, growth=None, missing=None):
         case |= {"allocations": 3, "allocated": 2**20}
     return {
         "title": title, "suite": suite, "bytes": bytes, "growth": growth, "missing": missing or {},
-        "date": "2026-01-02T03:04:05+00:00", "threads": 2, "load": [0.5, 1.5], "cases": cases,
+        "date": "2026-01-02T03:04:05+00:00", "threads": 2, "load": [0.5, 1.5],
+        "others": 0.25, "cases": cases,
     }  # fmt: skip
 
 
@@ -203,6 +205,7 @@ def test_the_page_shows_every_case(tmp_path):
     for result in results:
         assert result["title"] in text
         assert all(f"<td>{name}</td>" in text for name in result["cases"])
+    assert text.count("(disturbed: other work had 25% of the processors)") == len(results)
     assert "A &lt;processor&gt;" in text and "trl\n5" in text and "Opacus: not there" in text
     assert text.count("data:image/png;base64,") == 2  # all ratios, and the growth plot
     pictures = list(tmp_path.glob("*.png"))
@@ -211,6 +214,10 @@ def test_the_page_shows_every_case(tmp_path):
     assert "http" not in text  # one page, nothing to load
     lines = report.goal_lines(record)
     assert sum(line.endswith("missed") for line in lines) == 3
+    words = [
+        report.compared(*ends, 2, at_least) for ends in ((2, 3), (1, 3)) for at_least in (1, 0)
+    ]
+    assert words == ["reached", "missed", "undecided", "undecided"]
 
     newer = made_up(report.OVERHEAD, "overhead", [report.NOTHING, OURS, "eager"])
     report.write(benchmark.record(facts, [newer]), tmp_path, add=True)
