@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
-from bench.plain import resnet18  # noqa: E402
+from kdkernels.benchmark import resnet18  # noqa: E402
 
 # NVIDIA H100 Tensor Core GPU datasheet (SXM): 3.35 TB/s, 67 TFLOPS in FP32. NVIDIA H100 Tensor Core
 # GPU Architecture (whitepaper): 132 SMs, 128 FP32 lanes an SM, 50 MB of L2. The boost clock is what

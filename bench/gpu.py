@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 import kdkernels
-from bench.plain import gpt2, plain_loss, resnet18
+from kdkernels.benchmark import gpt2, plain_loss, resnet18
 
 OURS = "kdkernels"
 MODES = ("cold", "warm", "loop")

@@ -52,8 +52,7 @@ struct RowBuffer {
 // How far the exponents of a row may exceed their shift without any overflow, or fall behind it without loss.
 constexpr double kFar = 60;
 constexpr double kLargestShift = 1 << 20;
-constexpr double kHuge =
-    1e30;  // what no row's loss is, unless a class that p has is excluded from q
+constexpr double kInfinite = std::numeric_limits<double>::infinity();
 
 KD_FN bool near(double x, double most) { return -most <= x && x <= most; }
 
@@ -101,13 +100,9 @@ struct Exponents {
     rest = V(static_cast<Real>((near_t * exact - shift.t) - (near_s * exact - shift.s)));
   }
 
-  // y - x. Finite also where a logit is -inf: times an exponential of 0 it adds 0, and where the exponential is
-  // not 0 it drowns the sum. `of_s`: the exponential is the student's.
-  KD_INLINE_LAMBDA V difference(V u, V v, bool of_s) const {
-    const V lowest(-std::numeric_limits<Real>::max());
-    V above_s = larger(of_s ? s.lowest : lowest, u) - zero_s,
-      above_t = larger(of_s ? lowest : t.lowest, v) - zero_t;
-    return fma(above_t - above_s, scale, rest);
+  // y - x, of any value where a logit is -inf.
+  KD_INLINE_LAMBDA V difference(V u, V v) const {
+    return fma((v - zero_t) - (u - zero_s), scale, rest);
   }
 };
 
@@ -161,10 +156,11 @@ KD_FN RowPass first_pass(const T* z, const T* t, int64_t classes, const Exponent
     part_s = part_s + a;
     part_t = part_t + b;
     V kept = b;
+    const V none(Real(0));
     if constexpr (kTerm == Term::kForward) {
-      part_term = fma(b, by.difference(u, v, false), part_term);
+      part_term = fma(b, select(b == none, none, by.difference(u, v)), part_term);
     } else if constexpr (kTerm == Term::kReverse) {
-      kept = -(a * by.difference(u, v, true));
+      kept = -(a * select(a == none, none, by.difference(u, v)));
       part_term = part_term + kept;
     }
     if constexpr (kKeep) {
@@ -232,7 +228,7 @@ KD_FN NearTerms near_pass(const T* z, const T* t, int64_t classes, const Exponen
   WideSum<Real> sum_f, sum_a;
   V part_f = none, part_a = none;
   auto add = [&](V u, V v, int64_t i) KD_INLINE_LAMBDA {
-    V d = fma(by.difference(u, v, false), nats, rest);  // log p - log q
+    V d = fma(by.difference(u, v), nats, rest);  // log p - log q
     V q = load(ex + i) * inv_s, p = exp2_shifted(v, by.t) * inv_t;
     math::ClassShare<V> share = Policy::Terms::share(math::Element<V>{p, q, d, d, d}, none, none);
     part_f = part_f + share.f;
@@ -321,8 +317,9 @@ void rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_los
       result = math::finish_row<Policy, double>(kHard, sums, 1.0 / static_cast<double>(p.classes),
                                                 p.temperature, p.alpha, p.label_smoothing, label_z,
                                                 factor);
-      done = pass.sum_s + pass.sum_t + pass.sum_hard < kHuge &&
-             (result.divergence < kHuge || p.alpha == 0);
+      // Not so where a logit is NaN, or where q excludes a class that p has.
+      done = pass.sum_s + pass.sum_t + pass.sum_hard < kInfinite &&
+             (result.divergence < kInfinite || p.alpha == 0);
     }
     if (!done) {
       divergence_rows_of<T>(p, row, row + 1, row_loss);

@@ -20,10 +20,6 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <cmath>
 #include <cstddef>
 #include <limits>
@@ -31,6 +27,7 @@
 #include "math/row.h"
 #include "ops/checks.h"
 #include "ops/devices.h"
+#include "ops/pages.h"
 
 namespace kdkernels {
 namespace {
@@ -262,29 +259,18 @@ LossResult outputs(const LossCall& call, const Want& want) {
   if (want.gradient && want.entries_only) {
     out.gradient = at::empty_symint(call.teachers[0].sym_sizes(), options);
   } else if (want.gradient) {
-    out.gradient = want.inplace ? student.detach() : at::empty_symint(shape, options);
+    out.gradient =
+        want.inplace ? student.detach() : in_huge_pages(at::empty_symint(shape, options));
   }
-  if (want.teacher_gradient) out.teacher_gradient = at::empty_symint(shape, options);
+  if (want.teacher_gradient) {
+    out.teacher_gradient = in_huge_pages(at::empty_symint(shape, options));
+  }
   if (want.statistics) {
     std::vector<c10::SymInt> sizes(rows.begin(), rows.end());
     sizes.insert(sizes.begin(), math::kStatistics);
     out.statistics = at::empty_symint(sizes, options.dtype(acc));
   }
   return out;
-}
-
-// What is about to be written of fresh memory comes in huge pages, where the system gives them for the asking: faults
-// of small ones take longer than the loss.
-void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20, kWorth = 4 * kPage;
-  if (!tensor.defined() || !tensor.is_cpu() || tensor.nbytes() < kWorth) return;
-  // Whole ones, so that the process grows by no more than the tensor.
-  uintptr_t data = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  uintptr_t begin = (data + kPage - 1) / kPage * kPage,
-            end = (data + tensor.nbytes()) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail: it is advice
-#endif
 }
 
 // One call of a kernel: all of a loss, or one stage of it with its `state`.
@@ -294,8 +280,6 @@ LossResult launch(const LossCall& call, const Want& want, int stages, const Tens
   LossResult out;
   if (last) out = outputs(call, want);
   if (call.student.is_meta()) return out;
-  if (!want.inplace) ask_for_huge_pages(out.gradient);
-  ask_for_huge_pages(out.teacher_gradient);
   bool cuda = on_cuda(call.student.device());
   at::ScalarType acc = acc_type(call.student);
   int64_t classes = call.student.size(-1), rows = call.student.numel() / classes;
