@@ -12,12 +12,14 @@ namespace kdkernels {
 namespace cpu {
 namespace {
 
-constexpr int kCounters = 256, kNumbers = 4 * kCounters;  // of a block, at most
+// Of a block. Small, so that making noise and moving memory take turns often: what is fetched ahead then fits a
+// core's queue of misses.
+constexpr int kCounters = 64, kNumbers = 4 * kCounters;
 
 // Memory that a block of noise is for. The block after it is fetched while the noise is made, so that arithmetic and
-// memory overlap: of each of `count` tensors, `bytes` a counter, from where that block begins.
+// memory overlap: of each of `count` tensors, `bytes` a counter, from the block's first element on.
 struct Fetch {
-  const void* next[4];
+  const void* data[4];
   int count, bytes;
 };
 
@@ -25,8 +27,8 @@ struct Fetch {
 constexpr int kFetchedCounters = 32;
 KD_FN void fetch_ahead(const Fetch& fetch, int j) {
   for (int t = 0; t < fetch.count; ++t) {
-    uintptr_t next =
-        reinterpret_cast<uintptr_t>(fetch.next[t]) + static_cast<uintptr_t>(j * fetch.bytes);
+    uintptr_t next = reinterpret_cast<uintptr_t>(fetch.data[t]) +
+                     static_cast<uintptr_t>((kCounters + j) * fetch.bytes);
     uintptr_t end = next + static_cast<uintptr_t>(kFetchedCounters * fetch.bytes);
     for (; next != end; next += 256) {  // whole for every dtype: `bytes` is at least 8
       KD_UNROLL
@@ -286,7 +288,7 @@ KD_FN void for_numbers(const NoiseStream& stream, uint64_t offset, int64_t begin
   alignas(64) float eps[kNumbers];
   for_blocks(offset, begin, end, kNumbers,
              [&](int64_t i, int n, uint64_t counter, int skip) KD_INLINE_LAMBDA {
-    Fetch fetch = {{data + i + n}, data != nullptr ? 1 : 0, 4 * static_cast<int>(sizeof(T))};
+    Fetch fetch = {{data + i}, data != nullptr ? 1 : 0, 4 * static_cast<int>(sizeof(T))};
     number_block(stream, counter, (n + skip + 3) / 4, fetch, eps);
     use(i, n, eps + skip);
   });
@@ -431,7 +433,7 @@ void combine_of(const CombineParams& p, const NoiseTensor& tensor, int64_t begin
   for_blocks(tensor.offset, begin, end, kNumbers,
              [&](int64_t i, int n, uint64_t counter, int skip) KD_INLINE_LAMBDA {
     for (int j = 0; j < n; ++j) sum[j] = 0;
-    Fetch fetch = {{out + i + n}, 1, 4 * static_cast<int>(sizeof(T))};
+    Fetch fetch = {{out + i}, 1, 4 * static_cast<int>(sizeof(T))};
     for (int64_t k = 0; k < p.terms; ++k) {
       uint64_t seed = static_cast<uint64_t>(p.seeds[k]);
       key.seed_low = static_cast<uint32_t>(seed);

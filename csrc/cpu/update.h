@@ -11,9 +11,7 @@ namespace kdkernels {
 namespace cpu {
 namespace {
 
-// Of a block with noise: few, so that making noise and moving the tensors' memory take turns often, and what is fetched
-// ahead does not overflow a core's queue of misses.
-constexpr int kFewNumbers = 256;
+constexpr int kMostNumbers = 4 * kNumbers;  // of a block without noise
 
 // What a step works on; a moment that the rule has not is null. Grad: T, or where gradients were unscaled or are
 // measured, the type that they are computed in.
@@ -83,7 +81,7 @@ __attribute__((noinline)) void scaled_and_measured_block(math::Update update,
                                                          const UpdateBlock<T, T>& block, T* grad,
                                                          const float* grad_scale, const float* eps,
                                                          int count, double* norms) {
-  alignas(64) Real scaled[kNumbers], gradient_share[kNumbers], noise_share[kNumbers];
+  alignas(64) Real scaled[kMostNumbers], gradient_share[kMostNumbers], noise_share[kMostNumbers];
   for (int j = 0; j < count; ++j) scaled[j] = widen(grad[j]);
   if (grad_scale != nullptr) {
     Real scale = static_cast<Real>(*grad_scale);
@@ -114,16 +112,16 @@ void update_of(const UpdateParams& p, const UpdateTensor& tensor, int64_t begin,
       tensor.device_step != nullptr ? static_cast<uint64_t>(*tensor.device_step)
                                     : static_cast<uint64_t>(tensor.step));
   const NoiseStream stream = noise_stream(p.source, tensor.stream);
-  alignas(64) float eps[kNumbers] = {};
-  const int numbers_a_block = numbers.std != 0 ? kFewNumbers : kNumbers;
+  alignas(64) float eps[kMostNumbers] = {};
+  const int numbers_a_block = numbers.std != 0 ? kNumbers : kMostNumbers;
   for_blocks(tensor.offset, begin, end, numbers_a_block,
              [&](int64_t i, int n, uint64_t counter, int skip) KD_INLINE_LAMBDA {
     T *param = shifted<T>(tensor.param, i), *grad = shifted<T>(tensor.grad, i),
       *first = shifted<T>(tensor.first, i), *second = shifted<T>(tensor.second, i);
     if (numbers.std != 0) {
-      Fetch fetch = {{param + n, grad + n}, 2, 4 * static_cast<int>(sizeof(T))};
-      if (first != nullptr) fetch.next[fetch.count++] = first + n;
-      if (second != nullptr) fetch.next[fetch.count++] = second + n;
+      Fetch fetch = {{param, grad}, 2, 4 * static_cast<int>(sizeof(T))};
+      if (first != nullptr) fetch.data[fetch.count++] = first;
+      if (second != nullptr) fetch.data[fetch.count++] = second;
       number_block(stream, counter, (n + skip + 3) / 4, fetch, eps);
     }
     UpdateBlock<T, T> block = {param, grad, first, second};
