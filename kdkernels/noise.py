@@ -86,14 +86,15 @@ _KINDS = {
 
 def _call(name: str, *values):
     """Op `name` on its arguments in order."""
-    by_position, by_keyword = _ARGUMENTS[name]
     if torch.compiler.is_compiling():
+        by_position, by_keyword = _ARGUMENTS[name]
         count = len(by_position)
         keywords = dict(zip(by_keyword, values[count:], strict=True))
         return getattr(_OPS, name)(*values[:count], **keywords)
     try:
         return getattr(_C, name)(*values)
     except TypeError as error:
+        by_position, by_keyword = _ARGUMENTS[name]
         arguments = {}
         for argument, value in zip((*by_position, *by_keyword), values, strict=True):
             if argument in _KINDS and not (argument == "std" and name == "add_noise_"):
@@ -174,6 +175,8 @@ def _places(tensors: list[Tensor], stream, offset) -> tuple:
 
 def _stds(std) -> tuple:
     """(std, std_tensor), as add_noise_ takes them."""
+    if type(std) is float and std >= 0:
+        return [std], None
     if isinstance(std, Tensor):
         if not std.is_floating_point():
             raise TypeError(f"std has dtype {std.dtype}; as a tensor it takes a floating one")

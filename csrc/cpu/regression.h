@@ -80,8 +80,8 @@ inline void one_replica_per_sample(const RegressionParams& p, int64_t r) {
   record(p, 0, r, theta);
   for (int64_t step = 0; step < p.steps; ++step) {
     double sum_xx = 0, sum_xy = 0;
-    for_numbers(math::Distribution::kNormal, replica_key(p, r, step), 0, 0, p.samples,
-                [&](int64_t first, int n, const float* eps) KD_INLINE_LAMBDA {
+    for_numbers(noise_stream(math::Distribution::kNormal, replica_key(p, r, step)), 0, 0, p.samples,
+                p.x, [&](int64_t first, int n, const float* eps) KD_INLINE_LAMBDA {
       double xx = 0, xy = 0;
 #pragma omp simd reduction(+ : xx, xy)
       for (int j = 0; j < n; ++j) {

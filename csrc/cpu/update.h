@@ -1,7 +1,7 @@
 // Optimizer steps over contiguous elements, noise included. Included by one file an ISA level.
 //
-// A block's noise is made in L1 and used at once, so that a step moves what it moves without noise. The formula
-// works on computed values, in place: where fp32 and fp64 lie, where 16-bit blocks are widened to.
+// A block's noise is made in L1 and used at once, so that a step moves what it moves without noise. 16-bit elements
+// are widened and narrowed in registers.
 #pragma once
 
 #include "cpu/noise.h"
@@ -11,35 +11,58 @@ namespace kdkernels {
 namespace cpu {
 namespace {
 
-// What a step works on; a moment that the rule has not is null.
-template <class Real>
+constexpr int kMostNumbers = 4 * kNumbers;  // of a block without noise
+
+// What a step works on; a moment that the rule has not is null. Grad: T, or where gradients were unscaled or are
+// measured, the type that they are computed in.
+template <class T, class Grad>
 struct UpdateBlock {
-  Real *param, *grad, *first, *second;
+  T* param;
+  const Grad* grad;
+  T *first, *second;
 };
 
-template <math::Update kUpdate, bool kFirst, bool kShares, class Real>
-void update_loop(const math::UpdateNumbers<Real>& numbers, const UpdateBlock<Real>& block,
-                 const float* eps, int count, Real* gradient_share, Real* noise_share) {
+template <math::Update kUpdate, bool kFirst, bool kShares, class T, class Grad, class Real>
+KD_FN void update_loop(const math::UpdateNumbers<Real>& numbers, const UpdateBlock<T, Grad>& block,
+                       const float* eps, int count, Real* gradient_share, Real* noise_share) {
   constexpr bool kSecond = kUpdate == math::Update::kAdamW || kUpdate == math::Update::kPsgld;
   // Copies, which no store can change.
   const math::UpdateNumbers<Real> n = numbers;
-  Real *param = block.param, *first = block.first, *second = block.second;
-  const Real* grad = block.grad;
+  T *param = block.param, *first = block.first, *second = block.second;
+  const Grad* grad = block.grad;
 #pragma omp simd
   for (int j = 0; j < count; ++j) {
-    Real x = param[j], m = 0, v = 0;
-    if constexpr (kFirst) m = first[j];
-    if constexpr (kSecond) v = second[j];
+    Real x = widen(param[j]), g = widen(grad[j]), m = 0, v = 0;
+    if constexpr (kFirst) m = widen(first[j]);
+    if constexpr (kSecond) v = widen(second[j]);
     math::UpdateShares<Real> shares =
-        math::update_element<kUpdate>(n, static_cast<Real>(eps[j]), grad[j], x, m, v);
-    param[j] = x;
-    if constexpr (kFirst) first[j] = m;
-    if constexpr (kSecond) second[j] = v;
+        math::update_element<kUpdate>(n, static_cast<Real>(eps[j]), g, x, m, v);
+    narrow(x, param[j]);
+    if constexpr (kFirst) narrow(m, first[j]);
+    if constexpr (kSecond) narrow(v, second[j]);
     if constexpr (kShares) {
       gradient_share[j] = shares.gradient;
       noise_share[j] = shares.noise;
     }
   }
+}
+
+template <bool kShares, class T, class Grad, class Real>
+__attribute__((noinline)) void update_block(math::Update update, const math::UpdateNumbers<Real>& n,
+                                            const UpdateBlock<T, Grad>& block, const float* eps,
+                                            int count, Real* gradient_share, Real* noise_share) {
+  using math::Update;
+#define KD_UPDATE(rule, has_first) \
+  update_loop<rule, has_first, kShares>(n, block, eps, count, gradient_share, noise_share)
+  switch (update) {
+    case Update::kSgd:
+      return block.first != nullptr ? KD_UPDATE(Update::kSgd, true)
+                                    : KD_UPDATE(Update::kSgd, false);
+    case Update::kAdamW: return KD_UPDATE(Update::kAdamW, true);
+    case Update::kSgld: return KD_UPDATE(Update::kSgld, false);
+    case Update::kPsgld: return KD_UPDATE(Update::kPsgld, false);
+  }
+#undef KD_UPDATE
 }
 
 template <class Real>
@@ -50,46 +73,27 @@ KD_FN double sum_of_squares(const Real* x, int n) {
   return sum;
 }
 
-template <math::Update kUpdate, bool kFirst, class Real>
-KD_FN void update_with(const math::UpdateNumbers<Real>& n, const UpdateBlock<Real>& block,
-                       const float* eps, int count, double* norms) {
-  if (norms == nullptr) {
-    return update_loop<kUpdate, kFirst, false, Real>(n, block, eps, count, nullptr, nullptr);
+// A block whose gradients are divided by *grad_scale, in place and for the step, and whose shares are measured:
+// both may be null.
+template <class T, class Real>
+__attribute__((noinline)) void scaled_and_measured_block(math::Update update,
+                                                         const math::UpdateNumbers<Real>& n,
+                                                         const UpdateBlock<T, T>& block, T* grad,
+                                                         const float* grad_scale, const float* eps,
+                                                         int count, double* norms) {
+  alignas(64) Real scaled[kMostNumbers], gradient_share[kMostNumbers], noise_share[kMostNumbers];
+  for (int j = 0; j < count; ++j) scaled[j] = widen(grad[j]);
+  if (grad_scale != nullptr) {
+    Real scale = static_cast<Real>(*grad_scale);
+    for (int j = 0; j < count; ++j) scaled[j] /= scale;
+    for (int j = 0; j < count; ++j) narrow(scaled[j], grad[j]);
   }
-  alignas(64) Real gradient_share[kNumbers], noise_share[kNumbers];
-  update_loop<kUpdate, kFirst, true>(n, block, eps, count, gradient_share, noise_share);
+  update_block<true>(update, n,
+                     UpdateBlock<T, Real>{block.param, scaled, block.first, block.second}, eps,
+                     count, gradient_share, noise_share);
+  if (norms == nullptr) return;
   norms[0] += sum_of_squares(gradient_share, count);
   norms[1] += sum_of_squares(noise_share, count);
-}
-
-template <class Real>
-__attribute__((noinline)) void update_block(math::Update update, const math::UpdateNumbers<Real>& n,
-                                            const UpdateBlock<Real>& block, const float* eps,
-                                            int count, double* norms) {
-  using math::Update;
-  switch (update) {
-    case Update::kSgd:
-      return block.first != nullptr ? update_with<Update::kSgd, true>(n, block, eps, count, norms)
-                                    : update_with<Update::kSgd, false>(n, block, eps, count, norms);
-    case Update::kAdamW: return update_with<Update::kAdamW, true>(n, block, eps, count, norms);
-    case Update::kSgld: return update_with<Update::kSgld, false>(n, block, eps, count, norms);
-    case Update::kPsgld: return update_with<Update::kPsgld, false>(n, block, eps, count, norms);
-  }
-}
-
-// [0, n) of one of a parameter's tensors as computed values; null stays null.
-template <class T, class Real>
-KD_FN Real* widened(T* x, int n, Real* scratch) {
-  if (x == nullptr) return nullptr;
-  if constexpr (sizeof(T) == sizeof(Real)) return x;
-  for (int j = 0; j < n; ++j) scratch[j] = widen(x[j]);
-  return scratch;
-}
-template <class T, class Real>
-KD_FN void put_back(const Real* scratch, int n, T* x) {
-  if constexpr (sizeof(T) == sizeof(Real)) return;
-  if (x == nullptr) return;
-  for (int j = 0; j < n; ++j) narrow(scratch[j], x[j]);
 }
 
 template <class T>
@@ -107,27 +111,25 @@ void update_of(const UpdateParams& p, const UpdateTensor& tensor, int64_t begin,
       p.device_std != nullptr ? p.device_std[tensor.rule] : rule.std,
       tensor.device_step != nullptr ? static_cast<uint64_t>(*tensor.device_step)
                                     : static_cast<uint64_t>(tensor.step));
-  const math::NoiseKey key = key_of(p.source, tensor.stream);
-  alignas(64) float eps[kNumbers] = {};
-  alignas(64) Real param[kNumbers], grad[kNumbers], first[kNumbers], second[kNumbers];
-  for_blocks(tensor.offset, begin, end,
+  const NoiseStream stream = noise_stream(p.source, tensor.stream);
+  alignas(64) float eps[kMostNumbers] = {};
+  const int numbers_a_block = numbers.std != 0 ? kNumbers : kMostNumbers;
+  for_blocks(tensor.offset, begin, end, numbers_a_block,
              [&](int64_t i, int n, uint64_t counter, int skip) KD_INLINE_LAMBDA {
+    T *param = shifted<T>(tensor.param, i), *grad = shifted<T>(tensor.grad, i),
+      *first = shifted<T>(tensor.first, i), *second = shifted<T>(tensor.second, i);
     if (numbers.std != 0) {
-      number_block(p.source.distribution, key, counter, (n + skip + 3) / 4, eps);
+      Fetch fetch = {{param, grad}, 2, 4 * static_cast<int>(sizeof(T))};
+      if (first != nullptr) fetch.data[fetch.count++] = first;
+      if (second != nullptr) fetch.data[fetch.count++] = second;
+      number_block(stream, counter, (n + skip + 3) / 4, fetch, eps);
     }
-    T *param_at = shifted<T>(tensor.param, i), *grad_at = shifted<T>(tensor.grad, i),
-      *first_at = shifted<T>(tensor.first, i), *second_at = shifted<T>(tensor.second, i);
-    UpdateBlock<Real> block = {widened(param_at, n, param), widened(grad_at, n, grad),
-                               widened(first_at, n, first), widened(second_at, n, second)};
-    if (p.grad_scale != nullptr) {
-      Real scale = static_cast<Real>(*p.grad_scale);
-      for (int j = 0; j < n; ++j) block.grad[j] /= scale;
-      put_back(block.grad, n, grad_at);
+    UpdateBlock<T, T> block = {param, grad, first, second};
+    if (p.grad_scale == nullptr && norms == nullptr) {
+      update_block<false, T, T, Real>(p.update, numbers, block, eps + skip, n, nullptr, nullptr);
+    } else {
+      scaled_and_measured_block(p.update, numbers, block, grad, p.grad_scale, eps + skip, n, norms);
     }
-    update_block(p.update, numbers, block, eps + skip, n, norms);
-    put_back(block.param, n, param_at);
-    put_back(block.first, n, first_at);
-    put_back(block.second, n, second_at);
   });
 }
 

@@ -24,15 +24,12 @@ KD_FN void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
   high = static_cast<uint32_t>(product >> 32);
 }
 
-template <class Word>
-KD_FN void philox_round(Philox4x32<Word>& c, uint32_t k0, uint32_t k1) {
-  Word high0, low0, high1, low1;
+template <class Word, class Out = Word, class Key = uint32_t>
+KD_FN Philox4x32<Out> philox_round(const Philox4x32<Word>& c, const Key& k0, const Key& k1) {
+  Out high0, low0, high1, low1;
   multiply(c.word[0], 0xD2511F53u, high0, low0);
   multiply(c.word[2], 0xCD9E8D57u, high1, low1);
-  c.word[0] = high1 ^ c.word[1] ^ k0;
-  c.word[1] = low1;
-  c.word[2] = high0 ^ c.word[3] ^ k1;
-  c.word[3] = low0;
+  return {{high1 ^ c.word[1] ^ k0, low1, high0 ^ c.word[3] ^ k1, low0}};
 }
 
 constexpr int kPhiloxRounds = 10;
@@ -45,7 +42,7 @@ KD_FN Philox4x32<Word> philox4x32_10(Word c0, Word c1, Word c2, Word c3, uint32_
   Philox4x32<Word> c = {{c0, c1, c2, c3}};
   KD_UNROLL
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    philox_round(c, k0, k1);
+    c = philox_round(c, k0, k1);
     k0 += kPhiloxBump0;
     k1 += kPhiloxBump1;
   }
@@ -53,9 +50,11 @@ KD_FN Philox4x32<Word> philox4x32_10(Word c0, Word c1, Word c2, Word c3, uint32_
 }
 
 // The key of every round, for a kernel that finds them in constant memory instead of adding.
-struct PhiloxKeys {
-  uint32_t round[kPhiloxRounds][2];
+template <class Key>
+struct PhiloxKeysOf {
+  Key round[kPhiloxRounds][2];
 };
+using PhiloxKeys = PhiloxKeysOf<uint32_t>;
 
 KD_FN PhiloxKeys philox_keys(uint32_t k0, uint32_t k1) {
   PhiloxKeys keys;
@@ -80,17 +79,20 @@ KD_FN PhiloxShared philox_shared(uint32_t c1, uint32_t c2, uint32_t c3, const Ph
   return {{c3 ^ keys.round[0][1], low1 ^ keys.round[1][0], high0 ^ keys.round[1][1], low0}};
 }
 
-template <class Word>
-KD_FN Philox4x32<Word> philox4x32_10(Word c0, const PhiloxShared& shared, const PhiloxKeys& keys) {
+// Out: Word, or what a vector of counters becomes in the last round. Key: uint32_t, or a vector of a key's copies.
+template <class Word, class Out = Word, class Key = uint32_t>
+KD_FN Philox4x32<Out> philox4x32_10(Word c0, const PhiloxShared& shared,
+                                    const PhiloxKeysOf<Key>& keys) {
   Word high0, low0, high1, low1;
   multiply(c0, 0xD2511F53u, high0, low0);
   multiply(high0 ^ shared.word[0], 0xCD9E8D57u, high1, low1);
   Philox4x32<Word> c = {
       {high1 ^ shared.word[1], low1, low0 ^ shared.word[2], static_cast<Word>(shared.word[3])}};
   KD_UNROLL
-  for (int round = 2; round < kPhiloxRounds; ++round)
-    philox_round(c, keys.round[round][0], keys.round[round][1]);
-  return c;
+  for (int round = 2; round < kPhiloxRounds - 1; ++round)
+    c = philox_round(c, keys.round[round][0], keys.round[round][1]);
+  return philox_round<Word, Out>(c, keys.round[kPhiloxRounds - 1][0],
+                                 keys.round[kPhiloxRounds - 1][1]);
 }
 
 }  // namespace math
