@@ -58,17 +58,20 @@ KD_FN bool near(double x, double most) { return -most <= x && x <= most; }
 
 // Near a row's largest logit: the largest of some classes, or 0 where that is not finite.
 template <class T>
-double guess(const T* row, int64_t classes) {
-  constexpr int kLooks = 4, kClasses = 8;
-  double m = -std::numeric_limits<double>::infinity();
-  for (int look = 0; look < kLooks; ++look) {
-    int64_t first = classes * look / kLooks;
-    for (int64_t i = first; i < first + kClasses && i < classes; ++i) {
-      double x = widen(row[i]);
-      m = x > m ? x : m;
+KD_FN double guess(const T* row, int64_t classes) {
+  using V = Vector<typename Compute<T>::type>;
+  constexpr int kLooks = 4;
+  double max;
+  if (classes < V::kLanes) {
+    max = widen(row[0]);
+  } else {
+    V m = load(row);
+    for (int look = 1; look < kLooks; ++look) {
+      m = larger(m, load(row + (classes - V::kLanes) * look / (kLooks - 1)));
     }
+    max = static_cast<double>(largest(m));
   }
-  return m - m == 0 ? m : 0.0;
+  return max - max == 0 ? max : 0.0;
 }
 
 // Of the exponents of a row's sides and of its cross-entropy: 2^(scale z - shift). The shifts are integers.

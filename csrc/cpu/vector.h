@@ -133,11 +133,35 @@ KD_FN Doubles exp2_shifted(Doubles z, const math::Shifted<Doubles>& by) {
   return z;
 }
 
+template <int... kLane>
+struct LaneNumbers {};
+template <int kBy, class Lanes, int... kLane>
+KD_FN Lanes rotated(Lanes x, LaneNumbers<kLane...>) {
+  return __builtin_shufflevector(x, x, (kLane + kBy) % static_cast<int>(sizeof...(kLane))...);
+}
+// All lanes combined in every lane, halves at a time.
+template <int kWidth, class Real, class Combine>
+KD_FN Vector<Real> combined(Vector<Real> x, Combine combine) {
+  if constexpr (kWidth == 0) {
+    return x;
+  } else {
+    LaneNumbers<__integer_pack(Vector<Real>::kLanes)...> all;
+    return combined<kWidth / 2>(combine(x, Vector<Real>(rotated<kWidth>(x.lanes, all))), combine);
+  }
+}
 template <class Real>
 KD_FN Real largest(Vector<Real> x) {
-  Real m = x.lanes[0];
-  for (int i = 1; i < Vector<Real>::kLanes; ++i) m = x.lanes[i] > m ? x.lanes[i] : m;
-  return m;
+  constexpr int kHalf = Vector<Real>::kLanes / 2;
+  return combined<kHalf>(x, [](Vector<Real> a, Vector<Real> b) KD_INLINE_LAMBDA {
+    return larger(a, b);
+  }).lanes[0];
+}
+template <class Real>
+KD_FN Real sum_of_lanes(Vector<Real> x) {
+  constexpr int kHalf = Vector<Real>::kLanes / 2;
+  return combined<kHalf>(x, [](Vector<Real> a, Vector<Real> b) KD_INLINE_LAMBDA {
+    return a + b;
+  }).lanes[0];
 }
 
 // ---- memory -------------------------------------------------------------------------------------
@@ -212,16 +236,29 @@ KD_FN void store(Floats x, Float16* out) {
 #endif
 }
 
+#if KD_VECTOR_BYTES == 64
+KD_FN __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+#endif
 // The first n lanes only; the others are `pad`.
 template <class T>
 KD_FN auto load_part(const T* in, int n, typename Compute<T>::type pad) {
-  using Real = typename Compute<T>::type;
-  Vector<Real> x(pad);
+  Vector<typename Compute<T>::type> x(pad);
+#if KD_VECTOR_BYTES == 64
+  if constexpr (__is_same(T, float)) {
+    x.lanes = (FloatLanes)_mm512_mask_loadu_ps((__m512)x.lanes, first_lanes(n), in);
+    return x;
+  }
+#endif
   for (int i = 0; i < n; ++i) x.lanes[i] = widen(in[i]);
   return x;
 }
 template <class T>
 KD_FN void store_part(Vector<typename Compute<T>::type> x, int n, T* out) {
+#if KD_VECTOR_BYTES == 64
+  if constexpr (__is_same(T, float)) {
+    return _mm512_mask_storeu_ps(out, first_lanes(n), (__m512)x.lanes);
+  }
+#endif
   for (int i = 0; i < n; ++i) narrow(x.lanes[i], out[i]);
 }
 
@@ -233,11 +270,7 @@ template <>
 struct WideSum<double> {
   Doubles sum = Doubles(0.0);
   void add(Doubles x) { sum = sum + x; }
-  double total() const {
-    double y = 0;
-    for (int i = 0; i < Doubles::kLanes; ++i) y += sum.lanes[i];
-    return y;
-  }
+  KD_INLINE_LAMBDA double total() const { return sum_of_lanes(sum); }
 };
 template <>
 struct WideSum<float> {
@@ -258,11 +291,7 @@ struct WideSum<float> {
     }
 #endif
   }
-  double total() const {
-    double y = 0;
-    for (int i = 0; i < Doubles::kLanes; ++i) y += low.lanes[i] + high.lanes[i];
-    return y;
-  }
+  KD_INLINE_LAMBDA double total() const { return sum_of_lanes(low + high); }
 };
 
 }  // namespace
