@@ -38,6 +38,12 @@ def loss_and_gradients(loss_fn, student, teacher, grad_output=None, **options):
     return loss.detach(), *torch.autograd.grad(loss, leaves, grad_output)
 
 
+def loss_and_students_gradient(loss_fn, student, teacher, **options):
+    leaf = student.detach().requires_grad_()
+    loss = loss_fn(leaf, teacher, **options)
+    return loss.detach(), *torch.autograd.grad(loss, leaf, torch.ones_like(loss))
+
+
 def fp64(student, teacher, **options):
     return loss_and_gradients(
         reference.distillation_loss, student.double(), teacher.double(), **options
@@ -536,16 +542,42 @@ def test_small_divergences_keep_four_digits(divergence, dtype, classes):
         options = {**of(divergence, z.shape), "reduction": "none"}
         want, *want_gradients = fp64(z, t, **options)
         assert want.min() > target / 30 and want.max() < target * 30
-        loss, *gradients = loss_and_gradients(distillation_loss, z, t, **options)
         # Total variation is the differences' size, others are its square: at 1e-8 fp32 ends.
         atol = 3e-8 if divergence == "total_variation" else 0
-        torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=atol)
-        if atol > 0.01 * target:
-            continue
-        for got, right in zip(gradients, want_gradients, strict=True):
-            largest = right.abs().amax(-1, keepdim=True)
-            allowed = 1e-4 * largest + HALF_ULP.get(dtype, 0) * right.abs()
-            assert ((got.double() - right).abs() <= allowed).all()
+        # A frozen teacher takes other ways.
+        for call in (loss_and_gradients, loss_and_students_gradient):
+            loss, *gradients = call(distillation_loss, z, t, **options)
+            torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=atol)
+            if atol > 0.01 * target:
+                continue
+            for got, right in zip(gradients, want_gradients, strict=False):
+                largest = right.abs().amax(-1, keepdim=True)
+                allowed = 1e-4 * largest + HALF_ULP.get(dtype, 0) * right.abs()
+                assert ((got.double() - right).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("classes", [13, 1000, 5003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
+def test_frozen_teacher_from_near_to_far(divergence, dtype, classes):
+    """Rows on both sides of where kernels change their ways, with logits that grow along the row by
+    more than exponentials relative to its first classes could bear, and with excluded classes.
+    """
+    z, e = pair(40, classes, dtype=torch.float64)
+    rise = torch.linspace(0, 150, classes, dtype=torch.float64) * (torch.arange(40) % 2)[:, None]
+    z = z + rise
+    t = z + e * torch.logspace(-4, 0.5, 40, dtype=torch.float64)[:, None]
+    z[::3, 5:9] = t[::3, 5:9] = -INF
+    z, t = z.to(dtype), t.to(dtype)
+    labels = torch.full((40,), classes - 1)
+    for options in ({"temperature": 1.0}, {"temperature": 3.0, "labels": labels, "alpha": 0.4}):
+        options |= {"divergence": divergence, "reduction": "none"}
+        want, right, _ = fp64(z, t, **options)
+        loss, got = loss_and_students_gradient(distillation_loss, z, t, **options)
+        torch.testing.assert_close(loss.double(), want, rtol=2e-5, atol=1e-7)
+        largest = right.abs().amax(-1, keepdim=True)
+        allowed = 1e-4 * largest + HALF_ULP.get(dtype, 0) * right.abs() + 1e-7
+        assert ((got.double() - right).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -82,9 +82,8 @@ template <class Real>
 struct Exponents {
   using V = Vector<Real>;
   math::Shifted<V> s, t, hard;
-  // Near the logits whose exponents are 0: subtracted first, so that differences of large logits stay exact.
-  V zero_s, zero_t;
-  V scale, rest;  // y - x = ((t - zero_t) - (z - zero_s)) scale + rest
+  // y - x = (t - early - z - late) scale + rest: of close logits exact, as in math::ElementNorm.
+  V early, late, scale, rest;
 
   static math::Shifted<V> of(Real scale, double shift) {
     return {V(scale), V(static_cast<Real>(shift)),
@@ -96,17 +95,16 @@ struct Exponents {
         hard(of(scale_hard, shift.hard)),
         scale(scale_soft) {
     const double exact = scale_soft;
-    const Real near_s = static_cast<Real>(shift.s / exact),
-               near_t = static_cast<Real>(shift.t / exact);
-    zero_s = V(near_s);
-    zero_t = V(near_t);
-    rest = V(static_cast<Real>((near_t * exact - shift.t) - (near_s * exact - shift.s)));
+    // On the logits' own grid, so that taking it from them rounds nothing away.
+    const Real offset = static_cast<Real>(shift.t / exact) - static_cast<Real>(shift.s / exact);
+    const bool far = math::magnitude(offset) > Real(1);
+    early = V(far ? offset : Real(0));
+    late = V(far ? Real(0) : offset);
+    rest = V(static_cast<Real>(offset * exact - (shift.t - shift.s)));
   }
 
   // y - x, of any value where a logit is -inf.
-  KD_INLINE_LAMBDA V difference(V u, V v) const {
-    return fma((v - zero_t) - (u - zero_s), scale, rest);
-  }
+  KD_INLINE_LAMBDA V difference(V u, V v) const { return fma(v - early - u - late, scale, rest); }
 };
 
 // add(u, v, i) for the vectors u, v at every class i of a row, padded with excluded classes, and fold() after every
@@ -366,9 +364,10 @@ void short_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* r
              of_label = static_cast<Real>((1 - p.alpha) * (1 - p.label_smoothing)),
              of_classes = static_cast<Real>((1 - p.alpha) * p.label_smoothing / p.classes);
   const bool smooth = kLabels && p.label_smoothing > 0;
-  const Real beta = static_cast<Real>(p.beta);
+  const Real beta = static_cast<Real>(p.beta),
+             inv_temperature = static_cast<Real>(1 / p.temperature);
   using Lanes = Real[kLanes];
-  // Exponents, exponentials and, in the place of p's, a of math::ClassShare.
+  // Logits, probabilities and, in the place of p's, a of math::ClassShare.
   alignas(64) Lanes x[kShortClasses], y[kShortClasses], q[kShortClasses], a[kShortClasses],
       hard[kOwn ? kShortClasses : 1];
 
@@ -405,10 +404,8 @@ void short_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* r
 #pragma omp simd
       for (int r = 0; r < kLanes; ++r) {
         Real shifted = x[c][r] - max_s[r];
-        x[c][r] = shifted * scale;
-        y[c][r] = (y[c][r] - max_t[r]) * scale;
-        q[c][r] = math::exp2_nonpositive(x[c][r]);
-        a[c][r] = math::exp2_nonpositive(y[c][r]);
+        q[c][r] = math::exp2_nonpositive(shifted * scale);
+        a[c][r] = math::exp2_nonpositive((y[c][r] - max_t[r]) * scale);
         sum_s[r] += q[c][r];
         sum_t[r] += a[c][r];
         sum_z[r] += shifted;
@@ -419,10 +416,14 @@ void short_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* r
       }
     }
 
-    // d = log p - log q = (y - x) ln 2 + above
-    alignas(64) Lanes inv_s, inv_t, above, loss = {}, sum_a = {}, log_hard = {};
+    // d = log p - log q = (y - early - x - late) / T + above, as in math::ElementNorm.
+    alignas(64) Lanes inv_s, inv_t, early, late, above, loss = {}, sum_a = {}, log_hard = {};
 #pragma omp simd
     for (int r = 0; r < kLanes; ++r) {
+      const Real offset = max_t[r] - max_s[r];
+      const bool far = math::magnitude(offset) > Real(1);
+      early[r] = far ? offset : Real(0);
+      late[r] = far ? Real(0) : offset;
       inv_s[r] = math::inverse(sum_s[r]);
       inv_t[r] = math::inverse(sum_t[r]);
       above[r] = math::log_normal(sum_s[r] * inv_t[r]);
@@ -431,7 +432,7 @@ void short_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* r
     for (int c = 0; c < classes; ++c) {
 #pragma omp simd
       for (int r = 0; r < kLanes; ++r) {
-        Real d = math::fma(y[c][r] - x[c][r], static_cast<Real>(math::kLn2), above[r]);
+        Real d = math::fma(y[c][r] - early[r] - x[c][r] - late[r], inv_temperature, above[r]);
         q[c][r] *= inv_s[r];
         Real p_class = a[c][r] * inv_t[r];
         math::Element<Real> element = {p_class, q[c][r], d, d, d};
