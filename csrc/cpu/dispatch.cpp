@@ -8,6 +8,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "row_task.h"
 
 namespace kdkernels {
 namespace cpu {
@@ -114,10 +115,11 @@ void store(Dtype dtype, void* out, int64_t i, double value) {
   }
 }
 
+}  // namespace
+
 // All rows of a loss, shared among threads, and what the caller asked for of them.
-template <class Params>
-void losses(const Params& p, int threads,
-            void (*rows)(const Params&, int64_t begin, int64_t end, double* row_loss)) {
+void divergence(const DivergenceParams& p, int threads) {
+  const Kernels& k = kernels();
   constexpr int64_t kOnStack = 256, kShortRows = 16;  // kernels take short rows so many at a time
   double on_stack[kOnStack];
   std::vector<double> on_heap(p.rows > kOnStack ? static_cast<size_t>(p.rows) : 0);
@@ -125,7 +127,7 @@ void losses(const Params& p, int threads,
   int64_t piece = std::max<int64_t>(1, kElementsPerPiece / std::max<int64_t>(p.classes, 1));
   if (piece > kShortRows) piece -= piece % kShortRows;
   parallel_for(p.rows, piece, worth(p.rows * p.classes, threads),
-               [&](int64_t begin, int64_t end) { rows(p, begin, end, row_loss); });
+               [&](int64_t begin, int64_t end) { k.divergence_rows(p, begin, end, row_loss); });
   if (p.loss != nullptr) {
     double sum = 0;
     for (int64_t i = 0; i < p.rows; ++i) sum += row_loss[i];
@@ -136,15 +138,7 @@ void losses(const Params& p, int threads,
   }
 }
 
-}  // namespace
-
-void distillation(const DistillationParams& p, int threads) {
-  losses(p, threads, kernels().distillation_rows);
-}
-
-void divergence(const DivergenceParams& p, int threads) {
-  losses(p, threads, kernels().divergence_rows);
-}
+void distillation(const DistillationParams& p, int threads) { divergence(forward_kl(p), threads); }
 
 namespace {
 

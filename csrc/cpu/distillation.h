@@ -137,15 +137,11 @@ enum class Term {
   kNone,
 };
 
-// What the first pass over a row finds: its largest logits and its sums.
-struct RowPass {
-  double max_s, max_t, sum_s, sum_t, sum_hard, term;
-};
-
-// Makes the row's exponentials, and keeps what the gradient is made of.
+// Makes the row's exponentials, keeps what the gradient is made of, and finds all sums but that of the logits. The
+// maxima are the row's own; the exponentials are relative to the shifts.
 template <class T, Term kTerm, bool kOwn, bool kKeep, class Real>
-KD_FN RowPass first_pass(const T* z, const T* t, int64_t classes, const Exponents<Real>& by,
-                         Real* ex, Real* ey, Real* eh) {
+KD_FN math::RowSums<double> first_pass(const T* z, const T* t, int64_t classes,
+                                       const Exponents<Real>& by, Real* ex, Real* ey, Real* eh) {
   using V = Vector<Real>;
   V max_s(-std::numeric_limits<Real>::max()), max_t = max_s;
   WideSum<Real> sum_s, sum_t, sum_hard, term;
@@ -185,15 +181,17 @@ KD_FN RowPass first_pass(const T* z, const T* t, int64_t classes, const Exponent
           static_cast<double>(largest(max_t)),
           sum_s.total(),
           sum_t.total(),
+          term.total(),
           kOwn ? sum_hard.total() : 0.0,
-          term.total()};
+          0.0,
+          0.0};
 }
 
 // The first pass, from a guess of the shifts and, where the largest logits turn out to be far from it, once more.
 // False where the row has no such logits or they are too large.
 template <class T, Term kTerm, bool kOwn, bool kKeep, class Real>
 bool pass_over(const T* z, const T* t, int64_t classes, Real scale, Real scale_hard, Real* ex,
-               Real* ey, Real* eh, Shifts& shift, RowPass& pass) {
+               Real* ey, Real* eh, Shifts& shift, math::RowSums<double>& sums) {
   double max_s = guess(z, classes), max_t = guess(t, classes);
   for (int tries = 0; tries < 2; ++tries) {
     shift = {__builtin_rint(max_s * scale), __builtin_rint(max_t * scale),
@@ -203,9 +201,9 @@ bool pass_over(const T* z, const T* t, int64_t classes, Real scale, Real scale_h
       return false;
     }
     const Exponents<Real> by(scale, scale_hard, shift);
-    pass = first_pass<T, kTerm, kOwn, kKeep>(z, t, classes, by, ex, ey, eh);
-    max_s = pass.max_s;
-    max_t = pass.max_t;
+    sums = first_pass<T, kTerm, kOwn, kKeep>(z, t, classes, by, ex, ey, eh);
+    max_s = sums.max_s;
+    max_t = sums.max_t;
     if (near(max_s * scale - shift.s, kFar) && near(max_t * scale - shift.t, kFar) &&
         near(max_s * scale_hard - shift.hard, kFar)) {
       return true;
@@ -221,11 +219,11 @@ struct NearTerms {
 };
 template <class T, class Policy, class Real>
 KD_FN NearTerms near_pass(const T* z, const T* t, int64_t classes, const Exponents<Real>& by,
-                          const RowPass& pass, const Real* ex, Real* ey) {
+                          const math::RowSums<double>& sums, const Real* ex, Real* ey) {
   using V = Vector<Real>;
-  const V inv_s(static_cast<Real>(1 / pass.sum_s)), inv_t(static_cast<Real>(1 / pass.sum_t)),
+  const V inv_s(static_cast<Real>(1 / sums.sum_s)), inv_t(static_cast<Real>(1 / sums.sum_t)),
       nats(static_cast<Real>(math::kLn2)),
-      rest(static_cast<Real>(math::log_acc(pass.sum_s / pass.sum_t))), none(Real(0));
+      rest(static_cast<Real>(math::log_acc(sums.sum_s / sums.sum_t))), none(Real(0));
   WideSum<Real> sum_f, sum_a;
   V part_f = none, part_a = none;
   auto add = [&](V u, V v, int64_t i) KD_INLINE_LAMBDA {
@@ -294,19 +292,14 @@ void rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_los
     }
 
     Shifts shift;
-    RowPass pass;
+    math::RowSums<double> sums;
     bool done = keep ? pass_over<T, kTerm, kOwn, true>(z, t, p.classes, scale_real, scale_hard_real,
-                                                       ex, ey, eh, shift, pass)
+                                                       ex, ey, eh, shift, sums)
                      : pass_over<T, kTerm, kOwn, false>(z, t, p.classes, scale_real,
-                                                        scale_hard_real, ex, ey, eh, shift, pass);
+                                                        scale_hard_real, ex, ey, eh, shift, sums);
     double factor = p.denominator != 0 ? weight / p.denominator * p.gradient_scale : 0.0;
     math::RowResult<double> result = {};
-    math::RowSums<double> sums = {};
     if (done) {
-      sums.sum_s = pass.sum_s;
-      sums.sum_t = pass.sum_t;
-      sums.term = pass.term;
-      sums.sum_hard = pass.sum_hard;
       const double zero = shift.hard / scale_hard;  // the logit that cross-entropy is relative to
       if (kLabels && p.label_smoothing > 0) {
         double sum = 0;
@@ -319,7 +312,7 @@ void rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_los
                                                 p.temperature, p.alpha, p.label_smoothing, label_z,
                                                 factor);
       // Not so where a logit is NaN, or where q excludes a class that p has.
-      done = pass.sum_s + pass.sum_t + pass.sum_hard < kInfinite &&
+      done = sums.sum_s + sums.sum_t + sums.sum_hard < kInfinite &&
              (result.divergence < kInfinite || p.alpha == 0);
     }
     if (!done) {
@@ -329,13 +322,13 @@ void rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_los
     if (result.divergence < math::kNearRow) {
       const Exponents<Real> by(scale_real, scale_hard_real, shift);
       if (!keep) first_pass<T, kTerm, kOwn, true>(z, t, p.classes, by, ex, ey, eh);
-      NearTerms terms = near_pass<T, Policy>(z, t, p.classes, by, pass, ex, ey);
+      NearTerms terms = near_pass<T, Policy>(z, t, p.classes, by, sums, ex, ey);
       result.loss += p.alpha * p.temperature * p.temperature * (terms.f - result.divergence);
       // The gradient is a - q sum a, with a in the place of ey.
       double of_ex, of_ey;
-      Policy::gradient(sums, 1 / pass.sum_s, 1 / pass.sum_t, p.temperature, of_ex, of_ey);
+      Policy::gradient(sums, 1 / sums.sum_s, 1 / sums.sum_t, p.temperature, of_ex, of_ey);
       result.of_ey = p.alpha * p.temperature * factor;
-      result.of_ex -= p.alpha * factor * (of_ex + p.temperature * terms.a / pass.sum_s);
+      result.of_ex -= p.alpha * factor * (of_ex + p.temperature * terms.a / sums.sum_s);
     }
     row_loss[row] = weight * result.loss;
     if (!keep) continue;
@@ -490,7 +483,15 @@ void short_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* r
   }
 }
 
-// The rows of a call whose loss needs nothing but two matrices of logits. False if it needs more.
+// Whether a whole row's loss and the student's gradient are wanted, of nothing but two matrices of logits as they are.
+KD_FN bool of_two_matrices(const DivergenceParams& p) {
+  return p.teachers == 1 && p.tail == Tail::kNone && !p.probs && !p.standardize &&
+         p.logit_scale == 1 && p.soft_cap == 0 && p.teacher_logit_scale == 1 &&
+         p.teacher_soft_cap == 0 && p.teacher_gradient == nullptr && p.statistics == nullptr &&
+         p.state == nullptr;
+}
+
+// The rows of such a call by the kernels that are made for it. False where none is.
 template <class T, math::CrossEntropy kHard>
 bool plain_rows_with(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
   using math::Divergence;
@@ -514,21 +515,13 @@ bool plain_rows_with(const DivergenceParams& p, int64_t begin, int64_t end, doub
 template <class T>
 bool plain_rows_of(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
   using math::CrossEntropy;
-  if (p.teachers != 1 || p.tail != Tail::kNone || p.probs || p.standardize || p.logit_scale != 1 ||
-      p.soft_cap != 0 || p.teacher_logit_scale != 1 || p.teacher_soft_cap != 0 ||
-      p.teacher_gradient != nullptr || p.statistics != nullptr || p.state != nullptr) {
-    return false;
-  }
+  if (!of_two_matrices(p)) return false;
   if (p.labels == nullptr || p.alpha == 1) {
     return plain_rows_with<T, CrossEntropy::kNone>(p, begin, end, row_loss);
   } else if (p.temperature == 1) {
     return plain_rows_with<T, CrossEntropy::kShared>(p, begin, end, row_loss);
   }
   return plain_rows_with<T, CrossEntropy::kOwn>(p, begin, end, row_loss);
-}
-
-void distillation_rows(const DistillationParams& p, int64_t begin, int64_t end, double* row_loss) {
-  divergence_rows(forward_kl(p), begin, end, row_loss);
 }
 
 }  // namespace

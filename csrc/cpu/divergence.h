@@ -84,9 +84,7 @@ struct RowWalk {
         dense(!task.renormalize || task.cross_entropy),
         shares_hard(task.temperature == 1 && !task.standardize),
         watched(p.statistics != nullptr || p.state != nullptr),
-        may_be_plain(task.compares && !watched && !wants_teacher && !task.entries &&
-                     !task.aside_label && !task.standardize && p.teachers == 1 && !p.probs &&
-                     Transform::nothing(of_student) && Transform::nothing(of_teacher)),
+        may_be_plain(task.compares && !task.aside_label && of_two_matrices(p)),
         first_stage(p.stages & -p.stages) {
     const int64_t padded = padded_to_vectors(p.classes),
                   entries = task.entries ? padded_to_vectors(p.entries) : 0;
@@ -391,14 +389,14 @@ struct RowWalk {
     const bool own_hard = task.cross_entropy && !shares_hard;
     const Real scale_hard = own_hard ? kLog2EOf<Real> : scale;
     Shifts shift;
-    RowPass pass = {};
+    math::RowSums<double> sums = {};
     const T* t_row = teacher_row(0);
     // What cross-entropy's own exponentials are once added up nobody needs: they may lie over u.
     const bool done =
         own_hard ? pass_over<T, Term::kNone, true, true>(z_row, t_row, own.n, scale, scale_hard,
-                                                         own.q, own.p, u, shift, pass)
+                                                         own.q, own.p, u, shift, sums)
                  : pass_over<T, Term::kNone, false, true>(z_row, t_row, own.n, scale, scale_hard,
-                                                          own.q, own.p, u, shift, pass);
+                                                          own.q, own.p, u, shift, sums);
     if (!done) return false;
     // Logits of type Real near those whose exponents are 0.
     const double exact_scale = scale;
@@ -406,9 +404,9 @@ struct RowWalk {
     x.max_t = static_cast<Real>(shift.t / exact_scale);
     lift_s = exp2_fp64(shift.s - x.max_s * exact_scale);
     lift_t = exp2_fp64(shift.t - x.max_t * exact_scale);
-    x.sum_s = pass.sum_s * lift_s;
-    x.sum_t = pass.sum_t * lift_t;
-    x.hard = own_hard ? pass.sum_hard * exp2_fp64(shift.hard - x.max_s * scale_hard) : x.sum_s;
+    x.sum_s = sums.sum_s * lift_s;
+    x.sum_t = sums.sum_t * lift_t;
+    x.hard = own_hard ? sums.sum_hard * exp2_fp64(shift.hard - x.max_s * scale_hard) : x.sum_s;
     x.entry_max_s = x.entry_max_t = math::kLowestState;
     if (task.cross_entropy && task.smoothing > 0) {
       for (int64_t i = 0; i < own.n; ++i) x.total_u += widen(z_row[i]);

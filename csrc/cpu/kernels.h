@@ -14,8 +14,6 @@ namespace cpu {
 struct Kernels {
   const char* isa;
   // Rows [begin, end); row_loss is fp64 [rows].
-  void (*distillation_rows)(const DistillationParams&, int64_t begin, int64_t end,
-                            double* row_loss);
   void (*divergence_rows)(const DivergenceParams&, int64_t begin, int64_t end, double* row_loss);
   // Elements [begin, end) of one run; norms: [2], added to, or null.
   void (*noise)(const NoiseParams&, const NoiseTensor&, int64_t begin, int64_t end, double* norms);

@@ -112,14 +112,14 @@ KD_FN Doubles fma(Doubles a, Doubles b, Doubles c) {
   return c;
 }
 
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+
 // 2^n for an integer n that stands in the low bits of k; 0 for n = -127.
 KD_FN Floats power_of_low_bits(Floats k) {
-  typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
   return Floats((Floats::Lanes)(((Ints)k.lanes << 23) + 0x3F800000));
 }
 
 KD_FN math::Mantissa<Floats> split(Floats x) {
-  typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
   Ints bits = (Ints)x.lanes;
   Ints e = (bits - math::kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
   Floats m((Floats::Lanes)(bits - e));

@@ -63,10 +63,8 @@ KD_FN double log_normal(double x) { return log_acc(x); }
 
 // -log(1 + x) where x is exact, small or not; `sum` is 1 + x, exact too where x is not small.
 KD_FN float neg_log(float x, float sum, bool small) {
-  int32_t bits = bits_from_float(sum);
-  int32_t e = small ? 0 : (bits - kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
-  float f = small ? x : float_from_bits(bits - e) - 1.0f;
-  return -log_reduced(f, static_cast<float>(e));
+  Mantissa<float> b = split(sum);
+  return -log_reduced(small ? x : b.m - 1.0f, small ? 0.0f : b.e);
 }
 KD_FN double neg_log(double x, double sum, bool small) {
 #if defined(__CUDA_ARCH__)
@@ -169,14 +167,13 @@ struct LogAndPhi {
   Real log, phi;
 };
 KD_FN LogAndPhi<float> log_and_phi(float x, float sum, bool small) {
-  int32_t bits = bits_from_float(sum);
-  int32_t e = small ? 0 : (bits - kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
-  float f = small ? x : float_from_bits(bits - e) - 1.0f;
+  Mantissa<float> b = split(sum);
+  float e = small ? 0.0f : b.e, f = small ? x : b.m - 1.0f;
   // log(1 + f) = f - f^2 / 2 + f^3 p
   float p = log_coefficient(0);
   KD_UNROLL
   for (int i = 1; i < 8; ++i) p = fma(p, f, log_coefficient(i));
-  float log = fma(static_cast<float>(e), 0x1.62e43p-24f, fma(f * f, fma(f, p, -0.5f), f));
+  float log = fma(e, 0x1.62e43p-24f, fma(f * f, fma(f, p, -0.5f), f));
   float series = f * f * fma(f, fma(f, p, p - 0.5f), 0.5f);
   return {log, small ? series : fma(sum, log, -x)};
 }

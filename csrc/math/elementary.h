@@ -247,10 +247,8 @@ KD_FN F log_normal(F x) {
 // log x; -inf at 0, NaN below.
 KD_FN float log(float x) {
   bool subnormal = x < 0x1p-126f;
-  int32_t bits = bits_from_float(subnormal ? x * 0x1p23f : x);
-  int32_t e = (bits - kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
-  float m = float_from_bits(bits - e);
-  float y = log_reduced(m - 1.0f, static_cast<float>(e) - (subnormal ? 0x17p23f : 0.0f));
+  Mantissa<float> b = split(subnormal ? x * 0x1p23f : x);
+  float y = log_reduced(b.m - 1.0f, b.e - (subnormal ? 0x17p23f : 0.0f));
   y = x > 0.0f ? y : (x == 0.0f ? -__builtin_inff() : __builtin_nanf(""));
   return x < __builtin_inff() ? y : x;  // inf and NaN are their own logarithms; NaN compares false
 }
