@@ -50,14 +50,22 @@ class Images:
         """The first ``count`` images; all of them for None or where there are fewer."""
         return dataclasses.replace(self, pixels=self.pixels[:count], labels=self.labels[:count])
 
+    def view_of(self, epoch: int) -> int | None:
+        """The view that an epoch sees: None, the images as they are."""
+        return None
+
     def batch(
-        self, index: torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format
+        self,
+        index: torch.Tensor,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        view: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Images resized (bilinear) and normalised, and their labels.
 
         Args:
             index: ``[b]`` int64, which images.
             memory_format: of the images.
+            view: None: the images as they are.
 
         Returns:
             ``[b, channels, size, size]`` fp32 and ``[b]`` int64.

@@ -200,12 +200,14 @@ def _run(settings, folder, device, interrupt, on_step, say):
     train = train.first(settings.train_samples).to(device)
     test = test.first(settings.test_samples).to(device)
 
+    def tested(memory_format):
+        return lambda model: accuracy(model, test, memory_format)
+
     def epochs(learner: Learner, limit: int):
         """One epoch at a time, so that the caller can take turns."""
         while learner.epoch < limit and not (
             settings.target_accuracy is not None
-            and learner.test_accuracy is not None
-            and learner.test_accuracy >= settings.target_accuracy
+            and learner.measures.get("accuracy", -1) >= settings.target_accuracy
             and learner.name != "teacher"
         ):
             batches = epoch_batches(
@@ -213,12 +215,12 @@ def _run(settings, folder, device, interrupt, on_step, say):
             )
             steps = len(batches) * limit
             learner.train_epoch(
-                train, test, batches, folder, interrupt,
+                train, batches, folder, interrupt,
                 lambda steps=steps: on_step(learner.name, learner.step, steps),
             )  # fmt: skip
             say(
                 f"{learner.name}: epoch {learner.epoch} of {limit}, test accuracy "
-                f"{learner.test_accuracy:.1%}"
+                f"{learner.measures['accuracy']:.1%}"
             )
             yield
 
@@ -229,13 +231,13 @@ def _run(settings, folder, device, interrupt, on_step, say):
         limit = 0 if ready else 3
     teacher = Learner(
         "teacher", model.to(device), lambda logits, _, labels: F.cross_entropy(logits, labels),
-        None, settings.lr, settings.seed, tuned=True,
+        None, tested(torch.channels_last), settings.lr, settings.seed, tuned=True,
     )  # fmt: skip
     teacher.load(folder)
     for _ in epochs(teacher, limit):
         pass
-    if teacher.test_accuracy is None:
-        teacher.test_accuracy = accuracy(teacher.model, test, torch.channels_last)
+    if not teacher.measures:
+        teacher.measures = teacher.evaluate(teacher.model)
     teacher.save(folder, optimizer=False)
     expert = teacher.model.eval().requires_grad_(False)
 
@@ -257,7 +259,7 @@ def _run(settings, folder, device, interrupt, on_step, say):
     # The arms that ask at each step get what a plain script has: torch's default memory format.
     plain_expert = copy.deepcopy(expert).to(memory_format=torch.contiguous_format)
 
-    def ask(images, _):
+    def ask(images, *_):
         with torch.no_grad():
             return plain_expert(images)
 
@@ -275,12 +277,13 @@ def _run(settings, folder, device, interrupt, on_step, say):
             predict = ask
         elif arm.teacher == "once":
             rows, took = kept()
-            predict = lambda _, index, rows=rows: rows[index]  # noqa: E731
+            predict = lambda _, index, view, rows=rows: rows[index]  # noqa: E731
         noise = Noise()
         if name == NOISY:
             noise = Noise(settings.noise, settings.noise_std, settings.seed)
         learner = Learner(
             name, copy.deepcopy(start).to(device), _loss(arm, settings), predict,
+            tested(torch.channels_last if arm.tuned else torch.contiguous_format),
             settings.lr, settings.seed + 2, tuned=arm.tuned, noise=noise,
             twin=_loss(ARMS["reference"], settings) if name == "fused" else None,
         )  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,15 +18,30 @@ from kdkernels.train.data import Images
 from kdkernels.train.run_folder import RunFolder
 
 __all__ = [
-    "PHASES", "Interrupt", "Learner", "Noise", "accuracy", "choose_device", "epoch_batches",
-    "predictions", "reproducible",
+    "PHASES", "Interrupt", "Learner", "Noise", "Samples", "accuracy", "choose_device",
+    "epoch_batches", "predictions", "reproducible",
 ]  # fmt: skip
 
 PHASES = ("data", "teacher", "student forward", "loss", "backward", "optimizer")
 """What a training step spends its time on, in order; "student" is whichever model learns."""
 
-Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Loss = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+Predict = Callable[[torch.Tensor, torch.Tensor, int], Any]
+Loss = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
+
+
+class Samples(Protocol):
+    """What a learner learns from: :class:`kdkernels.train.data.Images`, or anything like it."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def view_of(self, epoch: int) -> int | None:
+        """Which view of the samples this epoch sees, None where they have but one."""
+
+    def batch(
+        self, index: torch.Tensor, memory_format: torch.memory_format, view: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs ``[b, ...]`` and labels ``[b, ...]`` of the samples ``index`` (``[b]`` int64)."""
 
 
 @contextlib.contextmanager
@@ -162,10 +178,12 @@ def predictions(
         return torch.cat([model(images.batch(index, memory_format)[0]) for index in rows])
 
 
-def accuracy(model: nn.Module, images: Images, memory_format=torch.contiguous_format) -> float:
-    """Share of images whose largest logit is their label's, 0..1."""
+def accuracy(
+    model: nn.Module, images: Images, memory_format=torch.contiguous_format
+) -> dict[str, float]:
+    """``{"accuracy": share of images whose largest logit is their label's, 0..1}``."""
     logits = predictions(model, images, 256, memory_format)
-    return (logits.argmax(1) == images.labels).double().mean().item()
+    return {"accuracy": (logits.argmax(1) == images.labels).double().mean().item()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,10 +243,12 @@ class Learner:
     Attributes:
         name: in metrics and checkpoints.
         model: in train mode while it learns; on the data's device.
-        loss: ``loss(logits [b, classes], teacher_logits [b, classes] | None, labels [b])``
-            -> scalar.
-        predict: ``predict(images [b, 3, s, s], index [b])`` -> teacher logits ``[b, classes]``;
-            None where no teacher is asked.
+        loss: ``loss(outputs, taught, labels)`` -> scalar; outputs are the model's, taught is
+            what ``predict`` gave.
+        predict: ``predict(inputs, index [b], view)`` -> what the teacher says of these samples,
+            such as logits ``[b, classes]``; None where no teacher is asked.
+        evaluate: ``evaluate(model)`` -> the measures of an epoch's end, by name, such as
+            ``{"accuracy": 0.9}``; they go into the metrics.
         lr: Adam's learning rate.
         seed: of the dropout masks. Learners with one seed draw the same masks.
         tuned: channels_last memory format and Adam's fused kernel.
@@ -239,12 +259,14 @@ class Learner:
         within: steps done in the unfinished epoch.
         seconds: by phase in the unfinished epoch.
         losses: of the unfinished epoch.
+        measures: what ``evaluate`` found last; empty before the first epoch's end.
     """
 
     name: str
     model: nn.Module
     loss: Loss
     predict: Predict | None
+    evaluate: Callable[[nn.Module], dict[str, float]]
     lr: float
     seed: int
     tuned: bool = False
@@ -257,7 +279,7 @@ class Learner:
         default_factory=lambda: dict.fromkeys(PHASES, 0.0)
     )
     losses: list[float] = dataclasses.field(default_factory=list)
-    test_accuracy: float | None = None
+    measures: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         self.memory_format = torch.channels_last if self.tuned else torch.contiguous_format
@@ -280,7 +302,7 @@ class Learner:
                 for key, value in self.optimizer.state[parameter].items():
                     tensors[f"optimizer.{number}.{key}"] = value
         tensors |= {f"random.{k}": v for k, v in self.random.items()}
-        names = ("epoch", "step", "within", "seconds", "losses", "test_accuracy")
+        names = ("epoch", "step", "within", "seconds", "losses", "measures")
         folder.save(self.name, tensors, {name: getattr(self, name) for name in names})
 
     def load(self, folder: RunFolder) -> bool:
@@ -324,8 +346,7 @@ class Learner:
 
     def train_epoch(
         self,
-        train: Images,
-        test: Images,
+        train: Samples,
         batches: list[torch.Tensor],
         folder: RunFolder,
         interrupt: Interrupt,
@@ -334,8 +355,8 @@ class Learner:
         """Train for one epoch, or for what is left of it; test; write metrics and a checkpoint.
 
         Args:
-            train, test: on the model's device.
-            batches: the epoch's batches, each an int64 vector of image numbers.
+            train: on the model's device.
+            batches: the epoch's batches, each an int64 vector of sample numbers.
             folder: where metrics and the checkpoint go.
             interrupt: asked after each step.
             on_step: called after each step, to show progress.
@@ -349,20 +370,21 @@ class Learner:
         if "cuda" in self.random:
             torch.cuda.set_rng_state(self.random["cuda"], self.device)
         clock = _Clock(self.device, self.seconds)
+        view = train.view_of(self.epoch)
         for index in batches[self.within :]:
             clock.start()
-            clean, labels = train.batch(index, self.memory_format)
-            images = self.noise.on_input(clean, self.step)
+            clean, labels = train.batch(index, self.memory_format, view)
+            inputs = self.noise.on_input(clean, self.step)
             clock.lap("data")
-            taught = None if self.predict is None else self.predict(clean, index)
+            taught = None if self.predict is None else self.predict(clean, index, view)
             clock.lap("teacher")
-            logits = None
+            outputs = None
 
-            def objective(images=images, taught=taught, labels=labels):
-                nonlocal logits
-                logits = self.model(images)
+            def objective(inputs=inputs, taught=taught, labels=labels):
+                nonlocal outputs
+                outputs = self.model(inputs)
                 clock.lap("student forward")
-                return self.loss(logits, taught, labels)
+                return self.loss(outputs, taught, labels)
 
             with self.noise.on_parameters(self.parameters, self.step):
                 loss = self.noise.on_loss(objective, self.parameters, self.step)
@@ -381,7 +403,7 @@ class Learner:
             shown = value if finite else str(value)  # JSON has no NaN
             line = {"kind": "step", "learner": self.name, "step": self.step, "loss": shown}
             if self.twin is not None and finite:
-                line["twin"] = self.twin(logits.detach(), taught, labels).item()
+                line["twin"] = self.twin(outputs.detach(), taught, labels).item()
             folder.log(**line)
             on_step()
             if not finite:
@@ -405,7 +427,7 @@ class Learner:
         self._keep_random()
         self.epoch += 1
         began = time.perf_counter()
-        self.test_accuracy = accuracy(self.model, test, self.memory_format)
+        self.measures = self.evaluate(self.model)
         norms = [] if self.gradient_noise is None else self.gradient_noise.norms()
         folder.log(
             sync=True,
@@ -414,7 +436,7 @@ class Learner:
             epoch=self.epoch,
             step=self.step,
             loss=sum(self.losses) / len(self.losses),
-            accuracy=self.test_accuracy,
+            **self.measures,
             phases=self.seconds,
             seconds=sum(self.seconds.values()),
             test_seconds=time.perf_counter() - began,

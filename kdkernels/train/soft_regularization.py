@@ -19,6 +19,7 @@ from kdkernels.train.loop import (
     Interrupt,
     Learner,
     Noise,
+    accuracy,
     choose_device,
     epoch_batches,
     predictions,
@@ -218,7 +219,7 @@ def _run(settings, folder, device, interrupt, on_step, say):
             continue
         learner = Learner(
             name, model(seed).to(device), lambda logits, _, labels: F.cross_entropy(logits, labels),
-            None, settings.lr, seed,
+            None, lambda model: accuracy(model, test), settings.lr, seed,
             noise=Noise(arm, settings.std(arm), seed),
         )  # fmt: skip
         learner.load(folder)
@@ -227,14 +228,14 @@ def _run(settings, folder, device, interrupt, on_step, say):
             on_step("all runs", done + learner.step, len(runs) * steps)
 
         while learner.epoch < settings.epochs:
-            learner.train_epoch(train, test, epoch(seed, learner.epoch), folder, interrupt, show)
+            learner.train_epoch(train, epoch(seed, learner.epoch), folder, interrupt, show)
         logits = predictions(learner.model, test, 256, learner.memory_format)
         folder.save(_finished(name), {"logits": logits, "labels": test.labels}, {})
         folder.remove(name)
         ece = calibration_error(logits, test.labels)
         say(
             f"run {number + 1} of {len(runs)}: seed {seed}, {arm}: test accuracy "
-            f"{learner.test_accuracy:.1%}, ECE {ece:.2%}"
+            f"{learner.measures['accuracy']:.1%}, ECE {ece:.2%}"
         )
 
 
