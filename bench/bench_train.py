@@ -15,7 +15,7 @@ def test_experiment_1(compare):
 def test_experiment_2_step(compare):
     """A step of ResNet-18 to MobileNetV2 on 64 images of 32x32, 10 classes."""
     torch.manual_seed(0)
-    expert = models.teacher(10, 32)[0].eval()
+    expert = models.build("resnet18", 10, 32)[0].eval()
     images, labels = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
     soft = {"temperature": 4.0, "alpha": 0.5}
 
@@ -27,7 +27,7 @@ def test_experiment_2_step(compare):
 
     def step(loss, predictions):
         torch.manual_seed(0)
-        learner = models.student(10, 32)
+        learner = models.build("mobilenet_v2", 10, 32)[0]
         optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
 
         def call():

@@ -6,7 +6,10 @@ weights that are not there; 130 interrupted. Whatever goes wrong is said in one 
 
 import argparse
 import dataclasses
+import json
 import sys
+
+from kdkernels import divergences
 
 __all__ = ["main"]
 
@@ -73,10 +76,64 @@ _OPTIONS = {
         "choices": ("auto", "cpu", "cuda"),
         "help": "auto is cuda where torch sees one (default: auto)",
     },
-    "data": {"choices": ("digits", "cifar10"), "help": "images to learn (default: digits)"},
+    "data": {
+        "choices": ("digits", "fashion-mnist", "cifar10", "cifar100", "folder"),
+        "help": "images to learn; folder is one of your own, with train/CLASS/*.jpg and "
+        "test/CLASS/*.jpg (default: digits)",
+    },
     "data_dir": {
         "metavar": "DIR",
-        "help": "folder that holds cifar-10-batches-py, or gets it by download (default: data)",
+        "help": "folder that holds the images, or gets them by download (default: data)",
+    },
+    "augment": {
+        "choices": ("none", "crop-flip", "resized-crop", "trivial"),
+        "help": "random changes to the training images (default: none)",
+    },
+    "views": {
+        "type": _COUNT,
+        "help": "different augmented images of each, one an epoch in turn, so that the teacher's "
+        "predictions of them can be kept (default: new ones each epoch)",
+    },
+    "validation": {
+        "type": _number(float, 0, 0.9),
+        "help": "share of the training images that is held out and tested on instead of the test "
+        "images (default: 0.0)",
+    },
+    "teacher": {
+        "metavar": "NAME",
+        "help": "one of torchvision's classification models, or module:function, which gives your "
+        "own for num_classes=N (default: resnet18)",
+    },
+    "student": {"metavar": "NAME", "help": "the same (default: mobilenet_v2)"},
+    "teacher_predictions": {
+        "metavar": "DIR",
+        "help": "what predict-teacher wrote; no teacher is then asked (default: the run's own)",
+    },
+    "divergence": {
+        "choices": tuple(divergences()),
+        "help": "of the soft targets (default: forward_kl)",
+    },
+    "beta": {
+        "type": _number(float, 0, 1),
+        "help": "of the divergences js and skew_* (default: the divergence's own)",
+    },
+    "budget": {
+        "type": _number(float, 0, open_low=True),
+        "metavar": "SECONDS",
+        "help": "of training, after which an arm begins no other epoch (default: none)",
+    },
+    "generations": {
+        "type": _COUNT,
+        "help": "of students; each one from the second on is taught by the one before (default: 1)",
+    },
+    "checkpoint_every": {
+        "type": _COUNT,
+        "metavar": "STEPS",
+        "help": "write a checkpoint within an epoch too (default: at an epoch's end)",
+    },
+    "config": {
+        "metavar": "FILE",
+        "help": "a JSON object of these options, such as tune's best.json; those given here win",
     },
     "image_size": {
         "type": _number(int, 16, 1024),
@@ -107,14 +164,14 @@ _OPTIONS = {
         ".safetensors or .pth file, none random (default: none)",
     },
     "arms": {
-        "type": _list_of(("alone", "reference", "fused", "full")),
+        "type": _list_of(("alone", "reference", "fused", "cached", "full")),
         "metavar": "A,B",
-        "help": "which of alone, reference, fused, full (default: all four)",
+        "help": "which of alone, reference, fused, cached, full (default: all five)",
     },
     "noise_std": {
         "type": _STD,
-        "help": "its standard deviation, of a gradient's in the first step (default: 0.1 input, "
-        "0.01 gradient, 0.01 parameter)",
+        "help": "its standard deviation, of a gradient's in the first step, the regulariser's "
+        "weight (default: 0.1 input, 0.01 gradient, 0.01 parameter, 0.01 regularizer)",
     },
     "train_samples": {"type": _number(int, 2), "help": "use the first N only (default: all)"},
     "test_samples": {"type": _COUNT, "help": "use the first N only (default: all)"},
@@ -138,7 +195,7 @@ _OPTIONS = {
 _OF_DISTILL = {
     "lr": {"type": _number(float, 0, open_low=True), "help": "learning rate (default: 1e-3)"},
     "noise": {
-        "choices": ("input", "gradient", "parameter"),
+        "choices": ("input", "gradient", "parameter", "regularizer"),
         "help": "one more arm, noisy: full, with this noise on its student (default: no such arm)",
     },
 }
@@ -159,7 +216,7 @@ _OF_SOFT = {
     },
     "image_size": {
         "type": _number(int, 8, 1024),
-        "help": "side in pixels to which images are resized (default: 8 digits, 32 cifar10)",
+        "help": "side in pixels to which images are resized (default: 8 digits, 32 others)",
     },
     "epochs": {"type": _COUNT, "help": "of each run (default: 60 mlp, 6 resnet18)"},
     "seeds": {"type": _COUNT, "help": "runs of each arm, --seed and those after it (default: 5)"},
@@ -203,9 +260,11 @@ _NETWORK = (
     "resume",
 )  # fmt: skip
 _DISTILL = (
-    "data", "data_dir", "image_size", "batch_size", "lr", "temperature", "alpha", "epochs",
-    "teacher_epochs", "target_accuracy", "teacher_weights", "arms", "noise", "noise_std",
-    "train_samples", "test_samples", "seed", "device", "threads", "out", "resume",
+    "data", "data_dir", "image_size", "augment", "views", "validation", "teacher", "student",
+    "teacher_weights", "teacher_predictions", "batch_size", "lr", "temperature", "alpha",
+    "divergence", "beta", "epochs", "teacher_epochs", "target_accuracy", "budget", "generations",
+    "arms", "noise", "noise_std", "train_samples", "test_samples", "seed", "device", "threads",
+    "checkpoint_every", "config", "out", "resume",
 )  # fmt: skip
 _REPRODUCE = (
     "epochs", "teacher_epochs", "replicas", "repeats", "train_samples", "test_samples", "seed",
@@ -235,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
             _OF_SOFT,
         ),
         "distill": (
-            "experiment 2: distil ResNet-18 into MobileNetV2, in four arms or five",
+            "experiment 2: distil a teacher into a student, in five arms or six",
             _DISTILL,
             _OF_DISTILL,
         ),
@@ -251,12 +310,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _console():
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False)
-    # A pipe or a log file has no width of its own; tables must not be folded at 80.
-    return console if console.is_terminal else Console(width=170, markup=False, highlight=False)
+def _parse(argv: list[str]) -> dict:
+    """The options given, those of a --config file before those of the command line."""
+    given = vars(_parser().parse_args(argv))
+    path = given.pop("config", None)
+    if path is None:
+        return given
+    command = given["command"]
+    try:
+        with open(path) as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no JSON"
+        raise _UsageError(f"kdkernels {command}: cannot read --config {path}: {reason}") from None
+    if not isinstance(found, dict):
+        raise _UsageError(f"kdkernels {command}: --config {path} holds no JSON object")
+    options = []
+    for name, value in found.items():
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            options.append(f"--{name.replace('_', '-')}={text}")
+    try:
+        before = vars(_parser().parse_args([command, *options]))
+    except _UsageError as error:
+        raise _UsageError(f"--config {path}: {error}") from None
+    return before | given
 
 
 def _soft_reg(folder, settings, threads, console):
@@ -281,32 +359,6 @@ def _soft_reg(folder, settings, threads, console):
     folder.log(sync=True, kind="agreement", experiment="soft-reg", **found["agreement"])
     folder.write_json("soft_reg.json", found)
     console.print("experiment 1 is done")
-
-
-def _train(run, settings, folder, console):
-    """Call an experiment's run(settings, folder, on_step, say) under progress bars."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("steps"), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
-        tasks = {}
-
-        def on_step(learner, done, total):
-            if learner not in tasks:
-                tasks[learner] = progress.add_task(learner, total=total)
-            progress.update(tasks[learner], completed=done)
-
-        run(settings, folder, on_step, progress.console.print)
 
 
 def _resumed(command: str, given: dict):
@@ -365,13 +417,11 @@ def _config(command: str, given: dict) -> dict:
 
 
 def _experiments(command: str, given: dict) -> int:
-    from rich import box
-    from rich.table import Table
-
     from kdkernels.train import TrainError, distillation, report, soft_regularization
+    from kdkernels.train import console as terminal
     from kdkernels.train.run_folder import RunFolder
 
-    console = _console()
+    console = terminal.make()
     if "resume" in given:
         folder = _resumed(command, given)
     else:
@@ -388,22 +438,14 @@ def _experiments(command: str, given: dict) -> int:
         }.items():
             if name in config:
                 wanted = config[name] | {"arms": tuple(config[name]["arms"])}
-                _train(experiment.run, experiment.Settings(**wanted), folder, console)
+                terminal.progress(experiment.run, experiment.Settings(**wanted), folder, console)
     except TrainError:
         folder.discard()
         raise
     finally:
         folder.close()
     tables, passed = report.write(folder)
-    for table in tables:
-        drawn = Table(title=table.title, box=box.MARKDOWN, title_justify="left", title_style="bold")
-        for number, column in enumerate(table.columns):
-            drawn.add_column(column, justify="right" if number else "left", overflow="fold")
-        for row in table.rows:
-            drawn.add_row(*row)
-        console.print(drawn)
-        if table.note:
-            console.print(table.note, style="dim")
+    terminal.show(console, tables)
     console.print(f"the report is {folder.path / 'report.html'}")
     if not passed:
         print("kdkernels: a check failed: see the table of checks", file=sys.stderr)
@@ -438,7 +480,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit status, see the module's docstring.
     """
     try:
-        given = vars(_parser().parse_args(argv))
+        given = _parse(sys.argv[1:] if argv is None else argv)
     except _UsageError as error:
         print(error, file=sys.stderr)
         return 2

@@ -250,23 +250,23 @@ def test_checkpoints_are_whole_or_absent(tmp_path):
 
 
 def test_teacher_weights(run, tmp_path, monkeypatch):
-    assert models.teacher(10, 16, str(run / "checkpoints/teacher.safetensors"))[1]
+    assert models.build("resnet18", 10, 16, str(run / "checkpoints/teacher.safetensors"))[1]
     imagenet = tmp_path / "imagenet.pth"
     torch.save(tv.resnet18().state_dict(), imagenet)
-    model, ready = models.teacher(10, 96, str(imagenet))
+    model, ready = models.build("resnet18", 10, 96, str(imagenet))
     assert not ready and model.fc.out_features == 10
     with pytest.raises(TrainError, match=r"conv1\.weight does not fit"):
-        models.teacher(10, 32, str(imagenet))
+        models.build("resnet18", 10, 32, str(imagenet))
     save_file({"y": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(TrainError, match="does not fit"):
-        models.teacher(10, 32, str(tmp_path / "other.safetensors"))
+        models.build("resnet18", 10, 32, str(tmp_path / "other.safetensors"))
 
     def offline(*_, **__):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(tv.ResNet18_Weights, "get_state_dict", offline)
     with pytest.raises(TrainError, match="could not be downloaded"):
-        models.teacher(10, 224, "DEFAULT")
+        models.build("resnet18", 10, 224, "DEFAULT")
 
 
 # Experiment 3

@@ -1,23 +1,28 @@
-"""Experiment 2: distil a ResNet-18 into a MobileNetV2, in four arms.
+"""Experiment 2: distil a teacher into a student, a ResNet-18 into a MobileNetV2 unless others are
+named, in five arms; and :func:`distill`, the fastest of them for one's own models and images.
 
 The teacher is trained or loaded; it predicts; the student is trained on its predictions and the
-labels; epoch after epoch, until a target accuracy or a number of epochs (Hinton et al.,
-arXiv 1503.02531). The arms start from the same weights and see the same batches; they differ only
-in what the table ``ARMS`` says. They take turns epoch by epoch, so that whatever else the machine
-does in the meantime slows all of them alike. With noise asked for there is one more arm, the last
-one of the table with that noise on its student.
+labels; epoch after epoch, until a target accuracy, a number of epochs or a budget (Hinton et al.,
+arXiv 1503.02531). With several generations the student then teaches the next one (born-again
+networks, Furlanello et al., arXiv 1805.04770). The arms start from the same weights and see the
+same batches; they differ only in what the table ``ARMS`` says. They take turns epoch by epoch, so
+that whatever else the machine does in the meantime slows all of them alike. With noise asked for
+there is one more arm, the last one of the table with that noise on its student.
 """
 
 import copy
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import kdkernels
-from kdkernels.train import TrainError, data, models
+from kdkernels.train import TrainError, console, data, models
+from kdkernels.train.data import Images
 from kdkernels.train.loop import (
     Interrupt,
     Learner,
@@ -29,10 +34,12 @@ from kdkernels.train.loop import (
     predictions,
     reproducible,
 )
+from kdkernels.train.predictions import Predictions, model_hash, write
 from kdkernels.train.run_folder import RunFolder
 
 __all__ = [
-    "ARMS", "CONTROL", "NOISY", "NOISE_STD", "Arm", "Settings", "apart", "plain_loss", "run",
+    "ARMS", "CONTROL", "NOISY", "NOISE_STD", "Arm", "Distilled", "Settings", "apart", "distill",
+    "plain_loss", "run",
 ]  # fmt: skip
 
 
@@ -60,6 +67,7 @@ ARMS = {
     "alone": Arm("student alone, cross-entropy", "cross-entropy", "never"),
     "reference": Arm("plain PyTorch loss, teacher runs at each step", "plain", "each step"),
     "fused": Arm("fused loss, teacher runs at each step", "fused", "each step"),
+    "cached": Arm("fused loss, teacher's predictions kept", "fused", "once"),
     "full": Arm(
         "fused loss in place, teacher's predictions kept, channels_last, fused Adam",
         "fused", "once", tuned=True,
@@ -74,7 +82,7 @@ procedure part for no better reason. Run where the arms reference and fused are.
 NOISY = "noisy"
 """The full arm with noise on its student. Run where noise is asked for."""
 
-NOISE_STD = {"input": 0.1, "gradient": 0.01, "parameter": 0.01}
+NOISE_STD = {"input": 0.1, "gradient": 0.01, "parameter": 0.01, "regularizer": 0.01}
 """Standard deviation where none is given, by the places of the noise."""
 
 
@@ -84,51 +92,94 @@ class Settings:
 
     Attributes:
         data: one of ``data.DATA``.
-        data_dir: where CIFAR-10 lies or goes.
+        data_dir: where the data lies or goes.
         image_size: side in pixels to which images are resized.
+        augment, views: as in :func:`kdkernels.train.data.load`. Without a number of views each
+            epoch sees new images, and no predictions can be kept.
+        validation: share of the training images that is held out and tested on instead of the
+            test images, 0..1; 0: none is.
+        teacher, student: as ``name`` in :func:`kdkernels.train.models.build`.
+        teacher_weights: as ``weights`` there.
+        teacher_predictions: a folder that ``kdkernels predict-teacher`` wrote; the arms that keep
+            predictions use it, and the teacher is not asked. None: the run makes its own.
         batch_size: images a step.
         lr: Adam's learning rate, for the teacher and every arm.
         temperature: of the soft targets, > 0.
         alpha: weight of the soft targets, 0..1; the labels have 1 - alpha.
+        divergence: one of :func:`kdkernels.divergences`.
+        beta: its parameter, where it has one; None is the divergence's default.
         epochs: of each arm, at most.
         teacher_epochs: None is 3 for a teacher that has yet to learn these classes, else 0.
         target_accuracy: an arm stops at this test accuracy, 0..1; None: never early.
-        teacher_weights: as in :func:`kdkernels.train.models.teacher`.
-        seed: of initial weights, batches and dropout.
-        arms: names from ``ARMS``.
+        budget: seconds of training after which an arm begins no other epoch; None: no limit.
+        generations: of students; from the second one on each is taught by the one before.
+        seed: of initial weights, batches, dropout, noise and augmentation.
+        arms: names from ``ARMS``; None is all that the other settings allow.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         threads: CPU threads; None is torch's choice.
         train_samples, test_samples: use only the first so many images; None is all.
         noise: of the arm ``NOISY``, a key of ``NOISE_STD``; None: no such arm.
-        noise_std: its standard deviation, see :class:`kdkernels.train.loop.Noise`; None is
-            ``NOISE_STD[noise]``.
+        noise_std: its standard deviation, the weight of the regulariser, see
+            :class:`kdkernels.train.loop.Noise`; None is ``NOISE_STD[noise]``.
+        checkpoint_every: steps between checkpoints within an epoch; None: at its end only.
     """
 
     data: str = "digits"
     data_dir: str = "data"
     image_size: int = 32
+    augment: str = "none"
+    views: int | None = None
+    validation: float = 0.0
+    teacher: str = "resnet18"
+    student: str = "mobilenet_v2"
+    teacher_weights: str = "none"
+    teacher_predictions: str | None = None
     batch_size: int = 64
     lr: float = 1e-3
     temperature: float = 4.0
     alpha: float = 0.5
+    divergence: str = "forward_kl"
+    beta: float | None = None
     epochs: int = 5
     teacher_epochs: int | None = None
     target_accuracy: float | None = None
-    teacher_weights: str = "none"
+    budget: float | None = None
+    generations: int = 1
     seed: int = 0
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] | None = None
     device: str = "auto"
     threads: int | None = None
     train_samples: int | None = None
     test_samples: int | None = None
     noise: str | None = None
     noise_std: float | None = None
+    checkpoint_every: int | None = None
 
     def __post_init__(self):
         if self.noise is None and self.noise_std is not None:
             raise TrainError("--noise-std is of --noise, which is not given")
         if self.noise is not None and self.noise_std is None:
             object.__setattr__(self, "noise_std", NOISE_STD[self.noise])
+        takes = kdkernels.divergences()[self.divergence].parameters
+        if self.beta is not None and "beta" not in takes:
+            raise TrainError(f"--beta is no parameter of the divergence {self.divergence}")
+        if self.views is not None and self.augment == "none":
+            raise TrainError("--views is of --augment, which is not given")
+        barred = {}
+        if self.augment != "none" and self.views is None:
+            barred["once"] = (
+                "with --augment each epoch sees new images, of which no predictions can be kept: "
+                "give --views, the number of different views of an image"
+            )
+        if self.teacher_predictions is not None:
+            barred["each step"] = "with --teacher-predictions there is no teacher to ask"
+        possible = tuple(name for name, arm in ARMS.items() if arm.teacher not in barred)
+        if self.arms is None:
+            object.__setattr__(self, "arms", possible)
+        for name in (*self.arms, *(["full"] if self.noise else [])):
+            if name not in possible:
+                reason = barred[ARMS[name].teacher]
+                raise TrainError(f"the arm {name} asks its teacher {ARMS[name].teacher}: {reason}")
 
 
 def plain_loss(
@@ -156,15 +207,29 @@ def plain_loss(
     return alpha * temperature**2 * soft + (1 - alpha) * F.cross_entropy(student, labels)
 
 
-def _loss(arm: Arm, settings: Settings) -> Loss:
+def _loss(arm: Arm, settings: Settings, regularized: bool = False) -> Loss:
     if arm.loss == "cross-entropy":
         return lambda logits, _, labels: F.cross_entropy(logits, labels)
     soft = {"temperature": settings.temperature, "alpha": settings.alpha}
-    if arm.loss == "plain":
+    if arm.loss == "plain" and settings.divergence == "forward_kl":
         return lambda logits, taught, labels: plain_loss(logits, taught, labels, **soft)
-    return lambda logits, taught, labels: kdkernels.distillation_loss(
-        logits, taught, labels, **soft, inplace=arm.tuned
-    )
+    soft |= {"divergence": settings.divergence}
+    if settings.beta is not None:
+        soft["beta"] = settings.beta
+    if arm.loss == "plain":
+        soft["backend"] = "reference"
+    else:  # the regulariser differentiates the gradient, which must not lie over the logits
+        soft["inplace"] = arm.tuned and not regularized
+
+    def loss(logits, taught, labels):
+        if isinstance(taught, torch.Tensor):
+            return kdkernels.distillation_loss(logits, taught, labels, **soft)
+        return kdkernels.topk_distillation_loss(
+            logits, taught.values, taught.indices, labels, tail="bucket",
+            teacher_logsumexp=taught.logsumexp, **soft,
+        )  # fmt: skip
+
+    return loss
 
 
 def apart(one: list[float], other: list[float]) -> list[float]:
@@ -173,128 +238,300 @@ def apart(one: list[float], other: list[float]) -> list[float]:
 
 
 def run(
-    settings: Settings, folder: RunFolder, on_step: Callable[[str, int, int], None], say: Callable
-) -> None:
+    settings: Settings,
+    folder: RunFolder,
+    on_step: Callable[[str, int, int], None],
+    say: Callable,
+    *,
+    teacher: nn.Module | None = None,
+    student: nn.Module | None = None,
+    images: tuple[Images, Images] | None = None,
+) -> dict[str, nn.Module]:
     """Run experiment 2, or what is left of it; everything it finds goes to the folder.
 
     Args:
         settings: what was asked for.
-        folder: where metrics and checkpoints go. Checkpoints already in it are continued.
+        folder: where metrics, checkpoints and test predictions go. Checkpoints already in it are
+            continued.
         on_step: ``on_step(learner, steps done, steps in all)``, called after each step.
         say: called with a line for the person who watches, after each epoch.
+        teacher, student: models to take instead of those that the settings name; the teacher is
+            ready and stays as it is, the student is where every arm starts, and is left alone.
+        images: training and test images to take instead.
+
+    Returns:
+        The trained students by name: an arm's, of later generations ``"<arm>-g<generation>"``.
 
     Raises:
         TrainError: see :meth:`kdkernels.train.loop.Learner.train_epoch`, and missing data.
     """
     device = choose_device(settings.device)
-    with reproducible(settings.seed, settings.threads), Interrupt() as interrupt:
-        _run(settings, folder, device, interrupt, on_step, say)
-    folder.close()
+    try:
+        with reproducible(settings.seed, settings.threads), Interrupt() as interrupt:
+            one = _Run(settings, folder, device, interrupt, on_step, say, images)
+            return one.students(teacher, student)
+    finally:
+        folder.close()
 
 
-def _run(settings, folder, device, interrupt, on_step, say):
-    pretrained = settings.teacher_weights == "DEFAULT"
-    train, test = data.load(
-        settings.data, size=settings.image_size, data_dir=settings.data_dir, imagenet=pretrained
-    )
-    train = train.first(settings.train_samples).to(device)
-    test = test.first(settings.test_samples).to(device)
+class _Run:
+    """A run under way: what all learners share."""
 
-    def tested(memory_format):
-        return lambda model: accuracy(model, test, memory_format)
+    def __init__(self, settings, folder, device, interrupt, on_step, say, images):
+        self.settings, self.folder, self.device = settings, folder, device
+        self.interrupt, self.on_step, self.say = interrupt, on_step, say
+        train, test = images or data.load(
+            settings.data, size=settings.image_size, data_dir=settings.data_dir,
+            imagenet=settings.teacher_weights == "DEFAULT",
+            augment=settings.augment, views=settings.views, seed=settings.seed,
+        )  # fmt: skip
+        if settings.validation:
+            train, test = train.split(settings.validation)
+        self.train = train.first(settings.train_samples).to(device)
+        self.test = test.first(settings.test_samples).to(device)
 
-    def epochs(learner: Learner, limit: int):
-        """One epoch at a time, so that the caller can take turns."""
-        while learner.epoch < limit and not (
-            settings.target_accuracy is not None
-            and learner.measures.get("accuracy", -1) >= settings.target_accuracy
-            and learner.name != "teacher"
-        ):
+    def learner(self, name: str, model: nn.Module, loss: Loss, predict, tuned: bool, seed: int,
+                **more) -> Learner:  # fmt: skip
+        memory_format = torch.channels_last if tuned else torch.contiguous_format
+        return Learner(
+            name, model.to(self.device), loss, predict,
+            lambda model: accuracy(model, self.test, memory_format),
+            self.settings.lr, seed, tuned=tuned,
+            checkpoint_every=self.settings.checkpoint_every, **more,
+        )  # fmt: skip
+
+    def epochs(self, learner: Learner, limit: int) -> Iterator[None]:
+        """Train one epoch at a time, so that the caller can take turns."""
+        settings = self.settings
+        spent = sum(
+            line["seconds"]
+            for line in self.folder.metrics()
+            if line["kind"] == "epoch" and line["learner"] == learner.name
+        )
+        while learner.epoch < limit:
+            if learner.name != "teacher":
+                if learner.measures.get("accuracy", -1.0) >= (settings.target_accuracy or 2.0):
+                    return
+                if settings.budget is not None and spent >= settings.budget:
+                    return
             batches = epoch_batches(
-                len(train), settings.batch_size, settings.seed, learner.epoch, device
+                len(self.train), settings.batch_size, settings.seed, learner.epoch, self.device
             )
             steps = len(batches) * limit
-            learner.train_epoch(
-                train, batches, folder, interrupt,
-                lambda steps=steps: on_step(learner.name, learner.step, steps),
+            spent += learner.train_epoch(
+                self.train, batches, self.folder, self.interrupt,
+                lambda steps=steps: self.on_step(learner.name, learner.step, steps),
             )  # fmt: skip
-            say(
+            self.say(
                 f"{learner.name}: epoch {learner.epoch} of {limit}, test accuracy "
                 f"{learner.measures['accuracy']:.1%}"
             )
             yield
 
-    torch.manual_seed(settings.seed)
-    model, ready = models.teacher(train.classes, settings.image_size, settings.teacher_weights)
-    limit = settings.teacher_epochs
-    if limit is None:
-        limit = 0 if ready else 3
-    teacher = Learner(
-        "teacher", model.to(device), lambda logits, _, labels: F.cross_entropy(logits, labels),
-        None, tested(torch.channels_last), settings.lr, settings.seed, tuned=True,
-    )  # fmt: skip
-    teacher.load(folder)
-    for _ in epochs(teacher, limit):
-        pass
-    if not teacher.measures:
-        teacher.measures = teacher.evaluate(teacher.model)
-    teacher.save(folder, optimizer=False)
-    expert = teacher.model.eval().requires_grad_(False)
-
-    def kept() -> tuple[torch.Tensor, float]:
-        """The teacher's predictions, made once, and the seconds that took."""
-        found = folder.load("teacher-predictions")
-        if found is None:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            rows = predictions(expert, train, settings.batch_size, torch.channels_last)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            took = time.perf_counter() - began
-            folder.save("teacher-predictions", {"logits": rows}, {"seconds": took})
-            return rows, took
-        return found[0]["logits"].to(device), found[1]["seconds"]
-
-    # The arms that ask at each step get what a plain script has: torch's default memory format.
-    plain_expert = copy.deepcopy(expert).to(memory_format=torch.contiguous_format)
-
-    def ask(images, *_):
-        with torch.no_grad():
-            return plain_expert(images)
-
-    torch.manual_seed(settings.seed + 1)
-    start = models.student(train.classes, settings.image_size)
-    learners = []
-    arms = {name: ARMS[name] for name in settings.arms}
-    if {"reference", "fused"} <= arms.keys():
-        arms[CONTROL] = _CONTROL
-    if settings.noise is not None:
-        arms[NOISY] = ARMS["full"]
-    for name, arm in arms.items():
-        predict, took = None, 0.0
-        if arm.teacher == "each step":
-            predict = ask
-        elif arm.teacher == "once":
-            rows, took = kept()
-            predict = lambda _, index, view, rows=rows: rows[index]  # noqa: E731
-        noise = Noise()
-        if name == NOISY:
-            noise = Noise(settings.noise, settings.noise_std, settings.seed)
-        learner = Learner(
-            name, copy.deepcopy(start).to(device), _loss(arm, settings), predict,
-            tested(torch.channels_last if arm.tuned else torch.contiguous_format),
-            settings.lr, settings.seed + 2, tuned=arm.tuned, noise=noise,
-            twin=_loss(ARMS["reference"], settings) if name == "fused" else None,
+    def expert(self, model: nn.Module | None) -> nn.Module | None:
+        """The teacher, trained and frozen; None where its predictions are given and it is not."""
+        settings = self.settings
+        if model is not None:
+            model = model.to(self.device, memory_format=torch.channels_last)
+            return model.eval().requires_grad_(False)
+        if settings.teacher_predictions is not None and settings.teacher_weights == "none":
+            return None
+        torch.manual_seed(settings.seed)
+        model, ready = models.build(
+            settings.teacher, self.train.classes, settings.image_size, settings.teacher_weights
+        )
+        limit = settings.teacher_epochs
+        if limit is None:
+            limit = 0 if ready else 3
+        teacher = self.learner(
+            "teacher", model, lambda logits, _, labels: F.cross_entropy(logits, labels), None,
+            tuned=True, seed=settings.seed,
         )  # fmt: skip
-        learner.load(folder)
-        if learner.step == 0 and name != CONTROL:
-            learner.seconds["teacher"] += took
-        learners.append(learner)
+        teacher.load(self.folder)
+        for _ in self.epochs(teacher, limit):
+            pass
+        if not teacher.measures:
+            teacher.measures = teacher.evaluate(teacher.model)
+        teacher.save(self.folder, optimizer=False)
+        self.keep_test("teacher", teacher.model, torch.channels_last)
+        return teacher.model.eval().requires_grad_(False)
 
-    turns = [
-        epochs(learner, min(settings.epochs, arms[learner.name].epochs or settings.epochs))
-        for learner in learners
-    ]
-    while turns:  # a generator that still has an epoch to give gives None, one that ends itself
-        turns = [turn for turn in turns if next(turn, turn) is None]
+    def kept(self, name: str, expert: nn.Module | None, memory_format) -> tuple[Predictions, float]:
+        """An expert's predictions, made once, and the seconds that took."""
+        given = self.settings.teacher_predictions
+        if given is not None and name == "teacher":
+            rows = Predictions.open(given)
+            rows.check(self.train, None if expert is None else model_hash(expert))
+            return rows, 0.0
+        path = self.folder.path / "predictions" / name
+        began = time.perf_counter()
+        rows = write(
+            path, expert, self.train, dtype="float32", batch_size=self.settings.batch_size,
+            memory_format=memory_format,
+        )  # fmt: skip
+        took = self.folder.read_json(f"predictions/{name}.json")
+        if took is None:  # a run that was stopped meanwhile counts what was left
+            took = {"seconds": time.perf_counter() - began}
+            self.folder.write_json(f"predictions/{name}.json", took)
+        return rows, took["seconds"]
+
+    def keep_test(self, name: str, model: nn.Module, memory_format) -> None:
+        """Write a model's predictions on the test images."""
+        logits = predictions(model, self.test, 256, memory_format)
+        self.folder.save(f"{name}-test", {"logits": logits, "labels": self.test.labels}, {})
+
+    def students(self, teacher: nn.Module | None, student: nn.Module | None) -> dict:
+        """Train every arm, in turns; returns the students by name."""
+        settings = self.settings
+        expert = self.expert(teacher)
+        # The arms that ask at each step get what a plain script has: torch's default memory format.
+        plain = None
+        if expert is not None:
+            plain = copy.deepcopy(expert).to(memory_format=torch.contiguous_format)
+        arms = {name: ARMS[name] for name in settings.arms}
+        if {"reference", "fused"} <= arms.keys() and "once" in {a.teacher for a in arms.values()}:
+            arms[CONTROL] = _CONTROL
+        if settings.noise is not None:
+            arms[NOISY] = ARMS["full"]
+        trained = {}
+        turns = [
+            self.generations(name, arm, plain if arm.teacher == "each step" else expert, student,
+                             trained)
+            for name, arm in arms.items()
+        ]  # fmt: skip
+        while turns:  # a generator that still has an epoch to give gives None, one that ends itself
+            turns = [turn for turn in turns if next(turn, turn) is None]
+        return trained
+
+    def generations(self, arm_name: str, arm: Arm, expert, student, trained) -> Iterator[None]:
+        """One arm's students, an epoch at a time; from the second on taught by the one before."""
+        settings = self.settings
+        memory_format = torch.channels_last if arm.tuned else torch.contiguous_format
+        count = settings.generations if arm.teacher != "never" and arm_name != CONTROL else 1
+        noise = Noise()
+        if arm_name == NOISY:
+            noise = Noise(settings.noise, settings.noise_std, settings.seed)
+        name, source, taught_in = arm_name, "teacher", torch.channels_last
+        for generation in range(1, count + 1):
+            if generation > 1:
+                source, name, taught_in = name, f"{arm_name}-g{generation}", memory_format
+            predict, took = None, 0.0
+            if arm.teacher == "each step":
+                predict = self.asking(expert)
+            elif arm.teacher == "once":
+                rows, took = self.kept(source, expert, taught_in)
+                predict = lambda _, index, view, rows=rows: rows.rows(index, view)  # noqa: E731
+            torch.manual_seed(settings.seed + generation)
+            if student is None:
+                start, _ = models.build(settings.student, self.train.classes, settings.image_size)
+            else:
+                start = copy.deepcopy(student)
+            learner = self.learner(
+                name, start, _loss(arm, settings, noise.place == "regularizer"), predict,
+                tuned=arm.tuned, seed=settings.seed + 2, noise=noise,
+                twin=_loss(ARMS["reference"], settings) if name == "fused" else None,
+            )  # fmt: skip
+            learner.load(self.folder)
+            if learner.step == 0 and name != CONTROL:
+                learner.seconds["teacher"] += took
+            yield from self.epochs(learner, min(settings.epochs, arm.epochs or settings.epochs))
+            if name != CONTROL:
+                self.keep_test(name, learner.model, memory_format)
+                trained[name] = learner.model.eval()
+            reached = learner.measures.get("accuracy", -1.0) >= (settings.target_accuracy or 2.0)
+            if reached:
+                return
+            expert = copy.deepcopy(learner.model).eval().requires_grad_(False)
+
+    def asking(self, expert: nn.Module):
+        """``predict`` of a learner whose teacher runs at each step."""
+
+        def ask(images, *_):
+            with torch.no_grad():
+                return expert(images)
+
+        return ask
+
+
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+    """What :func:`distill` made.
+
+    Attributes:
+        student: the trained student, in eval mode; of the last generation.
+        accuracy: its share of right answers on the test images, 0..1.
+        folder: the run's folder, with report.html, metrics and checkpoints.
+    """
+
+    student: nn.Module
+    accuracy: float
+    folder: Path
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module,
+    train: Images,
+    test: Images,
+    *,
+    out: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **settings,
+) -> Distilled:
+    """Distil your teacher into your student on your images, the fastest way there is here.
+
+    The teacher is asked once about each image (and view), the loss is one kernel, the student
+    runs in channels_last. With augmentation and no number of views each epoch sees new images,
+    and the teacher is asked at each step.
+
+    Args:
+        teacher: trained; takes images ``[b, 3, s, s]`` fp32, gives logits ``[b, classes]``. It is
+            moved to the device, put into eval mode and frozen.
+        student: the same, untrained or not; it is copied and stays as it is.
+        train, test: of one size and the same classes, from :func:`kdkernels.train.image_folder` or
+            :func:`kdkernels.train.load_images`.
+        out: folder of the run; ``runs/<time>`` by default.
+        resume: continue the run in ``out`` from its last checkpoint; models, images and settings
+            must be the same.
+        progress: show progress bars and a line an epoch.
+        settings: fields of :class:`Settings`, such as ``epochs=20``, ``temperature=4.0``,
+            ``alpha=0.5``, ``generations=2``, ``noise="input"``; not those that name data and
+            models.
+
+    Raises:
+        TrainError: something is missing, or does not fit.
+        TypeError: a setting that there is not.
+    """
+    from kdkernels.train import report  # it needs this module
+
+    ours = ("data", "data_dir", "image_size", "augment", "views", "teacher", "student",
+            "teacher_weights", "teacher_predictions", "teacher_epochs", "validation")  # fmt: skip
+    for name in settings:
+        if name in ours:
+            raise TypeError(f"distill() got {name!r}, which its models and images say already")
+    if train.classes != test.classes or train.size != test.size:
+        raise TrainError(
+            f"train has {train.classes} classes and images of {train.size} pixels, test "
+            f"{test.classes} and {test.size}: they must be alike"
+        )
+    settings.setdefault("arms", ("full",) if train.view_of(0) == train.view_of(1) or train.views
+                        else ("fused",))  # fmt: skip
+    wanted = Settings(
+        data="own images", image_size=train.size, augment=train.augment, views=train.views,
+        teacher=type(teacher).__name__, student=type(student).__name__, **settings,
+    )  # fmt: skip
+    if resume:
+        folder = RunFolder.open(out or "")
+    else:
+        config = {"command": "distill()", "distill": dataclasses.asdict(wanted)}
+        config["machine"] = report.machine(wanted.threads)
+        folder = RunFolder.create(out, config)
+    students = console.progress(
+        run, wanted, folder, console.make(quiet=not progress), teacher=teacher, student=student,
+        images=(train, test),
+    )  # fmt: skip
+    report.write(folder)
+    name = list(students)[-1]
+    found = accuracy(students[name], test.to(next(students[name].parameters()).device))
+    return Distilled(students[name], found["accuracy"], folder.path)

@@ -72,7 +72,7 @@ class Settings:
 
     Attributes:
         model: one of ``MODELS``: :func:`kdkernels.train.models.mlp`, or ResNet-18 as
-            :func:`kdkernels.train.models.teacher` makes it.
+            :func:`kdkernels.train.models.build` makes it.
         data: one of ``data.DATA``.
         data_dir: where CIFAR-10 lies or goes.
         image_size: side in pixels to which images are resized; None is their own, 8 or 32.
@@ -205,7 +205,7 @@ def _run(settings, folder, device, interrupt, on_step, say):
         torch.manual_seed(seed)
         if settings.model == "mlp":
             return models.mlp(train.classes, train.channels * settings.image_size**2)
-        return models.teacher(train.classes, settings.image_size)[0]
+        return models.build("resnet18", train.classes, settings.image_size)[0]
 
     def epoch(seed, number):
         return epoch_batches(len(train), settings.batch_size, seed, number, device)
