@@ -141,7 +141,7 @@ def _cifar10(size: int, data_dir: str, imagenet: bool) -> tuple[Images, Images]:
 
 
 def load(
-    name: str, *, size: int, data_dir: str = "data", imagenet: bool = False
+    name: str, *, size: int, data_dir: str = "data", imagenet: bool = False, **_
 ) -> tuple[Images, Images]:
     """The training and the test images.
 

@@ -272,6 +272,7 @@ class Learner:
     tuned: bool = False
     noise: Noise = Noise()
     twin: Loss | None = None
+    checkpoint_every: int | None = None
     epoch: int = 0
     step: int = 0
     within: int = 0
@@ -442,9 +443,11 @@ class Learner:
             test_seconds=time.perf_counter() - began,
             **({"noise_to_gradient": norms[0].ratio} if norms and norms[0].gradient > 0 else {}),
         )
+        spent = sum(self.seconds.values())
         self.within, self.losses = 0, []
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.save(folder)
+        return spent
 
     def _keep_random(self) -> None:
         self.random = {"cpu": torch.get_rng_state()}

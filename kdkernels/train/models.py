@@ -2,6 +2,7 @@
 
 import importlib
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def _maker(name: str) -> Callable[..., nn.Module]:
                 "resnet18 and mobilenet_v2, nor module:function, which names your own"
             )
         return lambda num_classes: models.get_model(name, num_classes=num_classes)
+    if "" not in sys.path:  # an installed command has its own folder there, not the user's
+        sys.path.insert(0, "")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
