@@ -302,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (text, options, own) in about.items():
         command = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".",
-            argument_default=argparse.SUPPRESS,
+            argument_default=argparse.SUPPRESS, allow_abbrev=False,
         )  # fmt: skip
         for option in options:
             extra = own.get(option) or _OPTIONS[option]

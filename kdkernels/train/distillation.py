@@ -285,8 +285,10 @@ class _Run:
             imagenet=settings.teacher_weights == "DEFAULT",
             augment=settings.augment, views=settings.views, seed=settings.seed,
         )  # fmt: skip
-        if settings.validation:
-            train, test = train.split(settings.validation)
+        self.whole = train.first(settings.train_samples)
+        if settings.validation:  # a fixed part, so that runs of other seeds are tested on the same
+            self.whole = train
+            train, test = train.split(settings.validation, seed=0)
         self.train = train.first(settings.train_samples).to(device)
         self.test = test.first(settings.test_samples).to(device)
 
@@ -366,9 +368,11 @@ class _Run:
         path = self.folder.path / "predictions" / name
         began = time.perf_counter()
         rows = write(
-            path, expert, self.train, dtype="float32", batch_size=self.settings.batch_size,
-            memory_format=memory_format,
+            path, expert, self.whole.to(self.device), dtype="float32",
+            batch_size=self.settings.batch_size, memory_format=memory_format,
+            on_step=lambda _, *steps: self.on_step(f"{name} asked", *steps),
         )  # fmt: skip
+        rows.check(self.train)
         took = self.folder.read_json(f"predictions/{name}.json")
         if took is None:  # a run that was stopped meanwhile counts what was left
             took = {"seconds": time.perf_counter() - began}
@@ -515,8 +519,8 @@ def distill(
             f"train has {train.classes} classes and images of {train.size} pixels, test "
             f"{test.classes} and {test.size}: they must be alike"
         )
-    settings.setdefault("arms", ("full",) if train.view_of(0) == train.view_of(1) or train.views
-                        else ("fused",))  # fmt: skip
+    new_each_epoch = train.augment != "none" and train.views is None
+    settings.setdefault("arms", ("fused",) if new_each_epoch else ("full",))
     wanted = Settings(
         data="own images", image_size=train.size, augment=train.augment, views=train.views,
         teacher=type(teacher).__name__, student=type(student).__name__, **settings,
