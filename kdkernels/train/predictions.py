@@ -334,6 +334,16 @@ class Predictions:
         names = ["manifest.json", *(shard["file"] for shard in self.manifest["shards"])]
         return sum((self.path / name).stat().st_size for name in names)
 
+    def accuracy(self, images: Images) -> float:
+        """The share, 0..1, of all views whose largest logit is that of the image's label."""
+        right = 0.0
+        for view in self._views:
+            index = torch.arange(len(images))
+            found = self.rows(index, view)
+            top = found.argmax(1) if isinstance(found, torch.Tensor) else found.indices[:, 0]
+            right += (top == images.labels.cpu()).double().mean().item()
+        return right / len(self._views)
+
     def check(self, images: Images, model_hash: str | None = None) -> None:
         """Make sure that these are predictions of these images; :meth:`rows` then takes theirs.
 
