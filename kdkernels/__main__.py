@@ -1,4 +1,5 @@
-"""The ``kdkernels`` command: ``info``, ``bench``, ``reproduce``, ``soft-reg`` and ``distill``.
+"""The ``kdkernels`` command: ``info``, ``bench``, ``reproduce``, ``soft-reg``, ``distill`` and
+``predict-teacher``.
 
 Exit status: 0 done; 1 a check failed or a run stopped on the way; 2 bad arguments, or data or
 weights that are not there; 130 interrupted. Whatever goes wrong is said in one sentence.
@@ -86,13 +87,18 @@ _OPTIONS = {
         "help": "folder that holds the images, or gets them by download (default: data)",
     },
     "augment": {
-        "choices": ("none", "crop-flip", "resized-crop", "trivial"),
+        "choices": ("none", "crop", "crop-flip", "resized-crop", "trivial"),
         "help": "random changes to the training images (default: none)",
     },
     "views": {
         "type": _COUNT,
         "help": "different augmented images of each, one an epoch in turn, so that the teacher's "
         "predictions of them can be kept (default: new ones each epoch)",
+    },
+    "normalize": {
+        "choices": ("data", "imagenet"),
+        "help": "whose mean and deviation images are normalised with (default: data, or imagenet "
+        "with --teacher-weights DEFAULT, which were trained so)",
     },
     "validation": {
         "type": _number(float, 0, 0.9),
@@ -243,6 +249,33 @@ _OF_SOFT = {
         "help": "lambda of L + lambda sum eps_i dL/dtheta_i (default: 0.05 mlp, 0.01 resnet18)",
     },
 }
+_OF_PREDICT = {
+    "teacher_weights": {
+        "metavar": "FILE",
+        "required": True,
+        "help": "a .safetensors or .pth file, such as a run's checkpoints/teacher.safetensors",
+    },
+    "top_k": {
+        "type": _number(int, 1, 1024),
+        "metavar": "K",
+        "help": "keep the K largest logits of an image (default: all)",
+    },
+    "dtype": {
+        "choices": ("float16", "bfloat16", "float32"),
+        "help": "of the logits (default: float16)",
+    },
+    "batch_size": {"type": _COUNT, "help": "images a forward pass (default: 256)"},
+    "seed": {
+        "type": _number(int, 0, 2**62),
+        "help": "of the augmentation; distill needs the same (default: 0)",
+    },
+    "train_samples": {"type": _COUNT, "help": "ask about the first N only (default: all)"},
+    "out": {
+        "metavar": "DIR",
+        "required": True,
+        "help": "folder for the predictions; the same command continues what it left there",
+    },
+}
 _OF_BENCH = {
     "quick": {
         "action": "store_true",
@@ -260,11 +293,17 @@ _NETWORK = (
     "resume",
 )  # fmt: skip
 _DISTILL = (
-    "data", "data_dir", "image_size", "augment", "views", "validation", "teacher", "student",
+    "data", "data_dir", "image_size", "normalize", "augment", "views", "validation", "teacher",
+    "student",
     "teacher_weights", "teacher_predictions", "batch_size", "lr", "temperature", "alpha",
     "divergence", "beta", "epochs", "teacher_epochs", "target_accuracy", "budget", "generations",
     "arms", "noise", "noise_std", "train_samples", "test_samples", "seed", "device", "threads",
     "checkpoint_every", "config", "out", "resume",
+)  # fmt: skip
+_PREDICT = (
+    "teacher", "teacher_weights", "data", "data_dir", "image_size", "normalize", "augment",
+    "views", "seed",
+    "top_k", "dtype", "batch_size", "train_samples", "device", "threads", "out",
 )  # fmt: skip
 _REPRODUCE = (
     "epochs", "teacher_epochs", "replicas", "repeats", "train_samples", "test_samples", "seed",
@@ -297,6 +336,12 @@ def _parser() -> argparse.ArgumentParser:
             "experiment 2: distil a teacher into a student, in five arms or six",
             _DISTILL,
             _OF_DISTILL,
+        ),
+        "predict-teacher": (
+            "make a teacher's predictions of the training images once, for any number of runs of "
+            "distill --teacher-predictions",
+            _PREDICT,
+            _OF_PREDICT,
         ),
     }
     for name, (text, options, own) in about.items():
@@ -452,6 +497,55 @@ def _experiments(command: str, given: dict) -> int:
     return 0 if passed else 1
 
 
+def _predict_teacher(given: dict) -> int:
+    import torch
+
+    from kdkernels.train import TrainError, data, models, predictions
+    from kdkernels.train import console as terminal
+    from kdkernels.train.loop import choose_device, reproducible
+
+    console = terminal.make()
+    out, size = given["out"], given.get("image_size", 32)
+
+    def run(_, __, on_step, say):
+        train, _ = data.load(
+            given.get("data", "digits"), size=size, data_dir=given.get("data_dir", "data"),
+            imagenet=given.get("normalize") == "imagenet", augment=given.get("augment", "none"),
+            views=given.get("views"), seed=given.get("seed", 0), on_step=on_step,
+        )  # fmt: skip
+        train = train.first(given.get("train_samples")).to(device)
+        if given.get("top_k", 1) > train.classes:
+            raise TrainError(f"--top-k {given['top_k']}: the images have {train.classes} classes")
+        weights = given["teacher_weights"]
+        model, ready = models.build(given.get("teacher", "resnet18"), train.classes, size, weights)
+        if not ready:
+            raise TrainError(
+                f"--teacher-weights {weights}: this teacher has not learnt these {train.classes} "
+                "classes; distill trains one and leaves checkpoints/teacher.safetensors"
+            )
+        model = model.to(device, memory_format=torch.channels_last)
+        return train, predictions.write(
+            out, model, train, top_k=given.get("top_k"), dtype=given.get("dtype", "float16"),
+            batch_size=given.get("batch_size", 256), memory_format=torch.channels_last,
+            on_step=on_step,
+        )  # fmt: skip
+
+    device = choose_device(given.get("device", "auto"))
+    try:
+        with reproducible(given.get("seed", 0), given.get("threads")):
+            train, found = terminal.progress(run, None, None, console)
+    except KeyboardInterrupt:
+        raise TrainError("interrupted: the same command continues", status=130) from None
+    views = given.get("views", 1)
+    console.print(
+        f"{out} holds the predictions of {len(found):,} images in {views} "
+        f"{'view' if views == 1 else 'views'}: {found.nbytes / 1e6:,.2f} MB, "
+        f"{found.nbytes / (len(found) * views):,.1f} bytes an image and view; the teacher is right "
+        f"about {found.accuracy(train):.1%} of them"
+    )
+    return 0
+
+
 def _bench(quick: bool = False, threads: int | None = None, json: str | None = None) -> int:
     from kdkernels import benchmark
 
@@ -492,7 +586,11 @@ def main(argv: list[str] | None = None) -> int:
     from kdkernels.train import TrainError
 
     try:
-        return _bench(**given) if command == "bench" else _experiments(command, given)
+        if command == "bench":
+            return _bench(**given)
+        if command == "predict-teacher":
+            return _predict_teacher(given)
+        return _experiments(command, given)
     except TrainError as error:
         print(f"kdkernels {command}: {error}", file=sys.stderr)
         return error.status

@@ -1,17 +1,49 @@
-"""Images and labels for experiments 2 and 3: scikit-learn's digits and torchvision's CIFAR-10."""
+"""Labelled images: known data sets, a folder of image files, and their augmented views.
 
+An augmented image is a pure function of the augmentation's seed, the image's number and the view:
+what a teacher said of it once is right for as long as these three stay the same.
+"""
+
+import contextlib
 import dataclasses
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import shutil
 import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from kdkernels.train import TrainError
 
-__all__ = ["DATA", "Images", "load"]
+__all__ = ["AUGMENT", "DATA", "Images", "folder", "load"]
 
-DATA = ("digits", "cifar10")
+DATA = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder")
+AUGMENT = ("none", "crop", "crop-flip", "resized-crop", "trivial")
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Of the training images, by channel.
+_FASHION = (0.2860,), (0.3530,)
+_CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+_CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+
+_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts its files."""
+
+_MOVED = 2**31
+"""Pixels of more bytes than this stay in host memory, and batches go to the device one by one."""
+
+Augment = str | Callable[[torch.Tensor], torch.Tensor]
+OnStep = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass
@@ -19,7 +51,8 @@ class Images:
     """A labelled set of images, kept as small as it came and made ready one batch at a time.
 
     Attributes:
-        pixels: ``[n, channels, height, width]`` uint8, 1 or 3 channels.
+        pixels: ``[N, channels, height, width]`` uint8, 1 or 3 channels, of the whole set from
+            which these images are taken; may be a memory-mapped file.
         labels: ``[n]`` int64.
         classes: number of classes.
         size: side in pixels of the square images that :meth:`batch` gives.
@@ -27,6 +60,19 @@ class Images:
         mean, std: ``[1, 3, 1, 1]`` or ``[1, 1, 1, 1]`` fp32, of intensities in 0..1.
         channels: of the images that :meth:`batch` gives: those of ``pixels``, or 3, for which
             grey ones are repeated.
+        ids: ``[n]`` int64, the images' numbers in the whole set; None: all of it, in order.
+        names: of the classes, in order; empty where they have none.
+        augment: ``"none"``; ``"crop"``: an eighth of the side is padded in black and a square of
+            the old side cropped at random; ``"crop-flip"``: and half of them flipped left to
+            right; ``"resized-crop"``: 8 % to 100 % of the area at 3:4 to 4:3, resized, and half of
+            them flipped; ``"trivial"``: crop-flip, then TrivialAugmentWide (Müller and Hutter,
+            arXiv 2103.10158). Or a callable that takes ``[channels, height, width]`` uint8 and
+            gives the same (any size, if always the same), all of its randomness drawn from
+            torch's global generator, as torchvision.transforms.v2 does. ``pixels`` are
+            augmented, then resized to ``size``.
+        views: epoch e sees view ``e % views``; None: each epoch a new one. Of an augmentation.
+        seed: of the augmentation.
+        flips: whether an image flipped left to right keeps its label; otherwise no flips.
     """
 
     pixels: torch.Tensor
@@ -37,22 +83,90 @@ class Images:
     mean: torch.Tensor
     std: torch.Tensor
     channels: int = 3
+    ids: torch.Tensor | None = None
+    names: tuple[str, ...] = ()
+    augment: Augment = "none"
+    views: int | None = None
+    seed: int = 0
+    flips: bool = True
+    _whole_labels: torch.Tensor | None = dataclasses.field(default=None, repr=False)
+    _pixels_sha256: str | None = dataclasses.field(default=None, repr=False)
+
+    def __post_init__(self):
+        if self.ids is None:
+            self.ids = torch.arange(len(self.labels), device=self.labels.device)
+        if self._whole_labels is None:
+            self._whole_labels = self.labels
+        if isinstance(self.augment, str) and self.augment not in AUGMENT:
+            raise TrainError(f"augment is {self.augment!r}; it takes {', '.join(AUGMENT)}")
+        if self.augment == "none":
+            if self.views is not None:
+                raise TrainError("--views is of --augment, which is not given")
+        elif self.views is not None and self.views < 1:
+            raise TrainError(f"views is {self.views}; it takes at least 1")
+        if self.augment == "trivial" and (self.white != 255 or not self.flips):
+            # It turns by up to 135 degrees, and its colours are out of 255.
+            raise TrainError(
+                "--augment trivial turns images by up to 135 degrees, after which a 6 is a 9: "
+                "use --augment crop for these"
+            )
+        self._transform = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Images":
-        """The same images on another device."""
-        moved = {k: getattr(self, k).to(device) for k in ("pixels", "labels", "mean", "std")}
-        return dataclasses.replace(self, **moved)
+        """The same images for another device, to which :meth:`batch` takes them.
+
+        Pixels that are augmented, or of more than 2 GiB, stay where they are.
+        """
+        names = ["labels", "mean", "std", "ids", "_whole_labels"]
+        if self.augment == "none" and self.pixels.nbytes <= _MOVED:
+            names.append("pixels")
+        return dataclasses.replace(self, **{k: getattr(self, k).to(device) for k in names})
+
+    def take(self, index: torch.Tensor) -> "Images":
+        """The images ``index`` (``[m]`` int64, or a mask ``[n]``), without a copy of the pixels."""
+        return dataclasses.replace(self, labels=self.labels[index], ids=self.ids[index])
 
     def first(self, count: int | None) -> "Images":
         """The first ``count`` images; all of them for None or where there are fewer."""
-        return dataclasses.replace(self, pixels=self.pixels[:count], labels=self.labels[:count])
+        return dataclasses.replace(self, labels=self.labels[:count], ids=self.ids[:count])
+
+    def split(self, share: float, seed: int) -> tuple["Images", "Images"]:
+        """Hold out a share of each class.
+
+        Args:
+            share: between 0 and 1; of each class's images, rounded to a whole number.
+            seed: of the choice.
+
+        Returns:
+            The rest, to train on, and the held-out images, never augmented.
+
+        Raises:
+            TrainError: one of the two would be empty.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        held = torch.zeros(len(self), dtype=torch.bool)
+        labels = self.labels.cpu()
+        for label in range(self.classes):
+            members = (labels == label).nonzero()[:, 0]
+            order = torch.randperm(len(members), generator=generator)
+            held[members[order[: round(share * len(members))]]] = True
+        if held.all() or not held.any():
+            raise TrainError(
+                f"a share of {share:g} of {len(self)} images in {self.classes} classes leaves "
+                "nothing to train on or nothing to test on"
+            )
+        held = held.to(self.labels.device)
+        rest, out = self.take(~held), self.take(held)
+        return rest, dataclasses.replace(out, augment="none", views=None)
 
     def view_of(self, epoch: int) -> int | None:
-        """The view that an epoch sees: None, the images as they are."""
-        return None
+        """The view that an epoch sees: None, the images as they are, where none is augmented."""
+        if self.augment == "none":
+            return None
+        return epoch if self.views is None else epoch % self.views
 
     def batch(
         self,
@@ -60,21 +174,104 @@ class Images:
         memory_format: torch.memory_format = torch.contiguous_format,
         view: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images resized (bilinear) and normalised, and their labels.
+        """Images augmented, resized (bilinear) and normalised, and their labels.
 
         Args:
             index: ``[b]`` int64, which images.
             memory_format: of the images.
-            view: None: the images as they are.
+            view: which of their augmented views, >= 0; None: the images as they are.
 
         Returns:
             ``[b, channels, size, size]`` fp32 and ``[b]`` int64.
         """
-        x = self.pixels[index].float() / self.white
-        if x.shape[-1] != self.size:
+        ids = self.ids[index].to(self.pixels.device)
+        pixels = self.pixels[ids]
+        if view is not None and self.augment != "none":
+            pixels = self._augmented(pixels, ids, view)
+        x = pixels.to(self.labels.device).float() / self.white
+        if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
         x = ((x - self.mean) / self.std).expand(-1, self.channels, -1, -1)
         return x.contiguous(memory_format=memory_format), self.labels[index]
+
+    def _augmented(self, pixels, ids, view):
+        if self._transform is None:
+            self._transform = self._make_transform()
+        # torchvision's transforms draw from torch's global generator, which also draws dropout's
+        # masks: it is lent to each image in turn and given back as it was.
+        generator = torch.default_generator
+        before = generator.get_state()
+        views = []
+        try:
+            for image, number in zip(pixels.cpu(), ids.tolist(), strict=True):
+                key = np.random.SeedSequence((self.seed, number, view))
+                generator.manual_seed(int(key.generate_state(1)[0]))
+                views.append(self._transform(image))
+        finally:
+            generator.set_state(before)
+        stacked = torch.stack(views)
+        if stacked.dtype != torch.uint8 or stacked.dim() != 4:
+            raise TrainError(
+                f"augment gave {stacked.dtype} of shape {list(stacked.shape[1:])}: it takes and "
+                "gives uint8 [channels, height, width]"
+            )
+        return stacked
+
+    def _make_transform(self):
+        if not isinstance(self.augment, str):
+            return self.augment
+        from torchvision.transforms import v2
+
+        flip = [v2.RandomHorizontalFlip()] if self.flips and self.augment != "crop" else []
+        if self.augment == "resized-crop":
+            return v2.Compose([v2.RandomResizedCrop(self.size, antialias=True), *flip])
+        side = self.pixels.shape[-1]
+        more = [v2.TrivialAugmentWide()] if self.augment == "trivial" else []
+        return v2.Compose([v2.RandomCrop(side, padding=side // 8), *flip, *more])
+
+    def preprocessing(self) -> dict:
+        """All that happens to a pixel before a model sees it, as JSON."""
+        found = {
+            "size": self.size,
+            "channels": self.channels,
+            "white": self.white,
+            "mean": [round(v, 6) for v in self.mean.flatten().tolist()],
+            "std": [round(v, 6) for v in self.std.flatten().tolist()],
+            "augment": "none",
+        }
+        if self.augment == "none":
+            return found
+        import torchvision
+
+        if isinstance(self.augment, str | nn.Module):
+            name = str(self.augment)
+        else:
+            kind = self.augment if hasattr(self.augment, "__qualname__") else type(self.augment)
+            name = f"{kind.__module__}.{kind.__qualname__}"
+        return found | {
+            "augment": name,
+            "views": self.views,
+            "seed": self.seed,
+            "flips": self.flips,
+            # Another version may draw other numbers.
+            "torchvision": torchvision.__version__.split("+")[0],
+        }
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of pixels and labels of the whole set these images are taken from."""
+        if self._pixels_sha256 is None:
+            pixels = hashlib.sha256()
+            for part in self.pixels.split(1024):
+                pixels.update(part.cpu().contiguous().numpy())
+            self._pixels_sha256 = pixels.hexdigest()
+        shape = (list(self.pixels.shape), self._pixels_sha256)
+        whole = hashlib.sha256(json.dumps(shape).encode())
+        whole.update(self._whole_labels.cpu().contiguous().numpy())
+        return whole.hexdigest()
+
+
+def _statistics(values):
+    return tuple(torch.tensor(v).view(1, -1, 1, 1) for v in values)
 
 
 def _digits(size: int) -> tuple[Images, Images]:
@@ -90,73 +287,361 @@ def _digits(size: int) -> tuple[Images, Images]:
 
     def images(x, y):
         pixels = torch.from_numpy(x).to(torch.uint8).view(-1, 1, 8, 8)
-        return Images(pixels, torch.from_numpy(y).long(), 10, size, 16.0, mean, std)
+        return Images(
+            pixels, torch.from_numpy(y).long(), 10, size, 16.0, mean, std,
+            names=tuple("0123456789"), flips=False,
+        )  # fmt: skip
 
     return images(train_x, train_y), images(test_x, test_y)
 
 
-def _cifar10(size: int, data_dir: str, imagenet: bool) -> tuple[Images, Images]:
-    from torchvision.datasets import CIFAR10
-
-    class Cifar10(CIFAR10):
-        # torchvision refuses files whose MD5 is not the original's. No MD5 means that presence
-        # is enough, so that a subset or a re-pickled copy loads; the archive's own MD5 is still
-        # checked when it is downloaded.
-        train_list = [[name, None] for name, _ in CIFAR10.train_list]
-        test_list = [[name, None] for name, _ in CIFAR10.test_list]
-        meta = CIFAR10.meta | {"md5": None}
-
-    layout = Path(data_dir) / CIFAR10.base_folder
-    names = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
-    names.append(CIFAR10.meta["filename"])
-    missing = [name for name in names if not (layout / name).is_file()]
+@contextlib.contextmanager
+def _reading(name: str, place: Path, missing: list[str], advice: str) -> Iterator[None]:
+    """Says in one sentence what went wrong inside, where torchvision reads or downloads."""
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
     try:
-        parts = [Cifar10(data_dir, train=t, download=t and bool(missing)) for t in (True, False)]
-    except (OSError, RuntimeError) as error:
-        if not missing:
-            raise TrainError(f"CIFAR-10 in {layout} cannot be read: {error}") from None
-        raise TrainError(
-            f"CIFAR-10 is not in {layout} ({missing[0]} is missing) and could not be downloaded "
-            f"from {CIFAR10.url}: put {CIFAR10.filename} there, unpacked, and name the folder "
-            "that holds it with --data-dir"
-        ) from None
+        yield
     except Exception as error:  # unpickling a damaged file raises nearly anything
-        raise TrainError(f"CIFAR-10 in {layout} cannot be read: {error!r}") from None
+        if missing and isinstance(error, OSError | RuntimeError):
+            raise TrainError(
+                f"{name} is not in {place} ({missing[0]} is missing) and could not be "
+                f"downloaded: {advice}"
+            ) from None
+        said = str(error).splitlines()[0] if str(error) else repr(error)
+        raise TrainError(f"{name} in {place} cannot be read: {said}") from None
     finally:
         socket.setdefaulttimeout(patience)
 
-    # Pretrained weights expect the statistics that they were trained with (torchvision's
-    # ImageNet presets); otherwise CIFAR-10's own are used.
-    mean = (0.485, 0.456, 0.406) if imagenet else (0.4914, 0.4822, 0.4465)
-    std = (0.229, 0.224, 0.225) if imagenet else (0.2470, 0.2435, 0.2616)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+
+def _cifar(base: type, own, size: int, data_dir: str, imagenet: bool) -> tuple[Images, Images]:
+    class Cifar(base):
+        # torchvision refuses files whose MD5 is not the original's. No MD5 means that presence
+        # is enough, so that a subset or a re-pickled copy loads; the archive's own MD5 is still
+        # checked when it is downloaded.
+        train_list = [[name, None] for name, _ in base.train_list]
+        test_list = [[name, None] for name, _ in base.test_list]
+        meta = base.meta | {"md5": None}
+
+    layout = Path(data_dir) / base.base_folder
+    names = [name for name, _ in base.train_list + base.test_list]
+    names.append(base.meta["filename"])
+    missing = [name for name in names if not (layout / name).is_file()]
+    advice = (
+        f"put {base.filename} from {base.url} there, unpacked, and name the folder that holds "
+        "it with --data-dir"
+    )
+    with _reading(base.__name__.replace("R1", "R-1"), layout, missing, advice):
+        parts = [Cifar(data_dir, train=t, download=t and bool(missing)) for t in (True, False)]
+
+    # Pretrained weights expect the statistics that they were trained with.
+    mean, std = _statistics(_IMAGENET if imagenet else own)
 
     def images(part):
         pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        return Images(pixels, torch.tensor(part.targets), 10, size, 255.0, mean, std)
+        return Images(
+            pixels, torch.tensor(part.targets), len(part.classes), size, 255.0, mean, std,
+            names=tuple(part.classes),
+        )  # fmt: skip
 
     return images(parts[0]), images(parts[1])
 
 
+def _fashion(size: int, data_dir: str, imagenet: bool) -> tuple[Images, Images]:
+    from torchvision.datasets import FashionMNIST
+
+    packed = [name for name, _ in FashionMNIST.resources]
+    raw = Path(data_dir) / "FashionMNIST" / "raw"
+    missing = [name for name in packed if not (raw / name.removesuffix(".gz")).is_file()]
+    # The loader reads unpacked files only: packed ones that lie ready are unpacked for it.
+    ready = [
+        place
+        for place in (raw, Path(data_dir), _DEBIAN)
+        if missing and all((place / name).is_file() for name in packed)
+    ]
+    advice = (
+        f"put {packed[0]} and its three fellows there, or install Debian's dataset-fashion-mnist"
+    )
+    with (
+        tempfile.TemporaryDirectory() as unpacked,
+        _reading("Fashion-MNIST", ready[0] if ready else raw, missing if not ready else [], advice),
+    ):
+        root = data_dir
+        if ready:
+            root = unpacked
+            place = Path(unpacked) / "FashionMNIST" / "raw"
+            place.mkdir(parents=True)
+            for name in packed:
+                with (
+                    gzip.open(ready[0] / name) as source,
+                    (place / name.removesuffix(".gz")).open("wb") as target,
+                ):
+                    shutil.copyfileobj(source, target)
+        download = bool(missing) and not ready
+        parts = [FashionMNIST(root, train=t, download=t and download) for t in (True, False)]
+        for part in parts:
+            if len(part.data) != len(part.targets):
+                raise ValueError(f"{len(part.data)} images have {len(part.targets)} labels")
+
+    mean, std = _statistics(_IMAGENET if imagenet else _FASHION)
+    return tuple(
+        Images(
+            part.data[:, None].contiguous(), part.targets, 10, size, 255.0, mean, std,
+            names=tuple(FashionMNIST.classes),
+        )
+        for part in parts
+    )  # fmt: skip
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdkernels"
+
+
+def _decode(path: str, size: int) -> np.ndarray:
+    """One file as ``[3, size, size]`` uint8: shorter side resized to size, centre cropped."""
+    from PIL import Image, ImageOps
+    from torchvision.transforms.v2 import functional
+
+    with Image.open(path) as opened:
+        # JPEG can be decoded at a fraction of its size; twice the wanted size loses nothing.
+        opened.draft("RGB", (2 * size, 2 * size))
+        image = ImageOps.exif_transpose(opened).convert("RGB")
+    image = functional.center_crop(functional.resize(image, [size]), [size, size])
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _decoded(root: Path, files: list[str], size: int, on_step: OnStep | None):
+    """The files' pixels, memory-mapped from the cache, and their SHA-256; decodes them once."""
+    listing = []
+    for file in files:
+        try:
+            found = os.stat(file)
+        except OSError as error:
+            raise TrainError(f"the image {file} cannot be read: {error.strerror}") from None
+        listing.append((os.path.relpath(file, root), found.st_size, found.st_mtime_ns))
+    key = hashlib.sha256(json.dumps([1, size, listing]).encode()).hexdigest()[:32]
+    pixels, digest = _cache() / f"{key}.npy", _cache() / f"{key}.sha256"
+    shape = (len(files), 3, size, size)
+    try:
+        _cache().mkdir(parents=True, exist_ok=True)
+        with (_cache() / f"{key}.lock").open("w") as lock:
+            # Whoever comes second waits, and finds the images decoded.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not digest.exists():
+                beside = pixels.with_suffix(".tmp")
+                try:
+                    found = _decode_into(beside, shape, files, on_step)
+                    os.replace(beside, pixels)
+                finally:
+                    beside.unlink(missing_ok=True)
+                # Written last: where it is, the pixels are whole.
+                beside.write_text(found)
+                os.replace(beside, digest)
+    except OSError as error:
+        raise TrainError(
+            f"the decoded images of {root} cannot be kept in {_cache()} ({error.strerror}): they "
+            f"take {np.prod(shape, dtype=float) / 1e9:.1f} GB there; set XDG_CACHE_HOME to a "
+            "folder with room"
+        ) from None
+    # Copy on write: torch takes no read-only memory, and nobody writes.
+    return torch.from_numpy(np.load(pixels, mmap_mode="c")), digest.read_text()
+
+
+def _decode_into(target: Path, shape, files: list[str], on_step: OnStep | None) -> str:
+    mapped = np.lib.format.open_memmap(target, "w+", np.uint8, shape)
+    with target.open("r+b") as file:
+        # Without its space the file would be found too large for the disk by a bus error.
+        os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
+
+    def decode(number):
+        try:
+            mapped[number] = _decode(files[number], shape[-1])
+        except Exception as error:  # Pillow's formats raise nearly anything on a damaged file
+            raise TrainError(
+                f"the image {files[number]} cannot be read ({error}): repair it or take it away"
+            ) from None
+
+    with contextlib.ExitStack() as stack:
+        if on_step is None:
+            on_step = stack.enter_context(_bar())
+        pool = ThreadPoolExecutor(os.cpu_count())
+        # After an error or Ctrl-C the files that are still waiting are not decoded.
+        stack.callback(pool.shutdown, cancel_futures=True)
+        digest = hashlib.sha256()
+        for number, _ in enumerate(pool.map(decode, range(len(files)))):
+            digest.update(mapped[number])
+            on_step("images", number + 1, len(files))
+    mapped.flush()
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[OnStep]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("decoding images", total=None)
+        yield lambda _, done, total: progress.update(task, completed=done, total=total)
+
+
+def _class_folders(path: Path) -> list[str]:
+    return sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith("."))
+
+
+def _listed(path: Path, names: list[str], allow_empty: bool) -> tuple[list[str], torch.Tensor]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    try:
+        index = {name: number for number, name in enumerate(names)}
+        found = make_dataset(path, index, IMG_EXTENSIONS, allow_empty=allow_empty)
+    except FileNotFoundError as error:
+        raise TrainError(f"in {path}: {str(error).rstrip('. ')}") from None
+    if not found:
+        raise TrainError(f"{path} has no images: it takes {', '.join(IMG_EXTENSIONS)} files")
+    files, labels = zip(*found, strict=True)
+    return list(files), torch.tensor(labels)
+
+
+def folder(
+    path: str | os.PathLike,
+    *,
+    size: int,
+    imagenet: bool = False,
+    flips: bool | None = None,
+    augment: Augment = "none",
+    views: int | None = None,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> tuple[Images, Images]:
+    """The training and the test images of a folder, a folder a class.
+
+    Each image is decoded once (turned as its EXIF says, RGB, the shorter side resized to
+    ``size``, centre cropped), into a memory-mapped file in ``$XDG_CACHE_HOME/kdkernels`` or
+    ``~/.cache/kdkernels``; a file that is added, taken away or changed makes a new one. Files
+    there may be deleted whenever no run uses them.
+
+    Args:
+        path: holds ``train/<class>/*`` and ``test/<class>/*`` (or ``val``), in the formats that
+            torchvision's ImageFolder takes. Without ``test`` and ``val``, or without all three,
+            20 % of each class are held out, always the same ones.
+        size: side in pixels.
+        imagenet: normalise with ImageNet's statistics, for a pretrained teacher, instead of those
+            of (up to a thousand of) the training images.
+        flips: whether an image flipped left to right keeps its label. None: it does, unless all
+            classes are called by one character, as digits and letters are.
+        augment, views, seed: of the training images, see :class:`Images`.
+        on_step: ``on_step("images", done, in all)``, called after each decoded image; None: a
+            progress bar on stderr.
+
+    Raises:
+        TrainError: the folder has not this layout, or an image cannot be read; it is named.
+    """
+    root = Path(path).expanduser().resolve()
+    if not root.is_dir():
+        raise TrainError(f"{root} is not a folder: --data-dir names one with a folder a class")
+    split = {name: root / name for name in ("train", "test", "val") if _holds_folders(root / name)}
+    if split and "train" not in split:
+        raise TrainError(f"{root} has the folder {next(iter(split))}, but no train beside it")
+    place = split.get("train", root)
+    test_place = split.get("test", split.get("val"))
+    names = _class_folders(place)
+    if not names:
+        raise TrainError(
+            f"{place} holds no folders: it takes a folder a class, or train and test with those"
+        )
+    if len(names) == 1:
+        raise TrainError(f"{place} holds one class only, {names[0]}: it takes two or more")
+    files, labels = _listed(place, names, allow_empty=False)
+    pixels, digest = _decoded(root, files, size, on_step)
+    if flips is None:
+        flips = not all(len(name) == 1 for name in names)
+    kind = {"classes": len(names), "size": size, "white": 255.0, "names": tuple(names)}
+
+    def images(pixels, labels, digest, mean=None, std=None):
+        return Images(
+            pixels, labels, mean=mean, std=std, flips=flips, _pixels_sha256=digest, **kind
+        )
+
+    if test_place is None:
+        train, test = images(pixels, labels, digest).split(0.2, seed=0)
+    else:
+        strange = set(_class_folders(test_place)) - set(names)
+        if strange:
+            raise TrainError(f"{test_place} has the class {min(strange)}, which {place} has not")
+        train = images(pixels, labels, digest)
+        test_files, test_labels = _listed(test_place, names, allow_empty=True)
+        test = images(*_relabelled(_decoded(root, test_files, size, on_step), test_labels))
+    statistics = _statistics(_IMAGENET) if imagenet else _measured(train)
+    train, test = (
+        dataclasses.replace(part, mean=statistics[0], std=statistics[1]) for part in (train, test)
+    )
+    return dataclasses.replace(train, augment=augment, views=views, seed=seed), test
+
+
+def _holds_folders(path: Path) -> bool:
+    return path.is_dir() and bool(_class_folders(path))
+
+
+def _relabelled(decoded, labels):
+    return decoded[0], labels, decoded[1]
+
+
+def _measured(images: Images):
+    """Mean and standard deviation by channel of up to a thousand of the images."""
+    some = images.ids[torch.linspace(0, len(images) - 1, min(len(images), 1000)).long()]
+    intensity = images.pixels[some].float() / images.white
+    std, mean = torch.std_mean(intensity, (0, 2, 3), keepdim=True)
+    return mean, std.clamp_min(1e-3)
+
+
 def load(
-    name: str, *, size: int, data_dir: str = "data", imagenet: bool = False, **_
+    name: str,
+    *,
+    size: int,
+    data_dir: str = "data",
+    imagenet: bool = False,
+    augment: Augment = "none",
+    views: int | None = None,
+    seed: int = 0,
+    on_step: OnStep | None = None,
 ) -> tuple[Images, Images]:
     """The training and the test images.
 
     Args:
         name: ``"digits"``: scikit-learn's ``load_digits``, 1,797 grey 8x8 images that come with
-            the package, 80 % of each class for training. ``"cifar10"``: 60,000 colour 32x32
-            images (Krizhevsky 2009), split as published, read from ``data_dir`` in its Python
-            format and downloaded into it where it is missing and a network allows.
+            the package, 80 % of each class for training. ``"fashion-mnist"``: 70,000 grey 28x28
+            images in 10 classes (Xiao et al., arXiv 1708.07747), from ``data_dir`` (torchvision's
+            layout, or the four .gz files), or where Debian's package dataset-fashion-mnist puts
+            them. ``"cifar10"``, ``"cifar100"``: 60,000 colour 32x32 images in 10 or 100 classes
+            (Krizhevsky 2009), from ``data_dir`` in their Python format. All three are split as
+            published, and downloaded into ``data_dir`` where they are missing and a network
+            allows. ``"folder"``: see :func:`folder`, of which ``data_dir`` is the path.
         size: side in pixels of the images in a batch.
-        data_dir: folder that holds ``cifar-10-batches-py``.
-        imagenet: normalise with ImageNet's statistics, for a pretrained teacher.
+        data_dir: folder of the files.
+        imagenet: normalise with ImageNet's statistics, for a pretrained teacher; digits keep
+            their own.
+        augment, views, seed: of the training images, see :class:`Images`.
+        on_step: see :func:`folder`; the others need no progress.
 
     Raises:
         TrainError: the data is not there and cannot be had, or cannot be read.
     """
+    view = {"augment": augment, "views": views, "seed": seed}
+    if name == "folder":
+        return folder(data_dir, size=size, imagenet=imagenet, on_step=on_step, **view)
     if name == "digits":
-        return _digits(size)
-    return _cifar10(size, data_dir, imagenet)
+        train, test = _digits(size)
+    elif name == "fashion-mnist":
+        train, test = _fashion(size, data_dir, imagenet)
+    elif name in ("cifar10", "cifar100"):
+        from torchvision import datasets
+
+        base, own = {
+            "cifar10": (datasets.CIFAR10, _CIFAR10),
+            "cifar100": (datasets.CIFAR100, _CIFAR100),
+        }[name]
+        train, test = _cifar(base, own, size, data_dir, imagenet)
+    else:
+        raise TrainError(f"data is {name!r}; it takes {', '.join(DATA)}")
+    return dataclasses.replace(train, **view), test

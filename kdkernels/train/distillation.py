@@ -94,6 +94,8 @@ class Settings:
         data: one of ``data.DATA``.
         data_dir: where the data lies or goes.
         image_size: side in pixels to which images are resized.
+        normalize: ``"data"`` or ``"imagenet"``, whose mean and deviation; None is ImageNet's for
+            ImageNet's weights, else the data's.
         augment, views: as in :func:`kdkernels.train.data.load`. Without a number of views each
             epoch sees new images, and no predictions can be kept.
         validation: share of the training images that is held out and tested on instead of the
@@ -127,6 +129,7 @@ class Settings:
     data: str = "digits"
     data_dir: str = "data"
     image_size: int = 32
+    normalize: str | None = None
     augment: str = "none"
     views: int | None = None
     validation: float = 0.0
@@ -160,6 +163,9 @@ class Settings:
             raise TrainError("--noise-std is of --noise, which is not given")
         if self.noise is not None and self.noise_std is None:
             object.__setattr__(self, "noise_std", NOISE_STD[self.noise])
+        if self.normalize is None:
+            usual = "imagenet" if self.teacher_weights == "DEFAULT" else "data"
+            object.__setattr__(self, "normalize", usual)
         takes = kdkernels.divergences()[self.divergence].parameters
         if self.beta is not None and "beta" not in takes:
             raise TrainError(f"--beta is no parameter of the divergence {self.divergence}")
@@ -282,7 +288,7 @@ class _Run:
         self.interrupt, self.on_step, self.say = interrupt, on_step, say
         train, test = images or data.load(
             settings.data, size=settings.image_size, data_dir=settings.data_dir,
-            imagenet=settings.teacher_weights == "DEFAULT",
+            imagenet=settings.normalize == "imagenet",
             augment=settings.augment, views=settings.views, seed=settings.seed,
         )  # fmt: skip
         self.whole = train.first(settings.train_samples)
@@ -509,7 +515,7 @@ def distill(
     """
     from kdkernels.train import report  # it needs this module
 
-    ours = ("data", "data_dir", "image_size", "augment", "views", "teacher", "student",
+    ours = ("data", "data_dir", "image_size", "normalize", "augment", "views", "teacher", "student",
             "teacher_weights", "teacher_predictions", "teacher_epochs", "validation")  # fmt: skip
     for name in settings:
         if name in ours:
