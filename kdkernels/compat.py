@@ -6,12 +6,14 @@ One import switches; values are theirs, so the factor T^2 is where they have it,
     from torch.nn.functional import kl_div                      # torch
     from torch.nn import KLDivLoss
     from trl.experimental.gkd import GKDTrainer                 # GKDTrainer.generalized_jsd_loss
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
     from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss, LigerFusedLinearJSD
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     from torchdistill.losses.mid_level import KDLoss
 
-    from kdkernels.compat import kl_div, KLDivLoss, generalized_jsd_loss, LigerJSD, LigerKLDIVLoss
-    from kdkernels.compat import LigerFusedLinearJSD, LigerFusedLinearJSDLoss, KDLoss
+    from kdkernels.compat import kl_div, KLDivLoss, generalized_jsd_loss, chunked_divergence_loss
+    from kdkernels.compat import LigerJSD, LigerKLDIVLoss, LigerFusedLinearJSD
+    from kdkernels.compat import LigerFusedLinearJSDLoss, KDLoss
 
 Different in all of them: the loss is fp32 for 16-bit logits (fp64 for fp64), and what is between is
 not rounded to 16 bits; a class that both sides exclude with -inf adds 0, not NaN; a row that is
@@ -34,6 +36,7 @@ __all__ = [
     "LigerFusedLinearJSDLoss",
     "LigerJSD",
     "LigerKLDIVLoss",
+    "chunked_divergence_loss",
     "generalized_jsd_loss",
     "kl_div",
 ]
@@ -49,6 +52,18 @@ def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         return student, teacher
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     return student.to(dtype), teacher.to(dtype)
+
+
+def _heads(student: tuple, teacher: tuple) -> dict[str, Tensor | None]:
+    """Hidden states, weight and bias of both sides as the fused linear loss takes them: the
+    teacher's without gradient, in the dtype of the student's weight; no DTensors.
+    """
+    student = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in student]
+    teacher = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in teacher]
+    teacher = [None if x is None else x.detach().to(student[1].dtype) for x in teacher]
+    names = ("hidden", "weight", "bias")
+    given = {f"student_{name}": x for name, x in zip(names, student, strict=True)}
+    return given | {f"teacher_{name}": x for name, x in zip(names, teacher, strict=True)}
 
 
 def _check(reduction: str) -> None:
@@ -174,8 +189,8 @@ def generalized_jsd_loss(
             dimension, B, as TRL has it; "mean", over the kept positions' elements; or "sum".
         num_items_in_batch: what the sum is divided by instead, whatever the reduction.
 
-    Differs from TRL as the module says; where no position is kept, "mean" is 0, not NaN; and labels
-    have to be classes or -100. GOLD's variant with ``logits_are_probs=True``, whose probabilities
+    Differs from TRL as the module says, and where no position is kept, "mean" is 0, not NaN. GOLD's
+    variant with ``logits_are_probs=True``, whose probabilities
     are raised to 1e-8 and then not scaled again, is not made.
     """
     if num_items_in_batch is None:
@@ -190,17 +205,83 @@ def generalized_jsd_loss(
     loss = distillation_loss(
         student_logits,
         teacher_logits,
-        labels,
-        alpha=1.0,
         divergence="js",
         beta=beta,
         temperature=temperature,
+        weight=None if labels is None else labels != -100,
         reduction="sum" if reduction == "sum" and items is None else "mean",
         num_items=items,
     )
     if reduction == "mean" and num_items_in_batch is None:
         loss = loss / student_logits.shape[-1]
     return _without_t2(loss, temperature)
+
+
+def chunked_divergence_loss(
+    student_hidden_states: Tensor,
+    teacher_hidden_states: Tensor,
+    student_lm_head_weight: Tensor,
+    teacher_lm_head_weight: Tensor,
+    completion_mask: Tensor,
+    beta: float,
+    num_items_in_batch: float | Tensor | None = None,
+    student_lm_head_bias: Tensor | None = None,
+    teacher_lm_head_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What TRL's ``DistillationTrainer`` makes its loss with, ``_chunked_divergence_loss`` (read in
+    trl 1.16.0, ``trl.trainer.distillation_trainer``): the generalised Jensen-Shannon divergence of
+    GKD from hidden states and heads, without T^2, and without the logits in memory.
+
+    TRL has no place to choose it, and the name is private, so of that version::
+
+        from trl.trainer import distillation_trainer
+
+        distillation_trainer._chunked_divergence_loss = kdkernels.compat.chunked_divergence_loss
+
+    Args:
+        student_hidden_states, teacher_hidden_states: ``[B, K, H]`` and ``[B, K, Ht]``.
+        student_lm_head_weight, teacher_lm_head_weight: ``[V, H]`` and ``[V, Ht]``; DTensors (FSDP2)
+            are gathered, as TRL does.
+        completion_mask: ``[B, K]``; positions with 0 are left out.
+        beta: 0 is KL(p_t, p_s), 1 is KL(p_s, p_t).
+        num_items_in_batch: what the sum is divided by; default: the kept positions.
+        student_lm_head_bias, teacher_lm_head_bias: ``[V]``.
+        student_logit_scale, teacher_logit_scale, student_final_logit_softcapping,
+            teacher_final_logit_softcapping: the logits are cap * tanh(scale * z / cap).
+        temperature: of both softmaxes.
+
+    Returns:
+        (loss, sum of the student's entropies in nats, number of kept positions); only the loss has
+        a gradient, which goes to the student.
+
+    Differs from TRL as the module says, and the teacher's head is taken in the dtype of the
+    student's.
+    """
+    kept = completion_mask != 0
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(student_hidden_states.device)
+    loss, rows = linear_distillation_loss(
+        **_heads(
+            (student_hidden_states, student_lm_head_weight, student_lm_head_bias),
+            (teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias),
+        ),
+        divergence="js",
+        beta=beta,
+        temperature=temperature,
+        logit_scale=student_logit_scale,
+        soft_cap=student_final_logit_softcapping,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_soft_cap=teacher_final_logit_softcapping,
+        weight=kept,
+        num_items=num_items_in_batch,
+        return_statistics=True,
+    )
+    return _without_t2(loss, temperature), rows.student_entropy.sum(), kept.sum()
 
 
 # ---- Liger-Kernel --------------------------------------------------------------------------------
@@ -232,12 +313,10 @@ class LigerJSD(nn.Module):
         return distillation_loss(
             log_q,
             log_p,
-            shift_labels,
-            alpha=1.0,
             divergence="js",
             beta=self.beta,
             teacher_kind="log_probs",
-            ignore_index=self.ignore_index,
+            weight=None if shift_labels is None else shift_labels != self.ignore_index,
         )
 
 
@@ -266,9 +345,10 @@ class LigerFusedLinearJSD(nn.Module):
     the generalised Jensen-Shannon divergence from hidden states and heads, averaged over the kept
     rows, without T^2.
 
-    Nothing flows to the teacher, as with Liger. All tensors must have one dtype, unless autocast
-    gives them one. 16-bit gradients of the weight are added up in fp32, whatever ``accum_dtype``
-    is; how much memory logits take is ``memory_budget`` of ``linear_distillation_loss``.
+    Nothing flows to the teacher, as with Liger; its tensors are taken in the dtype of the student's
+    weight, where Liger makes each side's logits in its own. 16-bit gradients of the weight are
+    added up in fp32, whatever ``accum_dtype`` is; how much memory logits take is ``memory_budget``
+    of ``linear_distillation_loss``.
 
     Args:
         jsd_beta: 0 is KL(p, q), 1 is KL(q, p), with p the teacher.
@@ -300,16 +380,11 @@ class LigerFusedLinearJSD(nn.Module):
     ) -> Tensor:
         """The loss of hidden states ``[BT, H]``, ``[BT, Ht]``, heads ``[V, H]``, ``[V, Ht]``."""
         loss = linear_distillation_loss(
-            student_input,
-            student_weight,
-            teacher_input.detach(),
-            teacher_weight.detach(),
-            shift_labels,
-            alpha=1.0,
+            **_heads((student_input, student_weight, None), (teacher_input, teacher_weight, None)),
             divergence="js",
             beta=self.jsd_beta,
             temperature=self.temperature,
-            ignore_index=self.ignore_index,
+            weight=None if shift_labels is None else shift_labels != self.ignore_index,
         )
         return _without_t2(loss, self.temperature)
 
@@ -324,8 +399,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
     second at the temperature, without T^2.
 
     Differences: the student's vocabulary must be the teacher's (Liger gives classes that it lacks
-    the logit 0); all tensors have one dtype, unless autocast gives them one; weights are not
-    negative, and not both 0.
+    the logit 0); the teacher's tensors are taken in the dtype of the student's weight; weights are
+    not negative, and not both 0.
 
     Args:
         weight_hard_loss, weight_soft_loss: the two weights.
@@ -372,16 +447,13 @@ class LigerFusedLinearJSDLoss(nn.Module):
         """The loss of hidden states ``[BT, H]``, ``[BT, Ht]``, heads ``[V, H]``, ``[V, Ht]``,
         labels ``[BT]`` and biases ``[V]``.
         """
+        student = student_input, student_weight, student_bias
+        heads = _heads(student, (teacher_input, teacher_weight, teacher_bias))
 
         def loss(alpha: float) -> Tensor:
             return linear_distillation_loss(
-                student_input,
-                student_weight,
-                teacher_input.detach(),
-                teacher_weight.detach(),
-                true_labels,
-                student_bias=student_bias,
-                teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
+                **heads,
+                labels=true_labels,
                 alpha=alpha,
                 divergence="js",
                 beta=self.beta,

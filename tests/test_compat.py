@@ -252,6 +252,66 @@ def test_what_generalized_jsd_loss_refuses():
         compat.generalized_jsd_loss(*pair(2, 5, V), beta=2.0)
 
 
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("temperature, scale, cap", [(1.0, 1.0, None), (2.0, 0.5, 5.0)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_chunked_divergence_loss_is_trls(beta, temperature, scale, cap, bias):
+    pytest.importorskip("trl", reason="trl is not installed")
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss as trls
+
+    student, teacher = heads()
+    mask = torch.tensor([[0, 1, 1], [1, 0, 1]])
+    for items in (None, 17, torch.tensor(17)):
+
+        def run(loss, dtype, items=items):
+            h, w, b = (x.to(dtype).requires_grad_() for x in student)
+            th, tw, tb = (x.to(dtype).requires_grad_() for x in teacher)
+            loss, entropy, count = loss(
+                h.view(2, 3, -1),
+                th.view(2, 3, -1),
+                w,
+                tw,
+                mask,
+                beta,
+                items,
+                *((b, tb) if bias else (None, None)),
+                *(scale, 1.0, cap, cap, temperature),
+            )
+            leaves = (h, w, b) if bias else (h, w)
+            gradients = torch.autograd.grad(loss, (*leaves, th, tw), allow_unused=True)
+            assert gradients[-2:] == (None, None) and not entropy.requires_grad
+            return loss, entropy, count, *gradients[:-2]
+
+        for a, b in zip(
+            run(compat.chunked_divergence_loss, torch.float32),
+            run(trls, torch.float32),  # which computes in fp32 in any case
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+
+
+def test_chunked_divergence_loss_of_shared_heads():
+    """Heads that FSDP2 shards."""
+    from torch import distributed
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    (h, w, _), (th, tw, _) = heads()
+    h, w, tw = h.float().view(2, 3, -1), w.float().requires_grad_(), tw.requires_grad_()
+    rest = th.view(2, 3, -1), torch.ones(2, 3), 0.5
+    want = compat.chunked_divergence_loss(h, rest[0], w, tw, *rest[1:])[0]
+    want.backward()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shared = [distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_() for x in (w, tw)]
+        got = compat.chunked_divergence_loss(h, rest[0], *shared, *rest[1:])[0]
+        got.backward()
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(shared[0].grad.to_local(), w.grad)
+    finally:
+        distributed.destroy_process_group()
+
+
 # ---- Liger-Kernel --------------------------------------------------------------------------------
 # Its Triton kernels need a GPU (bench/peers.py runs their PTX); these are their formulas.
 
@@ -336,6 +396,30 @@ def test_liger_fused_linear_jsd(beta, temperature, masked):
         return mean_of_kept(rows, labels)
 
     check(ours, theirs, h, w)
+
+
+@pytest.mark.parametrize("kind", [compat.LigerFusedLinearJSD, compat.LigerFusedLinearJSDLoss])
+def test_fused_linear_teachers_of_another_dtype(kind):
+    (h, w, _), (th, tw, _) = heads()
+    h, w, th, tw = h.float(), w.float(), th.bfloat16(), tw.bfloat16()
+    got = results(lambda h, w: kind()(h, w, th, tw, some_ignored(N)), h, w)
+    want = results(lambda h, w: kind()(h, w, th.float(), tw.float(), some_ignored(N)), h, w)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_labels_only_say_what_is_left_out():
+    """TRL and Liger compare them with ignore_index, and take any numbers of any type."""
+    z, t = pair(N, V)
+    labels = some_ignored(N)
+    odd = (labels + 1000 * (labels != IGNORED)).int()
+    (h, w, _), (th, tw, _) = heads()
+    for loss in (
+        lambda y: compat.generalized_jsd_loss(z, t, y),
+        lambda y: compat.LigerJSD()(z.log_softmax(-1), t.log_softmax(-1), y),
+        lambda y: compat.LigerFusedLinearJSD()(h.float(), w.float(), th, tw, y),
+    ):
+        assert torch.equal(loss(odd), loss(labels))
 
 
 @pytest.fixture(scope="module")
@@ -487,11 +571,12 @@ def test_compat_compiles_as_one_graph():
     z, t = pair(2, 5, V)
     labels = some_ignored(2, 5)
 
+    distilled = kd_loss(compat.KDLoss, labels[0], 4.0, 0.3)
+
     def loss(z):
         jsd = compat.generalized_jsd_loss(z, t, labels, 0.3, 2.0)
         kl = compat.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="sum", dim=-1)
-        kd = kd_loss(compat.KDLoss, labels[0], 4.0, 0.3)(z[0], t[0])
-        return jsd + kl + kd
+        return jsd + kl + distilled(z[0], t[0])
 
     want = results(loss, z)
     got = results(torch.compile(loss, backend="aot_eager", fullgraph=True), z)

@@ -37,14 +37,15 @@ def run(monkeypatch, capsys):
     """Runs an example as a script: (first loss, last loss, how often our loss was made)."""
 
     def run(name):
-        calls, made = [], kdkernels.distill._loss
+        calls = []
 
-        def counted(*arguments):
-            calls.append(1)
-            return made(*arguments)
+        def counted(made):
+            return lambda *arguments: calls.append(1) or made(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(kdkernels.distill, "_loss", counted)
+            for place in ("_loss", "_returned"):  # where dense and fused linear losses pass
+                made = getattr(kdkernels.distill, place)
+                patch.setattr(kdkernels.distill, place, counted(made))
             runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         found = re.search(r"^loss ([\d.]+) -> ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
         return float(found[1]), float(found[2]), len(calls)
@@ -172,6 +173,17 @@ def test_trl_gkd(run):
 
     theirs = (kdkernels.compat, "generalized_jsd_loss", GKDTrainer.generalized_jsd_loss)
     check(run, "trl_gkd.py", replaced(theirs))
+
+
+def test_trl_distillation(run, monkeypatch):
+    needs("trl")
+    from trl.trainer import distillation_trainer
+
+    trls = distillation_trainer._chunked_divergence_loss
+    monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", trls)  # as it was
+    monkeypatch.syspath_prepend(EXAMPLES)  # where it finds trl_gkd, as a script does
+    theirs = (kdkernels.compat, "chunked_divergence_loss", trls)
+    check(run, "trl_distillation.py", replaced(theirs))
 
 
 def test_every_example_is_tested():
