@@ -15,11 +15,14 @@ One import switches; values are theirs, so the factor T^2 is where they have it,
     from kdkernels.compat import LigerJSD, LigerKLDIVLoss, LigerFusedLinearJSD
     from kdkernels.compat import LigerFusedLinearJSDLoss, KDLoss
 
-Different in all of them: the loss is fp32 for 16-bit logits (fp64 for fp64), and what is between is
-not rounded to 16 bits; a class that both sides exclude with -inf adds 0, not NaN; a row that is
+Different in all of them: the loss is fp32 for 16-bit logits (fp64 for fp64), and nothing between
+them is rounded to 16 bits; a class that both sides exclude with -inf adds 0, not NaN; a row that is
 ignored may hold NaN; the loss is never negative; and a loss an element, ``[*, V]``, is refused with
 ValueError, since no such tensor is made: ``distillation_loss(..., reduction="none")`` has one a
 row. Student and teacher may differ in dtype where theirs may.
+
+From 16-bit hidden states the logits are rounded to 16 bits as a linear layer's are, as in Liger's
+``chunked_loss``; Liger's ``LigerFusedLinearJSD`` and TRL keep them in fp32.
 
 Nothing of the other libraries is imported here.
 """
@@ -55,15 +58,19 @@ def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _heads(student: tuple, teacher: tuple) -> dict[str, Tensor | None]:
-    """Hidden states, weight and bias of both sides as the fused linear loss takes them: the
-    teacher's without gradient, in the dtype of the student's weight; no DTensors.
+    """Hidden states, weight and bias of both sides as the fused linear loss takes them: whole, all
+    in the dtype of the student's hidden states, the teacher's without gradient.
     """
-    student = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in student]
-    teacher = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in teacher]
-    teacher = [None if x is None else x.detach().to(student[1].dtype) for x in teacher]
-    names = ("hidden", "weight", "bias")
-    given = {f"student_{name}": x for name, x in zip(names, student, strict=True)}
-    return given | {f"teacher_{name}": x for name, x in zip(names, teacher, strict=True)}
+    given = {}
+    for side, tensors in (("student", student), ("teacher", teacher)):
+        for name, x in zip(("hidden", "weight", "bias"), tensors, strict=True):
+            if hasattr(x, "full_tensor"):
+                x = x.full_tensor()
+            if x is not None:
+                x = x.to(student[0].dtype)
+                x = x.detach() if side == "teacher" else x
+            given[f"{side}_{name}"] = x
+    return given
 
 
 def _check(reduction: str) -> None:
@@ -259,8 +266,8 @@ def chunked_divergence_loss(
         (loss, sum of the student's entropies in nats, number of kept positions); only the loss has
         a gradient, which goes to the student.
 
-    Differs from TRL as the module says, and the teacher's head is taken in the dtype of the
-    student's.
+    Differs from TRL as the module says, and the teacher's tensors are taken in the dtype of the
+    student's hidden states.
     """
     kept = completion_mask != 0
     if isinstance(num_items_in_batch, Tensor):
@@ -346,9 +353,9 @@ class LigerFusedLinearJSD(nn.Module):
     rows, without T^2.
 
     Nothing flows to the teacher, as with Liger; its tensors are taken in the dtype of the student's
-    weight, where Liger makes each side's logits in its own. 16-bit gradients of the weight are
-    added up in fp32, whatever ``accum_dtype`` is; how much memory logits take is ``memory_budget``
-    of ``linear_distillation_loss``.
+    hidden states, where Liger makes each side's logits in its own. 16-bit gradients of the weight
+    are added up in fp32, whatever ``accum_dtype`` is; how much memory logits take is
+    ``memory_budget`` of ``linear_distillation_loss``.
 
     Args:
         jsd_beta: 0 is KL(p, q), 1 is KL(q, p), with p the teacher.
@@ -399,8 +406,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
     second at the temperature, without T^2.
 
     Differences: the student's vocabulary must be the teacher's (Liger gives classes that it lacks
-    the logit 0); the teacher's tensors are taken in the dtype of the student's weight; weights are
-    not negative, and not both 0.
+    the logit 0); the teacher's tensors are taken in the dtype of the student's hidden states; the
+    two weights are not negative, and not both 0.
 
     Args:
         weight_hard_loss, weight_soft_loss: the two weights.

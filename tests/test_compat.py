@@ -408,6 +408,20 @@ def test_fused_linear_teachers_of_another_dtype(kind):
         assert torch.equal(a, b)
 
 
+def test_heads_of_another_dtype_than_the_hidden_states():
+    """Master weights of a student whose states are bf16, as FSDP2 has them."""
+    (h, w, b), (th, tw, tb) = heads()
+    h, th, w, b = h.bfloat16(), th.bfloat16(), w.float(), b.float()
+
+    def loss(w, b):
+        mask = torch.ones(N)
+        return compat.chunked_divergence_loss(h, th, w, tw, mask, 0.5, None, b, tb)[0]
+
+    got, want = results(loss, w, b), results(loss, w.bfloat16(), b.bfloat16())
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b.float())
+
+
 def test_labels_only_say_what_is_left_out():
     """TRL and Liger compare them with ignore_index, and take any numbers of any type."""
     z, t = pair(N, V)

@@ -45,22 +45,20 @@ def gpt2(width):
     return GPT2LMHeadModel(GPT2Config(**config))
 
 
-def trainer(kind, folder, **options):
-    options = {"lmbda": 0.5, "beta": 0.5, "max_new_tokens": 4, "max_steps": 30} | options
-    options = {"learning_rate": 3e-3, "use_cpu": True, "bf16": False, "logging_steps": 5} | options
-    quiet = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
-    data = Dataset.from_dict({"messages": SUMS})
-    args = GKDConfig(folder, max_length=64, **quiet, **options)
-    return kind(gpt2(32), gpt2(64), args, train_dataset=data, processing_class=tokenizer())
-
-
 def main():
     set_seed(0)
+    options = {"lmbda": 0.5, "beta": 0.5, "max_new_tokens": 4, "max_length": 64, "max_steps": 30}
+    options |= {"learning_rate": 3e-3, "use_cpu": True, "bf16": False, "logging_steps": 5}
+    quiet = {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    data = Dataset.from_dict({"messages": SUMS})
     with tempfile.TemporaryDirectory() as folder:
-        made = trainer(FusedGKDTrainer, folder)
-        made.train()
+        args = GKDConfig(folder, **options, **quiet)
+        trainer = FusedGKDTrainer(
+            gpt2(32), gpt2(64), args, train_dataset=data, processing_class=tokenizer()
+        )
+        trainer.train()
     # Means of five steps.
-    losses = [line["loss"] for line in made.state.log_history if "loss" in line]
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 
 
