@@ -78,6 +78,16 @@ _OPTIONS = {
         "metavar": "DIR",
         "help": "folder that holds cifar-10-batches-py, or gets it by download (default: data)",
     },
+    "checkpoint_every": {
+        "type": _COUNT,
+        "metavar": "STEPS",
+        "help": "write a checkpoint within an epoch too (default: at an epoch's end)",
+    },
+    "parallel": {
+        "choices": ("ddp", "fsdp2"),
+        "help": "what trains on several ranks, started by `torchrun --nproc-per-node=N -m "
+        "kdkernels distill ...` (default: ddp)",
+    },
     "image_size": {
         "type": _number(int, 16, 1024),
         "help": "side in pixels to which images are resized; up to 64 the networks get the "
@@ -205,7 +215,8 @@ _NETWORK = (
 _DISTILL = (
     "data", "data_dir", "image_size", "batch_size", "lr", "temperature", "alpha", "epochs",
     "teacher_epochs", "target_accuracy", "teacher_weights", "arms", "noise", "noise_std",
-    "train_samples", "test_samples", "seed", "device", "threads", "out", "resume",
+    "train_samples", "test_samples", "seed", "device", "threads", "checkpoint_every", "parallel",
+    "out", "resume",
 )  # fmt: skip
 _REPRODUCE = (
     "epochs", "teacher_epochs", "replicas", "repeats", "train_samples", "test_samples", "seed",
@@ -251,12 +262,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _console():
+def _console(quiet):
     from rich.console import Console
 
-    console = Console(markup=False, highlight=False)
+    console = Console(markup=False, highlight=False, quiet=quiet)
+    if console.is_terminal:
+        return console
     # A pipe or a log file has no width of its own; tables must not be folded at 80.
-    return console if console.is_terminal else Console(width=170, markup=False, highlight=False)
+    return Console(width=170, markup=False, highlight=False, quiet=quiet)
 
 
 def _soft_reg(folder, settings, threads, console):
@@ -311,10 +324,11 @@ def _train(run, settings, folder, console):
 
 def _resumed(command: str, given: dict):
     """The folder to continue, its config changed by what may be given with --resume."""
-    from kdkernels.train import TrainError
+    from kdkernels.train import TrainError, distributed
     from kdkernels.train.run_folder import RunFolder
 
     folder = RunFolder.open(given.pop("resume"))
+    distributed.current().first(folder.hold)
     part, more, of = "distill", "epochs", "distill or reproduce"
     if command == "soft-reg":
         part, more, of = "soft_regularization", "seeds", "soft-reg --model mlp or resnet18"
@@ -368,10 +382,17 @@ def _experiments(command: str, given: dict) -> int:
     from rich import box
     from rich.table import Table
 
-    from kdkernels.train import TrainError, distillation, report, soft_regularization
+    from kdkernels.train import (
+        TrainError,
+        distillation,
+        distributed,
+        report,
+        soft_regularization,
+    )
     from kdkernels.train.run_folder import RunFolder
 
-    console = _console()
+    rank = distributed.current().rank
+    console = _console(quiet=rank > 0)
     if "resume" in given:
         folder = _resumed(command, given)
     else:
@@ -394,6 +415,8 @@ def _experiments(command: str, given: dict) -> int:
         raise
     finally:
         folder.close()
+    if rank > 0:
+        return 0
     tables, passed = report.write(folder)
     for table in tables:
         drawn = Table(title=table.title, box=box.MARKDOWN, title_justify="left", title_style="bold")
@@ -447,13 +470,23 @@ def main(argv: list[str] | None = None) -> int:
         from kdkernels import info
 
         return info.main() or 0
-    from kdkernels.train import TrainError
+    from kdkernels.train import TrainError, distributed
 
     try:
         return _bench(**given) if command == "bench" else _experiments(command, given)
     except TrainError as error:
-        print(f"kdkernels {command}: {error}", file=sys.stderr)
+        if distributed.first_to_say():
+            print(f"kdkernels {command}: {error}", file=sys.stderr)
         return error.status
+    except RuntimeError as error:
+        if not distributed.was_cut(error):
+            raise
+        if distributed.first_to_say():
+            print(
+                f"kdkernels {command}: a rank ended without a word; continue with --resume",
+                file=sys.stderr,
+            )
+        return 1
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _TRAIN_PACKAGES:
             raise

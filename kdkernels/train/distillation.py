@@ -102,6 +102,8 @@ class Settings:
         noise: of the arm ``NOISY``, a key of ``NOISE_STD``; None: no such arm.
         noise_std: its standard deviation, see :class:`kdkernels.train.loop.Noise`; None is
             ``NOISE_STD[noise]``.
+        checkpoint_every: steps between checkpoints within an epoch; None: at its end only.
+        parallel: one of ``distributed.PARALLEL``, what trains where torchrun starts several ranks.
     """
 
     data: str = "digits"
@@ -123,6 +125,8 @@ class Settings:
     test_samples: int | None = None
     noise: str | None = None
     noise_std: float | None = None
+    checkpoint_every: int | None = None
+    parallel: str = "ddp"
 
     def __post_init__(self):
         if self.noise is None and self.noise_std is not None:
@@ -232,6 +236,7 @@ def _run(settings, folder, device, interrupt, on_step, say):
     teacher = Learner(
         "teacher", model.to(device), lambda logits, _, labels: F.cross_entropy(logits, labels),
         None, tested(torch.channels_last), settings.lr, settings.seed, tuned=True,
+        checkpoint_every=settings.checkpoint_every, parallel=settings.parallel,
     )  # fmt: skip
     teacher.load(folder)
     for _ in epochs(teacher, limit):
@@ -285,6 +290,7 @@ def _run(settings, folder, device, interrupt, on_step, say):
             name, copy.deepcopy(start).to(device), _loss(arm, settings), predict,
             tested(torch.channels_last if arm.tuned else torch.contiguous_format),
             settings.lr, settings.seed + 2, tuned=arm.tuned, noise=noise,
+            checkpoint_every=settings.checkpoint_every, parallel=settings.parallel,
             twin=_loss(ARMS["reference"], settings) if name == "fused" else None,
         )  # fmt: skip
         learner.load(folder)
