@@ -141,6 +141,11 @@ _OPTIONS = {
         "metavar": "FILE",
         "help": "a JSON object of these options, such as tune's best.json; those given here win",
     },
+    "parallel": {
+        "choices": ("ddp", "fsdp2"),
+        "help": "what trains on several ranks, started by `torchrun --nproc-per-node=N -m "
+        "kdkernels distill ...` (default: ddp)",
+    },
     "image_size": {
         "type": _number(int, 16, 1024),
         "help": "side in pixels to which images are resized; up to 64 the networks get the "
@@ -298,7 +303,7 @@ _DISTILL = (
     "teacher_weights", "teacher_predictions", "batch_size", "lr", "temperature", "alpha",
     "divergence", "beta", "epochs", "teacher_epochs", "target_accuracy", "budget", "generations",
     "arms", "noise", "noise_std", "train_samples", "test_samples", "seed", "device", "threads",
-    "checkpoint_every", "config", "out", "resume",
+    "checkpoint_every", "parallel", "config", "out", "resume",
 )  # fmt: skip
 _PREDICT = (
     "teacher", "teacher_weights", "data", "data_dir", "image_size", "normalize", "augment",
@@ -408,10 +413,11 @@ def _soft_reg(folder, settings, threads, console):
 
 def _resumed(command: str, given: dict):
     """The folder to continue, its config changed by what may be given with --resume."""
-    from kdkernels.train import TrainError
+    from kdkernels.train import TrainError, distributed
     from kdkernels.train.run_folder import RunFolder
 
     folder = RunFolder.open(given.pop("resume"))
+    distributed.current().first(folder.hold)
     part, more, of = "distill", "epochs", "distill or reproduce"
     if command == "soft-reg":
         part, more, of = "soft_regularization", "seeds", "soft-reg --model mlp or resnet18"
@@ -462,11 +468,18 @@ def _config(command: str, given: dict) -> dict:
 
 
 def _experiments(command: str, given: dict) -> int:
-    from kdkernels.train import TrainError, distillation, report, soft_regularization
+    from kdkernels.train import (
+        TrainError,
+        distillation,
+        distributed,
+        report,
+        soft_regularization,
+    )
     from kdkernels.train import console as terminal
     from kdkernels.train.run_folder import RunFolder
 
-    console = terminal.make()
+    rank = distributed.current().rank
+    console = terminal.make(quiet=rank > 0)
     if "resume" in given:
         folder = _resumed(command, given)
     else:
@@ -489,6 +502,8 @@ def _experiments(command: str, given: dict) -> int:
         raise
     finally:
         folder.close()
+    if rank > 0:
+        return 0
     tables, passed = report.write(folder)
     terminal.show(console, tables)
     console.print(f"the report is {folder.path / 'report.html'}")
@@ -583,7 +598,7 @@ def main(argv: list[str] | None = None) -> int:
         from kdkernels import info
 
         return info.main() or 0
-    from kdkernels.train import TrainError
+    from kdkernels.train import TrainError, distributed
 
     try:
         if command == "bench":
@@ -592,8 +607,18 @@ def main(argv: list[str] | None = None) -> int:
             return _predict_teacher(given)
         return _experiments(command, given)
     except TrainError as error:
-        print(f"kdkernels {command}: {error}", file=sys.stderr)
+        if distributed.first_to_say():
+            print(f"kdkernels {command}: {error}", file=sys.stderr)
         return error.status
+    except RuntimeError as error:
+        if not distributed.was_cut(error):
+            raise
+        if distributed.first_to_say():
+            print(
+                f"kdkernels {command}: a rank ended without a word; continue with --resume",
+                file=sys.stderr,
+            )
+        return 1
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in _TRAIN_PACKAGES:
             raise

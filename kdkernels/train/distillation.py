@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kdkernels
-from kdkernels.train import TrainError, console, data, models
+from kdkernels.train import TrainError, console, data, distributed, models
 from kdkernels.train.data import Images
 from kdkernels.train.loop import (
     Interrupt,
@@ -124,6 +124,7 @@ class Settings:
         noise_std: its standard deviation, the weight of the regulariser, see
             :class:`kdkernels.train.loop.Noise`; None is ``NOISE_STD[noise]``.
         checkpoint_every: steps between checkpoints within an epoch; None: at its end only.
+        parallel: one of ``distributed.PARALLEL``, what trains where torchrun starts several ranks.
     """
 
     data: str = "digits"
@@ -157,6 +158,7 @@ class Settings:
     noise: str | None = None
     noise_std: float | None = None
     checkpoint_every: int | None = None
+    parallel: str = "ddp"
 
     def __post_init__(self):
         if self.noise is None and self.noise_std is not None:
@@ -286,6 +288,7 @@ class _Run:
     def __init__(self, settings, folder, device, interrupt, on_step, say, images):
         self.settings, self.folder, self.device = settings, folder, device
         self.interrupt, self.on_step, self.say = interrupt, on_step, say
+        self.ranks = distributed.current()
         train, test = images or data.load(
             settings.data, size=settings.image_size, data_dir=settings.data_dir,
             imagenet=settings.normalize == "imagenet",
@@ -305,16 +308,19 @@ class _Run:
             name, model.to(self.device), loss, predict,
             lambda model: accuracy(model, self.test, memory_format),
             self.settings.lr, seed, tuned=tuned,
-            checkpoint_every=self.settings.checkpoint_every, **more,
+            checkpoint_every=self.settings.checkpoint_every, parallel=self.settings.parallel,
+            **more,
         )  # fmt: skip
 
     def epochs(self, learner: Learner, limit: int) -> Iterator[None]:
         """Train one epoch at a time, so that the caller can take turns."""
         settings = self.settings
-        spent = sum(
-            line["seconds"]
-            for line in self.folder.metrics()
-            if line["kind"] == "epoch" and line["learner"] == learner.name
+        spent = self.ranks.first(
+            lambda: sum(
+                line["seconds"]
+                for line in self.folder.metrics()
+                if line["kind"] == "epoch" and line["learner"] == learner.name
+            )
         )
         while learner.epoch < limit:
             if learner.name != "teacher":
@@ -372,18 +378,24 @@ class _Run:
             rows.check(self.train, None if expert is None else model_hash(expert))
             return rows, 0.0
         path = self.folder.path / "predictions" / name
-        began = time.perf_counter()
-        rows = write(
-            path, expert, self.whole.to(self.device), dtype="float32",
-            batch_size=self.settings.batch_size, memory_format=memory_format,
-            on_step=lambda _, *steps: self.on_step(f"{name} asked", *steps),
-        )  # fmt: skip
+
+        def ask():
+            began = time.perf_counter()
+            write(
+                path, expert, self.whole.to(self.device), dtype="float32",
+                batch_size=self.settings.batch_size, memory_format=memory_format,
+                on_step=lambda _, *steps: self.on_step(f"{name} asked", *steps),
+            )  # fmt: skip
+            took = self.folder.read_json(f"predictions/{name}.json")
+            if took is None:  # a run that was stopped meanwhile counts what was left
+                took = {"seconds": time.perf_counter() - began}
+                self.folder.write_json(f"predictions/{name}.json", took)
+            return took["seconds"]
+
+        took = self.ranks.first(ask)
+        rows = Predictions.open(path)
         rows.check(self.train)
-        took = self.folder.read_json(f"predictions/{name}.json")
-        if took is None:  # a run that was stopped meanwhile counts what was left
-            took = {"seconds": time.perf_counter() - began}
-            self.folder.write_json(f"predictions/{name}.json", took)
-        return rows, took["seconds"]
+        return rows, took
 
     def keep_test(self, name: str, model: nn.Module, memory_format) -> None:
         """Write a model's predictions on the test images."""
@@ -533,15 +545,18 @@ def distill(
     )  # fmt: skip
     if resume:
         folder = RunFolder.open(out or "")
+        distributed.current().first(folder.hold)
     else:
         config = {"command": "distill()", "distill": dataclasses.asdict(wanted)}
         config["machine"] = report.machine(wanted.threads)
         folder = RunFolder.create(out, config)
     students = console.progress(
-        run, wanted, folder, console.make(quiet=not progress), teacher=teacher, student=student,
+        run, wanted, folder, 
+        console.make(quiet=not progress or distributed.current().rank > 0), teacher=teacher, student=student,
         images=(train, test),
     )  # fmt: skip
-    report.write(folder)
+    if distributed.current().rank == 0:
+        report.write(folder)
     name = list(students)[-1]
     found = accuracy(students[name], test.to(next(students[name].parameters()).device))
     return Distilled(students[name], found["accuracy"], folder.path)

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import kdkernels
-from kdkernels.train import TrainError
+from kdkernels.train import TrainError, distributed
 from kdkernels.train.data import Images
 from kdkernels.train.run_folder import RunFolder
 
@@ -90,7 +91,14 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise TrainError("--device cuda: torch sees no CUDA device; use --device cpu")
     if name == "cuda":
-        row = torch.zeros(1, 2, device="cuda")
+        ranks = distributed.current()
+        if ranks.local >= torch.cuda.device_count():
+            raise TrainError(
+                f"this machine has {torch.cuda.device_count()} GPUs, too few for its ranks: "
+                "lower --nproc-per-node, or use --device cpu"
+            )
+        name = f"cuda:{ranks.local}" if ranks.world > 1 else name
+        row = torch.zeros(1, 2, device=name)
         try:
             kdkernels.distillation_loss(row, row)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -116,31 +124,40 @@ def epoch_batches(count: int, size: int, seed: int, epoch: int, device) -> list[
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a wish to stop after the step in hand; a second one stops now.
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the step in hand.
 
-    A KeyboardInterrupt in the middle of an optimizer step would leave half of the weights new.
+    A KeyboardInterrupt in the middle of an optimizer step would leave half of the weights new. A
+    second signal stops now. SIGTERM is what schedulers send before they kill.
 
     Attributes:
-        wished: True after the first Ctrl-C.
+        wished: True after the first signal.
+        status: the exit status that tells which: 130 or 143.
     """
 
     def __init__(self):
         self.wished = False
+        self.status = 130
 
     def _handle(self, number, frame):
         self.wished = True
-        signal.signal(signal.SIGINT, self._before)
+        self.status = 128 + number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def __enter__(self) -> "Interrupt":
+        self._before = {}
         try:
-            self._before = signal.signal(signal.SIGINT, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
         except ValueError:  # not in the main thread: the caller has its own way to stop
-            self._before = None
+            self._before = {}
         return self
 
     def __exit__(self, *_) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        self._restore()
 
 
 class _Clock:
@@ -171,11 +188,17 @@ def predictions(
         images: in their own order.
         batch: images a forward pass.
         memory_format: of the images; the model is expected to be in the same.
+
+    Of several ranks each runs its share of the images; all must call this, and get all rows.
     """
     model.eval()
-    rows = torch.arange(len(images), device=images.labels.device).split(batch)
+    ranks = distributed.current()
+    if len(images) < ranks.world:
+        ranks = distributed.Ranks()
+    rows = torch.arange(len(images), device=images.labels.device)[ranks.share(len(images))]
     with torch.no_grad():
-        return torch.cat([model(images.batch(index, memory_format)[0]) for index in rows])
+        own = [model(images.batch(index, memory_format)[0]) for index in rows.split(batch)]
+        return ranks.gather(torch.cat(own), len(images))
 
 
 def accuracy(
@@ -205,11 +228,12 @@ class Noise:
     std: float = 0.0
     seed: int = 0
 
-    def on_input(self, images: torch.Tensor, step: int) -> torch.Tensor:
-        """The images, with noise if that is its place."""
+    def on_input(self, images: torch.Tensor, step: int, first: int = 0) -> torch.Tensor:
+        """The images, with noise if that is its place; ``first``: the number of the first one."""
         if self.place != "input":
             return images
-        return kdkernels.input_noise(images, self.std, seed=self.seed, step=step)
+        offset = first * images[0].numel()
+        return kdkernels.input_noise(images, self.std, seed=self.seed, step=step, offset=offset)
 
     def on_parameters(self, parameters: list[torch.Tensor], step: int):
         """A context in which the weights have noise, if that is its place."""
@@ -243,8 +267,8 @@ class Learner:
     Attributes:
         name: in metrics and checkpoints.
         model: in train mode while it learns; on the data's device.
-        loss: ``loss(outputs, taught, labels)`` -> scalar; outputs are the model's, taught is
-            what ``predict`` gave.
+        loss: ``loss(outputs, taught, labels)`` -> scalar, a mean over samples; outputs are the
+            model's, taught is what ``predict`` gave.
         predict: ``predict(inputs, index [b], view)`` -> what the teacher says of these samples,
             such as logits ``[b, classes]``; None where no teacher is asked.
         evaluate: ``evaluate(model)`` -> the measures of an epoch's end, by name, such as
@@ -255,10 +279,15 @@ class Learner:
         noise: in training; the teacher sees none of it.
         twin: the same loss by other means, asked at each step for the same logits, off the clock;
             what it says stands beside the loss in the metrics.
+        checkpoint_every: steps between checkpoints within an epoch; None: at its end only.
+        parallel: one of ``distributed.PARALLEL``, how several ranks train; they are those of
+            :func:`kdkernels.train.distributed.current`. ``model`` stays whole on each rank, with
+            the weights of the last checkpoint or epoch's end.
         epoch, step: whole epochs and steps done.
         within: steps done in the unfinished epoch.
         seconds: by phase in the unfinished epoch.
         losses: of the unfinished epoch.
+        order: what tells the unfinished epoch's batches from others.
         measures: what ``evaluate`` found last; empty before the first epoch's end.
     """
 
@@ -273,6 +302,7 @@ class Learner:
     noise: Noise = Noise()
     twin: Loss | None = None
     checkpoint_every: int | None = None
+    parallel: str = "ddp"
     epoch: int = 0
     step: int = 0
     within: int = 0
@@ -280,13 +310,21 @@ class Learner:
         default_factory=lambda: dict.fromkeys(PHASES, 0.0)
     )
     losses: list[float] = dataclasses.field(default_factory=list)
+    order: int = 0
     measures: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         self.memory_format = torch.channels_last if self.tuned else torch.contiguous_format
         self.model = self.model.to(memory_format=self.memory_format)
-        self.parameters = list(self.model.parameters())
-        self.device = self.parameters[0].device
+        self.device = next(self.model.parameters()).device
+        self.ranks = distributed.current()
+        if self.ranks.world > 1 and self.parallel == "fsdp2" and self.noise.place == "regularizer":
+            raise TrainError(
+                "the noise regularizer differentiates gradients, which FSDP2 does not: use "
+                "--parallel ddp"
+            )
+        self.engine = distributed.engine(self.model, self.parallel, self.device)
+        self.parameters = list(self.engine.parameters())
         # None, not False: the other arms run what plain torch.optim.Adam(lr=lr) would choose.
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=self.tuned or None)
         self.gradient_noise = self.noise.on_optimizer(self.optimizer)
@@ -296,30 +334,50 @@ class Learner:
             self.random["cuda"] = generator.get_state()
 
     def save(self, folder: RunFolder, optimizer: bool = True) -> None:
-        """Write everything that :meth:`load` needs; ``optimizer=False`` for a finished model."""
+        """Write everything that :meth:`load` needs; ``optimizer=False`` for a finished model.
+
+        All ranks must call this together; rank 0 writes.
+        """
+        self._gather()
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if optimizer:
             for number, parameter in enumerate(self.parameters):
                 for key, value in self.optimizer.state[parameter].items():
-                    tensors[f"optimizer.{number}.{key}"] = value
+                    tensors[f"optimizer.{number}.{key}"] = distributed.whole(value)
         tensors |= {f"random.{k}": v for k, v in self.random.items()}
-        names = ("epoch", "step", "within", "seconds", "losses", "measures")
+        names = ("epoch", "step", "within", "seconds", "losses", "order", "measures")
         folder.save(self.name, tensors, {name: getattr(self, name) for name in names})
+
+    def _gather(self) -> None:
+        """Bring the model up to date, where the engine has weights of its own."""
+        if self.parallel == "fsdp2" and self.engine is not self.model:
+            own = self.engine.state_dict()
+            for key, value in self.model.state_dict().items():
+                value.copy_(distributed.whole(own[key]))
 
     def load(self, folder: RunFolder) -> bool:
         """Continue from the checkpoint, if there is one, and drop the metrics written after it.
 
+        It may be of any number of ranks.
+
         Returns:
             False where there is none.
+
+        Raises:
+            TrainError: it cannot be read, or is of another model.
         """
         found = folder.load(self.name)
         if found is not None:
             tensors, state = found
+            self._check(tensors, folder.path / "checkpoints" / f"{self.name}.safetensors")
             for name, value in state.items():
                 setattr(self, name, value)
+            own = self.engine.state_dict() if self.parallel == "fsdp2" else {}
             with torch.no_grad():
                 for key, value in self.model.state_dict().items():
                     value.copy_(tensors[f"model.{key}"])
+                    if key in own:
+                        own[key].copy_(distributed.like(value, own[key]))
             for number, parameter in enumerate(self.parameters):
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     value = tensors.get(f"optimizer.{number}.{key}")
@@ -328,7 +386,7 @@ class Learner:
                     # Adam's moments must lie in memory as the parameter does: the fused kernel
                     # walks all of them by address. Its step counter stays where Adam keeps it.
                     if key != "step":
-                        value = torch.empty_like(parameter).copy_(value)
+                        value = distributed.like(value, parameter)
                     elif self.tuned:
                         value = value.to(self.device)
                     self.optimizer.state[parameter][key] = value
@@ -345,6 +403,22 @@ class Learner:
         folder.trim(before)
         return found is not None
 
+    def _check(self, tensors: dict[str, torch.Tensor], path) -> None:
+        """That a checkpoint's tensors are of this learner's model."""
+        wanted = {f"model.{k}": tuple(v.shape) for k, v in self.model.state_dict().items()}
+        for number, parameter in enumerate(self.parameters):
+            for key in ("exp_avg", "exp_avg_sq"):
+                if f"optimizer.{number}.{key}" in tensors:
+                    wanted[f"optimizer.{number}.{key}"] = tuple(parameter.shape)
+        for key, shape in wanted.items():
+            there = tuple(tensors[key].shape) if key in tensors else "absent"
+            if there != shape:
+                raise TrainError(
+                    f"the checkpoint {path} is of another model: {key} is {there} there, and "
+                    f"{shape} here; continue with the settings that it was made with, or begin a "
+                    "new run with --out"
+                )
+
     def train_epoch(
         self,
         train: Samples,
@@ -352,40 +426,50 @@ class Learner:
         folder: RunFolder,
         interrupt: Interrupt,
         on_step: Callable[[], None] = lambda: None,
-    ) -> None:
+    ) -> float:
         """Train for one epoch, or for what is left of it; test; write metrics and a checkpoint.
 
         Args:
             train: on the model's device.
-            batches: the epoch's batches, each an int64 vector of sample numbers.
+            batches: the epoch's batches, each an int64 vector of sample numbers; of several ranks
+                each trains on its share of each batch.
             folder: where metrics and the checkpoint go.
             interrupt: asked after each step.
             on_step: called after each step, to show progress.
 
+        Returns:
+            Seconds of the epoch's training, without the test; of rank 0.
+
         Raises:
-            TrainError: the loss is not finite (the last checkpoint stays), or Ctrl-C (the state
-                after the last step was saved).
+            TrainError: the loss is not finite (the last checkpoint stays), a file cannot be
+                written (the same), Ctrl-C or SIGTERM on any rank (the state after the last step
+                was saved), or batches that are not those of the checkpoint's unfinished epoch, or
+                too small for the ranks.
         """
-        self.model.train()
-        torch.set_rng_state(self.random["cpu"])
-        if "cuda" in self.random:
-            torch.cuda.set_rng_state(self.random["cuda"], self.device)
+        ranks = self.ranks
+        self._begin(batches)
         clock = _Clock(self.device, self.seconds)
         view = train.view_of(self.epoch)
         for index in batches[self.within :]:
             clock.start()
-            clean, labels = train.batch(index, self.memory_format, view)
-            inputs = self.noise.on_input(clean, self.step)
+            rows = ranks.share(len(index))
+            own = index[rows]
+            # DDP and FSDP2 average gradients over ranks, and shares may differ in length.
+            weight = len(own) * ranks.world / len(index)
+            clean, labels = train.batch(own, self.memory_format, view)
+            inputs = self.noise.on_input(clean, self.step, rows.start)
             clock.lap("data")
-            taught = None if self.predict is None else self.predict(clean, index, view)
+            taught = None if self.predict is None else self.predict(clean, own, view)
             clock.lap("teacher")
             outputs = None
 
-            def objective(inputs=inputs, taught=taught, labels=labels):
+            def objective(inputs=inputs, taught=taught, labels=labels, index=index, weight=weight):
                 nonlocal outputs
-                outputs = self.model(inputs)
+                with ranks.batch(len(index)):
+                    outputs = self.engine(inputs)
                 clock.lap("student forward")
-                return self.loss(outputs, taught, labels)
+                loss = self.loss(outputs, taught, labels)
+                return loss if weight == 1 else loss * weight
 
             with self.noise.on_parameters(self.parameters, self.step):
                 loss = self.noise.on_loss(objective, self.parameters, self.step)
@@ -396,15 +480,19 @@ class Learner:
             self.optimizer.zero_grad()
             clock.lap("optimizer")
 
-            value = loss.item()
+            twin = 0.0
+            if self.twin is not None:
+                twin = self.twin(outputs.detach(), taught, labels).item() * weight
+            value, twin, wished = ranks.sum([loss.item(), twin, interrupt.wished])
+            value, twin = value / ranks.world, twin / ranks.world
             self.step += 1
             self.within += 1
             self.losses.append(value)
             finite = math.isfinite(value)
             shown = value if finite else str(value)  # JSON has no NaN
             line = {"kind": "step", "learner": self.name, "step": self.step, "loss": shown}
-            if self.twin is not None and finite:
-                line["twin"] = self.twin(outputs.detach(), taught, labels).item()
+            if self.twin is not None and math.isfinite(twin):
+                line["twin"] = twin
             folder.log(**line)
             on_step()
             if not finite:
@@ -419,13 +507,17 @@ class Learner:
                     "--lr may help",
                     status=1,
                 )
-            if interrupt.wished:
+            due = self.checkpoint_every is not None and self.step % self.checkpoint_every == 0
+            if wished or (due and self.within < len(batches)):
                 self._keep_random()
                 self.save(folder)
+            if wished:
                 raise TrainError(
-                    f"interrupted, and saved: continue with --resume {folder.path}", status=130
+                    f"interrupted, and saved: continue with --resume {folder.path}",
+                    status=interrupt.status,
                 )
         self._keep_random()
+        self._gather()
         self.epoch += 1
         began = time.perf_counter()
         self.measures = self.evaluate(self.model)
@@ -443,11 +535,32 @@ class Learner:
             test_seconds=time.perf_counter() - began,
             **({"noise_to_gradient": norms[0].ratio} if norms and norms[0].gradient > 0 else {}),
         )
-        spent = sum(self.seconds.values())
+        spent = ranks.first(lambda: sum(self.seconds.values()))
         self.within, self.losses = 0, []
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.save(folder)
         return spent
+
+    def _begin(self, batches: list[torch.Tensor]) -> None:
+        """Ready for the epoch of these batches, or for what is left of it."""
+        least = min(map(len, batches))
+        if least < self.ranks.world:
+            raise TrainError(
+                f"a batch of {least} samples is too small for {self.ranks.world} ranks: choose "
+                "another --batch-size or --train-samples, or start fewer ranks"
+            )
+        sizes = zlib.crc32(repr([len(index) for index in batches]).encode())
+        order = zlib.crc32(torch.cat(batches).cpu().numpy().tobytes(), sizes)
+        if self.within and self.order != order:
+            raise TrainError(
+                f"the checkpoint of {self.name} is from the middle of an epoch with other "
+                "batches: continue with the data, the seed and the batch size that it began with"
+            )
+        self.order = order
+        self.engine.train()
+        torch.set_rng_state(self.random["cpu"])
+        if "cuda" in self.random:
+            torch.cuda.set_rng_state(self.random["cuda"], self.device)
 
     def _keep_random(self) -> None:
         self.random = {"cpu": torch.get_rng_state()}

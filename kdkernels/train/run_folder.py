@@ -7,9 +7,13 @@
 
 A file is either wholly there or not there at all, also after ``kill -9`` or a power cut: it is
 written beside its place, synced, and moved over it. Only metrics.jsonl grows line by line; its
-last line may be torn, and a reader drops it.
+last line may be torn, and a reader drops it. One process at a time trains in a folder: it holds
+a lock on the file ``lock``, which the kernel takes back when the process ends, however it ends. Of
+several ranks rank 0 alone writes.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import time
@@ -20,9 +24,44 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from kdkernels.train import TrainError
+from kdkernels.train import TrainError, distributed
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "write_bytes"]
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, through a power cut too; folders above it are made.
+
+    Raises:
+        TrainError: the disk is full, the folder is read-only, or whatever else the system says;
+            what was there before is there still, and nothing else.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        # The rename itself lives in the folder's own entry, which needs its own sync.
+        entry = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(entry)
+        finally:
+            os.close(entry)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise _unwritten(path, error) from None
+
+
+def _unwritten(path: Path, error: OSError) -> TrainError:
+    return TrainError(
+        f"cannot write {path}: {error.strerror}; what was saved before is whole: make room there, "
+        "or whatever it lacks, and continue with --resume",
+        status=1,
+    )
 
 
 class RunFolder:
@@ -36,7 +75,7 @@ class RunFolder:
     def __init__(self, path: Path, config: dict):
         self.path = path
         self.config = config
-        self._metrics = None
+        self._metrics = self._lock = None
 
     @classmethod
     def create(cls, out: str | None, config: dict) -> "RunFolder":
@@ -49,6 +88,10 @@ class RunFolder:
         Raises:
             TrainError: the folder holds something already, or cannot be made.
         """
+        return distributed.current().first(lambda: cls._create(out, config))
+
+    @classmethod
+    def _create(cls, out: str | None, config: dict) -> "RunFolder":
         path = Path(out or time.strftime("runs/%Y%m%d-%H%M%S"))
         try:
             (path / "checkpoints").mkdir(parents=True)
@@ -62,8 +105,12 @@ class RunFolder:
         except OSError as error:
             raise TrainError(f"cannot make the folder {path}: {error.strerror}") from None
         folder = cls(path, config)
+        folder.hold()
         folder.write_json("config.json", config)
         return folder
+
+    def __getstate__(self) -> dict:  # what rank 0 tells the others: they hold no files
+        return {"path": self.path, "config": self.config, "_metrics": None, "_lock": None}
 
     @classmethod
     def open(cls, path: str) -> "RunFolder":
@@ -78,32 +125,54 @@ class RunFolder:
             raise TrainError(f"{path} is not the folder of a run: it has no config.json") from None
         return cls(Path(path), config)
 
+    def hold(self) -> None:
+        """Take the folder's lock, if this process has it not yet; :meth:`close` gives it back.
+
+        Whatever writes metrics or checkpoints takes it; one may read without.
+
+        Raises:
+            TrainError: another process has it, or the folder cannot be written to.
+        """
+        if self._lock is not None:
+            return
+        path = self.path / "lock"
+        try:
+            lock = path.open("ab")
+        except OSError as error:
+            raise _unwritten(path, error) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise TrainError(
+                f"another process is training in {self.path}: wait for it or stop it, or begin a "
+                "run of its own with --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        self._lock = lock
+
     def discard(self) -> None:
         """Take the folder away again if it holds no more than :meth:`create` put there."""
         try:
-            (self.path / "checkpoints").rmdir()
-            if [file.name for file in self.path.iterdir()] == ["config.json"]:
-                (self.path / "config.json").unlink()
-                self.path.rmdir()
+            if distributed.current().rank == 0:
+                (self.path / "checkpoints").rmdir()
+                if {file.name for file in self.path.iterdir()} <= {"config.json", "lock"}:
+                    for name in ("config.json", "lock"):
+                        (self.path / name).unlink(missing_ok=True)
+                    self.path.rmdir()
         except OSError:
             pass  # it holds more: that stays
 
     def write_bytes(self, name: str, content: bytes) -> Path:
-        """Write one file of the folder whole or not at all; returns its path."""
+        """Write one file of the folder whole or not at all; returns its path.
+
+        Raises:
+            TrainError: see :func:`write_bytes`.
+        """
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(target.name + ".tmp")
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-        # The rename itself lives in the folder's own entry, which needs its own sync.
-        entry = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(entry)
-        finally:
-            os.close(entry)
+        if distributed.current().rank == 0:
+            write_bytes(target, content)
         return target
 
     def write_json(self, name: str, content: dict) -> Path:
@@ -125,7 +194,15 @@ class RunFolder:
 
         Returns:
             The file's path.
+
+        Raises:
+            TrainError: see :func:`write_bytes`.
         """
+        if distributed.current().rank != 0:
+            return self.path / "checkpoints" / f"{name}.safetensors"
+        self.hold()
+        if self._metrics is not None:  # no checkpoint is on the disk before the steps it counts
+            os.fsync(self._metrics.fileno())
         # safetensors stores row-major bytes only, so channels_last tensors are copied here.
         packed = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         content = save(packed, metadata={"state": json.dumps(state)})
@@ -145,11 +222,16 @@ class RunFolder:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return tensors, json.loads(file.metadata()["state"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise TrainError(f"the checkpoint {path} cannot be read: {error}") from None
+            raise TrainError(
+                f"the checkpoint {path} cannot be read: {error}; without the file this part of "
+                "the run begins anew"
+            ) from None
 
     def remove(self, name: str) -> None:
         """Take checkpoints/<name>.safetensors away, if it is there."""
-        (self.path / "checkpoints" / f"{name}.safetensors").unlink(missing_ok=True)
+        if distributed.current().rank == 0:
+            self.hold()
+            (self.path / "checkpoints" / f"{name}.safetensors").unlink(missing_ok=True)
 
     def log(self, sync: bool = False, **record) -> None:
         """Append one line to metrics.jsonl.
@@ -157,13 +239,29 @@ class RunFolder:
         Args:
             sync: wait until the line is on the disk, for records that end an epoch.
             record: the line's fields, as JSON.
+
+        Raises:
+            TrainError: see :func:`write_bytes`.
         """
-        if self._metrics is None:
-            self._metrics = (self.path / "metrics.jsonl").open("a")
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
-        if sync:
-            os.fsync(self._metrics.fileno())
+        if distributed.current().rank != 0:
+            return
+        self.hold()
+        path = self.path / "metrics.jsonl"
+        before = None
+        try:
+            if self._metrics is None:
+                self._metrics = path.open("ab", buffering=0)
+            before = os.fstat(self._metrics.fileno()).st_size
+            line = (json.dumps(record) + "\n").encode()
+            while line:
+                line = line[self._metrics.write(line) :]
+            if sync:
+                os.fsync(self._metrics.fileno())
+        except OSError as error:
+            if before is not None:  # part of a line is none
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._metrics.fileno(), before)
+            raise _unwritten(path, error) from None
 
     def metrics(self) -> Iterator[dict]:
         """The lines of metrics.jsonl; a torn last line is dropped."""
@@ -179,12 +277,21 @@ class RunFolder:
 
     def trim(self, keep: Callable[[dict], bool]) -> None:
         """Drop the lines of metrics.jsonl for which ``keep(line)`` is false."""
-        self.close()
+        if distributed.current().rank != 0:
+            return
+        self.hold()
         lines = [json.dumps(record) + "\n" for record in self.metrics() if keep(record)]
+        self._close_metrics()
         self.write_bytes("metrics.jsonl", "".join(lines).encode())
 
     def close(self) -> None:
-        """Close metrics.jsonl; :meth:`log` opens it again."""
+        """Close metrics.jsonl, which :meth:`log` opens again, and give the lock back."""
+        self._close_metrics()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _close_metrics(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
