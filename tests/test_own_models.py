@@ -183,7 +183,7 @@ def test_validation_holds_training_images_out(tmp_path):
     assert command.main([*call, "--validation=0.25", f"--out={out}", "--test-samples=2000"]) == 0
     train, _ = data.load("digits", size=16)
     held_out = load_file(out / "checkpoints/full-test.safetensors")["labels"]
-    assert len(held_out) == len(train) - len(train.split(0.25)[0])
+    assert len(held_out) == len(train) - len(train.split(0.25, seed=0)[0])
     assert abs(len(held_out) - 0.25 * len(train)) < 10
 
 

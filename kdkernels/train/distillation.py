@@ -550,11 +550,10 @@ def distill(
         config = {"command": "distill()", "distill": dataclasses.asdict(wanted)}
         config["machine"] = report.machine(wanted.threads)
         folder = RunFolder.create(out, config)
+    screen = console.make(quiet=not progress or distributed.current().rank > 0)
     students = console.progress(
-        run, wanted, folder, 
-        console.make(quiet=not progress or distributed.current().rank > 0), teacher=teacher, student=student,
-        images=(train, test),
-    )  # fmt: skip
+        run, wanted, folder, screen, teacher=teacher, student=student, images=(train, test)
+    )
     if distributed.current().rank == 0:
         report.write(folder)
     name = list(students)[-1]

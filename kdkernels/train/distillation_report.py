@@ -126,7 +126,7 @@ def results(folder: RunFolder) -> dict | None:
         limits = {
             "same_logits": SAME_LOGITS,
             "first_steps": FIRST_STEPS,
-            "first_epoch": TIMES_CONTROL * followed["control"],
+            "first_epoch": max(TIMES_CONTROL * followed["control"], FIRST_STEPS),
         }
         checks = [
             {
