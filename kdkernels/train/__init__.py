@@ -5,6 +5,7 @@ modules here only join them:
 
 - ``soft_regression``: experiment 1, linear regression under Gaussian input noise
 - ``distillation``: experiment 2, ResNet-18 to MobileNetV2 in four arms
+- ``language_model``: experiment 4, a small GPT from a larger one; ``text``: what they read
 - ``data``, ``models``, ``loop``: what experiment 2 trains on, what it trains, and how
 - ``run_folder``: everything a run leaves on disk, and how it is read again
 - ``report``: the tables, the plots and ``report.html``

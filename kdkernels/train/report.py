@@ -676,6 +676,18 @@ def write(folder: RunFolder) -> tuple[list[Table], bool]:
         title = "Experiment 3: a network under four kinds of noise"
         sections.append((title, tables, plots, regularised))
 
+    language = None
+    if "language_model" in folder.config:  # its text needs a package more
+        from kdkernels.train import language_model, language_model_report
+
+        language = language_model.results(folder)
+    if language:
+        tables = language_model_report.tables(language, folder.config["language_model"])
+        sections.append(
+            (language_model_report.TITLE, tables, language_model_report.PLOTS, language)
+        )
+        checks += language["checks"]
+
     shown, every = [], []
     with matplotlib.rc_context(STYLE):
         for title, tables, plots, found in sections:
@@ -696,11 +708,15 @@ def write(folder: RunFolder) -> tuple[list[Table], bool]:
         "soft_reg": {k: v for k, v in soft.items() if k != "plot"} if soft else None,
         "distill": {k: distilled[k] for k in ("arms", "follow", "checks")} if distilled else None,
         "soft_regularization": regularised,
+        "language_model": {k: language[k] for k in ("arms", "agreement", "work", "checks")}
+        if language
+        else None,
     }
     folder.write_json("results.json", results)
     asked = {
         "soft-reg": folder.config.get("soft_regularization", soft["settings"] if soft else {}),
         "distill": folder.config.get("distill", {}),
+        "distill-lm": folder.config.get("language_model", {}),
     }
     settings = "\n".join(
         f"{group}: {key} = {value}"
