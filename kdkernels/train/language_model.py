@@ -441,17 +441,6 @@ def _run(settings, folder, device, interrupt, on_step, say):
         raise TrainError(f"--k {settings.k} is more than the vocabulary's {vocabulary} entries")
     train = everything.sample(settings.train_samples, settings.seed)
     held = held.sample(settings.test_samples, settings.seed)
-    if folder.read_json("language_model.json") is None:
-        folder.write_json(
-            "language_model.json",
-            {
-                "vocabulary": vocabulary,
-                "text_tokens": len(everything.tokens),
-                "windows": len(train), "held_out_windows": len(held),
-                "operations": operations(settings, vocabulary),
-                "passes": traffic(settings, vocabulary),
-            },
-        )  # fmt: skip
 
     def tested(batches, peak=None):
         """What an epoch of these batches adds to its line of the metrics."""
@@ -475,6 +464,17 @@ def _run(settings, folder, device, interrupt, on_step, say):
     model = GPT(vocabulary, settings.context, *sizes)
     if settings.teacher_weights != "none":
         _given(model, settings.teacher_weights)
+    if folder.read_json("language_model.json") is None:
+        folder.write_json(
+            "language_model.json",
+            {
+                "vocabulary": vocabulary,
+                "text_tokens": len(everything.tokens),
+                "windows": len(train), "held_out_windows": len(held),
+                "operations": operations(settings, vocabulary),
+                "passes": traffic(settings, vocabulary),
+            },
+        )  # fmt: skip
     teacher = Learner(
         "teacher", model.to(device),
         lambda logits, _, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten()),
