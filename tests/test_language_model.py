@@ -424,6 +424,24 @@ def test_teacher_of_another_size(run, tmp_path, capsys):
     assert "is of another model: " in error and error.count("\n") == 1
 
 
+def test_teacher_of_another_text(run, tmp_path, capsys):
+    weights = run / "checkpoints" / "teacher.safetensors"
+    (tmp_path / "text").write_text(Path(SOURCES, "decoder.py").read_text())
+    given = options(teacher_weights=weights, text=tmp_path / "text")
+    assert command.main(["distill-lm", *given, f"--out={tmp_path / 'run'}"]) == 2
+    assert "learned another text" in capsys.readouterr().err
+
+
+def test_text_that_changes_under_a_run(tmp_path, capsys):
+    (tmp_path / "text").write_text(Path(SOURCES, "decoder.py").read_text())
+    given = options(text=tmp_path / "text", arms="linear", epochs=1, teacher_steps=1)
+    assert command.main(["distill-lm", *given, f"--out={tmp_path / 'run'}"]) == 0
+    with (tmp_path / "text").open("a") as file:
+        file.write("# one line more\n")
+    assert command.main(["distill-lm", f"--resume={tmp_path / 'run'}", "--epochs=2"]) == 2
+    assert "the text is not what it was" in capsys.readouterr().err
+
+
 def test_resume_takes_no_other_option(run, capsys):
     assert command.main(["distill-lm", f"--resume={run}", "--k=3"]) == 2
     assert "only --epochs may be given" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import json
 import math
 import statistics
 import time
@@ -412,10 +413,17 @@ def run(
     folder.close()
 
 
-def _given(model: GPT, path: str) -> None:
-    """Load a teacher's weights, from a checkpoint of a run or a state_dict."""
+def _given(model: GPT, path: str, digest: str) -> None:
+    """Load a teacher's weights: a checkpoint of a run, which must be of this text, or any
+    state_dict, of which nobody knows.
+    """
     if not Path(path).exists():
         raise TrainError(f"--teacher-weights {path}: there is no such file")
+    run = Path(path).absolute().parent.parent / "language_model.json"
+    if run.exists() and json.loads(run.read_text()).get("digest") != digest:
+        raise TrainError(
+            f"--teacher-weights {path} learned another text or vocabulary: its tokens mean others"
+        )
     try:
         found = {name.removeprefix("model."): value for name, value in load_file(path).items()}
     except (SafetensorError, OSError) as error:
@@ -452,23 +460,26 @@ def _run(settings, folder, device, interrupt, on_step, say):
 
         return evaluate
 
-    def line(learner, epoch, of):
+    def line(learner, when):
         say(
-            f"{learner.name}: epoch {epoch} of {of}, held-out loss "
-            f"{learner.measures['held_out_loss']:.3f}, perplexity "
-            f"{learner.measures['perplexity']:,.0f}"
+            f"{learner.name}: {when}, held-out loss {learner.measures['held_out_loss']:.3f}, "
+            f"perplexity {learner.measures['perplexity']:,.0f}"
         )
+
+    started = folder.read_json("language_model.json")
+    if started is not None and started["digest"] != train.digest:
+        raise TrainError("the text is not what it was when this run began: start a new one")
 
     torch.manual_seed(settings.seed)
     sizes = (settings.teacher_width, settings.teacher_layers)
     model = GPT(vocabulary, settings.context, *sizes)
-    if settings.teacher_weights != "none":
-        _given(model, settings.teacher_weights)
-    if folder.read_json("language_model.json") is None:
+    if settings.teacher_weights != "none" and folder.load("teacher") is None:
+        _given(model, settings.teacher_weights, train.digest)
+    if started is None:
         folder.write_json(
             "language_model.json",
             {
-                "vocabulary": vocabulary,
+                "digest": train.digest, "vocabulary": vocabulary,
                 "text_tokens": len(everything.tokens),
                 "windows": len(train), "held_out_windows": len(held),
                 "operations": operations(settings, vocabulary),
@@ -498,10 +509,10 @@ def _run(settings, folder, device, interrupt, on_step, say):
             everything, batches, folder, interrupt,
             lambda: on_step("teacher", teacher.step, settings.teacher_steps),
         )  # fmt: skip
-        line(teacher, teacher.epoch, turns)
+        line(teacher, f"step {teacher.step} of {settings.teacher_steps}")
     if not teacher.measures:
         teacher.measures = teacher.evaluate(teacher.model)
-        line(teacher, 0, 0)
+        line(teacher, "as it is")
     teacher.save(folder, optimizer=False)
     expert = teacher.model.eval().requires_grad_(False)
     teacher.optimizer.state.clear()
@@ -565,7 +576,7 @@ def _run(settings, folder, device, interrupt, on_step, say):
 
             learner.evaluate = tested(batches[epoch], peak)
             learner.train_epoch(train, batches[epoch], folder, interrupt, stepped)
-            line(learner, learner.epoch, settings.epochs)
+            line(learner, f"epoch {learner.epoch} of {settings.epochs}")
 
 
 def _asked_once(learner: Learner, train: text.Text, index: torch.Tensor):

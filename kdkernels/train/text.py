@@ -42,12 +42,14 @@ class Text:
         first: ``[samples]`` int64, where each window begins.
         context: tokens a window.
         device: where batches go.
+        digest: of the whole text and its vocabulary's size: equal for equal tokens.
     """
 
     tokens: np.ndarray
     first: np.ndarray
     context: int
-    device: torch.device = torch.device("cpu")
+    device: torch.device
+    digest: str
 
     def __len__(self) -> int:
         return len(self.first)
@@ -224,5 +226,6 @@ def load(
             raise
         except Exception as error:  # tokenizers raises plain Exception
             raise TrainError(f"{folder} cannot be read ({error}): delete it") from None
-        parts.append(Text(tokens, np.arange(windows, dtype=np.int64) * context, context, device))
+        first = np.arange(windows, dtype=np.int64) * context
+        parts.append(Text(tokens, first, context, device, folder.name.removeprefix("text-")))
     return *parts, tokenizer
