@@ -231,7 +231,7 @@ _OF_LM = {
     "epochs": {"type": _COUNT, "help": "of each arm, over --train-samples (default: 3)"},
     "train_samples": {
         "type": _COUNT,
-        "help": "windows that the arms learn from, drawn at random (default: 320)",
+        "help": "windows that the arms learn from, drawn at random (default: 240)",
     },
     "test_samples": {
         "type": _COUNT,

@@ -138,7 +138,7 @@ class Settings:
     epochs: int = 3
     teacher_steps: int | None = None
     teacher_weights: str = "none"
-    train_samples: int | None = 320
+    train_samples: int | None = 240
     test_samples: int | None = 64
     seed: int = 0
     arms: tuple[str, ...] = ("reference", "dense", "topk", "linear", "full")
