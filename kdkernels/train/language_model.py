@@ -470,9 +470,12 @@ def _run(settings, folder, device, interrupt, on_step, say):
     if started is not None and started["digest"] != train.digest:
         raise TrainError("the text is not what it was when this run began: start a new one")
 
-    torch.manual_seed(settings.seed)
-    sizes = (settings.teacher_width, settings.teacher_layers)
-    model = GPT(vocabulary, settings.context, *sizes)
+    def made(seed, width, layers):
+        torch.manual_seed(seed)
+        return GPT(vocabulary, settings.context, width, layers)
+
+    model = made(settings.seed, settings.teacher_width, settings.teacher_layers)
+    start = made(settings.seed + 1, settings.student_width, settings.student_layers)
     if settings.teacher_weights != "none" and folder.load("teacher") is None:
         _given(model, settings.teacher_weights, train.digest)
     if started is None:
@@ -482,6 +485,8 @@ def _run(settings, folder, device, interrupt, on_step, say):
                 "digest": train.digest, "vocabulary": vocabulary,
                 "text_tokens": len(everything.tokens),
                 "windows": len(train), "held_out_windows": len(held),
+                "teacher_parameters": sum(p.numel() for p in model.parameters()),
+                "student_parameters": sum(p.numel() for p in start.parameters()),
                 "operations": operations(settings, vocabulary),
                 "passes": traffic(settings, vocabulary),
             },
@@ -530,9 +535,6 @@ def _run(settings, folder, device, interrupt, on_step, say):
         rows, state = folder.load(name)
         return rows, state["seconds"]
 
-    torch.manual_seed(settings.seed + 1)
-    sizes = (settings.student_width, settings.student_layers)
-    start = GPT(vocabulary, settings.context, *sizes)
     batches = [
         epoch_batches(len(train), settings.batch_size, settings.seed, number, device)
         for number in range(settings.epochs)
@@ -622,10 +624,11 @@ def results(folder: RunFolder) -> dict | None:
         None where there are none yet; otherwise ``losses`` (learner -> loss of each step),
         ``epochs`` (learner -> its epoch lines), ``arms`` (a row each for the tables: tokens,
         seconds, by phase too, tokens a second, peak bytes, held-out loss and perplexity,
-        operations of a step's matrix products, bytes that its loss moves of ``[N, V]`` tensors,
-        speed-up over the reference), ``apart`` (arm -> relative difference from the reference's
-        losses), ``agreement`` (see the file agreement.json), ``work`` (see language_model.json)
-        and ``checks``.
+        operations of a step's matrix products, bytes that its loss moves of ``[N, V]`` tensors;
+        over the reference's, ``speedup``, ``memory`` and, with both models and Adam's moments,
+        ``whole_memory``), ``apart`` (arm -> relative difference from the reference's
+        losses), ``agreement`` (see the file agreement.json), ``work`` (see language_model.json),
+        ``models_bytes`` (both models and the student's moments) and ``checks``.
     """
     losses, epochs = {}, {}
     for line in folder.metrics():
@@ -637,6 +640,8 @@ def results(folder: RunFolder) -> dict | None:
         return None
     config = folder.config["language_model"]
     work = folder.read_json("language_model.json")
+    # In fp32: both models, and Adam's two moments of the student's.
+    models = 4 * (3 * work["student_parameters"] + work["teacher_parameters"])
     logits = 4 * config["batch_size"] * config["context"] * work["vocabulary"]  # bytes, fp32
     arms = {}
     for name, lines in epochs.items():
@@ -666,6 +671,7 @@ def results(folder: RunFolder) -> dict | None:
         arm["epoch_speedup_range"] = (min(ratios), max(ratios))
         if arm["peak_bytes"] and base["peak_bytes"]:
             arm["memory"] = arm["peak_bytes"] / base["peak_bytes"]
+            arm["whole_memory"] = (models + arm["peak_bytes"]) / (models + base["peak_bytes"])
     agreement = folder.read_json("agreement.json") or {}
     checks, curves = [], {}
     for name in arms:
@@ -687,5 +693,5 @@ def results(folder: RunFolder) -> dict | None:
         ]  # fmt: skip
     return {
         "losses": losses, "epochs": epochs, "arms": arms, "apart": curves, "agreement": agreement,
-        "work": work, "checks": checks,
+        "work": work, "models_bytes": models, "checks": checks,
     }  # fmt: skip

@@ -37,7 +37,8 @@ def tables(found: dict, config: dict) -> list[Table]:
     summary = Table(
         f"{TITLE}: speed, memory, held-out loss",
         ["arm", "tokens a second", "times reference", "by epoch: median (range)",
-         "peak memory, MB", "of reference's", "held-out loss", "perplexity", "tokens"],
+         "peak memory, MB", "of reference's", "with weights and moments",
+         "held-out loss", "perplexity", "tokens"],
         [
             [
                 name,
@@ -50,6 +51,7 @@ def tables(found: dict, config: dict) -> list[Table]:
                 else "",
                 _megabytes(arm["peak_bytes"]),
                 f"{arm['memory']:.2f}" if "memory" in arm else "",
+                f"{arm['whole_memory']:.2f}" if "memory" in arm else "",
                 f"{arm['held_out_loss']:.4f}",
                 f"{arm['perplexity']:,.0f}",
                 f"{arm['tokens']:,}",
@@ -65,8 +67,11 @@ def tables(found: dict, config: dict) -> list[Table]:
         "step with Adam's fused kernel. Memory is the most that a step takes beyond what was there "
         "before (weights, Adam's moments, the other arms): on a CPU the peak of the resident set "
         "less the resident set at the epoch's start, so what is read of a kept teacher's file "
-        "counts; on CUDA what torch allocated. Held-out loss is the cross-entropy of the next "
-        f"token in nats, over {work['held_out_windows']:,} windows of files not trained on. "
+        "counts; on CUDA what torch allocated. With weights "
+        f"and moments: the same ratio where {_megabytes(found['models_bytes'])} MB "
+        "of both models and the student's moments are added to either side. Held-out loss is the "
+        "cross-entropy of the next token in nats, over "
+        f"{work['held_out_windows']:,} windows of files not trained on. "
         + " ".join(f"{name}: {ARMS[name].about}." for name in students),
     )  # fmt: skip
     phases = Table(
@@ -105,7 +110,9 @@ def tables(found: dict, config: dict) -> list[Table]:
         + " GFLOP, the student's forward and backward, the teacher's forward. The reference's "
         "passes are counted op by op as it runs; dense reads both logits and writes the gradient; "
         "linear's logits stay in cache a chunk of rows at a time. The last column says how near an "
-        "arm comes to a machine that only multiplies matrices.",
+        "arm comes to a machine that only multiplies matrices. What is kept of the teacher is "
+        f"{4 * config['teacher_width']:,} bytes a token in full, {6 * config['k'] + 4:,} in topk; "
+        f"its logits would be {4 * work['vocabulary']:,}.",
     )  # fmt: skip
     made = [summary, phases, computed]
     if found["apart"]:
