@@ -204,7 +204,7 @@ def load(
     folder = cache / f"text-{digest.hexdigest()[:20]}-{vocabulary}"
     if not folder.exists():
         size = sum(len(text.encode()) for text in texts)
-        say(f"training a vocabulary of {vocabulary:,} on {len(texts):,} files, {size / 1e6:.1f} MB")
+        say(f"training a vocabulary of {vocabulary:,} on {len(texts):,} files, {size / 1e6:.3g} MB")
         try:
             _make(folder, texts, vocabulary)
         except OSError as error:
