@@ -1,5 +1,4 @@
-"""The ``kdkernels`` command: ``info``, ``bench``, ``reproduce``, ``soft-reg``, ``distill`` and
-``predict-teacher``.
+"""The ``kdkernels`` command: :func:`main`; ``kdkernels --help`` lists what it does.
 
 Exit status: 0 done; 1 a check failed or a run stopped on the way; 2 bad arguments, or data or
 weights that are not there; 130 interrupted. Whatever goes wrong is said in one sentence.
@@ -56,7 +55,9 @@ def _list_of(names):
 
 
 # The ops do without these; pyproject's extra "train" names the distributions they come in.
-_TRAIN_PACKAGES = ("torchvision", "sklearn", "matplotlib", "safetensors", "rich", "jinja2")
+_TRAIN_PACKAGES = (
+    "torchvision", "sklearn", "matplotlib", "safetensors", "rich", "jinja2", "tokenizers",
+)  # fmt: skip
 _COUNT = _number(int, 1)
 _STD = _number(float, 0, 1e6)
 # Defaults are those of distillation.Settings, soft_regularization.Settings and soft_regression.run,
@@ -281,6 +282,63 @@ _OF_PREDICT = {
         "help": "folder for the predictions; the same command continues what it left there",
     },
 }
+_OF_LM = {
+    "text": {
+        "metavar": "FILE|DIR",
+        "help": "text to learn from, in UTF-8: a file, or all files of a folder (default: the "
+        "sources of Python's standard library)",
+    },
+    "vocabulary": {
+        "type": _number(int, 257, 2**20),
+        "help": "byte-pair tokens, V; trained on the text and kept in ~/.cache/kdkernels "
+        "(default: 32000)",
+    },
+    "context": {"type": _number(int, 2, 2**16), "help": "tokens a window (default: 128)"},
+    "batch_size": {"type": _COUNT, "help": "windows a step (default: 8)"},
+    "student_width": {
+        "type": _number(int, 8, 2**14),
+        "help": "of its hidden states, a multiple of 64 or less than that (default: 256)",
+    },
+    "student_layers": {"type": _number(int, 1, 256), "help": "its blocks (default: 4)"},
+    "teacher_width": {"type": _number(int, 8, 2**14), "help": "as the student's (default: 384)"},
+    "teacher_layers": {"type": _number(int, 1, 256), "help": "its blocks (default: 6)"},
+    "teacher_steps": {
+        "type": _number(int, 0),
+        "help": "that the teacher learns for, on all of the text (default: 300, or 0 for a loaded "
+        "one)",
+    },
+    "teacher_weights": {
+        "metavar": "FILE|none",
+        "help": "the teacher's first weights: checkpoints/teacher.safetensors of a run with these "
+        "sizes and this text, none random (default: none)",
+    },
+    "lr": {"type": _number(float, 0, open_low=True), "help": "learning rate (default: 1e-3)"},
+    "temperature": {
+        "type": _number(float, 0, 1e6, open_low=True),
+        "help": "of the soft targets (default: 2.0)",
+    },
+    "k": {
+        "type": _number(int, 1, 1024),
+        "help": "largest logits of a token's teacher that the arm topk keeps (default: 64)",
+    },
+    "epochs": {"type": _COUNT, "help": "of each arm, over --train-samples (default: 3)"},
+    "train_samples": {
+        "type": _COUNT,
+        "help": "windows that the arms learn from, drawn at random (default: 240)",
+    },
+    "test_samples": {
+        "type": _COUNT,
+        "help": "held-out windows that are tested on, drawn at random (default: 64)",
+    },
+    "seed": {"type": _number(int, 0, 2**62), "help": "of weights and batches (default: 0)"},
+    "threads": {"type": _COUNT, "help": "CPU threads (default: torch's choice)"},
+    "arms": {
+        "type": _list_of(("reference", "compiled", "dense", "topk", "linear", "full")),
+        "metavar": "A,B",
+        "help": "which of reference, compiled, dense, topk, linear, full (default: all but "
+        "compiled)",
+    },
+}
 _OF_BENCH = {
     "quick": {
         "action": "store_true",
@@ -309,6 +367,12 @@ _PREDICT = (
     "teacher", "teacher_weights", "data", "data_dir", "image_size", "normalize", "augment",
     "views", "seed",
     "top_k", "dtype", "batch_size", "train_samples", "device", "threads", "out",
+)  # fmt: skip
+_LM = (
+    "text", "vocabulary", "context", "batch_size", "student_width", "student_layers",
+    "teacher_width", "teacher_layers", "teacher_steps", "teacher_weights", "lr", "temperature",
+    "alpha", "k", "epochs", "train_samples", "test_samples", "arms", "seed", "device", "threads",
+    "out", "resume",
 )  # fmt: skip
 _REPRODUCE = (
     "epochs", "teacher_epochs", "replicas", "repeats", "train_samples", "test_samples", "seed",
@@ -347,6 +411,12 @@ def _parser() -> argparse.ArgumentParser:
             "distill --teacher-predictions",
             _PREDICT,
             _OF_PREDICT,
+        ),
+        "distill-lm": (
+            "experiment 4: distil a small GPT into a smaller one, in five arms or six: the "
+            "reference, and losses of logits, of top-k teachers and of hidden states",
+            _LM,
+            _OF_LM,
         ),
     }
     for name, (text, options, own) in about.items():
@@ -421,6 +491,8 @@ def _resumed(command: str, given: dict):
     part, more, of = "distill", "epochs", "distill or reproduce"
     if command == "soft-reg":
         part, more, of = "soft_regularization", "seeds", "soft-reg --model mlp or resnet18"
+    elif command == "distill-lm":
+        part, of = "language_model", "distill-lm"
     value = given.pop(more, None)
     if given:
         name = next(iter(given)).replace("_", "-")
@@ -457,6 +529,10 @@ def _config(command: str, given: dict) -> dict:
             config["soft_reg"] = {k: v for k, v in given.items() if k in (*_LINEAR, "lr", "seed")}
         else:
             config["soft_regularization"] = part(soft_regularization.Settings)
+    elif command == "distill-lm":
+        from kdkernels.train import language_model
+
+        config["language_model"] = part(language_model.Settings)
     else:
         config["distill"] = part(distillation.Settings)
     if command == "reproduce":
@@ -490,10 +566,12 @@ def _experiments(command: str, given: dict) -> int:
     try:
         if "soft_reg" in config:
             _soft_reg(folder, config["soft_reg"], config["threads"], console)
-        for name, experiment in {
-            "distill": distillation,
-            "soft_regularization": soft_regularization,
-        }.items():
+        experiments = {"distill": distillation, "soft_regularization": soft_regularization}
+        if "language_model" in config:  # its text needs a package more
+            from kdkernels.train import language_model
+
+            experiments["language_model"] = language_model
+        for name, experiment in experiments.items():
             if name in config:
                 wanted = config[name] | {"arms": tuple(config[name]["arms"])}
                 terminal.progress(experiment.run, experiment.Settings(**wanted), folder, console)
@@ -624,7 +702,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(
             f"kdkernels {command}: it needs {error.name}, which is not installed: "
-            "pip install torchvision scikit-learn matplotlib safetensors rich jinja2",
+            "pip install torchvision scikit-learn matplotlib safetensors rich jinja2"
+            + (" tokenizers" if command == "distill-lm" else ""),
             file=sys.stderr,
         )
         return 2
