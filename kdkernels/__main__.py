@@ -1,4 +1,4 @@
-"""The ``kdkernels`` command: ``info``, ``bench``, ``reproduce``, ``soft-reg`` and ``distill``.
+"""The ``kdkernels`` command and its subcommands, of which --help tells.
 
 Exit status: 0 done; 1 a check failed or a run stopped on the way; 2 bad arguments, or data or
 weights that are not there; 130 interrupted. Whatever goes wrong is said in one sentence.
@@ -52,7 +52,15 @@ def _list_of(names):
 
 
 # The ops do without these; pyproject's extra "train" names the distributions they come in.
-_TRAIN_PACKAGES = ("torchvision", "sklearn", "matplotlib", "safetensors", "rich", "jinja2")
+_TRAIN_PACKAGES = (
+    "torchvision",
+    "sklearn",
+    "matplotlib",
+    "safetensors",
+    "rich",
+    "jinja2",
+    "optuna",
+)
 _COUNT = _number(int, 1)
 _STD = _number(float, 0, 1e6)
 # Defaults are those of distillation.Settings, soft_regularization.Settings and soft_regression.run,
@@ -194,6 +202,50 @@ _OF_BENCH = {
     "threads": {"type": _COUNT, "help": "CPU threads (default: torch's choice)"},
     "json": {"metavar": "FILE", "help": "write everything that was measured to FILE"},
 }
+_OF_TUNE = {
+    "search": {
+        "metavar": "SPACE",
+        "help": "what to try, such as temperature=1:16,alpha=0:1,divergence=forward_kl|js,lr: "
+        "names alone, low:high (low:high:points for a grid) or values separated by |; names: "
+        "temperature, alpha, lr, divergence, beta, noise, input_std, gradient_std, parameter_std, "
+        "regularizer_lam (default: temperature,alpha,divergence,noise, and what goes with them)",
+    },
+    "sampler": {
+        "choices": ("tpe", "random", "grid"),
+        "help": "tpe learns from the trials so far (default: tpe)",
+    },
+    "trials": {"type": _COUNT, "help": "in all (default: 30, or all points of a grid)"},
+    "seeds": {"type": _COUNT, "help": "runs of a trial, whose mean counts (default: 1)"},
+    "validation": {
+        "type": _number(float, 0.01, 0.9),
+        "help": "share of the training images that is held out for the trials' accuracy "
+        "(default: 0.2)",
+    },
+    "prune": {
+        "choices": ("none", "median", "hyperband"),
+        "help": "stop trials that do badly after an epoch (default: none)",
+    },
+    "confirm": {
+        "type": _number(int, 0),
+        "help": "runs each of the best trial's settings and of the defaults, on the test images "
+        "(default: 3)",
+    },
+    "workers": {"type": _COUNT, "help": "processes that run trials beside each other (default: 1)"},
+    "threads": {
+        "type": _COUNT,
+        "help": "CPU threads of a worker (default: torch's choice, shared out among the workers)",
+    },
+    "lr": {"type": _number(float, 0, open_low=True), "help": "learning rate (default: 1e-3)"},
+    "noise": {
+        "choices": ("input", "gradient", "parameter", "regularizer"),
+        "help": "noise on the student of each trial (default: none)",
+    },
+    "resume": {
+        "metavar": "RUN_DIR",
+        "help": "go on with the search in this folder; of the other options --trials, --confirm, "
+        "--workers and --threads may be given",
+    },
+}
 # soft-reg's options by the models that take them, in the order of --help.
 _COMMON = ("lr", "seed", "threads", "out")
 _LINEAR = ("noise", "steps", "lam", "sigma", "replicas", "repeats")
@@ -206,6 +258,13 @@ _DISTILL = (
     "data", "data_dir", "image_size", "batch_size", "lr", "temperature", "alpha", "epochs",
     "teacher_epochs", "target_accuracy", "teacher_weights", "arms", "noise", "noise_std",
     "train_samples", "test_samples", "seed", "device", "threads", "out", "resume",
+)  # fmt: skip
+_TUNE = (
+    "search", "sampler", "trials", "seeds", "validation", "prune", "confirm", "workers", "threads",
+    "data", "data_dir", "image_size", "augment", "views", "teacher", "student", "teacher_weights",
+    "batch_size", "lr", "temperature", "alpha", "divergence", "beta", "noise", "noise_std",
+    "epochs", "teacher_epochs", "train_samples", "test_samples", "seed", "device", "config", "out",
+    "resume",
 )  # fmt: skip
 _REPRODUCE = (
     "epochs", "teacher_epochs", "replicas", "repeats", "train_samples", "test_samples", "seed",
@@ -239,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
             _DISTILL,
             _OF_DISTILL,
         ),
+        "tune": ("search for distill's settings with Optuna", _TUNE, _OF_TUNE),
     }
     for name, (text, options, own) in about.items():
         command = commands.add_parser(
@@ -410,6 +470,41 @@ def _experiments(command: str, given: dict) -> int:
     return 0 if passed else 1
 
 
+def _tune(**given) -> int:
+    from kdkernels.train import TrainError, console, report, tune
+    from kdkernels.train.run_folder import RunFolder
+
+    workers, threads = given.pop("workers", 1), given.pop("threads", None)
+    own = {f.name for f in dataclasses.fields(tune.Settings)}
+    if "resume" in given:
+        folder = RunFolder.open(given.pop("resume"))
+        if "tune" not in folder.config:
+            raise TrainError(f"{folder.path} holds no run of tune to continue")
+        for name in given.keys() - {"trials", "confirm"}:
+            raise TrainError(f"with --resume, --{name.replace('_', '-')} is the earlier run's")
+        folder.config["tune"] |= given
+        tune.check(folder.config)
+        folder.write_json("config.json", folder.config)
+    else:
+        out = given.pop("out", None)
+        config = {
+            "command": "tune",
+            "tune": dataclasses.asdict(
+                tune.Settings(**{name: given.pop(name) for name in own & given.keys()})
+            ),
+            "distill": given,
+            "machine": report.machine(threads),
+        }
+        tune.check(config)
+        folder = RunFolder.create(out, config)
+    screen = console.make()
+    screen.print(f"this run's folder is {folder.path}")
+    console.show(screen, tune.run(folder, screen, workers, threads))
+    screen.print(f"the best settings are {folder.path / 'best.json'}, for distill --config")
+    screen.print(f"the report is {folder.path / 'report.html'}")
+    return 0
+
+
 def _bench(quick: bool = False, threads: int | None = None, json: str | None = None) -> int:
     from kdkernels import benchmark
 
@@ -450,7 +545,9 @@ def main(argv: list[str] | None = None) -> int:
     from kdkernels.train import TrainError
 
     try:
-        return _bench(**given) if command == "bench" else _experiments(command, given)
+        if command in ("bench", "tune"):
+            return {"bench": _bench, "tune": _tune}[command](**given)
+        return _experiments(command, given)
     except TrainError as error:
         print(f"kdkernels {command}: {error}", file=sys.stderr)
         return error.status
@@ -459,7 +556,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(
             f"kdkernels {command}: it needs {error.name}, which is not installed: "
-            "pip install torchvision scikit-learn matplotlib safetensors rich jinja2",
+            "pip install torchvision scikit-learn matplotlib safetensors rich jinja2"
+            + (" optuna" if command == "tune" else ""),
             file=sys.stderr,
         )
         return 2
