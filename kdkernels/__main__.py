@@ -263,8 +263,7 @@ _TUNE = (
     "search", "sampler", "trials", "seeds", "validation", "prune", "confirm", "workers", "threads",
     "data", "data_dir", "image_size", "augment", "views", "teacher", "student", "teacher_weights",
     "batch_size", "lr", "temperature", "alpha", "divergence", "beta", "noise", "noise_std",
-    "epochs", "teacher_epochs", "train_samples", "test_samples", "seed", "device", "config", "out",
-    "resume",
+    "epochs", "teacher_epochs", "train_samples", "test_samples", "seed", "device", "out", "resume",
 )  # fmt: skip
 _REPRODUCE = (
     "epochs", "teacher_epochs", "replicas", "repeats", "train_samples", "test_samples", "seed",
@@ -471,6 +470,8 @@ def _experiments(command: str, given: dict) -> int:
 
 
 def _tune(**given) -> int:
+    import shutil
+
     from kdkernels.train import TrainError, console, report, tune
     from kdkernels.train.run_folder import RunFolder
 
@@ -499,7 +500,13 @@ def _tune(**given) -> int:
         folder = RunFolder.create(out, config)
     screen = console.make()
     screen.print(f"this run's folder is {folder.path}")
-    console.show(screen, tune.run(folder, screen, workers, threads))
+    try:
+        tables = tune.run(folder, screen, workers, threads)
+    except TrainError as error:
+        if error.status == 2 and not folder.read_json("search/teacher.json"):
+            shutil.rmtree(folder.path)  # what was asked for cannot be: nothing to go on with
+        raise
+    console.show(screen, tables)
     screen.print(f"the best settings are {folder.path / 'best.json'}, for distill --config")
     screen.print(f"the report is {folder.path / 'report.html'}")
     return 0

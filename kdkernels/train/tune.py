@@ -9,17 +9,14 @@ seeds that the search did not see, and are tested on the test images.
 The run's folder holds, beside config.json::
 
     study.sqlite     Optuna's studies "search" and "confirm"
-    search, confirm  each study's teacher, as a run's folder, and its predictions
+    search, confirm  each study's teacher and its predictions, as a run's folder
     best.json        options for ``kdkernels distill --config``
     results.json, plots/*.png, report.html
 """
 
-import base64
 import contextlib
 import dataclasses
 import fcntl
-import io
-import math
 import multiprocessing
 import os
 import shutil
@@ -28,26 +25,25 @@ import sqlite3
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import optuna
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-from optuna.trial import TrialState
-from rich import progress
+from optuna.trial import FrozenTrial, TrialState
 
 import kdkernels
-from kdkernels.train import TrainError, console, data, distillation, report, soft_regularization
+from kdkernels.train import TrainError, console, data, distillation
 from kdkernels.train.run_folder import RunFolder
 
-__all__ = ["LIMITS", "SPACE", "Choices", "Range", "Settings", "Space", "check", "run"]
+__all__ = [
+    "BEST", "CONFIRM", "DEFAULTS", "DONE", "NOISE", "SEARCH", "SPACE", "Range", "Settings", "Space",
+    "Study", "check", "run", "score", "text",
+]  # fmt: skip
 
 SEARCH, CONFIRM = "search", "confirm"
 DEFAULTS, BEST = "the defaults", "the best trial's"
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +52,9 @@ class Settings:
 
     Attributes:
         search: see :class:`Space`.
-        sampler: ``"tpe"`` (tree-structured Parzen estimator), ``"random"`` or ``"grid"``.
-        trials: finished ones in the end; None is 30, for a grid all its points, no other number.
+        sampler: ``"tpe"`` (tree-structured Parzen estimator), ``"random"`` or ``"grid"``; the
+            first two begin with the defaults, where these are in the space.
+        trials: finished ones in the end; None is 30, and for a grid all its points.
         seeds: of one trial; its accuracy is their mean.
         validation: share of the training images that is held out, 0..1.
         prune: ``"median"`` or ``"hyperband"`` stops trials that do badly after an epoch; or
@@ -85,85 +82,64 @@ class Range:
     log: bool = False
     count: int = 4
 
-    def suggest(self, trial: optuna.Trial, name: str) -> float:
-        """This trial's value."""
-        return trial.suggest_float(name, self.low, self.high, log=self.log)
-
-    def points(self) -> list[float]:
-        """A grid's values."""
-        shares = [i / (self.count - 1) for i in range(1, self.count - 1)]
-        if self.log:
-            inner = [self.low * (self.high / self.low) ** share for share in shares]
-        else:
-            inner = [self.low + (self.high - self.low) * share for share in shares]
-        return [self.low, *(float(f"{value:.4g}") for value in inner), self.high]
-
     def __contains__(self, value) -> bool:
         return self.low <= value <= self.high
 
-
-@dataclasses.dataclass(frozen=True)
-class Choices:
-    """One of ``values``, numbers or names."""
-
-    values: tuple
-
-    def suggest(self, trial: optuna.Trial, name: str):
-        """This trial's value."""
-        return trial.suggest_categorical(name, self.values)
-
-    def points(self) -> list:
-        """A grid's values."""
-        return list(self.values)
-
-    def __contains__(self, value) -> bool:
-        return value in self.values
+    def __iter__(self):
+        yield self.low
+        for i in range(1, self.count - 1):
+            share = i / (self.count - 1)
+            if self.log:
+                value = self.low * (self.high / self.low) ** share
+            else:
+                value = self.low + (self.high - self.low) * share
+            yield float(f"{value:.4g}")
+        yield self.high
 
 
 SPACE = {
     "temperature": Range(1.0, 16.0, log=True),
     "alpha": Range(0.0, 1.0),
     "lr": Range(1e-4, 1e-2, log=True),
-    "divergence": Choices(tuple(kdkernels.divergences())),
+    "divergence": tuple(kdkernels.divergences()),
     "beta": Range(0.05, 0.95),
-    "noise": Choices(("none", *distillation.NOISE_STD)),
+    "noise": ("none", *distillation.NOISE_STD),
     "input_std": Range(0.01, 1.0, log=True),
     "gradient_std": Range(0.001, 0.1, log=True),
     "parameter_std": Range(0.001, 0.1, log=True),
     "regularizer_lam": Range(0.001, 0.1, log=True),
 }
-"""What can be searched, and where it is unless the search says otherwise."""
+"""What can be searched, and where it is unless the search says otherwise: a range, or a tuple."""
 
-LIMITS = {"alpha": (0.0, 1.0), "beta": (0.0, 1.0)}
-"""Where numbers may be; others are above 0 and at most 1e6."""
-
-_STDS = {
+_LIMITS = {"alpha": (0.0, 1.0), "beta": (0.0, 1.0)}  # others are above 0 and at most 1e6
+NOISE = {
     "input_std": "input", "gradient_std": "gradient", "parameter_std": "parameter",
     "regularizer_lam": "regularizer",
 }  # fmt: skip
+"""Which noise a standard deviation or lambda is of."""
 
 
-def _dimension(name: str, text: str) -> Range | Choices:
-    """One dimension as ``--search name=text`` has it."""
+def _dimension(name: str, text: str) -> Range | tuple:
+    """What ``--search name=text`` asks for."""
     usual = SPACE[name]
     parts = text.split(":" if ":" in text else "|")
-    if isinstance(usual, Choices):
-        if set(parts) <= set(usual.values) and len(set(parts)) == len(parts):
-            return Choices(tuple(parts))
-        known = ", ".join(usual.values)
+    if isinstance(usual, tuple):
+        if set(parts) <= set(usual) and len(set(parts)) == len(parts):
+            return tuple(parts)
+        known = ", ".join(usual)
         raise TrainError(f"--search {name}={text}: give some of {known}, separated by |")
-    least, most = LIMITS.get(name, (sys.float_info.min, 1e6))
+    least, most = _LIMITS.get(name, (sys.float_info.min, 1e6))
     with contextlib.suppress(ValueError):  # whatever float() and int() do not read
         numbers = [float(part) for part in (parts[:2] if ":" in text else parts)]
         fits = all(least <= number <= most for number in numbers)
         if fits and ":" not in text and len(set(numbers)) == len(numbers):
-            return Choices(tuple(numbers))
+            return tuple(numbers)
         count = int(parts[2]) if len(parts) > 2 else usual.count
         if fits and 2 <= len(parts) <= 3 and numbers[0] < numbers[1] and count > 1:
-            return Range(numbers[0], numbers[1], usual.log, count)
+            return Range(*numbers, usual.log, count)
     raise TrainError(
         f"--search {name}={text}: give low:high, such as {usual.low:g}:{usual.high:g}, or numbers "
-        f"separated by |, each {f'in {least:g}..{most:g}' if name in LIMITS else 'above 0'}"
+        f"separated by |, each {f'in {least:g}..{most:g}' if name in _LIMITS else 'above 0'}"
     )
 
 
@@ -177,14 +153,16 @@ class Space:
             a parameter in 0..1, with noise each one's standard deviation or lambda.
         given: options of ``kdkernels distill`` that all trials have.
 
+    Attributes:
+        dimensions: what is searched, in the order of ``SPACE``.
+
     Raises:
         TrainError: a name or a value that there is not, or that is given as well.
     """
 
     def __init__(self, search: str, given: dict):
-        plain = distillation.Settings(**given)
-        self.plain = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
-        self.plain["noise"] = plain.noise or "none"
+        self.fixed = dataclasses.asdict(distillation.Settings(**given))
+        self.fixed["noise"] = self.fixed["noise"] or "none"
         named = {}
         for item in search.split(","):
             name, equals, text = (part.strip() for part in item.partition("="))
@@ -193,23 +171,20 @@ class Space:
             if name in named:
                 raise TrainError(f"--search has {name} twice")
             named[name] = _dimension(name, text) if equals else SPACE[name]
-        values = {
-            name: named[name].values if name in named else (self.plain[name],)
-            for name in ("divergence", "noise")
-        }
-        for name in ("beta", *_STDS):
+        for name in ("beta", *NOISE):
             parent = "divergence" if name == "beta" else "noise"
-            if any(self.needs(name, {parent: value}) for value in values[parent]):
-                if parent in named:
-                    named.setdefault(name, SPACE[name])
-            elif name in named:
+            values = named.get(parent, (self.fixed[parent],))
+            taken = any(self.needs(name, {parent: value}) for value in values)
+            if taken and parent in named:
+                named.setdefault(name, SPACE[name])
+            elif name in named and not taken:
                 raise TrainError(
                     f"--search has {name}, which no {parent} that is tried takes: "
-                    f"{', '.join(values[parent])}"
+                    f"{', '.join(values)}"
                 )
         self.dimensions = {name: named[name] for name in SPACE if name in named}
         for name in self.dimensions:
-            option = "noise_std" if name in _STDS else name
+            option = "noise_std" if name in NOISE else name
             if option in given:
                 raise TrainError(
                     f"--search tries {name}, and --{option.replace('_', '-')} is given: leave it "
@@ -218,55 +193,63 @@ class Space:
 
     def needs(self, name: str, chosen: dict) -> bool:
         """Whether a trial that has these values has one of this name too."""
-        chosen = self.plain | chosen
+        chosen = self.fixed | chosen
         if name == "beta":
-            of = kdkernels.divergences()[chosen["divergence"]].parameters
-            return of.get("beta", 2.0) <= 1.0
-        return name not in _STDS or _STDS[name] == chosen["noise"]
+            parameters = kdkernels.divergences()[chosen["divergence"]].parameters
+            return parameters.get("beta", 2.0) <= 1.0
+        return name not in NOISE or NOISE[name] == chosen["noise"]
 
     def suggest(self, trial: optuna.Trial) -> dict:
         """A trial's values."""
         chosen = {}
         for name, dimension in self.dimensions.items():
-            if self.needs(name, chosen):
-                chosen[name] = dimension.suggest(trial, name)
+            if not self.needs(name, chosen):
+                continue
+            if isinstance(dimension, tuple):
+                chosen[name] = trial.suggest_categorical(name, dimension)
+            else:
+                low, high = dimension.low, dimension.high
+                chosen[name] = trial.suggest_float(name, low, high, log=dimension.log)
         return chosen
 
     def grid(self) -> list[dict]:
         """The values of all of a grid's trials."""
         points = [{}]
         for name, dimension in self.dimensions.items():
+            steps = [{name: value} for value in dimension]
             points = [
-                point | more
+                point | step
                 for point in points
-                for more in (
-                    [{name: value} for value in dimension.points()]
-                    if self.needs(name, point)
-                    else [{}]
-                )
+                for step in (steps if self.needs(name, point) else [{}])
             ]
         return points
 
     def defaults(self) -> list[dict]:
         """The values of the trial with the defaults; an empty list where they are outside."""
-        own = kdkernels.divergences()[self.plain["divergence"]].parameters | self.plain
-        own |= {name: distillation.NOISE_STD[place] for name, place in _STDS.items()}
-        own["beta"] = kdkernels.divergences()[own["divergence"]].parameters.get("beta")
+        own = self.fixed | {name: distillation.NOISE_STD[place] for name, place in NOISE.items()}
+        own |= kdkernels.divergences()[own["divergence"]].parameters
         chosen = {name: own[name] for name in self.dimensions if self.needs(name, {})}
         return [chosen] if all(v in self.dimensions[n] for n, v in chosen.items()) else []
 
 
-def options(chosen: dict) -> dict:
+def _options(chosen: dict) -> dict:
     """A trial's values as options of ``kdkernels distill``."""
-    found = {("noise_std" if name in _STDS else name): value for name, value in chosen.items()}
+    found = {("noise_std" if name in NOISE else name): value for name, value in chosen.items()}
     return {name: value for name, value in found.items() if (name, value) != ("noise", "none")}
 
 
-class _Study:
-    """One of the two Optuna studies of a run's folder, as a process sees it.
+class Study:
+    """One of a folder's two Optuna studies, as a process sees it.
 
-    The study "search" tries the space; of "confirm" each trial is one seed of the defaults or of
-    the best trial's settings.
+    The study "search" tries the space; a trial of "confirm" is one seed of the defaults or of the
+    best trial's settings.
+
+    Attributes:
+        settings, given, space: what the folder's config asks for.
+        plain: the trainer's settings before a trial's own.
+        study: Optuna's.
+        points: values that must be tried; of a grid and of "confirm" all that there are.
+        limit: number of trials.
     """
 
     def __init__(self, folder: RunFolder, name: str):
@@ -277,103 +260,91 @@ class _Study:
         self.plain = self.wanted({})
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         file = folder.path / "study.sqlite"
-        # A log of writes lets others read meanwhile; a worker waits for another's write.
         with contextlib.closing(sqlite3.connect(file, timeout=60)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA journal_mode=WAL")  # readers and a writer do not wait
         self.storage = optuna.storages.RDBStorage(
             f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": 60}}
         )
-        pruners = {
-            "none": optuna.pruners.NopPruner(),
-            "median": optuna.pruners.MedianPruner(n_warmup_steps=1),
-            "hyperband": optuna.pruners.HyperbandPruner(
-                max_resource=self.plain.epochs * self.settings.seeds
-            ),
-        }
+        most = self.plain.epochs * self.settings.seeds
+        pruner = {
+            # After the first epoch BatchNorm's running averages still trail the weights.
+            "median": optuna.pruners.MedianPruner(n_warmup_steps=2),
+            "hyperband": optuna.pruners.HyperbandPruner(min_resource=2, max_resource=max(2, most)),
+        }.get(self.settings.prune if name == SEARCH else "none", optuna.pruners.NopPruner())
         self.study = optuna.create_study(
-            storage=self.storage, study_name=name, direction="maximize", load_if_exists=True,
-            pruner=pruners[self.settings.prune if name == SEARCH else "none"],
+            storage=self.storage, study_name=name, direction="maximize", pruner=pruner,
+            load_if_exists=True,
         )  # fmt: skip
+        self.closed = name == CONFIRM or self.settings.sampler == "grid"
+        first = self.plain.seed + self.settings.seeds
+        self.seeds = range(first, first + self.settings.confirm)
         if name == CONFIRM:
-            seeds = range(self.settings.seeds, self.settings.seeds + self.settings.confirm)
-            self.points = [
-                {"settings": which, "seed": self.plain.seed + seed}
-                for seed in seeds
-                for which in (DEFAULTS, BEST)
-            ]
+            both = (DEFAULTS, BEST)
+            self.points = [{"settings": a, "seed": seed} for seed in self.seeds for a in both]
         else:
-            grid = self.settings.sampler == "grid"
-            self.points = self.space.grid() if grid else self.space.defaults()
-        self.only_points = name == CONFIRM or self.settings.sampler == "grid"
-        self.limit = len(self.points) if self.only_points else self.settings.trials or 30
+            self.points = self.space.grid() if self.closed else self.space.defaults()
+        self.limit = len(self.points) if self.closed else self.settings.trials or 30
 
     def wanted(self, more: dict) -> distillation.Settings:
-        """What a trial asks of the trainer, with these options of its own."""
+        """What a trial asks of the trainer that has these options of its own."""
         validation = self.settings.validation if self.name == SEARCH else 0.0
         return distillation.Settings(**self.given | {"validation": validation, "arms": ()} | more)
 
-    def trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Those in these states, all by default."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
-    def done(self) -> int:
-        """Number of finished trials."""
-        return len(self.trials(*_DONE))
-
     def queue(self) -> None:
-        """Make trials that were under way wait again, and all points wait that were not tried.
+        """Let all points wait that were not tried, and trials that were stopped halfway.
 
         Nobody else may be at work on the study.
         """
         stale = self.trials(TrialState.RUNNING)
         for trial in stale:
             self.study.tell(trial.number, state=TrialState.FAIL)
-        again = [] if self.only_points else [t.params for t in stale if t.params]
-        tried = [
-            trial.params or trial.system_attrs["fixed_params"]
-            for trial in self.trials(TrialState.WAITING, *_DONE)
-        ]
-        known = {tuple(sorted(point.items())) for point in tried}
+        again = [] if self.closed else [trial.params for trial in stale if trial.params]
+        known = {
+            tuple(sorted((trial.params or trial.system_attrs["fixed_params"]).items()))
+            for trial in self.trials(TrialState.WAITING, *DONE)
+        }
         for point in self.points + again:
-            key = tuple(sorted(point.items()))
-            if key not in known:
+            if (key := tuple(sorted(point.items()))) not in known:
                 self.study.enqueue_trial(point)
                 known.add(key)
 
     def ask(self) -> tuple[optuna.Trial, dict] | None:
         """The next trial and its values; None where there is none left."""
-        with _locked(self.folder.path / "ask.lock"):
-            number = len(self.trials(TrialState.RUNNING, *_DONE))
+        with (self.folder.path / "ask.lock").open("w") as lock:  # let go when closed, or killed
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            number = len(self.trials(TrialState.RUNNING, *DONE))
             if number >= self.limit:
                 return None
-            # A sampler of the trial's own: one that went on drawing would start anew at a resume.
-            seed = self.plain.seed * 1_000_003 + number
-            tpe = self.settings.sampler == "tpe"
+            # A sampler of the trial's own: one for all would draw the same again after a resume.
+            tpe = self.settings.sampler == "tpe" and self.name == SEARCH
             make = optuna.samplers.TPESampler if tpe else optuna.samplers.RandomSampler
-            self.study.sampler = make(seed=seed % 2**32)
+            self.study.sampler = make(seed=(self.plain.seed * 1_000_003 + number) % 2**32)
             trial = self.study.ask()
             if self.name == SEARCH:
                 return trial, self.space.suggest(trial)
-            point = {"settings": trial.suggest_categorical("settings", (DEFAULTS, BEST))}
-            seeds = sorted({point["seed"] for point in self.points})
-            return trial, point | {"seed": trial.suggest_int("seed", seeds[0], seeds[-1])}
+            which = trial.suggest_categorical("settings", (DEFAULTS, BEST))
+            seed = trial.suggest_int("seed", self.seeds[0], self.seeds[-1])
+            return trial, {"settings": which, "seed": seed}
 
-    def prepare(self, screen) -> None:
+    def prepare(self, screen, threads: int | None) -> None:
         """Train the teacher and keep its predictions of the training images, once."""
-        path = self.folder.path / self.name
-        if (path / "teacher.json").exists():
+        inner = RunFolder(self.folder.path / self.name, {})
+        if inner.read_json("teacher.json"):
             return
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        inner = RunFolder(path, {})
-        # An arm that has no epochs: what is left is the teacher and what it says.
+        (inner.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        # Of an arm without epochs there is only the teacher, and what it says.
         wanted = dataclasses.replace(
-            self.plain, epochs=0, arms=("full",), noise=None, noise_std=None, generations=1
+            self.plain, epochs=0, arms=("full",), noise=None, noise_std=None, threads=threads
         )
         screen.print(f"{self.name}: the teacher learns and predicts")
         console.progress(distillation.run, wanted, inner, screen)
-        found = [line for line in inner.metrics() if line["kind"] == "epoch"]
-        accuracy = found[-1]["accuracy"] if found else None
-        inner.write_json("teacher.json", {"accuracy": accuracy})
+        found, _ = inner.load("teacher-test")
+        right = (found["logits"].argmax(1) == found["labels"]).double().mean().item()
+        inner.write_json("teacher.json", {"accuracy": right})
 
     def work(self, threads: int | None, parent: int = 0, after: Callable = lambda: None) -> None:
         """Run trials until none is left.
@@ -389,8 +360,8 @@ class _Study:
             imagenet=plain.teacher_weights == "DEFAULT",
             augment=plain.augment, views=plain.views, seed=plain.seed,
         )  # fmt: skip
-
         kept = str(self.folder.path / self.name / "predictions/teacher")
+        common = {"teacher_predictions": kept, "teacher_weights": "none", "threads": threads}
 
         def on_step(*_):
             if parent and os.getppid() != parent:
@@ -398,14 +369,11 @@ class _Study:
 
         while (asked := self.ask()) is not None:
             trial, chosen = asked
-            if self.name == SEARCH:
-                more, first, seeds = options(chosen), plain.seed, self.settings.seeds
-            else:
-                more, first, seeds = {}, chosen["seed"], 1
-                if chosen["settings"] == BEST:
-                    more = self.study.user_attrs["best"]
-            more |= {"teacher_predictions": kept, "teacher_weights": "none", "threads": threads}
-            wanted = self.wanted(more)
+            more, first, seeds = chosen, plain.seed, self.settings.seeds
+            if self.name == CONFIRM:
+                best = self.study.user_attrs["best"]
+                more, first, seeds = best if chosen["settings"] == BEST else {}, chosen["seed"], 1
+            wanted = self.wanted(_options(more) | common)
             began, found = time.monotonic(), []
             try:
                 for seed in range(first, first + seeds):
@@ -413,7 +381,7 @@ class _Study:
             except optuna.TrialPruned:
                 self.study.tell(trial, state=TrialState.PRUNED)
             except TrainError as error:
-                if error.status != 130:  # the parent finds it: it may be another process
+                if error.status != 130:  # whoever started this process finds the sentence there
                     trial.set_user_attr("error", str(error))
                     self.study.tell(trial, state=TrialState.FAIL)
                 raise
@@ -424,75 +392,63 @@ class _Study:
             after()
 
     def _train(self, trial, settings, seed, images, on_step, number) -> float:
-        """The accuracy of one seed after its last epoch; 0 where the loss stopped being finite."""
-        path = self.folder.path / "trials" / f"{self.name}-{trial.number}-{seed}"
-        (path / "checkpoints").mkdir(parents=True)
-        inner = RunFolder(path, {})
+        """A seed's accuracy after its last epoch; 0 where the loss stopped being finite."""
+        inner = RunFolder(self.folder.path / "trials" / f"{self.name}-{trial.number}-{seed}", {})
+        (inner.path / "checkpoints").mkdir(parents=True)
         arms = () if settings.noise else ("full",)
-        settings = dataclasses.replace(settings, seed=seed, arms=arms)
 
         def lines(kind):
             return [line for line in inner.metrics() if line["kind"] == kind]
 
         def epoch_is_over(_):
             epochs = lines("epoch")
-            step = number * settings.epochs + len(epochs)
-            trial.report(epochs[-1]["accuracy"], step)
+            trial.report(epochs[-1]["accuracy"], number * settings.epochs + len(epochs))
             if trial.should_prune():
                 raise optuna.TrialPruned
 
         try:
-            distillation.run(settings, inner, on_step, epoch_is_over, images=images)
+            distillation.run(
+                dataclasses.replace(settings, seed=seed, arms=arms), inner, on_step, epoch_is_over,
+                images=images,
+            )  # fmt: skip
             return lines("epoch")[-1]["accuracy"]
         except TrainError:
-            last = lines("step")[-1:]
-            if last and not isinstance(last[0]["loss"], float):  # JSON has no NaN
+            steps = lines("step")
+            if steps and not isinstance(steps[-1]["loss"], float):  # JSON has no NaN
                 return 0.0
             raise
         finally:
-            shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[int]:
-    """Hold a lock file, which the system takes back from a process that dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, how)
-        yield file.fileno()
+            shutil.rmtree(inner.path)
 
 
 def _work(path: str, name: str, threads: int | None, parent: int) -> None:
     """A worker process."""
     folder = RunFolder.open(path)
-    with _locked(folder.path / "run.lock", fcntl.LOCK_SH):
+    with (folder.path / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
         try:
-            _Study(folder, name).work(threads, parent)
+            Study(folder, name).work(threads, parent)
         except TrainError as error:  # the trial has the sentence
             sys.exit(error.status)
 
 
-def _spread(study: _Study, workers: int, threads: int | None, watch: Callable) -> None:
+def _spread(study: Study, workers: int, threads: int | None, watch: Callable) -> None:
     """Let worker processes run the study's trials."""
     context = multiprocessing.get_context("spawn")
     threads = threads or max(1, torch.get_num_threads() // workers)
-    processes = [
-        context.Process(
-            target=_work, args=(str(study.folder.path), study.name, threads, os.getpid())
-        )
-        for _ in range(workers)
-    ]
+    arguments = (str(study.folder.path), study.name, threads, os.getpid())
+    processes = [context.Process(target=_work, args=arguments) for _ in range(workers)]
     # Ctrl-C goes to all of a terminal's processes; the workers leave it to this one.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for process in processes:
             process.start()
-    finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    try:
         while any(process.is_alive() for process in processes):
             watch()
             time.sleep(0.3)
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for process in processes:
             process.terminate()
             process.join()
@@ -500,39 +456,49 @@ def _spread(study: _Study, workers: int, threads: int | None, watch: Callable) -
     status = [process.exitcode for process in processes if process.exitcode]
     if status:
         said = [t.user_attrs["error"] for t in study.trials() if "error" in t.user_attrs]
-        raise TrainError(said[-1] if said else f"a worker was killed (status {status[0]})", 1)
+        how = f"was killed by signal {-status[0]}" if status[0] < 0 else f"exited with {status[0]}"
+        reason = said[-1] if said and status[0] > 0 else f"a worker {how}"
+        raise TrainError(f"{reason}; go on with kdkernels tune --resume {study.folder.path}", 1)
 
 
-def _finish(study: _Study, workers: int, threads: int | None, screen) -> None:
+def _finish(study: Study, workers: int, threads: int | None, screen) -> None:
     """Run what is left of a study, with a line a trial and a progress bar."""
     study.queue()
     shutil.rmtree(study.folder.path / "trials", ignore_errors=True)
-    if study.done() >= study.limit:
+    shown = {trial.number for trial in study.trials(*DONE)}
+    if len(shown) >= study.limit:
         return
-    study.prepare(screen)
-    columns = (
-        progress.TextColumn("{task.description}"), progress.BarColumn(),
-        progress.MofNCompleteColumn(), progress.TextColumn("trials"),
-        progress.TimeElapsedColumn(), progress.TextColumn("left:"), progress.TimeRemainingColumn(),
-    )  # fmt: skip
-    shown = {trial.number for trial in study.trials(*_DONE)}
-    with progress.Progress(*columns, console=screen, transient=True) as bars:
-        bar = bars.add_task(study.name, total=study.limit, completed=len(shown))
+    study.prepare(screen, threads and threads * workers)
 
+    def work(_settings, _folder, on_step, say):
         def watch():
-            for trial in study.trials(*_DONE):
+            for trial in study.trials(*DONE):
                 if trial.number not in shown:
                     shown.add(trial.number)
-                    bars.console.print(
-                        f"{study.name} {len(shown)} of {study.limit}: {_accuracy(trial)}, "
-                        f"{_words(trial.params)}"
-                    )
-            bars.update(bar, completed=len(shown))
+                    values = ", ".join(f"{k} {text(v)}" for k, v in trial.params.items())
+                    say(f"{study.name} {len(shown)} of {study.limit}: {score(trial)}, {values}")
+            on_step(study.name, len(shown), study.limit)
 
+        watch()
         if workers == 1:
             study.work(threads, after=watch)
         else:
             _spread(study, workers, threads, watch)
+
+    console.progress(work, None, None, screen)
+
+
+def text(value) -> str:
+    """A setting's value for a person."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def score(trial: FrozenTrial) -> str:
+    """A finished trial's accuracy, with the standard deviation over its seeds."""
+    if trial.state == TrialState.PRUNED:
+        return f"stopped early at {trial.value:.1%}"
+    found = trial.user_attrs["accuracies"]
+    return f"{trial.value:.1%}" + (f" ± {statistics.stdev(found):.1%}" if len(found) > 1 else "")
 
 
 def check(config: dict) -> None:
@@ -562,6 +528,8 @@ def run(folder: RunFolder, screen, workers: int = 1, threads: int | None = None)
     Raises:
         TrainError: another process is at work on this folder; a trial cannot run; Ctrl-C.
     """
+    from kdkernels.train import tune_report  # it needs this module
+
     with (folder.path / "run.lock").open("w") as lock:
         for last in [False] * 40 + [True]:  # workers of a killed command end with their step
             try:
@@ -569,231 +537,35 @@ def run(folder: RunFolder, screen, workers: int = 1, threads: int | None = None)
                 break
             except BlockingIOError:
                 if last:
-                    raise TrainError(
-                        f"another kdkernels tune is at work on {folder.path}"
-                    ) from None
+                    reason = f"another kdkernels tune is at work on {folder.path}"
+                    raise TrainError(reason) from None
                 time.sleep(0.2)
         fcntl.flock(lock, fcntl.LOCK_SH)  # the workers hold it too
-        search = _Study(folder, SEARCH)
+        search, confirm = Study(folder, SEARCH), None
         try:
             _finish(search, workers, threads, screen)
-            best = options(search.study.best_params)
-            folder.write_json("best.json", _kept(search.given) | best | {"arms": ["full"]})
-            confirm = None
-            if search.settings.confirm and search.wanted(best) != search.wanted({}):
-                confirm = _Study(folder, CONFIRM)
-                if confirm.study.user_attrs.get("best", best) != best:
+            best = search.study.best_params
+            _write_best(folder, search.given, best)
+            if search.settings.confirm and search.wanted(_options(best)) != search.plain:
+                confirm = Study(folder, CONFIRM)
+                if confirm.study.user_attrs.get("best", best) != best:  # more trials found better
                     optuna.delete_study(study_name=CONFIRM, storage=confirm.storage)
-                    confirm = _Study(folder, CONFIRM)
+                    confirm = Study(folder, CONFIRM)
                 confirm.study.set_user_attr("best", best)
                 _finish(confirm, workers, threads, screen)
         except (KeyboardInterrupt, TrainError) as error:
-            if isinstance(error, TrainError) and error.status != 130:
+            if getattr(error, "status", 130) != 130:
                 raise
             raise TrainError(
-                f"interrupted after {search.done()} of {search.limit} trials: continue with "
-                f"kdkernels tune --resume {folder.path}",
+                f"interrupted after {len(search.trials(*DONE))} of {search.limit} trials: go on "
+                f"with kdkernels tune --resume {folder.path}",
                 status=130,
             ) from None
-        return _report(search, confirm)
+        return tune_report.write(search, confirm)
 
 
-def _kept(given: dict) -> dict:
-    """Those of the options given that the best settings go with."""
-    own = ("device", "threads", "train_samples", "test_samples")
-    return {name: value for name, value in given.items() if name not in own}
-
-
-def _accuracy(trial: optuna.trial.FrozenTrial) -> str:
-    if trial.state == TrialState.PRUNED:
-        return f"stopped early at {trial.value:.1%}" if trial.value is not None else "stopped early"
-    found = trial.user_attrs["accuracies"]
-    spread = f" ± {statistics.stdev(found):.1%}" if len(found) > 1 else ""
-    return f"{trial.value:.1%}{spread}"
-
-
-def _words(params: dict) -> str:
-    return ", ".join(f"{name} {_text(value)}" for name, value in params.items())
-
-
-def _text(value) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _tables(search: _Study, confirm: _Study | None, importances: dict) -> list[report.Table]:
-    settings, plain = search.settings, search.plain
-    done = search.trials(*_DONE)
-    complete = sorted(search.trials(TrialState.COMPLETE), key=lambda t: (-t.value, t.number))
-    usual = search.space.defaults()
-    shown = complete[:10] + [t for t in complete[10:] if [t.params] == usual]
-    names = list(search.space.dimensions)
-    found = report.Table(
-        "Search: the best trials",
-        ["trial", "held-out accuracy", *(name.replace("_", " ") for name in names), "seconds"],
-        [
-            [
-                f"{trial.number}{' (the defaults)' if [trial.params] == usual else ''}",
-                _accuracy(trial),
-                *(_text(trial.params[name]) if name in trial.params else "" for name in names),
-                f"{trial.user_attrs['seconds']:.0f}",
-            ]
-            for trial in shown
-        ],
-        f"{len(done)} trials by the sampler {settings.sampler}, "
-        f"{len(done) - len(complete)} of them stopped early (pruner {settings.prune}); "
-        f"{plain.student} taught by {plain.teacher} on {plain.data} at "
-        f"{plain.image_size}x{plain.image_size}, {plain.epochs} epochs, seeds {plain.seed} to "
-        f"{plain.seed + settings.seeds - 1}. Accuracy is on {settings.validation:.0%} of the "
-        "training images, held out; the best of many trials is better there than elsewhere.",
-    )
-    tables = [found]
-    if confirm is not None:
-        values = {which: [] for which in (DEFAULTS, BEST)}
-        for trial in sorted(confirm.trials(TrialState.COMPLETE), key=lambda t: t.params["seed"]):
-            values[trial.params["settings"]].append(trial.value)
-        apart = soft_regularization.difference(values[BEST], values[DEFAULTS])
-        error = apart["standard_error"]
-        tables.insert(
-            0,
-            report.Table(
-                "Confirmation: the test images",
-                ["settings", "test accuracy, %", "by seed, %"],
-                [
-                    [
-                        which,
-                        f"{statistics.fmean(row):.2%}".rstrip("%")
-                        + (f" ± {statistics.stdev(row) * 100:.2f}" if len(row) > 1 else ""),
-                        ", ".join(f"{value * 100:.2f}" for value in row),
-                    ]
-                    for which, row in values.items()
-                ],
-                f"Trained on all training images, {plain.epochs} epochs, {len(values[BEST])} seeds "
-                "that the search did not see, mean ± standard deviation. Difference "
-                f"{apart['mean'] * 100:+.2f}"
-                + (f" ± {error * 100:.2f} (standard error of pairs)" if error else "")
-                + f" points. The best trial's: {_words(search.study.best_params)}.",
-            ),
-        )
-    if importances:
-        tables.append(
-            report.Table(
-                "What mattered",
-                ["setting", "importance, %"],
-                [[name.replace("_", " "), f"{v * 100:.0f}"] for name, v in importances.items()],
-                "PED-ANOVA (Watanabe et al., arXiv 2304.10255): how much a setting decides whether "
-                "a trial is among the better ones; they add up to 100.",
-            )
-        )
-    return tables
-
-
-def _plot_history(search: _Study, _) -> Figure:
-    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
-    axes = figure.subplots()
-    trials = search.trials(TrialState.COMPLETE)
-    stopped = [t for t in search.trials(TrialState.PRUNED) if t.value is not None]
-    colour = report.COLOURS["fused"]
-    numbers, values = [t.number for t in trials], [t.value for t in trials]
-    axes.plot(numbers, values, "o", color=colour, alpha=0.55, ms=5, mew=0, label="a trial")
-    if stopped:
-        axes.plot(
-            [t.number for t in stopped], [t.value for t in stopped], "x", color="#999999", ms=5,
-            label="stopped early",
-        )  # fmt: skip
-    best = [max(values[: i + 1]) for i in range(len(values))]
-    axes.step(numbers, best, where="post", color="#c1121f", lw=1.5, label="best so far")
-    for trial in trials:
-        if [trial.params] == search.space.defaults():
-            axes.axhline(trial.value, color="black", lw=1, ls=":", label="the defaults")
-    axes.set(xlabel="trial", ylabel="held-out accuracy", title="The search")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(fontsize=9, loc="lower right")
-    return figure
-
-
-def _plot_settings(search: _Study, _) -> Figure:
-    trials = search.trials(TrialState.COMPLETE)
-    names = [n for n in search.space.dimensions if any(n in t.params for t in trials)]
-    columns = min(3, len(names))
-    rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(3.2 * columns + 0.8, 2.9 * rows + 0.3), layout="constrained")
-    every = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
-    for axes, name in zip(every, names, strict=False):
-        those = [t for t in trials if name in t.params]
-        dimension = search.space.dimensions[name]
-        x = [t.params[name] for t in those]
-        if isinstance(dimension, Choices):
-            ticks = range(len(dimension.values))
-            x = [dimension.values.index(v) for v in x]
-            labels = [_text(v).replace("_", "\n") for v in dimension.values]
-            axes.set_xticks(ticks, labels, fontsize=7 if len(labels) > 5 else 9)
-            if sum(map(len, labels)) > 30:
-                axes.tick_params(axis="x", rotation=90)
-            axes.set_xlim(-0.5, len(labels) - 0.5)
-        elif dimension.log:
-            axes.set_xscale("log")
-        dots = axes.scatter(
-            x, [t.value for t in those], c=[t.number for t in those], cmap="viridis_r", s=22,
-            alpha=0.8, lw=0, vmin=0, vmax=max(t.number for t in trials) or 1,
-        )  # fmt: skip
-        axes.set_title(name.replace("_", " "), fontsize=10)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    for axes in list(every)[len(names) :]:
-        axes.set_visible(False)
-    figure.colorbar(dots, ax=figure.axes, label="trial", shrink=0.6)
-    figure.supylabel("held-out accuracy", fontsize=10)
-    return figure
-
-
-def _plot_importances(_, importances: dict) -> Figure:
-    figure = Figure(figsize=(7.5, 0.9 + 0.36 * len(importances)), layout="constrained")
-    axes = figure.subplots()
-    names = [name.replace("_", " ") for name in importances]
-    axes.barh(names, list(importances.values()), color=report.COLOURS["fused"], height=0.62)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set(title="What mattered", xlabel="importance")
-    return figure
-
-
-def _report(search: _Study, confirm: _Study | None) -> list[report.Table]:
-    """Write results.json, plots/*.png and report.html; returns the tables."""
-    folder, importances = search.folder, {}
-    complete = search.trials(TrialState.COMPLETE)
-    if len({trial.value for trial in complete}) > 1:
-        importances = optuna.importance.get_param_importances(search.study)
-    tables = _tables(search, confirm, importances)
-    plots = {"history": _plot_history, "settings": _plot_settings}
-    if importances:
-        plots["importances"] = _plot_importances
-    pictures = []
-    with matplotlib.rc_context(report.STYLE):
-        for name, draw in plots.items():
-            picture = io.BytesIO()
-            draw(search, importances).savefig(picture, format="png")
-            folder.write_bytes(f"plots/{name}.png", picture.getvalue())
-            encoded = base64.b64encode(picture.getvalue()).decode()
-            pictures.append({"png": encoded, "alt": name})
-
-    def rows(study):
-        return [
-            {"number": t.number, "state": t.state.name, "accuracy": t.value, "settings": t.params}
-            | t.user_attrs
-            for t in (study.trials(*_DONE) if study else ())
-        ]
-
-    results = {
-        "machine": folder.config["machine"], "best": folder.read_json("best.json"),
-        "importances": importances, "trials": rows(search), "confirmation": rows(confirm),
-    }  # fmt: skip
-    folder.write_json("results.json", results)
-    asked = {**folder.config["tune"], **search.given}
-    page = report.PAGE.render(
-        name=folder.path.name, machine=folder.config["machine"],
-        sections=[{"title": "Search for settings", "tables": tables, "plots": pictures}],
-        settings="\n".join(f"{name} = {value}" for name, value in asked.items()),
-    )  # fmt: skip
-    folder.write_bytes("report.html", page.encode())
-    return tables
+def _write_best(folder: RunFolder, given: dict, best: dict) -> Path:
+    """Write best.json: what was given, without what only made the search short, and the best."""
+    short = ("device", "threads", "train_samples", "test_samples")
+    kept = {name: value for name, value in given.items() if name not in short}
+    return folder.write_json("best.json", kept | _options(best) | {"arms": ["full"]})

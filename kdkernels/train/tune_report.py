@@ -1,0 +1,204 @@
+"""What ``kdkernels tune`` found: tables, plots, results.json and report.html."""
+
+import base64
+import io
+import math
+import statistics
+import warnings
+
+import matplotlib
+import optuna
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from optuna.trial import TrialState
+
+from kdkernels.train import report, tune
+from kdkernels.train.report import Table
+from kdkernels.train.soft_regularization import difference
+
+__all__ = ["write"]
+
+
+def _cells(params: dict, names: list[str]) -> list[str]:
+    """The columns ``names``; beta stands with its divergence, a std with its noise."""
+    beside = {"divergence": f", beta {tune.text(params['beta'])}" if "beta" in params else ""}
+    std = [tune.text(value) for name, value in params.items() if name in tune.NOISE]
+    beside["noise"] = f", {std[0]}" if std else ""
+    return [tune.text(params[name]) + beside.get(name, "") if name in params else ""
+            for name in names]  # fmt: skip
+
+
+def _search_table(search: tune.Study) -> Table:
+    settings, plain, usual = search.settings, search.plain, search.space.defaults()
+    complete = sorted(search.trials(TrialState.COMPLETE), key=lambda t: (-t.value, t.number))
+    shown = complete[:10] + [t for t in complete[10:] if [t.params] == usual]
+    dimensions = search.space.dimensions
+    parents = {"beta": "divergence"} | dict.fromkeys(tune.NOISE, "noise")
+    names = [name for name in dimensions if parents.get(name) not in dimensions]
+    seeds = f"seeds {plain.seed} to {plain.seed + settings.seeds - 1}"
+    count = len(search.trials(*tune.DONE))
+    teacher = (search.folder.read_json("search/teacher.json") or {})["accuracy"]
+    return Table(
+        "Search: the best trials",
+        ["trial", "held-out accuracy", *(name.replace("_", " ") for name in names), "seconds"],
+        [
+            [
+                f"{trial.number}{', the defaults' if [trial.params] == usual else ''}",
+                tune.score(trial),
+                *_cells(trial.params, names),
+                f"{trial.user_attrs['seconds']:.1f}",
+            ]
+            for trial in shown
+        ],
+        f"{count} trials by {settings.sampler}, {count - len(complete)} of them stopped early; "
+        f"{plain.student} taught by {plain.teacher} (accuracy {teacher:.1%}) on {plain.data} at "
+        f"{plain.image_size}x{plain.image_size}, {plain.epochs} epochs, "
+        f"{seeds if settings.seeds > 1 else f'seed {plain.seed}'}. Accuracies are on "
+        f"{settings.validation:.0%} of the training images, held out: on these the best of many "
+        "trials looks better than it is.",
+    )
+
+
+def _confirm_table(search: tune.Study, confirm: tune.Study) -> Table:
+    values = {which: [] for which in (tune.DEFAULTS, tune.BEST)}
+    for trial in sorted(confirm.trials(TrialState.COMPLETE), key=lambda t: t.params["seed"]):
+        values[trial.params["settings"]].append(trial.value)
+    apart = difference(values[tune.BEST], values[tune.DEFAULTS])
+    error = apart["standard_error"]
+    rows = []
+    for which, row in values.items():
+        spread = f" ± {statistics.stdev(row) * 100:.2f}" if len(row) > 1 else ""
+        each = ", ".join(f"{value * 100:.2f}" for value in row)
+        rows.append([which, f"{statistics.fmean(row) * 100:.2f}{spread}", each])
+    best = ", ".join(f"{k} {tune.text(v)}" for k, v in search.study.best_params.items())
+    return Table(
+        "Confirmation: what the search bought on the test images",
+        ["settings", "test accuracy, %", "by seed, %"],
+        rows,
+        f"Difference {apart['mean'] * 100:+.2f}"
+        + (f" ± {error * 100:.2f} points (standard error of the seeds' pairs)" if error else
+           " points")
+        + f". Trained on all training images, {confirm.plain.epochs} epochs, seeds "
+        f"{confirm.seeds[0]} to {confirm.seeds[-1]}, which the search did not see; mean ± standard "
+        f"deviation. The best trial's: {best}.",
+    )  # fmt: skip
+
+
+def _plot_history(search: tune.Study, _) -> Figure:
+    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    trials, stopped = search.trials(TrialState.COMPLETE), search.trials(TrialState.PRUNED)
+    numbers, values = [t.number for t in trials], [t.value for t in trials]
+    look = {"color": report.COLOURS["fused"], "alpha": 0.55, "ms": 5, "mew": 0}
+    axes.plot(numbers, values, "o", label="a trial", **look)
+    if stopped:
+        x, y = [t.number for t in stopped], [t.value for t in stopped]
+        axes.plot(x, y, "x", color="#999999", ms=5, label="stopped early")
+    best = [max(values[: i + 1]) for i in range(len(values))]
+    axes.step(numbers, best, where="post", color="#c1121f", lw=1.5, label="best so far")
+    for trial in trials:
+        if [trial.params] == search.space.defaults():
+            axes.axhline(trial.value, color="black", lw=1, ls=":", label="the defaults")
+            break
+    axes.set(xlabel="trial", ylabel="held-out accuracy", title="The search")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(fontsize=9, loc="lower right")
+    return figure
+
+
+def _plot_settings(search: tune.Study, _) -> Figure:
+    trials = search.trials(TrialState.COMPLETE)
+    names = [n for n in search.space.dimensions if any(n in t.params for t in trials)]
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(3.2 * columns + 0.8, 2.9 * rows + 0.3), layout="constrained")
+    every = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for axes, name in zip(every, names, strict=False):
+        dimension = search.space.dimensions[name]
+        those = [t for t in trials if name in t.params]
+        x = [t.params[name] for t in those]
+        if isinstance(dimension, tuple):
+            x = [dimension.index(value) for value in x]
+            labels = [tune.text(value).replace("_", "\n") for value in dimension]
+            axes.set_xticks(range(len(labels)), labels, fontsize=8)
+            if len(labels) > 4:
+                axes.tick_params(axis="x", rotation=90)
+            axes.set_xlim(-0.5, len(labels) - 0.5)
+        else:
+            axes.set_xscale("log" if dimension.log else "linear")
+            axes.set_xticks(list(dimension), [f"{value:.2g}" for value in dimension], fontsize=8)
+            axes.xaxis.set_minor_locator(NullLocator())
+        dots = axes.scatter(
+            x, [t.value for t in those], c=[t.number for t in those], cmap="viridis_r", s=22,
+            alpha=0.8, lw=0, vmin=0, vmax=max(t.number for t in trials) or 1,
+        )  # fmt: skip
+        axes.set_title(name.replace("_", " "), fontsize=10)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes in every[len(names) :]:
+        axes.set_visible(False)
+    figure.colorbar(dots, ax=every, label="trial", shrink=0.6)
+    figure.supylabel("held-out accuracy", fontsize=10)
+    return figure
+
+
+def _plot_importances(_, importances: dict) -> Figure:
+    figure = Figure(figsize=(7.5, 0.9 + 0.36 * len(importances)), layout="constrained")
+    axes = figure.subplots()
+    names = [name.replace("_", " ") for name in importances]
+    axes.barh(names, list(importances.values()), color=report.COLOURS["fused"], height=0.62)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set(title="Which settings decide", xlabel="importance (PED-ANOVA, arXiv 2304.10255)")
+    return figure
+
+
+def _row(trial) -> dict:
+    found = {"number": trial.number, "state": trial.state.name, "accuracy": trial.value}
+    return found | {"settings": trial.params} | trial.user_attrs
+
+
+def write(search: tune.Study, confirm: tune.Study | None) -> list[Table]:
+    """Write results.json, plots/*.png and report.html to the studies' folder.
+
+    Args:
+        search: with at least one complete trial.
+        confirm: complete; None where there was no comparison on the test images.
+
+    Returns:
+        The tables, to be printed.
+    """
+    folder, importances = search.folder, {}
+    if len({trial.value for trial in search.trials(TrialState.COMPLETE)}) > 1:
+        with warnings.catch_warnings():  # of conditional settings that have few trials
+            warnings.simplefilter("ignore")
+            importances = optuna.importance.get_param_importances(search.study)
+    tables = [_search_table(search)]
+    if confirm is not None:
+        tables.append(_confirm_table(search, confirm))
+    plots = {"history": _plot_history, "settings": _plot_settings}
+    if importances:
+        plots["importances"] = _plot_importances
+    pictures = []
+    with matplotlib.rc_context(report.STYLE):
+        for name, draw in plots.items():
+            picture = io.BytesIO()
+            draw(search, importances).savefig(picture, format="png")
+            folder.write_bytes(f"plots/{name}.png", picture.getvalue())
+            encoded = base64.b64encode(picture.getvalue()).decode()
+            pictures.append({"png": encoded, "alt": name})
+    results = {
+        "machine": folder.config["machine"], "best": folder.read_json("best.json"),
+        "importances": importances, "trials": [_row(t) for t in search.trials(*tune.DONE)],
+        "confirmation": [_row(t) for t in confirm.trials(*tune.DONE)] if confirm else [],
+    }  # fmt: skip
+    folder.write_json("results.json", results)
+    asked = {**folder.config["tune"], **search.given}
+    page = report.PAGE.render(
+        name=folder.path.name, machine=folder.config["machine"],
+        sections=[{"title": "Search for settings", "tables": tables, "plots": pictures}],
+        settings="\n".join(f"{name} = {value}" for name, value in asked.items()),
+    )  # fmt: skip
+    folder.write_bytes("report.html", page.encode())
+    return tables
