@@ -1,4 +1,4 @@
-"""The ``kdkernels`` command and its subcommands, of which --help tells.
+"""The ``kdkernels`` command: ``info``, ``bench``, ``reproduce``, ``soft-reg`` and ``distill``.
 
 Exit status: 0 done; 1 a check failed or a run stopped on the way; 2 bad arguments, or data or
 weights that are not there; 130 interrupted. Whatever goes wrong is said in one sentence.
@@ -261,9 +261,10 @@ _DISTILL = (
 )  # fmt: skip
 _TUNE = (
     "search", "sampler", "trials", "seeds", "validation", "prune", "confirm", "workers", "threads",
-    "data", "data_dir", "image_size", "augment", "views", "teacher", "student", "teacher_weights",
-    "batch_size", "lr", "temperature", "alpha", "divergence", "beta", "noise", "noise_std",
-    "epochs", "teacher_epochs", "train_samples", "test_samples", "seed", "device", "out", "resume",
+    "data", "data_dir", "image_size", "normalize", "augment", "views", "teacher", "student",
+    "teacher_weights", "batch_size", "lr", "temperature", "alpha", "divergence", "beta", "noise",
+    "noise_std", "epochs", "teacher_epochs", "train_samples", "test_samples", "seed", "device",
+    "out", "resume",
 )  # fmt: skip
 _REPRODUCE = (
     "epochs", "teacher_epochs", "replicas", "repeats", "train_samples", "test_samples", "seed",
@@ -469,7 +470,7 @@ def _experiments(command: str, given: dict) -> int:
     return 0 if passed else 1
 
 
-def _tune(**given) -> int:
+def _tune(given: dict) -> int:
     import shutil
 
     from kdkernels.train import TrainError, console, report, tune
@@ -552,9 +553,9 @@ def main(argv: list[str] | None = None) -> int:
     from kdkernels.train import TrainError
 
     try:
-        if command in ("bench", "tune"):
-            return {"bench": _bench, "tune": _tune}[command](**given)
-        return _experiments(command, given)
+        if command == "tune":
+            return _tune(given)
+        return _bench(**given) if command == "bench" else _experiments(command, given)
     except TrainError as error:
         print(f"kdkernels {command}: {error}", file=sys.stderr)
         return error.status

@@ -357,7 +357,7 @@ class Study:
         plain = self.plain
         images = data.load(
             plain.data, size=plain.image_size, data_dir=plain.data_dir,
-            imagenet=plain.teacher_weights == "DEFAULT",
+            imagenet=plain.normalize == "imagenet",
             augment=plain.augment, views=plain.views, seed=plain.seed,
         )  # fmt: skip
         kept = str(self.folder.path / self.name / "predictions/teacher")
@@ -381,7 +381,9 @@ class Study:
             except optuna.TrialPruned:
                 self.study.tell(trial, state=TrialState.PRUNED)
             except TrainError as error:
-                if error.status != 130:  # whoever started this process finds the sentence there
+                if (
+                    error.status < 128
+                ):  # no signal: whoever started this process finds the sentence there
                     trial.set_user_attr("error", str(error))
                     self.study.tell(trial, state=TrialState.FAIL)
                 raise
@@ -424,7 +426,7 @@ class Study:
 def _work(path: str, name: str, threads: int | None, parent: int) -> None:
     """A worker process."""
     folder = RunFolder.open(path)
-    with (folder.path / "run.lock").open("w") as lock:
+    with (folder.path / "workers.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         try:
             Study(folder, name).work(threads, parent)
@@ -433,7 +435,7 @@ def _work(path: str, name: str, threads: int | None, parent: int) -> None:
 
 
 def _spread(study: Study, workers: int, threads: int | None, watch: Callable) -> None:
-    """Let worker processes run the study's trials."""
+    """Let worker processes run the study's trials; ``watch()`` tells how many are finished."""
     context = multiprocessing.get_context("spawn")
     threads = threads or max(1, torch.get_num_threads() // workers)
     arguments = (str(study.folder.path), study.name, threads, os.getpid())
@@ -444,17 +446,15 @@ def _spread(study: Study, workers: int, threads: int | None, watch: Callable) ->
         for process in processes:
             process.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        while any(process.is_alive() for process in processes):
-            watch()
-            time.sleep(0.3)
+        while watch() < study.limit and any(process.is_alive() for process in processes):
+            time.sleep(0.2)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for process in processes:
-            process.terminate()
+            process.kill()
             process.join()
-    watch()
-    status = [process.exitcode for process in processes if process.exitcode]
-    if status:
+    if watch() < study.limit:
+        status = [process.exitcode for process in processes if process.exitcode] or [1]
         said = [t.user_attrs["error"] for t in study.trials() if "error" in t.user_attrs]
         how = f"was killed by signal {-status[0]}" if status[0] < 0 else f"exited with {status[0]}"
         reason = said[-1] if said and status[0] > 0 else f"a worker {how}"
@@ -478,6 +478,7 @@ def _finish(study: Study, workers: int, threads: int | None, screen) -> None:
                     values = ", ".join(f"{k} {text(v)}" for k, v in trial.params.items())
                     say(f"{study.name} {len(shown)} of {study.limit}: {score(trial)}, {values}")
             on_step(study.name, len(shown), study.limit)
+            return len(shown)
 
         watch()
         if workers == 1:
@@ -528,40 +529,40 @@ def run(folder: RunFolder, screen, workers: int = 1, threads: int | None = None)
     Raises:
         TrainError: another process is at work on this folder; a trial cannot run; Ctrl-C.
     """
+    folder.hold()
+    try:
+        with (folder.path / "workers.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a killed command's workers end with their step
+        return _run(folder, screen, workers, threads)
+    finally:
+        folder.close()
+
+
+def _run(folder, screen, workers, threads):
+    search, confirm = Study(folder, SEARCH), None
+    try:
+        _finish(search, workers, threads, screen)
+        best = search.study.best_params
+        _write_best(folder, search.given, best)
+        if search.settings.confirm and search.wanted(_options(best)) != search.plain:
+            confirm = Study(folder, CONFIRM)
+            if confirm.study.user_attrs.get("best", best) != best:  # more trials found better
+                optuna.delete_study(study_name=CONFIRM, storage=confirm.storage)
+                confirm = Study(folder, CONFIRM)
+            confirm.study.set_user_attr("best", best)
+            _finish(confirm, workers, threads, screen)
+    except (KeyboardInterrupt, TrainError) as error:
+        status = getattr(error, "status", 130)
+        if status < 128:
+            raise
+        raise TrainError(
+            f"interrupted after {len(search.trials(*DONE))} of {search.limit} trials: go on with "
+            f"kdkernels tune --resume {folder.path}",
+            status,
+        ) from None
     from kdkernels.train import tune_report  # it needs this module
 
-    with (folder.path / "run.lock").open("w") as lock:
-        for last in [False] * 40 + [True]:  # workers of a killed command end with their step
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if last:
-                    reason = f"another kdkernels tune is at work on {folder.path}"
-                    raise TrainError(reason) from None
-                time.sleep(0.2)
-        fcntl.flock(lock, fcntl.LOCK_SH)  # the workers hold it too
-        search, confirm = Study(folder, SEARCH), None
-        try:
-            _finish(search, workers, threads, screen)
-            best = search.study.best_params
-            _write_best(folder, search.given, best)
-            if search.settings.confirm and search.wanted(_options(best)) != search.plain:
-                confirm = Study(folder, CONFIRM)
-                if confirm.study.user_attrs.get("best", best) != best:  # more trials found better
-                    optuna.delete_study(study_name=CONFIRM, storage=confirm.storage)
-                    confirm = Study(folder, CONFIRM)
-                confirm.study.set_user_attr("best", best)
-                _finish(confirm, workers, threads, screen)
-        except (KeyboardInterrupt, TrainError) as error:
-            if getattr(error, "status", 130) != 130:
-                raise
-            raise TrainError(
-                f"interrupted after {len(search.trials(*DONE))} of {search.limit} trials: go on "
-                f"with kdkernels tune --resume {folder.path}",
-                status=130,
-            ) from None
-        return tune_report.write(search, confirm)
+    return tune_report.write(search, confirm)
 
 
 def _write_best(folder: RunFolder, given: dict, best: dict) -> Path:

@@ -1,18 +1,16 @@
 """What ``kdkernels tune`` found: tables, plots, results.json and report.html."""
 
-import base64
-import io
 import math
 import statistics
 import warnings
 
-import matplotlib
 import optuna
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from optuna.trial import TrialState
 
 from kdkernels.train import report, tune
+from kdkernels.train.page import COLOURS, INK, SIZE
 from kdkernels.train.report import Table
 from kdkernels.train.soft_regularization import difference
 
@@ -59,55 +57,59 @@ def _search_table(search: tune.Study) -> Table:
     )
 
 
-def _confirm_table(search: tune.Study, confirm: tune.Study) -> Table:
+def _words(params: dict) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {tune.text(v)}" for name, v in params.items())
+
+
+def _confirm_table(confirm: tune.Study) -> tuple[Table, str]:
+    """The comparison, and the difference in points."""
     values = {which: [] for which in (tune.DEFAULTS, tune.BEST)}
     for trial in sorted(confirm.trials(TrialState.COMPLETE), key=lambda t: t.params["seed"]):
         values[trial.params["settings"]].append(trial.value)
     apart = difference(values[tune.BEST], values[tune.DEFAULTS])
     error = apart["standard_error"]
+    bought = f"{apart['mean'] * 100:+.2f}" + (f" ± {error * 100:.2f}" if error is not None else "")
     rows = []
     for which, row in values.items():
         spread = f" ± {statistics.stdev(row) * 100:.2f}" if len(row) > 1 else ""
         each = ", ".join(f"{value * 100:.2f}" for value in row)
         rows.append([which, f"{statistics.fmean(row) * 100:.2f}{spread}", each])
-    best = ", ".join(f"{k} {tune.text(v)}" for k, v in search.study.best_params.items())
-    return Table(
-        "Confirmation: what the search bought on the test images",
+    table = Table(
+        "Confirmation on the test images",
         ["settings", "test accuracy, %", "by seed, %"],
         rows,
-        f"Difference {apart['mean'] * 100:+.2f}"
-        + (f" ± {error * 100:.2f} points (standard error of the seeds' pairs)" if error else
-           " points")
-        + f". Trained on all training images, {confirm.plain.epochs} epochs, seeds "
-        f"{confirm.seeds[0]} to {confirm.seeds[-1]}, which the search did not see; mean ± standard "
-        f"deviation. The best trial's: {best}.",
-    )  # fmt: skip
+        f"Difference {bought} points{' (standard error over pairs of a seed)' if error else ''}. "
+        f"Trained on all training images, {confirm.plain.epochs} epochs, seeds {confirm.seeds[0]} "
+        f"to {confirm.seeds[-1]}, which the search did not see; mean ± standard deviation. The "
+        f"best trial's: {_words(confirm.study.user_attrs['best'])}.",
+    )
+    return table, bought
 
 
-def _plot_history(search: tune.Study, _) -> Figure:
-    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+def _plot_history(search: tune.Study) -> Figure:
+    figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
     trials, stopped = search.trials(TrialState.COMPLETE), search.trials(TrialState.PRUNED)
     numbers, values = [t.number for t in trials], [t.value for t in trials]
-    look = {"color": report.COLOURS["fused"], "alpha": 0.55, "ms": 5, "mew": 0}
+    look = {"color": COLOURS["fused"], "alpha": 0.55, "ms": 5, "mew": 0}
     axes.plot(numbers, values, "o", label="a trial", **look)
     if stopped:
         x, y = [t.number for t in stopped], [t.value for t in stopped]
-        axes.plot(x, y, "x", color="#999999", ms=5, label="stopped early")
+        axes.plot(x, y, "x", color=COLOURS["none"], ms=5, label="stopped early")
     best = [max(values[: i + 1]) for i in range(len(values))]
-    axes.step(numbers, best, where="post", color="#c1121f", lw=1.5, label="best so far")
+    axes.step(numbers, best, where="post", color=COLOURS["full"], lw=1.5, label="best so far")
     for trial in trials:
         if [trial.params] == search.space.defaults():
-            axes.axhline(trial.value, color="black", lw=1, ls=":", label="the defaults")
+            axes.axhline(trial.value, color=INK, lw=1, ls=":", label="the defaults")
             break
-    axes.set(xlabel="trial", ylabel="held-out accuracy", title="The search")
+    axes.set(xlabel="trial", ylabel="held-out accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend(fontsize=9, loc="lower right")
     return figure
 
 
-def _plot_settings(search: tune.Study, _) -> Figure:
+def _plot_settings(search: tune.Study) -> Figure:
     trials = search.trials(TrialState.COMPLETE)
     names = [n for n in search.space.dimensions if any(n in t.params for t in trials)]
     columns = min(3, len(names))
@@ -142,15 +144,15 @@ def _plot_settings(search: tune.Study, _) -> Figure:
     return figure
 
 
-def _plot_importances(_, importances: dict) -> Figure:
-    figure = Figure(figsize=(7.5, 0.9 + 0.36 * len(importances)), layout="constrained")
+def _plot_importances(importances: dict) -> Figure:
+    figure = Figure(figsize=(SIZE[0], 0.9 + 0.3 * len(importances)), layout="constrained")
     axes = figure.subplots()
     names = [name.replace("_", " ") for name in importances]
-    axes.barh(names, list(importances.values()), color=report.COLOURS["fused"], height=0.62)
+    axes.barh(names, list(importances.values()), color=COLOURS["fused"], height=0.62)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set(title="Which settings decide", xlabel="importance (PED-ANOVA, arXiv 2304.10255)")
+    axes.set(xlabel="importance")
     return figure
 
 
@@ -170,35 +172,42 @@ def write(search: tune.Study, confirm: tune.Study | None) -> list[Table]:
         The tables, to be printed.
     """
     folder, importances = search.folder, {}
-    if len({trial.value for trial in search.trials(TrialState.COMPLETE)}) > 1:
+    complete = search.trials(TrialState.COMPLETE)
+    if len({trial.value for trial in complete}) > 1:
         with warnings.catch_warnings():  # of conditional settings that have few trials
             warnings.simplefilter("ignore")
             importances = optuna.importance.get_param_importances(search.study)
-    tables = [_search_table(search)]
+    best = search.study.best_trial
+    section = report.Section(
+        "Search for settings",
+        [_search_table(search)],
+        {"history": lambda: _plot_history(search)},
+        {
+            "history": ("The search", "Accuracy on held-out training images, trial after trial."),
+            "importances": (
+                "Which settings decide",
+                "PED-ANOVA (arXiv 2304.10255): how much a setting decides whether a trial is among "
+                "the better ones.",
+            ),
+            "settings": ("Each setting against accuracy", "A dot a trial; later ones are darker."),
+        },
+        headline=f"The best of {len(complete)} trials has {best.value:.1%} on held-out images",
+        lead=[_words(best.params)],
+    )
     if confirm is not None:
-        tables.append(_confirm_table(search, confirm))
-    plots = {"history": _plot_history, "settings": _plot_settings}
+        table, bought = _confirm_table(confirm)
+        section.tables.append(table)
+        section.headline = f"The search bought {bought} points of test accuracy"
+        section.cards = [(f"{row[1]} %", f"test accuracy, {row[0]}") for row in table.rows]
     if importances:
-        plots["importances"] = _plot_importances
-    pictures = []
-    with matplotlib.rc_context(report.STYLE):
-        for name, draw in plots.items():
-            picture = io.BytesIO()
-            draw(search, importances).savefig(picture, format="png")
-            folder.write_bytes(f"plots/{name}.png", picture.getvalue())
-            encoded = base64.b64encode(picture.getvalue()).decode()
-            pictures.append({"png": encoded, "alt": name})
+        section.plots["importances"] = lambda: _plot_importances(importances)
+    section.plots["settings"] = lambda: _plot_settings(search)
     results = {
         "machine": folder.config["machine"], "best": folder.read_json("best.json"),
         "importances": importances, "trials": [_row(t) for t in search.trials(*tune.DONE)],
         "confirmation": [_row(t) for t in confirm.trials(*tune.DONE)] if confirm else [],
     }  # fmt: skip
     folder.write_json("results.json", results)
-    asked = {**folder.config["tune"], **search.given}
-    page = report.PAGE.render(
-        name=folder.path.name, machine=folder.config["machine"],
-        sections=[{"title": "Search for settings", "tables": tables, "plots": pictures}],
-        settings="\n".join(f"{name} = {value}" for name, value in asked.items()),
-    )  # fmt: skip
-    folder.write_bytes("report.html", page.encode())
-    return tables
+    return report.publish(
+        folder, [section], {"tune": folder.config["tune"], "distill": search.given}
+    )
