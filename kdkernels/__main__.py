@@ -56,8 +56,9 @@ def _list_of(names):
 
 # The ops do without these; pyproject's extra "train" names the distributions they come in.
 _TRAIN_PACKAGES = (
-    "torchvision", "sklearn", "matplotlib", "safetensors", "rich", "jinja2", "tokenizers",
+    "torchvision", "sklearn", "matplotlib", "safetensors", "rich", "jinja2",
 )  # fmt: skip
+_MORE_PACKAGES = {"distill-lm": ("tokenizers",), "tune": ("optuna",)}
 _COUNT = _number(int, 1)
 _STD = _number(float, 0, 1e6)
 # Defaults are those of distillation.Settings, soft_regularization.Settings and soft_regression.run,
@@ -347,6 +348,50 @@ _OF_BENCH = {
     "threads": {"type": _COUNT, "help": "CPU threads (default: torch's choice)"},
     "json": {"metavar": "FILE", "help": "write everything that was measured to FILE"},
 }
+_OF_TUNE = {
+    "search": {
+        "metavar": "SPACE",
+        "help": "what to try, such as temperature=1:16,alpha=0:1,divergence=forward_kl|js,lr: "
+        "names alone, low:high (low:high:points for a grid) or values separated by |; names: "
+        "temperature, alpha, lr, divergence, beta, noise, input_std, gradient_std, parameter_std, "
+        "regularizer_lam (default: temperature,alpha,divergence,noise, and what goes with them)",
+    },
+    "sampler": {
+        "choices": ("tpe", "random", "grid"),
+        "help": "tpe learns from the trials so far (default: tpe)",
+    },
+    "trials": {"type": _COUNT, "help": "in all (default: 30, or all points of a grid)"},
+    "seeds": {"type": _COUNT, "help": "runs of a trial, whose mean counts (default: 1)"},
+    "validation": {
+        "type": _number(float, 0.01, 0.9),
+        "help": "share of the training images that is held out for the trials' accuracy "
+        "(default: 0.2)",
+    },
+    "prune": {
+        "choices": ("none", "median", "hyperband"),
+        "help": "stop trials that do badly after an epoch (default: none)",
+    },
+    "confirm": {
+        "type": _number(int, 0),
+        "help": "runs each of the best trial's settings and of the defaults, on the test images "
+        "(default: 3)",
+    },
+    "workers": {"type": _COUNT, "help": "processes that run trials beside each other (default: 1)"},
+    "threads": {
+        "type": _COUNT,
+        "help": "CPU threads of a worker (default: torch's choice, shared out among the workers)",
+    },
+    "lr": {"type": _number(float, 0, open_low=True), "help": "learning rate (default: 1e-3)"},
+    "noise": {
+        "choices": ("input", "gradient", "parameter", "regularizer"),
+        "help": "noise on the student of each trial (default: none)",
+    },
+    "resume": {
+        "metavar": "RUN_DIR",
+        "help": "go on with the search in this folder; of the other options --trials, --confirm, "
+        "--workers and --threads may be given",
+    },
+}
 # soft-reg's options by the models that take them, in the order of --help.
 _COMMON = ("lr", "seed", "threads", "out")
 _LINEAR = ("noise", "steps", "lam", "sigma", "replicas", "repeats")
@@ -372,6 +417,13 @@ _LM = (
     "text", "vocabulary", "context", "batch_size", "student_width", "student_layers",
     "teacher_width", "teacher_layers", "teacher_steps", "teacher_weights", "lr", "temperature",
     "alpha", "k", "epochs", "train_samples", "test_samples", "arms", "seed", "device", "threads",
+    "out", "resume",
+)  # fmt: skip
+_TUNE = (
+    "search", "sampler", "trials", "seeds", "validation", "prune", "confirm", "workers", "threads",
+    "data", "data_dir", "image_size", "normalize", "augment", "views", "teacher", "student",
+    "teacher_weights", "batch_size", "lr", "temperature", "alpha", "divergence", "beta", "noise",
+    "noise_std", "epochs", "teacher_epochs", "train_samples", "test_samples", "seed", "device",
     "out", "resume",
 )  # fmt: skip
 _REPRODUCE = (
@@ -418,6 +470,7 @@ def _parser() -> argparse.ArgumentParser:
             _LM,
             _OF_LM,
         ),
+        "tune": ("search for distill's settings with Optuna", _TUNE, _OF_TUNE),
     }
     for name, (text, options, own) in about.items():
         command = commands.add_parser(
@@ -639,6 +692,49 @@ def _predict_teacher(given: dict) -> int:
     return 0
 
 
+def _tune(given: dict) -> int:
+    import shutil
+
+    from kdkernels.train import TrainError, console, report, tune
+    from kdkernels.train.run_folder import RunFolder
+
+    workers, threads = given.pop("workers", 1), given.pop("threads", None)
+    own = {f.name for f in dataclasses.fields(tune.Settings)}
+    if "resume" in given:
+        folder = RunFolder.open(given.pop("resume"))
+        if "tune" not in folder.config:
+            raise TrainError(f"{folder.path} holds no run of tune to continue")
+        for name in given.keys() - {"trials", "confirm"}:
+            raise TrainError(f"with --resume, --{name.replace('_', '-')} is the earlier run's")
+        folder.config["tune"] |= given
+        tune.check(folder.config)
+        folder.write_json("config.json", folder.config)
+    else:
+        out = given.pop("out", None)
+        config = {
+            "command": "tune",
+            "tune": dataclasses.asdict(
+                tune.Settings(**{name: given.pop(name) for name in own & given.keys()})
+            ),
+            "distill": given,
+            "machine": report.machine(threads),
+        }
+        tune.check(config)
+        folder = RunFolder.create(out, config)
+    screen = console.make()
+    screen.print(f"this run's folder is {folder.path}")
+    try:
+        tables = tune.run(folder, screen, workers, threads)
+    except TrainError as error:
+        if error.status == 2 and not folder.read_json("search/teacher.json"):
+            shutil.rmtree(folder.path)  # what was asked for cannot be: nothing to go on with
+        raise
+    console.show(screen, tables)
+    screen.print(f"the best settings are {folder.path / 'best.json'}, for distill --config")
+    screen.print(f"the report is {folder.path / 'report.html'}")
+    return 0
+
+
 def _bench(quick: bool = False, threads: int | None = None, json: str | None = None) -> int:
     from kdkernels import benchmark
 
@@ -679,11 +775,9 @@ def main(argv: list[str] | None = None) -> int:
     from kdkernels.train import TrainError, distributed
 
     try:
-        if command == "bench":
-            return _bench(**given)
-        if command == "predict-teacher":
-            return _predict_teacher(given)
-        return _experiments(command, given)
+        own = {"bench": lambda: _bench(**given), "predict-teacher": lambda: _predict_teacher(given),
+               "tune": lambda: _tune(given)}  # fmt: skip
+        return own.get(command, lambda: _experiments(command, given))()
     except TrainError as error:
         if distributed.first_to_say():
             print(f"kdkernels {command}: {error}", file=sys.stderr)
@@ -698,12 +792,13 @@ def main(argv: list[str] | None = None) -> int:
             )
         return 1
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in _TRAIN_PACKAGES:
+        more = _MORE_PACKAGES.get(command, ())
+        if (error.name or "").split(".")[0] not in (*_TRAIN_PACKAGES, *more):
             raise
+        packages = ("torchvision", "scikit-learn", *_TRAIN_PACKAGES[2:], *more)
         print(
             f"kdkernels {command}: it needs {error.name}, which is not installed: "
-            "pip install torchvision scikit-learn matplotlib safetensors rich jinja2"
-            + (" tokenizers" if command == "distill-lm" else ""),
+            f"pip install {' '.join(packages)}",
             file=sys.stderr,
         )
         return 2

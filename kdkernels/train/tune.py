@@ -1,0 +1,572 @@
+"""Search for a distillation's settings with Optuna (Akiba et al., arXiv 1907.10902).
+
+A trial trains the student as the arm "full" does, with settings of its own, over one seed or
+several, and is worth its mean accuracy on training images that were held out; the test images take
+no part. The teacher is trained once and asked once, and every trial learns from its kept
+predictions. At the end the best settings and the defaults each train on all training images, over
+seeds that the search did not see, and are tested on the test images.
+
+The run's folder holds, beside config.json::
+
+    study.sqlite     Optuna's studies "search" and "confirm"
+    search, confirm  each study's teacher and its predictions, as a run's folder
+    best.json        options for ``kdkernels distill --config``
+    results.json, plots/*.png, report.html
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import multiprocessing
+import os
+import shutil
+import signal
+import sqlite3
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial, TrialState
+
+import kdkernels
+from kdkernels.train import TrainError, console, data, distillation
+from kdkernels.train.run_folder import RunFolder
+
+__all__ = [
+    "BEST", "CONFIRM", "DEFAULTS", "DONE", "NOISE", "SEARCH", "SPACE", "Range", "Settings", "Space",
+    "Study", "check", "run", "score", "text",
+]  # fmt: skip
+
+SEARCH, CONFIRM = "search", "confirm"
+DEFAULTS, BEST = "the defaults", "the best trial's"
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a search is asked for.
+
+    Attributes:
+        search: see :class:`Space`.
+        sampler: ``"tpe"`` (tree-structured Parzen estimator), ``"random"`` or ``"grid"``; the
+            first two begin with the defaults, where these are in the space.
+        trials: finished ones in the end; None is 30, and for a grid all its points.
+        seeds: of one trial; its accuracy is their mean.
+        validation: share of the training images that is held out, 0..1.
+        prune: ``"median"`` or ``"hyperband"`` stops trials that do badly after an epoch; or
+            ``"none"``.
+        confirm: seeds of the comparison on the test images; 0: no such comparison.
+    """
+
+    search: str = "temperature,alpha,divergence,noise"
+    sampler: str = "tpe"
+    trials: int | None = None
+    seeds: int = 1
+    validation: float = 0.2
+    prune: str = "none"
+    confirm: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, on a logarithmic scale with ``log``; a grid has ``count``
+    of them, evenly spaced on that scale, both ends among them.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    count: int = 4
+
+    def __contains__(self, value) -> bool:
+        return self.low <= value <= self.high
+
+    def __iter__(self):
+        yield self.low
+        for i in range(1, self.count - 1):
+            share = i / (self.count - 1)
+            if self.log:
+                value = self.low * (self.high / self.low) ** share
+            else:
+                value = self.low + (self.high - self.low) * share
+            yield float(f"{value:.4g}")
+        yield self.high
+
+
+SPACE = {
+    "temperature": Range(1.0, 16.0, log=True),
+    "alpha": Range(0.0, 1.0),
+    "lr": Range(1e-4, 1e-2, log=True),
+    "divergence": tuple(kdkernels.divergences()),
+    "beta": Range(0.05, 0.95),
+    "noise": ("none", *distillation.NOISE_STD),
+    "input_std": Range(0.01, 1.0, log=True),
+    "gradient_std": Range(0.001, 0.1, log=True),
+    "parameter_std": Range(0.001, 0.1, log=True),
+    "regularizer_lam": Range(0.001, 0.1, log=True),
+}
+"""What can be searched, and where it is unless the search says otherwise: a range, or a tuple."""
+
+_LIMITS = {"alpha": (0.0, 1.0), "beta": (0.0, 1.0)}  # others are above 0 and at most 1e6
+NOISE = {
+    "input_std": "input", "gradient_std": "gradient", "parameter_std": "parameter",
+    "regularizer_lam": "regularizer",
+}  # fmt: skip
+"""Which noise a standard deviation or lambda is of."""
+
+
+def _dimension(name: str, text: str) -> Range | tuple:
+    """What ``--search name=text`` asks for."""
+    usual = SPACE[name]
+    parts = text.split(":" if ":" in text else "|")
+    if isinstance(usual, tuple):
+        if set(parts) <= set(usual) and len(set(parts)) == len(parts):
+            return tuple(parts)
+        known = ", ".join(usual)
+        raise TrainError(f"--search {name}={text}: give some of {known}, separated by |")
+    least, most = _LIMITS.get(name, (sys.float_info.min, 1e6))
+    with contextlib.suppress(ValueError):  # whatever float() and int() do not read
+        numbers = [float(part) for part in (parts[:2] if ":" in text else parts)]
+        fits = all(least <= number <= most for number in numbers)
+        if fits and ":" not in text and len(set(numbers)) == len(numbers):
+            return tuple(numbers)
+        count = int(parts[2]) if len(parts) > 2 else usual.count
+        if fits and 2 <= len(parts) <= 3 and numbers[0] < numbers[1] and count > 1:
+            return Range(*numbers, usual.log, count)
+    raise TrainError(
+        f"--search {name}={text}: give low:high, such as {usual.low:g}:{usual.high:g}, or numbers "
+        f"separated by |, each {f'in {least:g}..{most:g}' if name in _LIMITS else 'above 0'}"
+    )
+
+
+class Space:
+    """What is searched.
+
+    Args:
+        search: names from ``SPACE``, separated by commas: ``name`` alone takes its place there,
+            ``name=low:high`` a range, ``name=low:high:count`` one of which a grid has ``count``
+            points, ``name=a|b|c`` some values. With divergence comes beta for those of which it is
+            a parameter in 0..1, with noise each one's standard deviation or lambda.
+        given: options of ``kdkernels distill`` that all trials have.
+
+    Attributes:
+        dimensions: what is searched, in the order of ``SPACE``.
+
+    Raises:
+        TrainError: a name or a value that there is not, or that is given as well.
+    """
+
+    def __init__(self, search: str, given: dict):
+        self.fixed = dataclasses.asdict(distillation.Settings(**given))
+        self.fixed["noise"] = self.fixed["noise"] or "none"
+        named = {}
+        for item in search.split(","):
+            name, equals, text = (part.strip() for part in item.partition("="))
+            if name not in SPACE:
+                raise TrainError(f"--search {item}: {name!r} is not one of {', '.join(SPACE)}")
+            if name in named:
+                raise TrainError(f"--search has {name} twice")
+            named[name] = _dimension(name, text) if equals else SPACE[name]
+        for name in ("beta", *NOISE):
+            parent = "divergence" if name == "beta" else "noise"
+            values = named.get(parent, (self.fixed[parent],))
+            taken = any(self.needs(name, {parent: value}) for value in values)
+            if taken and parent in named:
+                named.setdefault(name, SPACE[name])
+            elif name in named and not taken:
+                raise TrainError(
+                    f"--search has {name}, which no {parent} that is tried takes: "
+                    f"{', '.join(values)}"
+                )
+        self.dimensions = {name: named[name] for name in SPACE if name in named}
+        for name in self.dimensions:
+            option = "noise_std" if name in NOISE else name
+            if option in given:
+                raise TrainError(
+                    f"--search tries {name}, and --{option.replace('_', '-')} is given: leave it "
+                    f"out, or write {name}={given[option]} in --search"
+                )
+
+    def needs(self, name: str, chosen: dict) -> bool:
+        """Whether a trial that has these values has one of this name too."""
+        chosen = self.fixed | chosen
+        if name == "beta":
+            parameters = kdkernels.divergences()[chosen["divergence"]].parameters
+            return parameters.get("beta", 2.0) <= 1.0
+        return name not in NOISE or NOISE[name] == chosen["noise"]
+
+    def suggest(self, trial: optuna.Trial) -> dict:
+        """A trial's values."""
+        chosen = {}
+        for name, dimension in self.dimensions.items():
+            if not self.needs(name, chosen):
+                continue
+            if isinstance(dimension, tuple):
+                chosen[name] = trial.suggest_categorical(name, dimension)
+            else:
+                low, high = dimension.low, dimension.high
+                chosen[name] = trial.suggest_float(name, low, high, log=dimension.log)
+        return chosen
+
+    def grid(self) -> list[dict]:
+        """The values of all of a grid's trials."""
+        points = [{}]
+        for name, dimension in self.dimensions.items():
+            steps = [{name: value} for value in dimension]
+            points = [
+                point | step
+                for point in points
+                for step in (steps if self.needs(name, point) else [{}])
+            ]
+        return points
+
+    def defaults(self) -> list[dict]:
+        """The values of the trial with the defaults; an empty list where they are outside."""
+        own = self.fixed | {name: distillation.NOISE_STD[place] for name, place in NOISE.items()}
+        own |= kdkernels.divergences()[own["divergence"]].parameters
+        chosen = {name: own[name] for name in self.dimensions if self.needs(name, {})}
+        return [chosen] if all(v in self.dimensions[n] for n, v in chosen.items()) else []
+
+
+def _options(chosen: dict) -> dict:
+    """A trial's values as options of ``kdkernels distill``."""
+    found = {("noise_std" if name in NOISE else name): value for name, value in chosen.items()}
+    return {name: value for name, value in found.items() if (name, value) != ("noise", "none")}
+
+
+class Study:
+    """One of a folder's two Optuna studies, as a process sees it.
+
+    The study "search" tries the space; a trial of "confirm" is one seed of the defaults or of the
+    best trial's settings.
+
+    Attributes:
+        settings, given, space: what the folder's config asks for.
+        plain: the trainer's settings before a trial's own.
+        study: Optuna's.
+        points: values that must be tried; of a grid and of "confirm" all that there are.
+        limit: number of trials.
+    """
+
+    def __init__(self, folder: RunFolder, name: str):
+        self.folder, self.name = folder, name
+        self.settings = Settings(**folder.config["tune"])
+        self.given = folder.config["distill"]
+        self.space = Space(self.settings.search, self.given)
+        self.plain = self.wanted({})
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        file = folder.path / "study.sqlite"
+        with contextlib.closing(sqlite3.connect(file, timeout=60)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")  # readers and a writer do not wait
+        self.storage = optuna.storages.RDBStorage(
+            f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": 60}}
+        )
+        most = self.plain.epochs * self.settings.seeds
+        pruner = {
+            # After the first epoch BatchNorm's running averages still trail the weights.
+            "median": optuna.pruners.MedianPruner(n_warmup_steps=2),
+            "hyperband": optuna.pruners.HyperbandPruner(min_resource=2, max_resource=max(2, most)),
+        }.get(self.settings.prune if name == SEARCH else "none", optuna.pruners.NopPruner())
+        self.study = optuna.create_study(
+            storage=self.storage, study_name=name, direction="maximize", pruner=pruner,
+            load_if_exists=True,
+        )  # fmt: skip
+        self.closed = name == CONFIRM or self.settings.sampler == "grid"
+        first = self.plain.seed + self.settings.seeds
+        self.seeds = range(first, first + self.settings.confirm)
+        if name == CONFIRM:
+            both = (DEFAULTS, BEST)
+            self.points = [{"settings": a, "seed": seed} for seed in self.seeds for a in both]
+        else:
+            self.points = self.space.grid() if self.closed else self.space.defaults()
+        self.limit = len(self.points) if self.closed else self.settings.trials or 30
+
+    def wanted(self, more: dict) -> distillation.Settings:
+        """What a trial asks of the trainer that has these options of its own."""
+        validation = self.settings.validation if self.name == SEARCH else 0.0
+        return distillation.Settings(**self.given | {"validation": validation, "arms": ()} | more)
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Those in these states, all by default."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def queue(self) -> None:
+        """Let all points wait that were not tried, and trials that were stopped halfway.
+
+        Nobody else may be at work on the study.
+        """
+        stale = self.trials(TrialState.RUNNING)
+        for trial in stale:
+            self.study.tell(trial.number, state=TrialState.FAIL)
+        again = [] if self.closed else [trial.params for trial in stale if trial.params]
+        known = {
+            tuple(sorted((trial.params or trial.system_attrs["fixed_params"]).items()))
+            for trial in self.trials(TrialState.WAITING, *DONE)
+        }
+        for point in self.points + again:
+            if (key := tuple(sorted(point.items()))) not in known:
+                self.study.enqueue_trial(point)
+                known.add(key)
+
+    def ask(self) -> tuple[optuna.Trial, dict] | None:
+        """The next trial and its values; None where there is none left."""
+        with (self.folder.path / "ask.lock").open("w") as lock:  # let go when closed, or killed
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            number = len(self.trials(TrialState.RUNNING, *DONE))
+            if number >= self.limit:
+                return None
+            # A sampler of the trial's own: one for all would draw the same again after a resume.
+            tpe = self.settings.sampler == "tpe" and self.name == SEARCH
+            make = optuna.samplers.TPESampler if tpe else optuna.samplers.RandomSampler
+            self.study.sampler = make(seed=(self.plain.seed * 1_000_003 + number) % 2**32)
+            trial = self.study.ask()
+            if self.name == SEARCH:
+                return trial, self.space.suggest(trial)
+            which = trial.suggest_categorical("settings", (DEFAULTS, BEST))
+            seed = trial.suggest_int("seed", self.seeds[0], self.seeds[-1])
+            return trial, {"settings": which, "seed": seed}
+
+    def prepare(self, screen, threads: int | None) -> None:
+        """Train the teacher and keep its predictions of the training images, once."""
+        inner = RunFolder(self.folder.path / self.name, {})
+        if inner.read_json("teacher.json"):
+            return
+        (inner.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        # Of an arm without epochs there is only the teacher, and what it says.
+        wanted = dataclasses.replace(
+            self.plain, epochs=0, arms=("full",), noise=None, noise_std=None, threads=threads
+        )
+        screen.print(f"{self.name}: the teacher learns and predicts")
+        console.progress(distillation.run, wanted, inner, screen)
+        found, _ = inner.load("teacher-test")
+        right = (found["logits"].argmax(1) == found["labels"]).double().mean().item()
+        inner.write_json("teacher.json", {"accuracy": right})
+
+    def work(self, threads: int | None, parent: int = 0, after: Callable = lambda: None) -> None:
+        """Run trials until none is left.
+
+        Args:
+            threads: CPU threads; None is torch's choice.
+            parent: id of the process without which this one shall not go on; 0: none.
+            after: called after each trial.
+        """
+        plain = self.plain
+        images = data.load(
+            plain.data, size=plain.image_size, data_dir=plain.data_dir,
+            imagenet=plain.normalize == "imagenet",
+            augment=plain.augment, views=plain.views, seed=plain.seed,
+        )  # fmt: skip
+        kept = str(self.folder.path / self.name / "predictions/teacher")
+        common = {"teacher_predictions": kept, "teacher_weights": "none", "threads": threads}
+
+        def on_step(*_):
+            if parent and os.getppid() != parent:
+                os._exit(1)
+
+        while (asked := self.ask()) is not None:
+            trial, chosen = asked
+            more, first, seeds = chosen, plain.seed, self.settings.seeds
+            if self.name == CONFIRM:
+                best = self.study.user_attrs["best"]
+                more, first, seeds = best if chosen["settings"] == BEST else {}, chosen["seed"], 1
+            wanted = self.wanted(_options(more) | common)
+            began, found = time.monotonic(), []
+            try:
+                for seed in range(first, first + seeds):
+                    found.append(self._train(trial, wanted, seed, images, on_step, len(found)))
+            except optuna.TrialPruned:
+                self.study.tell(trial, state=TrialState.PRUNED)
+            except TrainError as error:
+                if (
+                    error.status < 128
+                ):  # no signal: whoever started this process finds the sentence there
+                    trial.set_user_attr("error", str(error))
+                    self.study.tell(trial, state=TrialState.FAIL)
+                raise
+            else:
+                trial.set_user_attr("accuracies", found)
+                trial.set_user_attr("seconds", time.monotonic() - began)
+                self.study.tell(trial, statistics.fmean(found))
+            after()
+
+    def _train(self, trial, settings, seed, images, on_step, number) -> float:
+        """A seed's accuracy after its last epoch; 0 where the loss stopped being finite."""
+        inner = RunFolder(self.folder.path / "trials" / f"{self.name}-{trial.number}-{seed}", {})
+        (inner.path / "checkpoints").mkdir(parents=True)
+        arms = () if settings.noise else ("full",)
+
+        def lines(kind):
+            return [line for line in inner.metrics() if line["kind"] == kind]
+
+        def epoch_is_over(_):
+            epochs = lines("epoch")
+            trial.report(epochs[-1]["accuracy"], number * settings.epochs + len(epochs))
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        try:
+            distillation.run(
+                dataclasses.replace(settings, seed=seed, arms=arms), inner, on_step, epoch_is_over,
+                images=images,
+            )  # fmt: skip
+            return lines("epoch")[-1]["accuracy"]
+        except TrainError:
+            steps = lines("step")
+            if steps and not isinstance(steps[-1]["loss"], float):  # JSON has no NaN
+                return 0.0
+            raise
+        finally:
+            shutil.rmtree(inner.path)
+
+
+def _work(path: str, name: str, threads: int | None, parent: int) -> None:
+    """A worker process."""
+    folder = RunFolder.open(path)
+    with (folder.path / "workers.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        try:
+            Study(folder, name).work(threads, parent)
+        except TrainError as error:  # the trial has the sentence
+            sys.exit(error.status)
+
+
+def _spread(study: Study, workers: int, threads: int | None, watch: Callable) -> None:
+    """Let worker processes run the study's trials; ``watch()`` tells how many are finished."""
+    context = multiprocessing.get_context("spawn")
+    threads = threads or max(1, torch.get_num_threads() // workers)
+    arguments = (str(study.folder.path), study.name, threads, os.getpid())
+    processes = [context.Process(target=_work, args=arguments) for _ in range(workers)]
+    # Ctrl-C goes to all of a terminal's processes; the workers leave it to this one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for process in processes:
+            process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        while watch() < study.limit and any(process.is_alive() for process in processes):
+            time.sleep(0.2)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for process in processes:
+            process.kill()
+            process.join()
+    if watch() < study.limit:
+        status = [process.exitcode for process in processes if process.exitcode] or [1]
+        said = [t.user_attrs["error"] for t in study.trials() if "error" in t.user_attrs]
+        how = f"was killed by signal {-status[0]}" if status[0] < 0 else f"exited with {status[0]}"
+        reason = said[-1] if said and status[0] > 0 else f"a worker {how}"
+        raise TrainError(f"{reason}; go on with kdkernels tune --resume {study.folder.path}", 1)
+
+
+def _finish(study: Study, workers: int, threads: int | None, screen) -> None:
+    """Run what is left of a study, with a line a trial and a progress bar."""
+    study.queue()
+    shutil.rmtree(study.folder.path / "trials", ignore_errors=True)
+    shown = {trial.number for trial in study.trials(*DONE)}
+    if len(shown) >= study.limit:
+        return
+    study.prepare(screen, threads and threads * workers)
+
+    def work(_settings, _folder, on_step, say):
+        def watch():
+            for trial in study.trials(*DONE):
+                if trial.number not in shown:
+                    shown.add(trial.number)
+                    values = ", ".join(f"{k} {text(v)}" for k, v in trial.params.items())
+                    say(f"{study.name} {len(shown)} of {study.limit}: {score(trial)}, {values}")
+            on_step(study.name, len(shown), study.limit)
+            return len(shown)
+
+        watch()
+        if workers == 1:
+            study.work(threads, after=watch)
+        else:
+            _spread(study, workers, threads, watch)
+
+    console.progress(work, None, None, screen)
+
+
+def text(value) -> str:
+    """A setting's value for a person."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def score(trial: FrozenTrial) -> str:
+    """A finished trial's accuracy, with the standard deviation over its seeds."""
+    if trial.state == TrialState.PRUNED:
+        return f"stopped early at {trial.value:.1%}"
+    found = trial.user_attrs["accuracies"]
+    return f"{trial.value:.1%}" + (f" ± {statistics.stdev(found):.1%}" if len(found) > 1 else "")
+
+
+def check(config: dict) -> None:
+    """Raise TrainError where a config's ``"tune"`` or ``"distill"`` asks for what cannot be."""
+    settings = Settings(**config["tune"])
+    space = Space(settings.search, config["distill"])
+    if settings.sampler == "grid" and settings.trials not in (None, len(space.grid())):
+        raise TrainError(
+            f"--trials {settings.trials}: this grid has {len(space.grid())} points, and a trial is "
+            "a point; leave --trials out, or change --search"
+        )
+
+
+def run(folder: RunFolder, screen, workers: int = 1, threads: int | None = None) -> list:
+    """Run a search, or what is left of it, and write what it found to the folder.
+
+    Args:
+        folder: its config has ``"tune"``, the fields of :class:`Settings`, and ``"distill"``,
+            options of ``kdkernels distill``.
+        screen: a rich console.
+        workers: processes that run trials beside each other.
+        threads: CPU threads of each; None is torch's choice, shared out among the workers.
+
+    Returns:
+        The tables, to be printed.
+
+    Raises:
+        TrainError: another process is at work on this folder; a trial cannot run; Ctrl-C.
+    """
+    folder.hold()
+    try:
+        with (folder.path / "workers.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a killed command's workers end with their step
+        return _run(folder, screen, workers, threads)
+    finally:
+        folder.close()
+
+
+def _run(folder, screen, workers, threads):
+    search, confirm = Study(folder, SEARCH), None
+    try:
+        _finish(search, workers, threads, screen)
+        best = search.study.best_params
+        _write_best(folder, search.given, best)
+        if search.settings.confirm and search.wanted(_options(best)) != search.plain:
+            confirm = Study(folder, CONFIRM)
+            if confirm.study.user_attrs.get("best", best) != best:  # more trials found better
+                optuna.delete_study(study_name=CONFIRM, storage=confirm.storage)
+                confirm = Study(folder, CONFIRM)
+            confirm.study.set_user_attr("best", best)
+            _finish(confirm, workers, threads, screen)
+    except (KeyboardInterrupt, TrainError) as error:
+        status = getattr(error, "status", 130)
+        if status < 128:
+            raise
+        raise TrainError(
+            f"interrupted after {len(search.trials(*DONE))} of {search.limit} trials: go on with "
+            f"kdkernels tune --resume {folder.path}",
+            status,
+        ) from None
+    from kdkernels.train import tune_report  # it needs this module
+
+    return tune_report.write(search, confirm)
+
+
+def _write_best(folder: RunFolder, given: dict, best: dict) -> Path:
+    """Write best.json: what was given, without what only made the search short, and the best."""
+    short = ("device", "threads", "train_samples", "test_samples")
+    kept = {name: value for name, value in given.items() if name not in short}
+    return folder.write_json("best.json", kept | _options(best) | {"arms": ["full"]})
