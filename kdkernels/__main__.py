@@ -1,4 +1,5 @@
-"""The ``kdkernels`` command: ``info``, ``bench``, ``reproduce``, ``soft-reg`` and ``distill``.
+"""The ``kdkernels`` command: ``info``, ``bench``, ``reproduce``, ``soft-reg``, ``distill``, and
+``export``.
 
 Exit status: 0 done; 1 a check failed or a run stopped on the way; 2 bad arguments, or data or
 weights that are not there; 130 interrupted. Whatever goes wrong is said in one sentence.
@@ -53,6 +54,8 @@ def _list_of(names):
 
 # The ops do without these; pyproject's extra "train" names the distributions they come in.
 _TRAIN_PACKAGES = ("torchvision", "sklearn", "matplotlib", "safetensors", "rich", "jinja2")
+# What export needs beside them, pyproject's extra "export".
+_EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "torchao")
 _COUNT = _number(int, 1)
 _STD = _number(float, 0, 1e6)
 # Defaults are those of distillation.Settings, soft_regularization.Settings and soft_regression.run,
@@ -194,6 +197,27 @@ _OF_BENCH = {
     "threads": {"type": _COUNT, "help": "CPU threads (default: torch's choice)"},
     "json": {"metavar": "FILE", "help": "write everything that was measured to FILE"},
 }
+_OF_EXPORT = {
+    "arm": {
+        "metavar": "NAME",
+        "help": "whose student, as the run's tables call it (default: full)",
+    },
+    "formats": {
+        "type": _list_of(("onnx", "int8", "int8-qat")),
+        "metavar": "A,B",
+        "help": "which of onnx (fp32), int8 (calibrated), int8-qat (trained on, with int8's "
+        "rounding and the teacher) (default: all three)",
+    },
+    "epochs": {"type": _COUNT, "help": "of int8-qat (default: 3)"},
+    "lr": {
+        "type": _number(float, 0, open_low=True),
+        "help": "learning rate of int8-qat (default: 1e-4)",
+    },
+    "threads": {
+        "type": _COUNT,
+        "help": "CPU threads, also of what is timed (default: torch's choice)",
+    },
+}
 # soft-reg's options by the models that take them, in the order of --help.
 _COMMON = ("lr", "seed", "threads", "out")
 _LINEAR = ("noise", "steps", "lam", "sigma", "replicas", "repeats")
@@ -239,12 +263,19 @@ def _parser() -> argparse.ArgumentParser:
             _DISTILL,
             _OF_DISTILL,
         ),
+        "export": (
+            "write a finished run's student as ONNX files in fp32 and int8, and compare them",
+            tuple(_OF_EXPORT),
+            _OF_EXPORT,
+        ),
     }
     for name, (text, options, own) in about.items():
         command = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".",
             argument_default=argparse.SUPPRESS,
         )  # fmt: skip
+        if name == "export":
+            command.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run of distill")
         for option in options:
             extra = own.get(option) or _OPTIONS[option]
             command.add_argument("--" + option.replace("_", "-"), **extra)
@@ -364,10 +395,22 @@ def _config(command: str, given: dict) -> dict:
     return config
 
 
-def _experiments(command: str, given: dict) -> int:
+def _show(tables, console):
     from rich import box
     from rich.table import Table
 
+    for table in tables:
+        drawn = Table(title=table.title, box=box.MARKDOWN, title_justify="left", title_style="bold")
+        for number, column in enumerate(table.columns):
+            drawn.add_column(column, justify="right" if number else "left", overflow="fold")
+        for row in table.rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+        if table.note:
+            console.print(table.note, style="dim")
+
+
+def _experiments(command: str, given: dict) -> int:
     from kdkernels.train import TrainError, distillation, report, soft_regularization
     from kdkernels.train.run_folder import RunFolder
 
@@ -395,19 +438,29 @@ def _experiments(command: str, given: dict) -> int:
     finally:
         folder.close()
     tables, passed = report.write(folder)
-    for table in tables:
-        drawn = Table(title=table.title, box=box.MARKDOWN, title_justify="left", title_style="bold")
-        for number, column in enumerate(table.columns):
-            drawn.add_column(column, justify="right" if number else "left", overflow="fold")
-        for row in table.rows:
-            drawn.add_row(*row)
-        console.print(drawn)
-        if table.note:
-            console.print(table.note, style="dim")
+    _show(tables, console)
     console.print(f"the report is {folder.path / 'report.html'}")
     if not passed:
         print("kdkernels: a check failed: see the table of checks", file=sys.stderr)
     return 0 if passed else 1
+
+
+def _export(run_dir: str, **given) -> int:
+    from kdkernels.train import export, report
+    from kdkernels.train.run_folder import RunFolder
+
+    console = _console()
+    folder = RunFolder.open(run_dir)
+    found = {}
+
+    def run(settings, folder, on_step, say):
+        found.update(export.run(folder, settings, on_step, say))
+
+    _train(run, export.Settings(**given), folder, console)
+    report.write(folder)
+    _show(export.tables(found), console)
+    console.print(f"the files are in {folder.path / export.FOLDER}")
+    return 0
 
 
 def _bench(quick: bool = False, threads: int | None = None, json: str | None = None) -> int:
@@ -450,16 +503,22 @@ def main(argv: list[str] | None = None) -> int:
     from kdkernels.train import TrainError
 
     try:
-        return _bench(**given) if command == "bench" else _experiments(command, given)
+        if command in ("bench", "export"):
+            return (_bench if command == "bench" else _export)(**given)
+        return _experiments(command, given)
     except TrainError as error:
         print(f"kdkernels {command}: {error}", file=sys.stderr)
         return error.status
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in _TRAIN_PACKAGES:
+        missing = (error.name or "").split(".")[0]
+        if missing not in (*_TRAIN_PACKAGES, *_EXPORT_PACKAGES):
             raise
+        packages = "torchvision scikit-learn matplotlib safetensors rich jinja2"
+        if missing in _EXPORT_PACKAGES:
+            packages = " ".join(_EXPORT_PACKAGES)
         print(
-            f"kdkernels {command}: it needs {error.name}, which is not installed: "
-            "pip install torchvision scikit-learn matplotlib safetensors rich jinja2",
+            f"kdkernels {command}: it needs {missing}, which is not installed: "
+            f"pip install {packages}",
             file=sys.stderr,
         )
         return 2

@@ -6,6 +6,7 @@ modules here only join them:
 - ``soft_regression``: experiment 1, linear regression under Gaussian input noise
 - ``distillation``: experiment 2, ResNet-18 to MobileNetV2 in four arms
 - ``data``, ``models``, ``loop``: what experiment 2 trains on, what it trains, and how
+- ``export``, ``int8``: a finished student as ONNX files in fp32 and int8
 - ``run_folder``: everything a run leaves on disk, and how it is read again
 - ``report``: the tables, the plots and ``report.html``
 """

@@ -18,7 +18,7 @@ from scipy import stats
 
 import kdkernels
 from kdkernels import info
-from kdkernels.train import soft_regularization
+from kdkernels.train import export, soft_regularization
 from kdkernels.train.distillation import ARMS, CONTROL, NOISY, apart
 from kdkernels.train.loop import PHASES
 from kdkernels.train.run_folder import RunFolder
@@ -675,6 +675,10 @@ def write(folder: RunFolder) -> tuple[list[Table], bool]:
         tables = _noise_tables(regularised, folder.config["soft_regularization"])
         title = "Experiment 3: a network under four kinds of noise"
         sections.append((title, tables, plots, regularised))
+
+    exported = folder.read_json("export/results.json")
+    if exported:
+        sections.append(("Export", export.tables(exported), {}, exported))
 
     shown, every = [], []
     with matplotlib.rc_context(STYLE):
