@@ -466,16 +466,12 @@ def tables(found: dict) -> list:
             Table(
                 f"Export: the student of arm {arm}",
                 ["format", "test accuracy", "agrees with fp32", "bytes"]
-                + [
-                    column
-                    for size in BATCHES
-                    for column in (f"ms, batch {size}", f"times {against} fp32's speed")
-                ],
+                + [column for size in BATCHES for column in (f"ms, batch {size}", "speed-up")],
                 rows,
                 f"{of['data']}, {of['test_images']:,} test images. Milliseconds a call on the CPU, "
                 f"threads: {of['threads']}; median (10th .. 90th percentile) of {of['rounds']} "
-                "rounds in which the formats take turns; speed is the median ratio of a round. "
-                "PyTorch's bytes are those of its weights. "
+                f"rounds in which the formats take turns; speed-up: over {against} in fp32, "
+                "median of the rounds. PyTorch's bytes are those of its weights. "
                 f"Calibrated: on {of['calibration']} training images. Trained for it: "
                 f"{of['epochs']} epochs of distillation at lr {of['lr']:g} with int8's rounding "
                 f"in the graph. {of['versions']}.",

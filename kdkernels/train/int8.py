@@ -132,16 +132,15 @@ class FakeQuantised(nn.Module):
 
     def __init__(self, model: nn.Module, batch: torch.Tensor):
         super().__init__()
-        fake = pt2e.FusedMovingAvgObsFakeQuantize
-        self.graph = _prepared(
-            model, batch,
-            fake.with_args(observer=pt2e.MovingAverageMinMaxObserver, eps=_EPS),
-            # 1: no average.
-            fake.with_args(
-                observer=pt2e.MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0,
-                eps=_EPS,
-            ),
-        )  # fmt: skip
+        # Not the fused module: its kernel chooses scales in another way than convert_pt2e does.
+        activation = pt2e.FakeQuantize.with_args(
+            observer=pt2e.MovingAverageMinMaxObserver, eps=_EPS
+        )
+        # Constant 1: no average, the range is that of the weight as it is now.
+        weight = pt2e.FakeQuantize.with_args(
+            observer=pt2e.MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, eps=_EPS
+        )
+        self.graph = _prepared(model, batch, activation, weight)
         with torch.no_grad():
             self.graph(batch)
         self.requires_grad_(True)  # folding leaves the new biases without
