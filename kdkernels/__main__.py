@@ -58,7 +58,11 @@ def _list_of(names):
 _TRAIN_PACKAGES = (
     "torchvision", "sklearn", "matplotlib", "safetensors", "rich", "jinja2",
 )  # fmt: skip
-_MORE_PACKAGES = {"distill-lm": ("tokenizers",), "tune": ("optuna",)}
+_MORE_PACKAGES = {
+    "distill-lm": ("tokenizers",),
+    "tune": ("optuna",),
+    "export": ("onnx", "onnxscript", "onnxruntime", "torchao"),
+}
 _COUNT = _number(int, 1)
 _STD = _number(float, 0, 1e6)
 # Defaults are those of distillation.Settings, soft_regularization.Settings and soft_regression.run,
@@ -392,6 +396,27 @@ _OF_TUNE = {
         "--workers and --threads may be given",
     },
 }
+_OF_EXPORT = {
+    "arm": {
+        "metavar": "NAME",
+        "help": "whose student, as the run's tables call it (default: full)",
+    },
+    "formats": {
+        "type": _list_of(("onnx", "int8", "int8-qat")),
+        "metavar": "A,B",
+        "help": "which of onnx (fp32), int8 (calibrated), int8-qat (trained on, with int8's "
+        "rounding and the teacher) (default: all three)",
+    },
+    "epochs": {"type": _COUNT, "help": "of int8-qat (default: 3)"},
+    "lr": {
+        "type": _number(float, 0, open_low=True),
+        "help": "learning rate of int8-qat (default: 1e-4)",
+    },
+    "threads": {
+        "type": _COUNT,
+        "help": "CPU threads, also of what is timed (default: torch's choice)",
+    },
+}
 # soft-reg's options by the models that take them, in the order of --help.
 _COMMON = ("lr", "seed", "threads", "out")
 _LINEAR = ("noise", "steps", "lam", "sigma", "replicas", "repeats")
@@ -471,12 +496,19 @@ def _parser() -> argparse.ArgumentParser:
             _OF_LM,
         ),
         "tune": ("search for distill's settings with Optuna", _TUNE, _OF_TUNE),
+        "export": (
+            "write a finished run's student as ONNX files in fp32 and int8, and compare them",
+            tuple(_OF_EXPORT),
+            _OF_EXPORT,
+        ),
     }
     for name, (text, options, own) in about.items():
         command = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".",
             argument_default=argparse.SUPPRESS, allow_abbrev=False,
         )  # fmt: skip
+        if name == "export":
+            command.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run of distill")
         for option in options:
             extra = own.get(option) or _OPTIONS[option]
             command.add_argument("--" + option.replace("_", "-"), **extra)
@@ -643,7 +675,7 @@ def _experiments(command: str, given: dict) -> int:
     return 0 if passed else 1
 
 
-def _predict_teacher(given: dict) -> int:
+def _predict_teacher(**given) -> int:
     import torch
 
     from kdkernels.train import TrainError, data, models, predictions
@@ -692,7 +724,7 @@ def _predict_teacher(given: dict) -> int:
     return 0
 
 
-def _tune(given: dict) -> int:
+def _tune(**given) -> int:
     import shutil
 
     from kdkernels.train import TrainError, console, report, tune
@@ -732,6 +764,25 @@ def _tune(given: dict) -> int:
     console.show(screen, tables)
     screen.print(f"the best settings are {folder.path / 'best.json'}, for distill --config")
     screen.print(f"the report is {folder.path / 'report.html'}")
+    return 0
+
+
+def _export(run_dir: str, **given) -> int:
+    from kdkernels.train import console as terminal
+    from kdkernels.train import export, report
+    from kdkernels.train.run_folder import RunFolder
+
+    console = terminal.make()
+    folder = RunFolder.open(run_dir)
+    found = {}
+
+    def run(settings, folder, on_step, say):
+        found.update(export.run(folder, settings, on_step, say))
+
+    terminal.progress(run, export.Settings(**given), folder, console)
+    report.write(folder)
+    terminal.show(console, export.tables(found))
+    console.print(f"the files are in {folder.path / export.FOLDER}")
     return 0
 
 
@@ -775,9 +826,10 @@ def main(argv: list[str] | None = None) -> int:
     from kdkernels.train import TrainError, distributed
 
     try:
-        own = {"bench": lambda: _bench(**given), "predict-teacher": lambda: _predict_teacher(given),
-               "tune": lambda: _tune(given)}  # fmt: skip
-        return own.get(command, lambda: _experiments(command, given))()
+        own = {
+            "bench": _bench, "export": _export, "predict-teacher": _predict_teacher, "tune": _tune,
+        }  # fmt: skip
+        return own[command](**given) if command in own else _experiments(command, given)
     except TrainError as error:
         if distributed.first_to_say():
             print(f"kdkernels {command}: {error}", file=sys.stderr)

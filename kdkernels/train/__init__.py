@@ -12,7 +12,7 @@ modules here only join them:
 - ``soft_regression``: experiment 1, linear regression under Gaussian input noise
 - ``soft_regularization``: experiment 3, a network with noise in four places
 - ``language_model``, ``text``: experiment 4, a language model's loss in four ways
-- ``tune``, ``export``: search for settings; a student as ONNX and in int8
+- ``tune``: a search for settings; ``export``, ``int8``: a student as ONNX files in fp32 and int8
 - ``run_folder``: everything a run leaves on disk, and how it is read again
 - ``report``, ``console``, ``tensorboard``: what a person sees of it
 """

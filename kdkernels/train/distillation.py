@@ -39,7 +39,7 @@ from kdkernels.train.run_folder import RunFolder
 
 __all__ = [
     "ARMS", "CONTROL", "NOISY", "NOISE_STD", "Arm", "Distilled", "Settings", "apart", "distill",
-    "plain_loss", "run",
+    "images_of", "plain_loss", "run",
 ]  # fmt: skip
 
 
@@ -282,6 +282,27 @@ def run(
         folder.close()
 
 
+def images_of(
+    settings: Settings, images: tuple[Images, Images] | None = None
+) -> tuple[Images, Images, Images]:
+    """The images that predictions are made of, those trained on and those tested on.
+
+    Args:
+        settings: what was asked for.
+        images: training and test images to take instead of those that the settings name.
+    """
+    train, test = images or data.load(
+        settings.data, size=settings.image_size, data_dir=settings.data_dir,
+        imagenet=settings.normalize == "imagenet",
+        augment=settings.augment, views=settings.views, seed=settings.seed,
+    )  # fmt: skip
+    whole = train.first(settings.train_samples)
+    if settings.validation:  # a fixed part, so that runs of other seeds are tested on the same
+        whole = train
+        train, test = train.split(settings.validation, seed=0)
+    return whole, train.first(settings.train_samples), test.first(settings.test_samples)
+
+
 class _Run:
     """A run under way: what all learners share."""
 
@@ -289,17 +310,8 @@ class _Run:
         self.settings, self.folder, self.device = settings, folder, device
         self.interrupt, self.on_step, self.say = interrupt, on_step, say
         self.ranks = distributed.current()
-        train, test = images or data.load(
-            settings.data, size=settings.image_size, data_dir=settings.data_dir,
-            imagenet=settings.normalize == "imagenet",
-            augment=settings.augment, views=settings.views, seed=settings.seed,
-        )  # fmt: skip
-        self.whole = train.first(settings.train_samples)
-        if settings.validation:  # a fixed part, so that runs of other seeds are tested on the same
-            self.whole = train
-            train, test = train.split(settings.validation, seed=0)
-        self.train = train.first(settings.train_samples).to(device)
-        self.test = test.first(settings.test_samples).to(device)
+        self.whole, train, test = images_of(settings, images)
+        self.train, self.test = train.to(device), test.to(device)
 
     def learner(self, name: str, model: nn.Module, loss: Loss, predict, tuned: bool, seed: int,
                 **more) -> Learner:  # fmt: skip

@@ -27,6 +27,7 @@ SECTIONS = {
     "distill": "distillation_report:sections",
     "soft_regularization": "soft_report:networks",
     "language_model": "language_model_report:sections",
+    "export/results.json": "export:sections",
 }
 """Which function shows which experiment: a part of config.json, or a file of the folder, ->
 ``"module:function"``. The function takes the :class:`RunFolder` and returns :class:`Section` s;

@@ -1,0 +1,481 @@
+"""A finished student made ready for the edge: ONNX in fp32, in int8, in int8 trained for it.
+
+All three are ONNX files that onnxruntime runs as they are, on servers and on phones. The int8
+files hold quantise and dequantise operations around each layer (QDQ), which the runtime fuses
+into integer kernels. One graph, of :mod:`kdkernels.train.int8`, serves both of them: calibrated
+only, or trained on for a few epochs with the teacher's predictions and the rounding in place.
+(torch.compile of an int8 graph needs PyTorch and a compiler on the device, and was slower.)
+
+Everything is on the CPU, whatever the run was trained on. What it finds is in the run's folder
+under export/: ARM.onnx, ARM-int8.onnx, ARM-int8-qat.onnx, results.json, and a run folder's own
+config.json, metrics.jsonl and checkpoints of the training with quantisation.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+import kdkernels
+from kdkernels.train import TrainError, data, distillation, models
+from kdkernels.train.loop import (
+    Interrupt,
+    Learner,
+    accuracy,
+    epoch_batches,
+    predictions,
+    reproducible,
+)
+from kdkernels.train.run_folder import RunFolder
+
+__all__ = ["FORMATS", "FOLDER", "Settings", "run", "sections", "tables"]
+
+FORMATS = {
+    "onnx": ("", "fp32"),
+    "int8": ("-int8", "int8, calibrated"),
+    "int8-qat": ("-int8-qat", "int8, trained for it"),
+}
+"""What can be written: the end of the file's name, and what the table calls it."""
+
+FOLDER = "export"
+"""Everything goes into this folder of the run's."""
+
+CALIBRATION = 512
+"""Training images, the first ones, that the ranges of activations are found with."""
+
+BATCHES = (1, 32)
+"""Images a call whose latency is measured."""
+
+ROUNDS = 30
+TOLERANCE = 1e-4
+"""Largest difference of onnxruntime's fp32 logits from PyTorch's, of the largest logit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is asked for; the command's options, with their defaults.
+
+    Attributes:
+        arm: whose student; a name with a checkpoint in the run's folder.
+        formats: names from ``FORMATS``.
+        epochs: of training with quantisation.
+        lr: Adam's learning rate in it.
+        threads: CPU threads, in training and in what is measured; None is torch's choice.
+    """
+
+    arm: str = "full"
+    formats: tuple[str, ...] = tuple(FORMATS)
+    epochs: int = 3
+    lr: float = 1e-4
+    threads: int | None = None
+
+
+@dataclasses.dataclass
+class _Finished:
+    """What a finished run left: its settings, its student, and its images."""
+
+    settings: distillation.Settings
+    student: nn.Module
+    sha256: str
+    train: data.Images
+    test: data.Images
+
+
+def _networks(settings: distillation.Settings, classes: int) -> tuple[nn.Module, nn.Module]:
+    """The run's teacher and student with random weights; what the checkpoints are loaded into."""
+    return (
+        models.build(settings.teacher, classes, settings.image_size)[0],
+        models.build(settings.student, classes, settings.image_size)[0],
+    )
+
+
+def _load(model: nn.Module, tensors: dict[str, torch.Tensor], what: str) -> nn.Module:
+    own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    try:
+        model.load_state_dict(own)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise TrainError(
+            f"the checkpoint {what} is not of the network that config.json names: {reason}"
+        ) from None
+    return model.eval()
+
+
+def _finished(folder: RunFolder, arm: str) -> _Finished:
+    """Read the run.
+
+    Raises:
+        TrainError: it is no run of distill, has no such arm, or the arm is not finished.
+    """
+    if "distill" not in folder.config:
+        raise TrainError(f"{folder.path} holds no run of distill or reproduce to export from")
+    asked = folder.config["distill"]
+    settings = distillation.Settings(**asked | {"arms": tuple(asked["arms"])})
+    found = folder.load(arm)
+    if found is None or arm not in _arms(folder):
+        there = ", ".join(_arms(folder)) or "none"
+        raise TrainError(f"{folder.path} has no checkpoint of an arm {arm}; there are: {there}")
+    tensors, state = found
+    target, reached = settings.target_accuracy, state.get("measures", {}).get("accuracy", -1)
+    done = state["epoch"] >= settings.epochs or (target is not None and reached >= target)
+    # An arm that stopped for another reason leaves its predictions when it ends.
+    if not done and not (folder.path / "checkpoints" / f"{arm}-test.safetensors").exists():
+        raise TrainError(
+            f"arm {arm} has done {state['epoch']} of {settings.epochs} epochs: finish the run "
+            f"with kdkernels distill --resume {folder.path}"
+        )
+    _, train, test = distillation.images_of(settings)
+    student = _load(_networks(settings, train.classes)[1], tensors, arm)
+    path = folder.path / "checkpoints" / f"{arm}.safetensors"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return _Finished(settings, student, digest, train, test)
+
+
+def _arms(folder: RunFolder) -> list[str]:
+    """Arms that have a checkpoint, in any generation."""
+    names = sorted(path.stem for path in (folder.path / "checkpoints").glob("*.safetensors"))
+    known = {*distillation.ARMS, distillation.NOISY}
+    return [n for n in names if n in known or n.rpartition("-g")[0] in known]
+
+
+def _taught(folder: RunFolder, run: _Finished):
+    """What a learner asks its teacher: kept predictions, or the teacher for images in new views."""
+    found = folder.load("teacher")
+    if found is None:
+        raise TrainError(
+            f"{folder.path} has no checkpoints/teacher.safetensors, which int8-qat needs; "
+            "leave it out of --formats"
+        )
+    expert = _load(_networks(run.settings, run.train.classes)[0], found[0], "teacher")
+    expert = expert.requires_grad_(False).to(memory_format=torch.channels_last)
+    rows = predictions(expert, run.train, run.settings.batch_size, torch.channels_last)
+
+    def predict(images, index, view):
+        if view is None:
+            return rows[index]
+        with torch.no_grad():
+            return expert(images)
+
+    return predict
+
+
+def _batches(images: data.Images, count: int, size: int = 64) -> list[torch.Tensor]:
+    index = torch.arange(min(count, len(images)))
+    return [images.batch(part)[0] for part in index.split(size)]
+
+
+def _trained(folder, home, run, settings, interrupt, on_step, say):
+    """The student with quantisation in its graph, trained on; continues a checkpoint in home."""
+    from kdkernels.train import int8
+
+    name = f"{settings.arm}-int8-qat"
+    soft = {
+        k: getattr(run.settings, k)
+        for k in ("temperature", "alpha", "divergence", "beta")
+        if getattr(run.settings, k, None) is not None
+    }
+    torch.manual_seed(run.settings.seed)
+    model = int8.FakeQuantised(run.student, _batches(run.train, CALIBRATION, CALIBRATION)[0])
+    learner = Learner(
+        name, model, lambda logits, taught, labels: kdkernels.distillation_loss(
+            logits, taught, labels, **soft
+        ),
+        _taught(folder, run), lambda model: accuracy(model, run.test), settings.lr,
+        run.settings.seed + 3,
+    )  # fmt: skip
+    asked = {
+        "student": run.sha256, "lr": settings.lr, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    before = home.config.get(name)
+    kept = home.load(name)
+    if kept is not None and (before != asked or kept[1]["epoch"] > settings.epochs):
+        home.remove(name)
+    home.config[name] = asked
+    home.write_json("config.json", home.config)
+    learner.load(home)
+    while learner.epoch < settings.epochs:
+        batches = epoch_batches(
+            len(run.train), run.settings.batch_size, run.settings.seed + 3, learner.epoch, "cpu"
+        )
+        steps = len(batches) * settings.epochs
+        try:
+            learner.train_epoch(
+                run.train, batches, home, interrupt,
+                lambda steps=steps: on_step(name, learner.step, steps),
+            )  # fmt: skip
+        except TrainError as error:
+            if error.status != 130:
+                raise
+            raise TrainError(
+                "interrupted, and saved: the same command again goes on from here", status=130
+            ) from None
+        say(
+            f"{name}: epoch {learner.epoch} of {settings.epochs}, test accuracy "
+            f"{learner.measures['accuracy']:.1%}"
+        )
+    accuracy(learner.model, run.test.first(2))  # brings the weights' ranges up to the last step
+    return learner.model.graph
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without what exporters tell their own developers."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _input(images: data.Images) -> dict:
+    """How an application makes the file's input from an image."""
+    return {
+        "input": "images", "shape": ["batch", images.channels, images.size, images.size],
+        "resize": f"bilinear, antialiased, to {images.size}x{images.size}",
+        "divide_by": images.white, "mean": images.mean.flatten().tolist(),
+        "std": images.std.flatten().tolist(), "output": "logits", "classes": images.classes,
+    }  # fmt: skip
+
+
+def _onnx(model: nn.Module, run: _Finished) -> bytes:
+    """The model as an ONNX file, batch size free, checked."""
+    import onnx
+
+    example = run.test.batch(torch.arange(2) % len(run.test))[0]
+    program = torch.onnx.export(
+        model, (example,), dynamo=True, verbose=False, input_names=["images"],
+        output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )  # fmt: skip
+    made = program.model_proto
+    onnx.helper.set_model_props(made, {"preprocessing": json.dumps(_input(run.test))})
+    # The exporter's notes on where each node came from are a third of a small int8 file.
+    for node in made.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    onnx.checker.check_model(made, full_check=True)
+    return made.SerializeToString()
+
+
+def _session(content: bytes, threads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """``[b, channels, height, width]`` fp32 to logits ``[b, classes]``, by onnxruntime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+    return lambda images: session.run(["logits"], {"images": images})[0]
+
+
+def _logits(model: Callable, images: data.Images) -> torch.Tensor:
+    parts = torch.arange(len(images)).split(256)
+    rows = [model(images.batch(part)[0].numpy()) for part in parts]
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def _latencies(runs: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds a call, ``ROUNDS`` of each, all in turn so that a busy machine slows all alike."""
+    times = {name: [] for name in runs}
+    for round_ in range(ROUNDS + 2):
+        for name, call in runs.items():
+            call()
+            began = time.perf_counter()
+            calls = 0
+            while calls < 3 or (time.perf_counter() - began < 0.01 and calls < 50):
+                call()
+                calls += 1
+            if round_ >= 2:
+                times[name].append((time.perf_counter() - began) / calls)
+    return times
+
+
+def _measured(folder: RunFolder, run: _Finished, files: dict[str, bytes]) -> list[dict]:
+    """A row for PyTorch itself and one for each file."""
+    threads = torch.get_num_threads()
+    eager = run.student.to(memory_format=torch.channels_last)
+
+    def pytorch(images):
+        with torch.no_grad():
+            images = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
+            return eager(images).numpy()
+
+    calls = {"pytorch": pytorch} | {n: _session(content, threads) for n, content in files.items()}
+    expected = _logits(pytorch, run.test)
+    rows = []
+    for name, call in calls.items():
+        logits = expected if name == "pytorch" else _logits(call, run.test)
+        apart = ((logits - expected).abs().max() / expected.abs().max()).item()
+        if name == "onnx" and not apart <= TOLERANCE:
+            raise TrainError(
+                f"onnxruntime's logits differ from PyTorch's by {apart:.1e} of the largest, more "
+                f"than {TOLERANCE:g}: the file is not the student",
+                status=1,
+            )
+        chosen = logits.argmax(1)
+        size = sum(v.numel() * v.element_size() for v in run.student.state_dict().values())
+        rows.append(
+            {
+                "format": name, "bytes": size if name == "pytorch" else len(files[name]),
+                "accuracy": (chosen == run.test.labels).double().mean().item(),
+                "agreement": (chosen == expected.argmax(1)).double().mean().item(),
+                "difference": apart, "latency": {},
+            }
+        )  # fmt: skip
+    for size in BATCHES:
+        images = run.test.batch(torch.arange(size) % len(run.test))[0].numpy()
+        times = _latencies({n: lambda c=c, i=images: c(i) for n, c in calls.items()})
+        base = times["onnx" if "onnx" in times else "pytorch"]
+        for row in rows:
+            own = sorted(times[row["format"]])
+            ratios = [a / b for a, b in zip(base, times[row["format"]], strict=True)]
+            row["latency"][str(size)] = {
+                "median": statistics.median(own), "low": own[len(own) // 10],
+                "high": own[-1 - len(own) // 10], "speedup": statistics.median(ratios),
+            }  # fmt: skip
+    return rows
+
+
+def run(
+    folder: RunFolder, settings: Settings, on_step: Callable[[str, int, int], None], say: Callable
+) -> dict:
+    """Write the files and measure them.
+
+    Args:
+        folder: of a finished run of distill.
+        settings: what is asked for.
+        on_step: ``on_step(learner, steps done, steps in all)`` of training with quantisation.
+        say: called with a line for the person who watches.
+
+    Returns:
+        What export/results.json says now, for :func:`tables`.
+
+    Raises:
+        TrainError: no such run or arm, the run is not finished, or training was interrupted.
+        ModuleNotFoundError: onnx, onnxscript, onnxruntime or torchao is missing.
+    """
+    with _quiet():  # before any work, so that a missing package is known at once
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+        import torchao
+
+        from kdkernels.train import int8
+    finished = _finished(folder, settings.arm)
+    home = folder.path / FOLDER
+    home.mkdir(exist_ok=True)
+    config = home / "config.json"
+    home = RunFolder.open(str(home)) if config.exists() else RunFolder(home, {})
+    files = {}
+    with reproducible(finished.settings.seed, settings.threads), Interrupt() as interrupt, _quiet():
+        try:
+            for name in settings.formats:
+                end, about = FORMATS[name]
+                if name == "onnx":
+                    model = finished.student
+                elif name == "int8":
+                    say(f"{settings.arm}: calibrating on training images")
+                    batches = _batches(finished.train, CALIBRATION)
+                    model = int8.converted(int8.calibrate(finished.student, batches))
+                else:
+                    model = int8.converted(
+                        _trained(folder, home, finished, settings, interrupt, on_step, say)
+                    )
+                files[name] = _onnx(model, finished)
+                path = home.write_bytes(f"{settings.arm}{end}.onnx", files[name])
+                say(f"{about}: {path}")
+                if interrupt.wished:
+                    raise TrainError(
+                        "interrupted: the same command again starts from here", status=130
+                    )
+            say("measuring")
+            rows = _measured(folder, finished, files)
+            threads = torch.get_num_threads()
+        finally:
+            home.close()
+    found = home.read_json("results.json") or {"arms": {}}
+    found["arms"][settings.arm] = {
+        "rows": rows, "threads": threads, "input": _input(finished.test),
+        "data": finished.settings.data, "test_images": len(finished.test), "rounds": ROUNDS,
+        "epochs": settings.epochs, "lr": settings.lr,
+        "calibration": min(CALIBRATION, len(finished.train)),
+        "versions": f"torch {torch.__version__}, torchao {torchao.__version__}, onnxruntime "
+        f"{onnxruntime.__version__}",
+    }  # fmt: skip
+    home.write_json("results.json", found)
+    return found
+
+
+def _milliseconds(latency: dict) -> str:
+    digits = max(0, 2 - math.floor(math.log10(latency["median"] * 1e3)))
+    texts = (f"{latency[key] * 1e3:.{digits}f}" for key in ("median", "low", "high"))
+    return "{} ({} .. {})".format(*texts)
+
+
+def tables(found: dict) -> list:
+    """A table an arm.
+
+    Args:
+        found: what export/results.json says.
+
+    Returns:
+        :class:`kdkernels.train.report.Table`, for the terminal and the report.
+    """
+    from kdkernels.train.report import Table
+
+    made = []
+    for arm, of in found["arms"].items():
+        against = "ONNX" if any(r["format"] == "onnx" for r in of["rows"]) else "PyTorch"
+        rows = [
+            [
+                "PyTorch, fp32" if row["format"] == "pytorch" else FORMATS[row["format"]][1],
+                f"{row['accuracy']:.2%}",
+                f"{row['agreement']:.2%}",
+                f"{row['bytes']:,}",
+            ]
+            + [
+                cell
+                for size in BATCHES
+                for cell in (
+                    _milliseconds(row["latency"][str(size)]),
+                    f"{row['latency'][str(size)]['speedup']:.2f}",
+                )
+            ]
+            for row in of["rows"]
+        ]
+        made.append(
+            Table(
+                f"Export: the student of arm {arm}",
+                ["format", "test accuracy", "agrees with fp32", "bytes"]
+                + [column for size in BATCHES for column in (f"ms, batch {size}", "speed-up")],
+                rows,
+                f"{of['data']}, {of['test_images']:,} test images. Milliseconds a call on the CPU, "
+                f"threads: {of['threads']}; median (10th .. 90th percentile) of {of['rounds']} "
+                f"rounds in which the formats take turns; speed-up: over {against} in fp32, "
+                "median of the rounds. PyTorch's bytes are those of its weights. "
+                f"Calibrated: on {of['calibration']} training images. Trained for it: "
+                f"{of['epochs']} epochs of distillation at lr {of['lr']:g} with int8's rounding "
+                f"in the graph. {of['versions']}.",
+            )
+        )
+    return made
+
+
+def sections(folder: RunFolder) -> list:
+    """What was exported, for :func:`kdkernels.train.report.write`."""
+    from kdkernels.train.report import Section
+
+    found = folder.read_json(f"{FOLDER}/results.json")
+    return [Section("Export", tables(found), results=found)]
