@@ -143,9 +143,9 @@ class Examples(SphinxDirective):
 
 def mathml(translator, node, display):
     """A formula as MathML, which browsers draw without a script or a network."""
-    translator.body.append(
-        latex2mathml.converter.convert(node.astext(), display="block" if display else "inline")
-    )
+    latex = node.astext().replace(r"\log ", r"\log\, ")
+    form = "block" if display else "inline"
+    translator.body.append(latex2mathml.converter.convert(latex, display=form))
     raise nodes.SkipNode
 
 

@@ -68,7 +68,7 @@ def divergences():
         ax.axvline(1.5, color="gray", linewidth=0.7, linestyle=":")
         ax.set_xlabel("the student's logit of a class; the teacher's is 1.5")
     left.set(title="D(p, q)", ylim=(0, 3))
-    right.set(title="dD / dz of that logit", ylim=(-1.2, 1.2))
+    right.set(title="dD / dz of that logit", ylim=(-0.7, 0.5))
     figure.legend(loc="outside lower center", ncols=4)
     return figure
 
@@ -385,11 +385,12 @@ PICTURES = {
 
 
 def draw(folder: Path):
-    """Write every picture that is not there yet."""
+    """Write every picture that is not there, or older than this file or the library."""
     folder.mkdir(parents=True, exist_ok=True)
+    changed = max(Path(file).stat().st_mtime for file in (__file__, kdkernels._C.__file__))
     for name, make in PICTURES.items():
         paths = {theme: folder / f"{name}-{theme}.svg" for theme in INKS}
-        if all(path.exists() for path in paths.values()):
+        if all(path.exists() and path.stat().st_mtime > changed for path in paths.values()):
             continue
         with plt.rc_context(STYLE):
             figure = make()

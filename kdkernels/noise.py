@@ -9,8 +9,9 @@ arguments give the same bits on every CPU and GPU, for any number of threads and
 Philox passes TestU01's BigCrush, but it is not a cryptographic generator: whoever knows some of
 the numbers may find the key, so noise from here makes no claim of privacy.
 
-All functions share these keyword arguments:
+All functions share these.
 
+Keyword Args:
     seed: an int in [-2^63, 2^64). None draws one from torch's default generator, so
         ``torch.manual_seed`` governs it; two calls then differ.
     step: the training step, in [0, 2^32). An int, or an int64 scalar tensor on the noise's device,

@@ -6,8 +6,9 @@ else's noise, gradients that accumulate over micro-batches get it once, a shard 
 its own slice, and a run that is stopped and resumed gets the bits it would have got. Ranks agree
 without communication if they have the same seed: give it, or call ``torch.manual_seed`` alike.
 
-What several of these take:
+Several of these share arguments.
 
+Args:
     std: the noise's standard deviation, finite and 0 or more: a number, a one-element tensor, or a
         schedule, any callable from the step (0, 1, ...) to such a value. ``neelakantan``,
         ``cosine`` and ``exponential`` make some. Schedules are code: a state_dict leaves them out.
@@ -683,8 +684,8 @@ class NoisyAdamW(_NoisyOptimizer):
 class SGLD(_NoisyOptimizer):
     """Stochastic gradient Langevin dynamics (Welling and Teh, ICML 2011).
 
-    With U = num_data * loss + weight_decay / 2 |theta|^2, whose gradient backward estimates on a
-    mini-batch, a step is::
+    With ``U = num_data * loss + weight_decay / 2 |theta|^2``, whose gradient backward estimates on
+    a mini-batch, a step is::
 
         theta <- theta - lr / 2 * dU + sqrt(lr * temperature) * eps
 
