@@ -89,10 +89,13 @@ class Commands(SphinxDirective):
             if action.dest == "help":
                 continue
             shown = ", ".join(action.option_strings) or action.metavar or action.dest
-            if action.option_strings and action.nargs != 0:
-                choices = "|".join(map(str, action.choices)) if action.choices else None
-                shown += " " + (action.metavar or choices or action.dest.upper())
             text = (action.help or "") % {**vars(action), "prog": parser.prog}
+            if action.option_strings and action.nargs != 0:
+                choices = "|".join(map(str, action.choices or ()))
+                if len(choices) > 40:
+                    text = f"{choices.replace('|', ', ')}: {text}"
+                    choices = ""
+                shown += " " + (action.metavar or choices or action.dest.upper())
             term = nodes.term("", "", nodes.literal(shown, shown))
             about = nodes.definition("", nodes.paragraph(text, text))
             items += nodes.definition_list_item("", term, about)
@@ -149,6 +152,17 @@ def mathml(translator, node, display):
     raise nodes.SkipNode
 
 
+def join(lines):
+    """Arguments' names that go over several lines, on one, where napoleon looks for them."""
+    out = []
+    for line in lines:
+        if out and re.fullmatch(r"\s+(\w+, )*\w+,", out[-1]):
+            out[-1] += " " + line.strip()
+        else:
+            out.append(line)
+    return out
+
+
 NAMES = re.compile(r"``(kdkernels\.)?(" + "|".join(kdkernels.__all__) + r")(\([^`]*\))?``")
 
 
@@ -157,7 +171,7 @@ def link(app, what, name, obj, options, lines):
     own = name.rsplit(".", 1)[-1]
     lines[:] = [
         NAMES.sub(lambda m: m[0] if m[2] == own or m[3] else f":py:obj:`~kdkernels.{m[2]}`", line)
-        for line in lines
+        for line in join(lines)
     ]
 
 

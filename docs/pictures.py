@@ -198,7 +198,7 @@ def fused_linear():
     peaks = [peak_of(lambda way=way: way().backward()) for way in ways.values()]
     figure, ax = axes(1, height=2.2)
     bars = ax.barh(list(ways), [peak / 2**20 for peak in peaks], color=COLOURS[0])
-    ax.bar_label(bars, fmt=" %.0f MiB")
+    ax.bar_label(bars, fmt="%.0f MiB", padding=3)
     ax.invert_yaxis()
     ax.axvline(rows * classes * 4 / 2**20, color="gray", linewidth=0.8, linestyle=":")
     ax.set_xlabel(f"MiB, {rows} rows of {classes:,} classes in fp32; dotted: one [rows, classes]")
@@ -231,9 +231,10 @@ def shared_vocabulary():
         ax.set(title=f"rank {rank}: classes {10 * rank} to {10 * rank + 9}", xticks=[], yticks=[])
         if rank:
             ax.annotate(
-                "", (-0.02, 0.5), (-0.2, 0.5), "axes fraction",
+                "", (-0.01, 0.5), (-0.2, 0.5), "axes fraction",
                 arrowprops={"arrowstyle": "<->", "color": "gray"}, annotation_clip=False,
             )  # fmt: skip
+    figure.get_layout_engine().set(wspace=0.12)
     parts[0].set_ylabel("rows")
     figure.supxlabel("↔ numbers of rows: each side's largest logit, sums, terms", fontsize=9.5)
     return figure
@@ -281,15 +282,15 @@ def optimizers():
     left.set(title="std over the steps", xlabel="step", ylim=(0, 0.6))
     left.legend()
 
-    theta = torch.zeros(200_000, requires_grad=True)  # as many chains, each of one number
+    theta = torch.zeros(50_000, requires_grad=True)  # as many chains, each of one number
     optimizer = kdkernels.SGLD([theta], lr=0.01, seed=0)
-    for _ in range(600):
+    for _ in range(3000):
         optimizer.zero_grad()
         (2 * (theta**2 - 1) ** 2 + 0.5 * theta).sum().backward()
         optimizer.step()
     x = torch.linspace(-2, 2, 400)
     density = (-(2 * (x**2 - 1) ** 2 + 0.5 * x)).exp()
-    right.hist(theta.detach().numpy(), 120, (-2, 2), density=True, label="SGLD, 200,000 chains")
+    right.hist(theta.detach().numpy(), 120, (-2, 2), density=True, label="SGLD, 50,000 chains")
     right.plot(x, density / torch.trapezoid(density, x), label="exp(-U) / Z")
     right.set(title="U = 2 (θ² - 1)² + θ / 2", xlabel="θ", yticks=[])
     right.legend()

@@ -356,9 +356,9 @@ def topk_distillation_loss(
             plain PyTorch.
         teacher_indices: ``[*, K]``, int32 or int64, classes in [0, V) that differ within a row, or
             -1 for no entry. A row without entries has no divergence.
-        labels, temperature, ...: as ``distillation_loss`` has them, and so alpha, logit_scale,
-            soft_cap, label_smoothing, ignore_index, weight, num_items, reduction, inplace,
-            return_statistics, process_group and backend. The hard loss is over all V classes.
+        labels, temperature, alpha, logit_scale, soft_cap, label_smoothing, ignore_index, weight,
+            num_items, reduction, inplace, return_statistics, process_group, backend: as
+            ``distillation_loss`` has them. The hard loss is over all V classes.
         divergence: "forward_kl", "reverse_kl" or "js".
         beta: parameter of "js", default 0.5.
         tail: "renormalize", "bucket" or "ignore".
@@ -882,11 +882,10 @@ def linear_distillation_loss(
             are left out of all products (on CUDA read as 0): what they hold does no harm.
         student_bias, teacher_bias: ``[V]``.
         tail, teacher_logsumexp: of a top-k teacher, as ``topk_distillation_loss`` has them.
-        temperature, alpha, ...: as ``distillation_loss`` has them, and so divergence,
-            divergence_alpha, beta, teacher_kind, teacher_weights, teacher_mixture, standardize,
-            logit_scale, soft_cap, teacher_logit_scale, teacher_soft_cap, label_smoothing,
-            ignore_index, weight, num_items, reduction and return_statistics. No gradient flows to
-            a teacher.
+        temperature, alpha, divergence, divergence_alpha, beta, teacher_kind, teacher_weights,
+            teacher_mixture, standardize, logit_scale, soft_cap, teacher_logit_scale,
+            teacher_soft_cap, label_smoothing, ignore_index, weight, num_items, reduction,
+            return_statistics: as ``distillation_loss`` has them. No gradient flows to a teacher.
         process_group: its ranks share the vocabulary: each has an equal number of rows of the
             weights and biases (columns of ``teacher_logits``), in the order of the ranks, and the
             same hidden states, labels and options. Every rank gets the same loss and gradient of
