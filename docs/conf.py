@@ -27,6 +27,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 html_math_renderer = "mathml"
+smartquotes = False  # they would take the hyphens of options
 
 # A fence of Python is run, and the page shows what it prints.
 myst_fence_as_directive = ["python"]
