@@ -4,6 +4,8 @@
 # make bench       the benchmarks beside what people use, into bench/results (10 minutes); ARGS="-k noise" and others
 # make bench-full  the same for all sizes, with more rounds (an hour)
 # make peers       the losses against TRL's, Liger-Kernel's and others, installed beside .venv
+# make docs        the site of documentation, into build/docs; its code is run and its pictures drawn
+# make wheel       sdist and manylinux wheel for this Python and torch, into dist
 # make counts      what the CUDA kernels and their peers cost on an H100, counted without one
 # make gpu-test    the tests that need a GPU; SANITIZE=1 runs them under each tool of compute-sanitizer
 # make gpu-bench   the benchmarks on a GPU, into bench/results; ARGS="--only noise" and others: ARGS=--help
@@ -41,7 +43,7 @@ SITE_PACKAGES = $(shell $(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_
 SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(addsuffix \
   /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-* $(SITE_PACKAGES)/nvidia/*)))
 
-.PHONY: setup reproduce test lint format bench bench-full peers counts gpu-test gpu-bench gpu gpu-seen clean
+.PHONY: setup reproduce test lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -64,6 +66,28 @@ counts: setup
 
 peers: $(PEERS_BUILT) setup
 	@build/peers/bin/python bench/peers.py $(ARGS)
+
+docs: setup
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
+	@echo "the site is in build/docs: open build/docs/index.html"
+
+wheel: $(TOOLS)
+	@echo "building dist/ (a minute or two)"
+	@rm -rf dist && mkdir -p build
+	@$(BIN)/python -m build --no-isolation --outdir dist . > build/wheel.log 2>&1 || \
+	  { cat build/wheel.log; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c "$$REPAIR" dist/*-linux_*.whl
+	@ls dist/*
+
+# As cibuildwheel does it.
+define REPAIR
+import pathlib, subprocess, sys, tomllib
+command = tomllib.load(open('pyproject.toml', 'rb'))['tool']['cibuildwheel']['linux']['repair-wheel-command']
+for wheel in sys.argv[1:]:
+    subprocess.run(command.format(dest_dir='dist', wheel=wheel), shell=True, check=True)
+    pathlib.Path(wheel).unlink()
+endef
+export REPAIR
 
 gpu-test: gpu
 	@$(GPU_PYTHON) -c "$$NEEDS" pytest hypothesis numpy scipy

@@ -21,12 +21,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-VERSION = "0.1.0"
 MINIMUM_TORCH = (2, 11)
 DEFAULT_ARCHS = "8.0;9.0+PTX"
 GB_PER_JOB = 2  # what one compiler needs at its peak on a file with torch headers
 
 ROOT = Path(__file__).resolve().parent
+INIT = (ROOT / "kdkernels" / "__init__.py").read_text()
+VERSION = re.search('^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
 PIP_BUILD = "pip install --no-build-isolation ."
 
 CXX_FLAGS = [

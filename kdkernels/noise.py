@@ -11,16 +11,21 @@ the numbers may find the key, so noise from here makes no claim of privacy.
 
 All functions share these keyword arguments:
 
-    seed: an int in [-2^63, 2^64). None draws one from torch's default generator, so
-        ``torch.manual_seed`` governs it; two calls then differ.
-    step: the training step, in [0, 2^32). An int, or an int64 scalar tensor on the noise's device,
-        which a captured CUDA graph reads anew at each replay. Advance it outside of a function
-        that torch.compile traces: a backward pass in there may read the later number.
-    stream: the tensor's own number, in [0, 2^32): a parameter's index in its list.
-    offset: global index of the tensor's first element, for a shard of a larger tensor.
-    distribution: "normal", "uniform" on [-sqrt(3), sqrt(3)], "rademacher" (-1 or 1),
-        "truncated_normal" (cut off at two standard deviations, and scaled) or "laplace". Each has
-        mean 0 and variance 1, so that a std means the same for all.
+seed
+    An int in [-2^63, 2^64). None draws one from torch's default generator, so
+    ``torch.manual_seed`` governs it; two calls then differ.
+step
+    The training step, in [0, 2^32). An int, or an int64 scalar tensor on the noise's device,
+    which a captured CUDA graph reads anew at each replay. Advance it outside of a function
+    that torch.compile traces: a backward pass in there may read the later number.
+stream
+    The tensor's own number, in [0, 2^32): a parameter's index in its list.
+offset
+    Global index of the tensor's first element, for a shard of a larger tensor.
+distribution
+    "normal", "uniform" on [-sqrt(3), sqrt(3)], "rademacher" (-1 or 1), "truncated_normal" (cut off
+    at two standard deviations, and scaled) or "laplace". Each has mean 0 and variance 1, so that a
+    std means the same for all.
 
 Functions on a list of tensors give tensor k the stream ``stream + k``, so leaving others out does
 not shift its noise as long as its stream is given; stream and offset may also be one number a

@@ -8,15 +8,20 @@ without communication if they have the same seed: give it, or call ``torch.manua
 
 What several of these take:
 
-    std: the noise's standard deviation, finite and 0 or more: a number, a one-element tensor, or a
-        schedule, any callable from the step (0, 1, ...) to such a value. ``neelakantan``,
-        ``cosine`` and ``exponential`` make some. Schedules are code: a state_dict leaves them out.
-    seed: an int in [-2^63, 2^64). None draws one from torch's default generator, at construction.
-    distribution: one of ``kdkernels.noise.DISTRIBUTIONS``, each of variance 1.
-    capturable: keep step counts on the device, so that a CUDA graph may capture ``step`` and that
-        a GradScaler skips a step without a synchronisation. A schedule is then called with an
-        int64 tensor, and lr and std should be tensors where they are to change between replays.
-    diagnostics: keep the norms of gradient and noise of every step, see ``norms``.
+std
+    The noise's standard deviation, finite and 0 or more: a number, a one-element tensor, or a
+    schedule, any callable from the step (0, 1, ...) to such a value. ``neelakantan``,
+    ``cosine`` and ``exponential`` make some. Schedules are code: a state_dict leaves them out.
+seed
+    An int in [-2^63, 2^64). None draws one from torch's default generator, at construction.
+distribution
+    One of ``kdkernels.noise.DISTRIBUTIONS``, each of variance 1.
+capturable
+    Keep step counts on the device, so that a CUDA graph may capture ``step`` and that a GradScaler
+    skips a step without a synchronisation. A schedule is then called with an int64 tensor, and lr
+    and std should be tensors where they are to change between replays.
+diagnostics
+    Keep the norms of gradient and noise of every step, see ``norms``.
 
 Bad values raise ValueError and bad types TypeError that name the argument. Under torch.compile a
 step runs as it is, outside the graph.
@@ -683,8 +688,8 @@ class NoisyAdamW(_NoisyOptimizer):
 class SGLD(_NoisyOptimizer):
     """Stochastic gradient Langevin dynamics (Welling and Teh, ICML 2011).
 
-    With U = num_data * loss + weight_decay / 2 |theta|^2, whose gradient backward estimates on a
-    mini-batch, a step is::
+    With ``U = num_data * loss + weight_decay / 2 |theta|^2``, whose gradient backward estimates on
+    a mini-batch, a step is::
 
         theta <- theta - lr / 2 * dU + sqrt(lr * temperature) * eps
 
