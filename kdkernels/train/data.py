@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -146,13 +147,7 @@ class Images:
         Raises:
             TrainError: one of the two would be empty.
         """
-        generator = torch.Generator().manual_seed(seed)
-        held = torch.zeros(len(self), dtype=torch.bool)
-        labels = self.labels.cpu()
-        for label in range(self.classes):
-            members = (labels == label).nonzero()[:, 0]
-            order = torch.randperm(len(members), generator=generator)
-            held[members[order[: round(share * len(members))]]] = True
+        held = _held_out(self.labels.cpu(), self.classes, share, seed)
         if held.all() or not held.any():
             raise TrainError(
                 f"a share of {share:g} of {len(self)} images in {self.classes} classes leaves "
@@ -268,6 +263,17 @@ class Images:
         whole = hashlib.sha256(json.dumps(shape).encode())
         whole.update(self._whole_labels.cpu().contiguous().numpy())
         return whole.hexdigest()
+
+
+def _held_out(labels: torch.Tensor, classes: int, share: float, seed: int) -> torch.Tensor:
+    """``[n]`` bool: a share of each class, rounded, chosen by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(classes):
+        members = (labels == label).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=generator)
+        held[members[order[: round(share * len(members))]]] = True
+    return held
 
 
 def _statistics(values):
@@ -553,38 +559,36 @@ def folder(
     if len(names) == 1:
         raise TrainError(f"{place} holds one class only, {names[0]}: it takes two or more")
     files, labels = _listed(place, names, allow_empty=False)
-    pixels, digest = _decoded(root, files, size, on_step)
-    if flips is None:
-        flips = not all(len(name) == 1 for name in names)
-    kind = {"classes": len(names), "size": size, "white": 255.0, "names": tuple(names)}
-
-    def images(pixels, labels, digest, mean=None, std=None):
-        return Images(
-            pixels, labels, mean=mean, std=std, flips=flips, _pixels_sha256=digest, **kind
-        )
-
     if test_place is None:
-        train, test = images(pixels, labels, digest).split(0.2, seed=0)
+        held = _held_out(labels, len(names), 0.2, seed=0)
+        if not held.any():
+            raise TrainError(f"{place} has too few images of each class to hold 20 % out for tests")
+        test_files, test_labels = list(itertools.compress(files, held)), labels[held]
+        files, labels = list(itertools.compress(files, ~held)), labels[~held]
     else:
         strange = set(_class_folders(test_place)) - set(names)
         if strange:
             raise TrainError(f"{test_place} has the class {min(strange)}, which {place} has not")
-        train = images(pixels, labels, digest)
         test_files, test_labels = _listed(test_place, names, allow_empty=True)
-        test = images(*_relabelled(_decoded(root, test_files, size, on_step), test_labels))
-    statistics = _statistics(_IMAGENET) if imagenet else _measured(train)
-    train, test = (
-        dataclasses.replace(part, mean=statistics[0], std=statistics[1]) for part in (train, test)
-    )
+    if flips is None:
+        flips = not all(len(name) == 1 for name in names)
+
+    def images(files, labels):
+        pixels, digest = _decoded(root, files, size, on_step)
+        return Images(
+            pixels, labels, len(names), size, 255.0, *_statistics(_IMAGENET), names=tuple(names),
+            flips=flips, _pixels_sha256=digest,
+        )  # fmt: skip
+
+    train, test = images(files, labels), images(test_files, test_labels)
+    if not imagenet:
+        mean, std = _measured(train)
+        train, test = (dataclasses.replace(part, mean=mean, std=std) for part in (train, test))
     return dataclasses.replace(train, augment=augment, views=views, seed=seed), test
 
 
 def _holds_folders(path: Path) -> bool:
     return path.is_dir() and bool(_class_folders(path))
-
-
-def _relabelled(decoded, labels):
-    return decoded[0], labels, decoded[1]
 
 
 def _measured(images: Images):
