@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -139,13 +138,6 @@ def test_file_says_how_to_feed_it(run, images):
     torch.testing.assert_close(x, images.batch(torch.arange(3))[0])
 
 
-def test_training_with_quantisation_lowers_the_loss(run):
-    lines = [json.loads(line) for line in (run / "export/metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if line["kind"] == "step"]
-    assert len(losses) == 416 // 16
-    assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:8])
-
-
 def test_report_has_the_table(run):
     page = (run / "report.html").read_text()
     assert "Export: the student of arm full" in page and "int8, trained for it" in page
@@ -185,15 +177,18 @@ def small_run(tmp_path, monkeypatch):
     return folder
 
 
-def test_interrupted_training_goes_on_to_the_same_bits(small_run, tmp_path):
-    settings = export.Settings(formats=("int8-qat",), epochs=2, threads=1)
+def test_training_lowers_the_loss_and_goes_on_to_the_same_bits(small_run, tmp_path):
+    settings = export.Settings(formats=("int8-qat",), epochs=3, lr=1e-2, threads=1)
     made = small_run.path / "export/full-int8-qat.onnx"
     export.run(small_run, settings, lambda *_: None, print)
     expected = made.read_bytes()
+    lines = [json.loads(line) for line in (made.parent / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "epoch"]
+    assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
     shutil.rmtree(made.parent)
 
     def stop(learner, done, total):
-        assert (learner, total) == ("full-int8-qat", 10)
+        assert (learner, total) == ("full-int8-qat", 15)
         if done == 7:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -203,10 +198,10 @@ def test_interrupted_training_goes_on_to_the_same_bits(small_run, tmp_path):
     assert not made.exists()
     steps = []
     export.run(small_run, settings, lambda learner, done, total: steps.append(done), print)
-    assert steps == [8, 9, 10]
+    assert steps == list(range(8, 16))
     assert made.read_bytes() == expected
     # More epochs train on; other settings, or fewer epochs, start anew.
-    for change, first in ({"epochs": 3}, 11), ({"lr": 1e-3}, 1), ({"epochs": 1}, 1):
+    for change, first in ({"epochs": 4}, 16), ({"lr": 1e-3}, 1), ({"epochs": 1}, 1):
         steps.clear()
         asked = dataclasses.replace(settings, **change)
         export.run(small_run, asked, lambda learner, done, total: steps.append(done), print)
