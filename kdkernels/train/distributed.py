@@ -166,8 +166,7 @@ def engine(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
     if device.type == "cuda":  # on the CPU _WholeBatch does its work
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if parallel == "ddp":
-        # Every rank computes the same running statistics: there is nothing to send.
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

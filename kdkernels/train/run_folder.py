@@ -202,7 +202,7 @@ class RunFolder:
             return self.path / "checkpoints" / f"{name}.safetensors"
         self.hold()
         if self._metrics is not None:  # no checkpoint is on the disk before the steps it counts
-            os.fsync(self._metrics.fileno())
+            self._sync()
         # safetensors stores row-major bytes only, so channels_last tensors are copied here.
         packed = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         content = save(packed, metadata={"state": json.dumps(state)})
@@ -255,13 +255,20 @@ class RunFolder:
             line = (json.dumps(record) + "\n").encode()
             while line:
                 line = line[self._metrics.write(line) :]
-            if sync:
-                os.fsync(self._metrics.fileno())
         except OSError as error:
             if before is not None:  # part of a line is none
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._metrics.fileno(), before)
             raise _unwritten(path, error) from None
+        if sync:
+            self._sync()
+
+    def _sync(self) -> None:
+        """Wait until metrics.jsonl is on the disk."""
+        try:
+            os.fsync(self._metrics.fileno())
+        except OSError as error:
+            raise _unwritten(self.path / "metrics.jsonl", error) from None
 
     def metrics(self) -> Iterator[dict]:
         """The lines of metrics.jsonl; a torn last line is dropped."""

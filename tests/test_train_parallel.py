@@ -1,0 +1,281 @@
+"""Runs on 1, 2 and 4 ranks: the same losses and weights, checkpoints from one number to another.
+
+In fp64 the sums of ranks differ from those of one process by some 1e-16. Adam divides a gradient by
+its own size, so where the exact gradient is 0, as of a bias before BatchNorm, a weight moves by up
+to lr whatever the rounding; the small network has no such weights, and is compared at 1e-9 after
+six steps. MobileNetV2's 52 BatchNorms divide channels that hardly vary by how much they vary, and
+Adam again: its first loss is compared at 1e-12, what comes of three steps at 1e-6, weights at lr.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from torch import nn
+from torchvision import models as tv
+from torchvision.ops import StochasticDepth
+
+import kdkernels
+from kdkernels.train import TrainError, distributed
+from kdkernels.train.loop import Interrupt, Learner, Noise, accuracy, epoch_batches
+from kdkernels.train.run_folder import RunFolder
+
+SAMPLES, BATCH, EPOCHS = 23, 9, 2  # neither 2 nor 4 divides a batch
+LR = 1e-2
+
+
+class Data:
+    """Random images with labels."""
+
+    def __init__(self, count, size):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(count, 3, size, size, generator=generator, dtype=torch.float64)
+        self.labels = torch.arange(count) % 5
+
+    def __len__(self):
+        return len(self.labels)
+
+    def view_of(self, epoch):
+        return None
+
+    def batch(self, index, memory_format=torch.contiguous_format, view=None):
+        return self.x[index].contiguous(memory_format=memory_format), self.labels[index]
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+                      nn.Dropout2d(0.2)),
+        nn.Sequential(nn.Conv2d(6, 7, 3, stride=2, bias=False), nn.BatchNorm2d(7), nn.Tanh(),
+                      StochasticDepth(0.3, "row")),
+        nn.Flatten(), nn.Dropout(0.3), nn.Linear(28, 5),
+    ).double()  # fmt: skip
+
+
+def mobilenet():
+    torch.manual_seed(0)
+    return tv.mobilenet_v2(num_classes=5, width_mult=0.1).double()
+
+
+@dataclasses.dataclass
+class Case:
+    name: str
+    place: str = "none"
+    tuned: bool = False
+    model: object = small
+    size: int = 8
+    epochs: int = EPOCHS
+    close: float = 1e-9
+    weights: float = 1e-9
+
+
+CASES = [
+    Case("plain"),
+    Case("tuned", "gradient", tuned=True),
+    Case("input", "input"),
+    Case("parameter", "parameter", tuned=True),
+    Case("regularizer", "regularizer"),
+    Case(
+        "mobilenet", "none", tuned=True, model=mobilenet, size=16, epochs=1, close=1e-6, weights=LR
+    ),
+]
+
+
+def cases(world):
+    """All on 2 ranks; on 4, which two cores only run in turns, the first three."""
+    return CASES if world == 2 else CASES[:3]
+
+
+def soft(backend):
+    return lambda z, t, y: kdkernels.distillation_loss(
+        z, t, y, temperature=2.0, alpha=0.5, backend=backend
+    )
+
+
+def learner(case, data, parallel):
+    teacher = case.model().eval()
+
+    def predict(images, *_):
+        with torch.no_grad():
+            return 3 * teacher(images)
+
+    return Learner(
+        case.name, case.model(), soft("fused"), predict, lambda model: accuracy(model, data),
+        LR, 3, tuned=case.tuned, noise=Noise(case.place, 0.1, 5), twin=soft("reference"),
+        parallel=parallel,
+    )  # fmt: skip
+
+
+def train(case, folder, parallel="ddp", stop=None):
+    """Train, or go on; ``stop(step)`` wishes for a stop. Returns the learner."""
+    data = Data(SAMPLES, case.size)
+    one = learner(case, data, parallel)
+    one.load(folder)
+    interrupt = Interrupt()
+
+    def on_step():
+        interrupt.wished = stop is not None and stop(one.step)
+
+    while one.epoch < case.epochs:
+        batches = epoch_batches(SAMPLES, BATCH, 0, one.epoch, "cpu")
+        one.train_epoch(data, batches, folder, interrupt, on_step)
+    return one
+
+
+def at(path):
+    """A run's folder, made where there is none."""
+    there = distributed.current().first(lambda: Path(path).exists())
+    return RunFolder.open(path) if there else RunFolder.create(str(path), {})
+
+
+def assert_same(case, found, expected):
+    """Two runs' metrics and checkpoints are equal to rounding; generators to the bit."""
+
+    def lines(path):
+        return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+    for a, b in zip(lines(found), lines(expected), strict=True):
+        for key in ("kind", "learner", "step"):
+            assert a[key] == b[key]
+        for key in ("loss", "twin", "accuracy", "noise_to_gradient"):
+            if key in b:
+                close = 1e-12 if b["step"] == 1 else case.close
+                assert a[key] == pytest.approx(b[key], rel=close), (found, key)
+    for path in (expected / "checkpoints").iterdir():
+        a, b = load_file(found / "checkpoints" / path.name), load_file(path)
+        assert a.keys() == b.keys()
+        for key in a:
+            if key.startswith("random"):
+                assert torch.equal(a[key], b[key])
+            else:
+                close = case.close if "optimizer" in key else case.weights
+                torch.testing.assert_close(a[key], b[key], rtol=close, atol=close, msg=key)
+
+
+# ---- what ranks do -------------------------------------------------------------------------------
+
+
+def joins_a_group(rank, world, out):
+    ranks = distributed.current()
+    assert (ranks.rank, ranks.world) == (rank, world)
+    assert ranks.sum([1.0, float(rank)]) == [world, world * (world - 1) / 2]
+    for count in (5, 6, 13):
+        rows = torch.arange(count * 2).view(count, 2)
+        assert torch.equal(ranks.gather(rows[ranks.share(count)], count), rows)
+    assert ranks.first(lambda: rank) == 0
+
+    def refuse():
+        raise TrainError("no", status=7)
+
+    with pytest.raises(TrainError, match="no") as error:
+        ranks.first(refuse)
+    assert error.value.status == 7
+    assert ranks.sum([distributed.first_to_say()]) == [1]
+
+
+def trains_as_one(rank, world, out):
+    for case in cases(world):
+        for parallel in distributed.PARALLEL:
+            folder = at(out / f"{case.name}-{parallel}-{world}")
+            if case.place == "regularizer" and parallel == "fsdp2":
+                with pytest.raises(TrainError, match="--parallel ddp"):
+                    train(case, folder, parallel)
+            else:
+                train(case, folder, parallel)
+
+
+def continues_one(rank, world, out):
+    """From a checkpoint that one process wrote in the middle of an epoch."""
+    for parallel in distributed.PARALLEL:
+        train(CASES[1], at(out / f"from-one-{parallel}-{world}"), parallel)
+
+
+def stops_together(rank, world, out):
+    """A wish of one rank stops all, and one process goes on."""
+    for parallel in distributed.PARALLEL:
+        folder = at(out / f"to-one-{parallel}-{world}")
+        with pytest.raises(TrainError, match="interrupted, and saved"):
+            train(CASES[1], folder, parallel, stop=lambda step: rank == world - 1 and step == 3)
+        folder.close()
+
+
+def too_small_a_batch(rank, world, out):
+    folder = at(out / f"small-{world}")
+    data = Data(SAMPLES, 8)
+    one = learner(CASES[0], data, "ddp")
+    with pytest.raises(TrainError, match=f"of 1 samples is too small for {world} ranks"):
+        one.train_epoch(data, [torch.arange(8), torch.arange(1)], folder, Interrupt())
+
+
+def notices_an_end(rank, world, out):
+    """The last check: a rank that ends without a word leaves the others no hang."""
+    if rank == world - 1:
+        os._exit(0)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError) as error:
+        distributed.current().sum([1.0])
+    assert distributed.was_cut(error.value) and time.monotonic() - began < 60
+
+
+CHECKS = [joins_a_group, trains_as_one, continues_one, stops_together, too_small_a_batch,
+          notices_an_end]  # fmt: skip
+
+
+def all_checks(rank, world, port, out):
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    for check in CHECKS:
+        check(rank, world, out)
+
+
+# ---- tests ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Every case on one process."""
+    out = tmp_path_factory.mktemp("alone")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for case in CASES:
+        folder = RunFolder.create(str(out / case.name), {})
+        train(case, folder)
+        folder.close()
+    yield out
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_train_as_one_process(world, alone, tmp_path):
+    begun = RunFolder.create(str(tmp_path / "begun"), {})
+    with pytest.raises(TrainError, match="interrupted"):
+        train(CASES[1], begun, stop=lambda step: step == 4)
+    begun.close()
+    for parallel in distributed.PARALLEL:
+        shutil.copytree(begun.path, tmp_path / f"from-one-{parallel}-{world}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(all_checks, (world, port, tmp_path), nprocs=world)
+
+    for parallel in distributed.PARALLEL:
+        for case in cases(world):
+            if (case.place, parallel) != ("regularizer", "fsdp2"):
+                assert_same(case, tmp_path / f"{case.name}-{parallel}-{world}", alone / case.name)
+        assert_same(CASES[1], tmp_path / f"from-one-{parallel}-{world}", alone / CASES[1].name)
+        folder = at(tmp_path / f"to-one-{parallel}-{world}")
+        assert learner(CASES[1], Data(SAMPLES, 8), parallel).load(folder)
+        train(CASES[1], folder)
+        assert_same(CASES[1], folder.path, alone / CASES[1].name)
