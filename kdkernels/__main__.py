@@ -1,4 +1,5 @@
-"""The ``kdkernels`` command: ``info``, ``bench``, ``reproduce``, ``soft-reg`` and ``distill``.
+"""The ``kdkernels`` command: ``info``, ``bench``, ``reproduce``, ``soft-reg``, ``distill`` and
+``compare``.
 
 Exit status: 0 done; 1 a check failed or a run stopped on the way; 2 bad arguments, or data or
 weights that are not there; 130 interrupted. Whatever goes wrong is said in one sentence.
@@ -194,6 +195,15 @@ _OF_BENCH = {
     "threads": {"type": _COUNT, "help": "CPU threads (default: torch's choice)"},
     "json": {"metavar": "FILE", "help": "write everything that was measured to FILE"},
 }
+_OF_COMPARE = {
+    "runs": {
+        "nargs": "+",
+        "metavar": "RUN_DIR",
+        "help": "folders of finished runs of distill or reproduce; those that differ only in their "
+        "seed are averaged",
+    },
+    "out": {"metavar": "FILE", "help": "the page (default: compare.html)"},
+}
 # soft-reg's options by the models that take them, in the order of --help.
 _COMMON = ("lr", "seed", "threads", "out")
 _LINEAR = ("noise", "steps", "lam", "sigma", "replicas", "repeats")
@@ -239,6 +249,11 @@ def _parser() -> argparse.ArgumentParser:
             _DISTILL,
             _OF_DISTILL,
         ),
+        "compare": (
+            "one page that compares runs of distill, with means over seeds",
+            tuple(_OF_COMPARE),
+            _OF_COMPARE,
+        ),
     }
     for name, (text, options, own) in about.items():
         command = commands.add_parser(
@@ -247,7 +262,8 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         for option in options:
             extra = own.get(option) or _OPTIONS[option]
-            command.add_argument("--" + option.replace("_", "-"), **extra)
+            flag = option if "nargs" in extra else "--" + option.replace("_", "-")
+            command.add_argument(flag, **extra)
     return parser
 
 
@@ -364,10 +380,31 @@ def _config(command: str, given: dict) -> dict:
     return config
 
 
-def _experiments(command: str, given: dict) -> int:
+def _show(tables, console):
     from rich import box
     from rich.table import Table
 
+    for table in tables:
+        drawn = Table(title=table.title, box=box.MARKDOWN, title_justify="left", title_style="bold")
+        for number, column in enumerate(table.columns):
+            drawn.add_column(column, justify="right" if number else "left", overflow="fold")
+        for row in table.rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+        if table.note:
+            console.print(table.note, style="dim")
+
+
+def _compare(runs: list[str], out: str = "compare.html") -> int:
+    from kdkernels.train import compare
+
+    console = _console()
+    _show(compare.write(runs, out), console)
+    console.print(f"the page is {out}")
+    return 0
+
+
+def _experiments(command: str, given: dict) -> int:
     from kdkernels.train import TrainError, distillation, report, soft_regularization
     from kdkernels.train.run_folder import RunFolder
 
@@ -395,15 +432,7 @@ def _experiments(command: str, given: dict) -> int:
     finally:
         folder.close()
     tables, passed = report.write(folder)
-    for table in tables:
-        drawn = Table(title=table.title, box=box.MARKDOWN, title_justify="left", title_style="bold")
-        for number, column in enumerate(table.columns):
-            drawn.add_column(column, justify="right" if number else "left", overflow="fold")
-        for row in table.rows:
-            drawn.add_row(*row)
-        console.print(drawn)
-        if table.note:
-            console.print(table.note, style="dim")
+    _show(tables, console)
     console.print(f"the report is {folder.path / 'report.html'}")
     if not passed:
         print("kdkernels: a check failed: see the table of checks", file=sys.stderr)
@@ -450,7 +479,9 @@ def main(argv: list[str] | None = None) -> int:
     from kdkernels.train import TrainError
 
     try:
-        return _bench(**given) if command == "bench" else _experiments(command, given)
+        if command == "bench":
+            return _bench(**given)
+        return _compare(**given) if command == "compare" else _experiments(command, given)
     except TrainError as error:
         print(f"kdkernels {command}: {error}", file=sys.stderr)
         return error.status

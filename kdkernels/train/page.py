@@ -36,12 +36,12 @@ _DARK = {
     PINK: "#ec93c6", AMBER: "#e8b13a", RED: "#ff6b6b", "#aa4499": "#cf77c0", "#4477aa": "#6f9fd8",
     "#d1372c": "#f0665c",
 }  # fmt: skip
-SIZE = (5.2, 3.5)
+SIZE = (4.8, 3.3)
 """Inches of a figure that keeps its letters' size on a phone; two stand beside each other on a
 desk. A wider one is scrolled on a phone."""
 
 STYLE = {
-    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "font.size": 9.5, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.6, "grid.linewidth": 0.6,
     "grid.color": GRID, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
     "axes.linewidth": 0.7, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
@@ -173,7 +173,8 @@ th { color: var(--soft); font-weight: 600; line-height: 1.3; min-width: 4.2rem; 
 th:first-child, td:first-child { padding-left: 0; min-width: 0; }
 tbody tr:hover td { background: color-mix(in srgb, var(--ink) 5%, transparent); }
 .number { text-align: right; } td.number { white-space: nowrap; } .text { text-align: left; }
-td.text:not(:first-child) { min-width: 11rem; }
+td.text:not(:first-child) { min-width: 13rem; }
+td:first-child:has(.dot) { white-space: nowrap; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%;
   margin-right: .5em; }
 .note { color: var(--soft); font-size: .84rem; line-height: 1.5; max-width: 52rem;

@@ -4,6 +4,7 @@
     metrics.jsonl         one JSON object a line, flushed as it is written
     checkpoints/*.safetensors
     *.json, plots/*.png, report.html
+    tensorboard/          where TensorBoard is installed, see kdkernels.train.tensorboard
 
 A file is either wholly there or not there at all, also after ``kill -9`` or a power cut: it is
 written beside its place, synced, and moved over it. Only metrics.jsonl grows line by line; its
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from kdkernels.train import TrainError
+from kdkernels.train.tensorboard import Events
 
 __all__ = ["RunFolder"]
 
@@ -32,6 +34,8 @@ class RunFolder:
         path: the folder.
         config: the dictionary in config.json.
     """
+
+    _events = None
 
     def __init__(self, path: Path, config: dict):
         self.path = path
@@ -164,6 +168,8 @@ class RunFolder:
         self._metrics.flush()
         if sync:
             os.fsync(self._metrics.fileno())
+        self._events = self._events or Events(self.path, self.metrics)
+        self._events.add(record)
 
     def metrics(self) -> Iterator[dict]:
         """The lines of metrics.jsonl; a torn last line is dropped."""
@@ -184,7 +190,9 @@ class RunFolder:
         self.write_bytes("metrics.jsonl", "".join(lines).encode())
 
     def close(self) -> None:
-        """Close metrics.jsonl; :meth:`log` opens it again."""
+        """Close metrics.jsonl and TensorBoard's files; :meth:`log` opens them again."""
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+        if self._events is not None:
+            self._events.close()
