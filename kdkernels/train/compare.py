@@ -184,7 +184,13 @@ def _summary(found: list[Group], differing: list[str]) -> Table:
                 + [_less(group.less_reference(arm))]
                 + ([_mean(group.values(arm, "ece").values(), 100)] if tested else [])
                 + [_mean(group.values(arm, "seconds").values())]
-                + ([_mean(reached.values()) + f" ({len(reached)} seeds)" * bool(reached)] * aimed)
+                + (
+                    [
+                        _mean(reached.values())
+                        + f" ({len(reached)} of {len(accuracy)})" * bool(reached)
+                    ]
+                    * aimed
+                )
                 + [_mean(group.values(arm, "speedup").values())]
             )
     return Table(
@@ -193,7 +199,7 @@ def _summary(found: list[Group], differing: list[str]) -> Table:
          "less reference's, points"]
         + (["ECE, %"] if tested else [])
         + ["seconds"]
-        + (["seconds to target"] if aimed else [])
+        + (["seconds to target (seeds)"] if aimed else [])
         + ["times reference's speed"],
         rows,
         "Mean ± standard deviation over seeds. A seed sets weights, batches, dropout and noise, of "

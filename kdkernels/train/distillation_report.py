@@ -575,7 +575,7 @@ def _plot_generations(found: dict) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set(xlabel="generation", ylabel="test accuracy")
     axes.margins(x=0.1)
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), ncols=3, loc="outside upper center")
     return figure
 
 
