@@ -375,6 +375,26 @@ def test_what_differs_between_groups_is_a_column(tmp_path):
     assert "in all 2 settings" in (tmp_path / "page.html").read_text()
 
 
+def test_groups_that_differ_in_much_get_letters(tmp_path):
+    more = {"temperature": 1.0, "alpha": 0.9, "lr": 0.01, "batch_size": 8}
+    paths = [
+        str(write_run(tmp_path / "one").path),
+        str(write_run(tmp_path / "two", **more).path),
+        str(write_run(tmp_path / "three", seconds={"full": SECONDS["full"]}).path),
+    ]
+    tables = compare.write(paths, str(tmp_path / "page.html"))
+    assert by_title(tables, "Settings that differ").rows == [
+        ["batch size", "64", "8", "64"], ["lr", "0.001", "0.01", "0.001"],
+        ["temperature", "4.0", "1.0", "4.0"], ["alpha", "0.5", "0.9", "0.5"],
+    ]  # fmt: skip
+    rows = [row[1] for row in tables[0].rows if row[0] == "full"]
+    assert tables[0].columns[1] == "group" and rows == ["A", "B", "C"]
+    # Runs with other arms only are groups too.
+    (table, *_) = compare.write([paths[0], paths[2]], str(tmp_path / "page.html"))
+    assert [row[1] for row in table.rows if row[0] == "full"] == ["A", "B"]
+    assert_alone((tmp_path / "page.html").read_text())
+
+
 def test_compare_command(tmp_path, capsys):
     path = write_run(tmp_path / "run").path
     out = tmp_path / "deep/page.html"

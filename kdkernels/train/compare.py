@@ -26,6 +26,9 @@ __all__ = ["Group", "groups", "write"]
 _NO_SETTINGS = ("seed", "data_dir", "checkpoint_every")
 """Options that make no other experiment of a run."""
 
+FEW_SETTINGS = 3
+"""As many are columns of the tables; if more differ, groups are called A, B, C."""
+
 _MARKERS = "osD^vPX"
 
 
@@ -35,11 +38,13 @@ class Group:
 
     Attributes:
         settings: what they have in common.
+        columns: what tells it from the other groups, by heading: settings, or a letter.
         runs: seed -> :func:`kdkernels.train.distillation_report.results`.
         folders: seed -> path.
     """
 
     settings: dict
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     runs: dict[int, dict] = dataclasses.field(default_factory=dict)
     folders: dict[int, str] = dataclasses.field(default_factory=dict)
 
@@ -47,6 +52,10 @@ class Group:
         """Learners of any of the runs, in their order."""
         names = dict.fromkeys(name for run in self.runs.values() for name in run["arms"])
         return list(names)
+
+    def label(self) -> str:
+        """What tells it from the other groups, in words; empty where it is the only one."""
+        return ", ".join(f"{name} {value}" for name, value in self.columns.items())
 
     def values(self, arm: str, measure: str) -> dict[int, float]:
         """A measure of an arm, by seed, where it is there."""
@@ -131,8 +140,15 @@ def groups(paths: list[str]) -> list[Group]:
                 "leave one of them out"
             )
         group.runs[seed], group.folders[seed] = found, path
-    for group in made:
+    differing = _differing(made)
+    for number, group in enumerate(made):
         group.runs = dict(sorted(group.runs.items()))
+        if 0 < len(differing) <= FEW_SETTINGS:
+            group.columns = {
+                name.replace("_", " "): _text(group.settings.get(name)) for name in differing
+            }
+        elif len(made) > 1:
+            group.columns = {"group": chr(ord("A") + number) if number < 26 else str(number + 1)}
     return made
 
 
@@ -143,13 +159,20 @@ def _text(value) -> str:
 
 
 def _differing(found: list[Group]) -> list[str]:
-    """Names of the settings in which the groups differ."""
-    names = dict.fromkeys(name for group in found for name in group.settings)
+    """Names of the settings in which the groups differ; the arms are seen without."""
+    names = dict.fromkeys(name for group in found for name in group.settings if name != "arms")
     return [n for n in names if len({_text(g.settings.get(n)) for g in found}) > 1]
 
 
-def _label(group: Group, differing: list[str]) -> str:
-    return ", ".join(f"{n.replace('_', ' ')} {_text(group.settings.get(n))}" for n in differing)
+def _settings_table(found: list[Group], differing: list[str]) -> Table:
+    return Table(
+        "Settings that differ",
+        ["setting", *(group.label() for group in found)],
+        [
+            [name.replace("_", " "), *(_text(group.settings.get(name)) for group in found)]
+            for name in differing
+        ],
+    )
 
 
 def _mean(values, scale: float = 1, digits: int = 2) -> str:
@@ -169,7 +192,7 @@ def _less(apart: dict | None) -> str:
     return text + (f" ± {error * 100:.2f}" if error is not None else "")
 
 
-def _summary(found: list[Group], differing: list[str]) -> Table:
+def _summary(found: list[Group]) -> Table:
     tested = any(group.values(arm, "ece") for group in found for arm in group.arms())
     aimed = any(group.values(arm, "seconds_to_target") for group in found for arm in group.arms())
     rows = []
@@ -179,7 +202,7 @@ def _summary(found: list[Group], differing: list[str]) -> Table:
             accuracy = group.values(arm, "accuracy")
             rows.append(
                 [arm]
-                + [_text(group.settings.get(name)) for name in differing]
+                + list(group.columns.values())
                 + [str(len(accuracy)), _mean(accuracy.values(), 100)]
                 + [_less(group.less_reference(arm))]
                 + ([_mean(group.values(arm, "ece").values(), 100)] if tested else [])
@@ -195,7 +218,7 @@ def _summary(found: list[Group], differing: list[str]) -> Table:
             )
     return Table(
         "Accuracy and time over seeds",
-        ["arm", *(name.replace("_", " ") for name in differing), "seeds", "test accuracy, %",
+        ["arm", *found[0].columns, "seeds", "test accuracy, %",
          "less reference's, points"]
         + (["ECE, %"] if tested else [])
         + ["seconds"]
@@ -212,8 +235,8 @@ def _summary(found: list[Group], differing: list[str]) -> Table:
     )  # fmt: skip
 
 
-def _ladder_table(group: Group, label: str) -> Table:
-    rungs = group.ladder()
+def _ladder_table(group: Group) -> Table:
+    rungs, label = group.ladder(), group.label()
 
     def cell(rung, key):
         spread = rung.get(f"{key}_spread")
@@ -228,11 +251,12 @@ def _ladder_table(group: Group, label: str) -> Table:
             + ([cell(rung, key) for key in ("saved", "ratio", "speedup")] if row else [""] * 3)
             for row, rung in enumerate(rungs)
         ],
-        f"Mean ± standard deviation over {rungs[0]['seeds']} seeds.",
+        f"Mean ± standard deviation over {rungs[0]['seeds']} seeds; the ratios are taken in each "
+        "run." * (rungs[0]["seeds"] > 1),
     )  # fmt: skip
 
 
-def _plot_accuracy(found: list[Group], differing: list[str]) -> Figure:
+def _plot_accuracy(found: list[Group]) -> Figure:
     figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.2 * (len(found) > 1)), layout="constrained")
     axes = figure.subplots()
     seen = {}
@@ -254,7 +278,7 @@ def _plot_accuracy(found: list[Group], differing: list[str]) -> Figure:
     if len(found) > 1:
         for number, group in enumerate(found):
             marker = _MARKERS[number % len(_MARKERS)]
-            seen[_label(group, differing)] = axes.plot([], [], marker, color=INK, ms=5)[0]
+            seen[group.label()] = axes.plot([], [], marker, color=INK, ms=5)[0]
     teacher = [a for group in found for a in group.values("teacher", "accuracy").values()]
     if teacher:
         seen["teacher"] = axes.axhline(
@@ -322,12 +346,11 @@ def write(paths: list[str], out: str = "compare.html") -> list[Table]:
         TrainError: see :func:`groups`, and a page that cannot be written.
     """
     found = groups(paths)
-    differing = _differing(found)
     headline, cards = _headline(found)
     main = Section(
         "Accuracy and time",
-        [_summary(found, differing)],
-        {"accuracy_and_time": functools.partial(_plot_accuracy, found, differing)},
+        [_summary(found)],
+        {"accuracy_and_time": functools.partial(_plot_accuracy, found)},
         {
             "accuracy_and_time": (
                 "Accuracy against time",
@@ -338,21 +361,23 @@ def write(paths: list[str], out: str = "compare.html") -> list[Table]:
     ladders = Section("Where the speed comes from")
     for number, group in enumerate(found, 1):
         if group.ladder():
-            label = _label(group, differing)
-            ladders.tables.append(_ladder_table(group, label))
+            label = group.label()
+            ladders.tables.append(_ladder_table(group))
             ladders.plots[f"ladder_{number}"] = functools.partial(plot_ladder, group.ladder())
             ladders.captions[f"ladder_{number}"] = (
                 "The speed-up ladder", f"{label}{'; ' * bool(label)}mean ± standard deviation",
             )  # fmt: skip
+    differing = _differing(found)
+    if "group" in found[0].columns:
+        main.tables.append(_settings_table(found, differing))
     listed = Section(
         "Runs",
         [
             Table(
                 "Folders",
-                ["folder", "seed", *(name.replace("_", " ") for name in differing)],
+                ["folder", "seed", *found[0].columns],
                 [
-                    [group.folders[seed], str(seed)]
-                    + [_text(group.settings.get(name)) for name in differing]
+                    [group.folders[seed], str(seed), *group.columns.values()]
                     for group in found
                     for seed in group.runs
                 ],
@@ -360,7 +385,7 @@ def write(paths: list[str], out: str = "compare.html") -> list[Table]:
         ],
     )
     sections = [main, *([ladders] if ladders.plots else []), listed]
-    common = {n: v for n, v in found[0].settings.items() if n not in differing}
+    common = {n: v for n, v in found[0].settings.items() if n not in differing and n != "arms"}
     seeds = sorted({seed for group in found for seed in group.runs})
     lead = "{} taught by {} on {}".format(
         *(_text(common[n]) if n in common else f"several {n}s" if n != "data" else "several data"
