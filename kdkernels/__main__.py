@@ -417,6 +417,15 @@ _OF_EXPORT = {
         "help": "CPU threads, also of what is timed (default: torch's choice)",
     },
 }
+_OF_COMPARE = {
+    "runs": {
+        "nargs": "+",
+        "metavar": "RUN_DIR",
+        "help": "folders of finished runs of distill or reproduce; those that differ only in their "
+        "seed are averaged",
+    },
+    "out": {"metavar": "FILE", "help": "the page (default: compare.html)"},
+}
 # soft-reg's options by the models that take them, in the order of --help.
 _COMMON = ("lr", "seed", "threads", "out")
 _LINEAR = ("noise", "steps", "lam", "sigma", "replicas", "repeats")
@@ -501,6 +510,11 @@ def _parser() -> argparse.ArgumentParser:
             tuple(_OF_EXPORT),
             _OF_EXPORT,
         ),
+        "compare": (
+            "one page that compares runs of distill, with means over seeds",
+            tuple(_OF_COMPARE),
+            _OF_COMPARE,
+        ),
     }
     for name, (text, options, own) in about.items():
         command = commands.add_parser(
@@ -511,7 +525,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run of distill")
         for option in options:
             extra = own.get(option) or _OPTIONS[option]
-            command.add_argument("--" + option.replace("_", "-"), **extra)
+            flag = option if "nargs" in extra else "--" + option.replace("_", "-")
+            command.add_argument(flag, **extra)
     return parser
 
 
@@ -626,6 +641,16 @@ def _config(command: str, given: dict) -> dict:
     config["threads"] = given.get("threads") or config.get("soft_regularization", {}).get("threads")
     config["machine"] = report.machine(config["threads"])
     return config
+
+
+def _compare(runs: list[str], out: str = "compare.html") -> int:
+    from kdkernels.train import compare
+    from kdkernels.train import console as terminal
+
+    console = terminal.make()
+    terminal.show(console, compare.write(runs, out))
+    console.print(f"the page is {out}")
+    return 0
 
 
 def _experiments(command: str, given: dict) -> int:
@@ -827,7 +852,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         own = {
-            "bench": _bench, "export": _export, "predict-teacher": _predict_teacher, "tune": _tune,
+            "bench": _bench, "compare": _compare, "export": _export,
+            "predict-teacher": _predict_teacher, "tune": _tune,
         }  # fmt: skip
         return own[command](**given) if command in own else _experiments(command, given)
     except TrainError as error:

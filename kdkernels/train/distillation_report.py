@@ -7,7 +7,7 @@ import statistics
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 from torch.nn import functional as F
 
 from kdkernels.train.distillation import ARMS, CONTROL, NOISY, apart
@@ -414,12 +414,12 @@ def _plot_loss(found: dict) -> Figure:
         steps = range(1, len(losses) + 1)
         if window > 1:
             axes.plot(steps, losses, lw=0.6, color=colour(name), alpha=0.2)
-        label = f"{name} (cross-entropy only)" if name == "alone" else name
-        axes.plot(steps, means, style, lw=width, color=colour(name), label=label)
+        axes.plot(steps, means, style, lw=width, color=colour(name), label=name)
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: "")
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), ncols=3, loc="outside upper center")
     return figure
 
 
@@ -463,7 +463,7 @@ def _plot_accuracy(found: dict, by_time: bool) -> Figure:
         axes.set_xlim(0, None)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="lower right")
+    figure.legend(*axes.get_legend_handles_labels(), ncols=3, loc="outside upper center")
     return figure
 
 
@@ -575,7 +575,7 @@ def _plot_generations(found: dict) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set(xlabel="generation", ylabel="test accuracy")
     axes.margins(x=0.1)
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), ncols=3, loc="outside upper center")
     return figure
 
 
@@ -674,7 +674,10 @@ def sections(folder: RunFolder) -> list[Section]:
         {
             "accuracy": ("By epoch", "test accuracy at each epoch's end"),
             "accuracy_by_time": ("By time", "the same, over seconds of training"),
-            "loss": ("Loss of each step", "thin; its mean over a fortieth of the run is thick"),
+            "loss": (
+                "Loss of each step",
+                "thick: its mean over a fortieth of the run; alone's loss is the cross-entropy",
+            ),
         },
         results={key: found[key] for key in kept},
         checks=found["checks"],

@@ -36,12 +36,12 @@ _DARK = {
     PINK: "#ec93c6", AMBER: "#e8b13a", RED: "#ff6b6b", "#aa4499": "#cf77c0", "#4477aa": "#6f9fd8",
     "#d1372c": "#f0665c",
 }  # fmt: skip
-SIZE = (5.2, 3.5)
+SIZE = (4.8, 3.3)
 """Inches of a figure that keeps its letters' size on a phone; two stand beside each other on a
 desk. A wider one is scrolled on a phone."""
 
 STYLE = {
-    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "font.size": 9.5, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.6, "grid.linewidth": 0.6,
     "grid.color": GRID, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
     "axes.linewidth": 0.7, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
@@ -94,6 +94,9 @@ _PAGE_COLOURS = {INK: "--ink", GRID: "--grid", PAPER: "--card"} | {
 }
 
 
+_LEARNER = re.compile(rf"({'|'.join(COLOURS)})(-g\d+)?$")
+
+
 def _is_number(cell: str) -> bool:
     return not cell or re.match(r"[+\-−]?[\d.]", cell) is not None
 
@@ -114,7 +117,7 @@ def _anchor(title: str) -> str:
 _ENVIRONMENT = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 _ENVIRONMENT.filters |= {"sides": _sides, "anchor": _anchor}
 _ENVIRONMENT.globals |= {
-    "arm_colour": lambda cell: _PAGE_COLOURS.get(colour(cell)) if cell in COLOURS else None,
+    "arm_colour": lambda cell: _PAGE_COLOURS[colour(cell)] if _LEARNER.match(cell) else None,
     "light": {name: light for light, name in _PAGE_COLOURS.items() if light in _DARK},
     "dark": {_PAGE_COLOURS[light]: dark for light, dark in _DARK.items()},
 }
@@ -165,7 +168,10 @@ figure svg text { font-family: inherit !important; }
 figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .3rem; }
 figcaption small { display: block; font-weight: 400; color: var(--soft); font-size: .84rem;
   line-height: 1.4; }
-.scroll { overflow-x: auto; }
+/* A shadow at the right while there is more to scroll to. */
+.scroll { overflow-x: auto; background: linear-gradient(to left, var(--card) 40%, transparent)
+  right / 3rem 100% no-repeat local, linear-gradient(to left, color-mix(in srgb, var(--ink) 18%,
+  transparent), transparent) right / .9rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .75rem; border-bottom: 1px solid var(--line); vertical-align: bottom; }
 td { vertical-align: top; }
@@ -173,9 +179,11 @@ th { color: var(--soft); font-weight: 600; line-height: 1.3; min-width: 4.2rem; 
 th:first-child, td:first-child { padding-left: 0; min-width: 0; }
 tbody tr:hover td { background: color-mix(in srgb, var(--ink) 5%, transparent); }
 .number { text-align: right; } td.number { white-space: nowrap; } .text { text-align: left; }
-td.text:not(:first-child) { min-width: 11rem; }
+td.text:not(:first-child) { min-width: 13rem; }
+td.text:last-child:not(:first-child) { min-width: 18rem; } td.name { white-space: nowrap; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%;
   margin-right: .5em; }
+.later { background: none !important; border: .16em solid; }
 .note { color: var(--soft); font-size: .84rem; line-height: 1.5; max-width: 52rem;
   margin: .6rem 0 0; }
 details.note summary { cursor: pointer; } details.note p { margin: .3rem 0 0; }
@@ -189,7 +197,7 @@ details.note summary { cursor: pointer; } details.note p { margin: .3rem 0 0; }
 summary h2 { display: inline; } summary { cursor: pointer; }
 @media print { :root { --paper: #fff; } body { max-width: none; padding: 0; font-size: 10pt; }
   section { border: none; padding: .5rem 0; } nav { display: none; }
-  .scroll, figure { overflow: visible; } figure { max-width: 16cm; }
+  .scroll, figure { overflow: visible; background: none; } figure { max-width: 16cm; }
   table { font-size: 7.5pt; } th, td { padding: .15rem .3rem; min-width: 0 !important; }
   tr { break-inside: avoid; } h2, h3, figcaption { break-after: avoid; }
   details::details-content { content-visibility: visible; display: block; } }
@@ -215,9 +223,13 @@ summary h2 { display: inline; } summary { cursor: pointer; }
 
 </tr></thead><tbody>
 {% for row in table.rows %}
-<tr>{% for cell in row %}<td class="{{ sides[loop.index0] }} {{ cell if cell in
-("passed", "FAILED") }}">{% if arm_colour(cell) %}<span class="dot" style="background:
-var({{ arm_colour(cell) }})"></span>{% endif %}{{ cell }}</td>{% endfor %}</tr>
+<tr>{% for cell in row %}
+<td class="{{ sides[loop.index0] }}{{ " " + cell if cell in ("passed", "FAILED") }}
+{{- " name" if loop.first and cell|length < 30 }}">
+{%- if loop.first and arm_colour(cell) %}<span class="dot{{ " later" if "-g" in cell }}"
+style="background: var({{ arm_colour(cell) }}); border-color: var({{ arm_colour(cell) }})"></span>
+{%- endif %}{{ cell }}</td>
+{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 {% if table.note|length > 260 %}

@@ -4,6 +4,7 @@
     metrics.jsonl         one JSON object a line, flushed as it is written
     checkpoints/*.safetensors
     *.json, plots/*.png, report.html
+    tensorboard/          where TensorBoard is installed, see kdkernels.train.tensorboard
 
 A file is either wholly there or not there at all, also after ``kill -9`` or a power cut: it is
 written beside its place, synced, and moved over it. Only metrics.jsonl grows line by line; its
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from kdkernels.train import TrainError, distributed
+from kdkernels.train.tensorboard import Events
 
 __all__ = ["RunFolder", "write_bytes"]
 
@@ -71,6 +73,8 @@ class RunFolder:
         path: the folder.
         config: the dictionary in config.json.
     """
+
+    _events = None
 
     def __init__(self, path: Path, config: dict):
         self.path = path
@@ -262,6 +266,8 @@ class RunFolder:
             raise _unwritten(path, error) from None
         if sync:
             self._sync()
+        self._events = self._events or Events(self.path, self.metrics)
+        self._events.add(record)
 
     def _sync(self) -> None:
         """Wait until metrics.jsonl is on the disk."""
@@ -292,7 +298,9 @@ class RunFolder:
         self.write_bytes("metrics.jsonl", "".join(lines).encode())
 
     def close(self) -> None:
-        """Close metrics.jsonl, which :meth:`log` opens again, and give the lock back."""
+        """Close metrics.jsonl and TensorBoard's files, which :meth:`log` opens again, and give the
+        lock back.
+        """
         self._close_metrics()
         if self._lock is not None:
             self._lock.close()
@@ -302,3 +310,5 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+        if self._events is not None:
+            self._events.close()

@@ -279,7 +279,7 @@ def plot_reliability(arms: dict[str, list], colours: dict[str, str]) -> Figure:
         shares = [count / sum(counts) for count in counts]
         below.step(middles, shares, where="mid", color=colours[name], lw=1.2)
     axes.set(ylabel="accuracy", ylim=(0, 1.02))
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="outside upper center")
     below.set(xlabel="largest probability", ylabel="share of images", yscale="log", xlim=(0, 1))
     below.yaxis.set_major_formatter(lambda share, _: f"{share * 100:g} %")
     return figure
