@@ -138,6 +138,15 @@ _OPTIONS = {
         "type": _COUNT,
         "help": "of students; each one from the second on is taught by the one before (default: 1)",
     },
+    "schedule": {
+        "choices": ("constant", "cosine"),
+        "help": "of the learning rate; cosine falls from --lr to 0 over all epochs "
+        "(default: constant)",
+    },
+    "weight_decay": {
+        "type": _number(float, 0),
+        "help": "of AdamW; 0 is Adam (default: 0.0)",
+    },
     "checkpoint_every": {
         "type": _COUNT,
         "metavar": "STEPS",
@@ -436,11 +445,11 @@ _NETWORK = (
 )  # fmt: skip
 _DISTILL = (
     "data", "data_dir", "image_size", "normalize", "augment", "views", "validation", "teacher",
-    "student",
-    "teacher_weights", "teacher_predictions", "batch_size", "lr", "temperature", "alpha",
-    "divergence", "beta", "epochs", "teacher_epochs", "target_accuracy", "budget", "generations",
-    "arms", "noise", "noise_std", "train_samples", "test_samples", "seed", "device", "threads",
-    "checkpoint_every", "parallel", "config", "out", "resume",
+    "student", "teacher_weights", "teacher_predictions", "batch_size", "lr", "schedule",
+    "weight_decay", "temperature", "alpha", "divergence", "beta", "epochs", "teacher_epochs",
+    "target_accuracy", "budget", "generations", "arms", "noise", "noise_std", "train_samples",
+    "test_samples", "seed", "device", "threads", "checkpoint_every", "parallel", "config", "out",
+    "resume",
 )  # fmt: skip
 _PREDICT = (
     "teacher", "teacher_weights", "data", "data_dir", "image_size", "normalize", "augment",

@@ -1,6 +1,7 @@
 """Distillation of one's own: models by name, the Python call, generations, budget, --config."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -175,6 +176,25 @@ def test_generations_and_budget(tmp_path):
     call[3:3] = ["--budget=1e-6"]
     assert command.main([*call, "--epochs=5", f"--out={out}"]) == 0
     assert len(records(out, kind="epoch", learner="full")) == 1
+
+
+def test_cosine_schedule_and_weight_decay(tmp_path):
+    runs = {"plain": [], "cosine": ["--schedule=cosine"], "decay": ["--weight-decay=0.1"]}
+    weights = {}
+    for name, more in runs.items():
+        call = ["distill", *TINY, "--epochs=2", "--teacher-epochs=1", "--arms=alone", *more]
+        assert command.main([*call, f"--out={tmp_path / name}"]) == 0
+        state = load_file(tmp_path / name / "checkpoints/alone.safetensors")
+        weights[name] = state["model.head.weight"]
+    lines = records(tmp_path / "cosine", kind="epoch", learner="alone")
+    steps = lines[-1]["step"]
+    expected = [(1 + math.cos(math.pi * (line["step"] - 1) / steps)) / 2 for line in lines]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * value for value in expected])
+    assert not torch.equal(weights["cosine"], weights["plain"])
+    # AdamW takes lr * decay of every weight at each step, and Adam's own steps stay near.
+    shrunk = weights["plain"] * (1 - 1e-3 * 0.1) ** steps
+    assert (weights["decay"] - shrunk).abs().max() < 0.2 * 1e-3 * steps
+    assert not torch.equal(weights["decay"], weights["plain"])
 
 
 def test_validation_holds_training_images_out(tmp_path):

@@ -12,6 +12,7 @@ there is one more arm, the last one of the table with that noise on its student.
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,6 +107,8 @@ class Settings:
             predictions use it, and the teacher is not asked. None: the run makes its own.
         batch_size: images a step.
         lr: Adam's learning rate, for the teacher and every arm.
+        schedule: ``"constant"``, or ``"cosine"``: half a cosine from lr to 0 over all epochs.
+        weight_decay: of AdamW, >= 0; 0 is Adam.
         temperature: of the soft targets, > 0.
         alpha: weight of the soft targets, 0..1; the labels have 1 - alpha.
         divergence: one of :func:`kdkernels.divergences`.
@@ -140,6 +143,8 @@ class Settings:
     teacher_predictions: str | None = None
     batch_size: int = 64
     lr: float = 1e-3
+    schedule: str = "constant"
+    weight_decay: float = 0.0
     temperature: float = 4.0
     alpha: float = 0.5
     divergence: str = "forward_kl"
@@ -320,6 +325,7 @@ class _Run:
             name, model.to(self.device), loss, predict,
             lambda model: accuracy(model, self.test, memory_format),
             self.settings.lr, seed, tuned=tuned,
+            weight_decay=self.settings.weight_decay,
             checkpoint_every=self.settings.checkpoint_every, parallel=self.settings.parallel,
             **more,
         )  # fmt: skip
@@ -344,6 +350,10 @@ class _Run:
                 len(self.train), settings.batch_size, settings.seed, learner.epoch, self.device
             )
             steps = len(batches) * limit
+            if settings.schedule == "cosine":
+                learner.schedule = lambda step, steps=steps: (
+                    0.5 + 0.5 * math.cos(math.pi * step / steps)
+                )
             spent += learner.train_epoch(
                 self.train, batches, self.folder, self.interrupt,
                 lambda steps=steps: self.on_step(learner.name, learner.step, steps),

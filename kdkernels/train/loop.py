@@ -274,6 +274,9 @@ class Learner:
         evaluate: ``evaluate(model)`` -> the measures of an epoch's end, by name, such as
             ``{"accuracy": 0.9}``; they go into the metrics.
         lr: Adam's learning rate.
+        schedule: ``schedule(step)`` -> what the learning rate of a step, from 0, is multiplied
+            by; None: 1.
+        weight_decay: decoupled from the gradient (AdamW, Loshchilov and Hutter, arXiv 1711.05101).
         seed: of the dropout masks. Learners with one seed draw the same masks.
         tuned: channels_last memory format and Adam's fused kernel.
         noise: in training; the teacher sees none of it.
@@ -301,6 +304,8 @@ class Learner:
     tuned: bool = False
     noise: Noise = Noise()
     twin: Loss | None = None
+    schedule: Callable[[int], float] | None = None
+    weight_decay: float = 0.0
     checkpoint_every: int | None = None
     parallel: str = "ddp"
     epoch: int = 0
@@ -326,7 +331,12 @@ class Learner:
         self.engine = distributed.engine(self.model, self.parallel, self.device)
         self.parameters = list(self.engine.parameters())
         # None, not False: the other arms run what plain torch.optim.Adam(lr=lr) would choose.
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=self.tuned or None)
+        options = {"lr": self.lr, "fused": self.tuned or None}
+        if self.weight_decay > 0:
+            options["weight_decay"] = self.weight_decay
+            self.optimizer = torch.optim.AdamW(self.parameters, **options)
+        else:
+            self.optimizer = torch.optim.Adam(self.parameters, **options)
         self.gradient_noise = self.noise.on_optimizer(self.optimizer)
         self.random = {"cpu": torch.Generator().manual_seed(self.seed).get_state()}
         if self.device.type == "cuda":
@@ -477,6 +487,9 @@ class Learner:
                 clock.lap("loss")
                 loss.backward()
                 clock.lap("backward")
+            if self.schedule is not None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.lr * self.schedule(self.step)
             self.optimizer.step()
             self.optimizer.zero_grad()
             clock.lap("optimizer")
@@ -531,6 +544,7 @@ class Learner:
             step=self.step,
             loss=sum(self.losses) / len(self.losses),
             **self.measures,
+            lr=self.optimizer.param_groups[0]["lr"],
             phases=self.seconds,
             seconds=sum(self.seconds.values()),
             test_seconds=time.perf_counter() - began,
