@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -417,7 +418,10 @@ def _decode(path: str, size: int) -> np.ndarray:
 
 
 def _decoded(root: Path, files: list[str], size: int, on_step: OnStep | None):
-    """The files' pixels, memory-mapped from the cache, and their SHA-256; decodes them once."""
+    """The files' pixels, memory-mapped from the cache, and what is known of them; decodes once.
+
+    Known are their SHA-256, and by channel the mean and standard deviation of intensities.
+    """
     listing = []
     for file in files:
         try:
@@ -426,14 +430,14 @@ def _decoded(root: Path, files: list[str], size: int, on_step: OnStep | None):
             raise TrainError(f"the image {file} cannot be read: {error.strerror}") from None
         listing.append((os.path.relpath(file, root), found.st_size, found.st_mtime_ns))
     key = hashlib.sha256(json.dumps([1, size, listing]).encode()).hexdigest()[:32]
-    pixels, digest = _cache() / f"{key}.npy", _cache() / f"{key}.sha256"
+    pixels, known = _cache() / f"{key}.npy", _cache() / f"{key}.json"
     shape = (len(files), 3, size, size)
     try:
         _cache().mkdir(parents=True, exist_ok=True)
         with (_cache() / f"{key}.lock").open("w") as lock:
             # Whoever comes second waits, and finds the images decoded.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not digest.exists():
+            if not (known.exists() and pixels.exists()):
                 beside = pixels.with_suffix(".tmp")
                 try:
                     found = _decode_into(beside, shape, files, on_step)
@@ -441,19 +445,22 @@ def _decoded(root: Path, files: list[str], size: int, on_step: OnStep | None):
                 finally:
                     beside.unlink(missing_ok=True)
                 # Written last: where it is, the pixels are whole.
-                beside.write_text(found)
-                os.replace(beside, digest)
+                beside.write_text(json.dumps(found))
+                os.replace(beside, known)
     except OSError as error:
         raise TrainError(
             f"the decoded images of {root} cannot be kept in {_cache()} ({error.strerror}): they "
             f"take {np.prod(shape, dtype=float) / 1e9:.1f} GB there; set XDG_CACHE_HOME to a "
             "folder with room"
         ) from None
-    # Copy on write: torch takes no read-only memory, and nobody writes.
-    return torch.from_numpy(np.load(pixels, mmap_mode="c")), digest.read_text()
+    # Read-only: copy on write would count as memory that the machine must have. Torch warns that
+    # it knows no such tensors; nobody writes to this one.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(np.load(pixels, mmap_mode="r")), json.loads(known.read_text())
 
 
-def _decode_into(target: Path, shape, files: list[str], on_step: OnStep | None) -> str:
+def _decode_into(target: Path, shape, files: list[str], on_step: OnStep | None) -> dict:
     mapped = np.lib.format.open_memmap(target, "w+", np.uint8, shape)
     with target.open("r+b") as file:
         # Without its space the file would be found too large for the disk by a bus error.
@@ -461,11 +468,14 @@ def _decode_into(target: Path, shape, files: list[str], on_step: OnStep | None) 
 
     def decode(number):
         try:
-            mapped[number] = _decode(files[number], shape[-1])
+            found = _decode(files[number], shape[-1])
         except Exception as error:  # Pillow's formats raise nearly anything on a damaged file
             raise TrainError(
                 f"the image {files[number]} cannot be read ({error}): repair it or take it away"
             ) from None
+        mapped[number] = found
+        intensity = found.astype(np.float64) / 255
+        return intensity.sum((1, 2)), np.square(intensity).sum((1, 2))
 
     with contextlib.ExitStack() as stack:
         if on_step is None:
@@ -473,12 +483,15 @@ def _decode_into(target: Path, shape, files: list[str], on_step: OnStep | None) 
         pool = ThreadPoolExecutor(os.cpu_count())
         # After an error or Ctrl-C the files that are still waiting are not decoded.
         stack.callback(pool.shutdown, cancel_futures=True)
-        digest = hashlib.sha256()
-        for number, _ in enumerate(pool.map(decode, range(len(files)))):
+        digest, sums = hashlib.sha256(), np.zeros((2, 3))
+        for number, more in enumerate(pool.map(decode, range(len(files)))):
             digest.update(mapped[number])
+            sums += more
             on_step("images", number + 1, len(files))
     mapped.flush()
-    return digest.hexdigest()
+    mean, square = sums / (shape[0] * shape[2] * shape[3])
+    std = np.sqrt(np.maximum(square - mean**2, 1e-6))
+    return {"sha256": digest.hexdigest(), "mean": mean.tolist(), "std": std.tolist()}
 
 
 @contextlib.contextmanager
@@ -533,7 +546,7 @@ def folder(
             20 % of each class are held out, always the same ones.
         size: side in pixels.
         imagenet: normalise with ImageNet's statistics, for a pretrained teacher, instead of those
-            of (up to a thousand of) the training images.
+            of the training images.
         flips: whether an image flipped left to right keeps its label. None: it does, unless all
             classes are called by one character, as digits and letters are.
         augment, views, seed: of the training images, see :class:`Images`.
@@ -573,30 +586,23 @@ def folder(
     if flips is None:
         flips = not all(len(name) == 1 for name in names)
 
-    def images(files, labels):
-        pixels, digest = _decoded(root, files, size, on_step)
+    pixels, known = _decoded(root, files, size, on_step)
+    test_pixels, test_known = _decoded(root, test_files, size, on_step)
+    statistics = _statistics(_IMAGENET if imagenet else (known["mean"], known["std"]))
+
+    def images(pixels, labels, known):
         return Images(
-            pixels, labels, len(names), size, 255.0, *_statistics(_IMAGENET), names=tuple(names),
-            flips=flips, _pixels_sha256=digest,
+            pixels, labels, len(names), size, 255.0, *statistics, names=tuple(names), flips=flips,
+            _pixels_sha256=known["sha256"],
         )  # fmt: skip
 
-    train, test = images(files, labels), images(test_files, test_labels)
-    if not imagenet:
-        mean, std = _measured(train)
-        train, test = (dataclasses.replace(part, mean=mean, std=std) for part in (train, test))
+    train = images(pixels, labels, known)
+    test = images(test_pixels, test_labels, test_known)
     return dataclasses.replace(train, augment=augment, views=views, seed=seed), test
 
 
 def _holds_folders(path: Path) -> bool:
     return path.is_dir() and bool(_class_folders(path))
-
-
-def _measured(images: Images):
-    """Mean and standard deviation by channel of up to a thousand of the images."""
-    some = images.ids[torch.linspace(0, len(images) - 1, min(len(images), 1000)).long()]
-    intensity = images.pixels[some].float() / images.white
-    std, mean = torch.std_mean(intensity, (0, 2, 3), keepdim=True)
-    return mean, std.clamp_min(1e-3)
 
 
 def load(
