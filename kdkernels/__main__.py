@@ -326,7 +326,7 @@ _OF_LM = {
         "help": "the teacher's first weights: checkpoints/teacher.safetensors of a run with these "
         "sizes and this text, none random (default: none)",
     },
-    "lr": {"type": _number(float, 0, open_low=True), "help": "learning rate (default: 1e-3)"},
+    "lr": {"type": _number(float, 0, open_low=True), "help": "learning rate (default: 5e-4)"},
     "temperature": {
         "type": _number(float, 0, 1e6, open_low=True),
         "help": "of the soft targets (default: 2.0)",

@@ -317,6 +317,7 @@ def test_arms_learn_and_follow_reference(run):
     assert [line["step"] for line in teacher] == [50, 60]
     assert teacher[-1]["held_out_loss"] < arms["reference"]["held_out_loss"]
     assert arms["full"]["operations"] < arms["linear"]["operations"]
+    assert 8 / 320 < found["topk_share"] < 1
     kept = load_file(run / "checkpoints" / "teacher-topk.safetensors")
     assert kept["values"].shape == kept["indices"].shape == (26, 16, 8)
     assert kept["values"].dtype == torch.float16 and kept["indices"].dtype == torch.int32
@@ -440,6 +441,12 @@ def test_text_that_changes_under_a_run(tmp_path, capsys):
         file.write("# one line more\n")
     assert command.main(["distill-lm", f"--resume={tmp_path / 'run'}", "--epochs=2"]) == 2
     assert "the text is not what it was" in capsys.readouterr().err
+
+
+def test_one_process(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command.main(["distill-lm", *options(), f"--out={tmp_path / 'run'}"]) == 2
+    assert "without torchrun" in capsys.readouterr().err
 
 
 def test_resume_takes_no_other_option(run, capsys):

@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -107,7 +108,8 @@ class Settings:
         batch_size: windows a step.
         student_width, student_layers, teacher_width, teacher_layers: of the two GPTs; a width is
             below 64 or a multiple of it, 64 being a head's.
-        lr: Adam's learning rate, for the teacher and every arm.
+        lr: Adam's learning rate, for the teacher and every arm; there is no warm-up and no
+            clipping, and with 1e-3 the loss jumps at single steps.
         temperature: of the soft targets, > 0.
         alpha: weight of the soft targets, 0..1; the next tokens have 1 - alpha.
         k: largest classes of a token's teacher that the arm topk keeps.
@@ -131,7 +133,7 @@ class Settings:
     student_layers: int = 4
     teacher_width: int = 384
     teacher_layers: int = 6
-    lr: float = 1e-3
+    lr: float = 5e-4
     temperature: float = 2.0
     alpha: float = 0.5
     k: int = 64
@@ -407,6 +409,8 @@ def run(
         TrainError: see :meth:`kdkernels.train.loop.Learner.train_epoch`,
             :func:`kdkernels.train.text.load`, and the teacher's weights.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainError("distill-lm runs in one process: start it without torchrun")
     device = choose_device(settings.device)
     with reproducible(settings.seed, settings.threads), Interrupt() as interrupt:
         _run(settings, folder, device, interrupt, on_step, say)
@@ -531,7 +535,11 @@ def _run(settings, folder, device, interrupt, on_step, say):
             for index in torch.arange(len(train), device=device).split(settings.batch_size):
                 parts.append({k: v.cpu() for k, v in ask(train.batch(index)[0]).items()})
             rows = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-            folder.save(name, rows, {"seconds": time.perf_counter() - began})
+            state = {"seconds": time.perf_counter() - began}
+            if arm.loss == "top k":
+                inside = (rows["values"].float() / settings.temperature).logsumexp(-1)
+                state["share"] = (inside - rows["logsumexp"]).exp().mean().item()
+            folder.save(name, rows, state)
         rows, state = folder.load(name)
         return rows, state["seconds"]
 
@@ -627,7 +635,9 @@ def results(folder: RunFolder) -> dict | None:
         operations of a step's matrix products, bytes that its loss moves of ``[N, V]`` tensors;
         over the reference's, ``speedup``, ``memory`` and, with both models and Adam's moments,
         ``whole_memory``), ``apart`` (arm -> relative difference from the reference's
-        losses), ``agreement`` (see the file agreement.json), ``work`` (see language_model.json),
+        losses), ``agreement`` (see the file agreement.json), ``topk_share`` (mean over
+        tokens of the probability, at the temperature, that the teacher gives to the classes kept of
+        it), ``work`` (see language_model.json),
         ``models_bytes`` (both models and the student's moments) and ``checks``.
     """
     losses, epochs = {}, {}
@@ -672,6 +682,7 @@ def results(folder: RunFolder) -> dict | None:
         if arm["peak_bytes"] and base["peak_bytes"]:
             arm["memory"] = arm["peak_bytes"] / base["peak_bytes"]
             arm["whole_memory"] = (models + arm["peak_bytes"]) / (models + base["peak_bytes"])
+    top = folder.load("teacher-topk")
     agreement = folder.read_json("agreement.json") or {}
     checks, curves = [], {}
     for name in arms:
@@ -693,5 +704,6 @@ def results(folder: RunFolder) -> dict | None:
         ]  # fmt: skip
     return {
         "losses": losses, "epochs": epochs, "arms": arms, "apart": curves, "agreement": agreement,
-        "work": work, "models_bytes": models, "checks": checks,
+        "topk_share": None if top is None else top[1]["share"], "work": work,
+        "models_bytes": models, "checks": checks,
     }  # fmt: skip

@@ -142,8 +142,9 @@ def tables(found: dict, config: dict) -> list[Table]:
                 "norm. Arms with the reference's loss differ by rounding, which training "
                 "magnifies from step to step."
                 + (
-                    f" topk's loss is another: its teacher is {config['k']} classes and the rest "
-                    "as one." if "topk" in found["apart"] else ""
+                    f" topk's loss is another: its teacher is {config['k']} classes, which at "
+                    f"temperature {config['temperature']:g} hold {found['topk_share']:.0%} of its "
+                    "probability, and the rest as one." if "topk" in found["apart"] else ""
                 ),
             )
         )  # fmt: skip
