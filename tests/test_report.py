@@ -211,8 +211,8 @@ def test_summary_by_hand(run):
     middle = statistics.median([5 / 1.5, 5 / 0.5])
     assert full["by epoch: median (range)"] == f"{middle:.2f} ({5 / 1.5:.2f} .. 10.00)"
     # Four images, one of which reference alone gets wrong: differences 0, 0, 0, 1.
-    assert full["less reference's, points"] == f"+25.00 ± {100 * 0.5 / 2:.2f}"
-    assert rows["fused"]["less reference's, points"] == "-25.00 ± 25.00"
+    assert full["minus reference's, points"] == f"+25.00 ± {100 * 0.5 / 2:.2f}"
+    assert rows["fused"]["minus reference's, points"] == "-25.00 ± 25.00"
     # All images in the bin of 0.9; all of them are right, or two of four.
     assert full["ECE"] == "10.00%" and rows["fused"]["ECE"] == "40.00%"
     assert rows["cached"]["ECE"] == ""
@@ -255,7 +255,8 @@ def headline(folder):
 
 def test_headlines(tmp_path, run):
     assert headline(run[0]) == (
-        "Fused with kept predictions: 5.0 times faster than plain PyTorch at equal accuracy"
+        "Fused with kept predictions: 5.0 times faster than plain PyTorch at equal accuracy "
+        "(+25.0 ± 25.0 points)"
     )
     labels = torch.zeros(400, dtype=torch.long)
     wrong = torch.ones(400, dtype=torch.long)
@@ -343,7 +344,7 @@ def test_a_group_by_hand(tmp_path):
     assert full["seeds"] == "3" and rows["cached"]["seeds"] == "2"
     assert full["test accuracy, %"] == f"74.00 ± {statistics.stdev(accuracy):.2f}"
     error = statistics.stdev([1, 2, 6]) / 3**0.5
-    assert full["less reference's, points"] == f"+3.00 ± {error:.2f}"
+    assert full["minus reference's, points"] == f"+3.00 ± {error:.2f}"
     # Seconds 4, 2 and 1 against 10 in each: the mean of the ratios, not their means' ratio.
     speeds = [10 / 4, 10 / 2, 10 / 1]
     assert full["times reference's speed"] == (
@@ -372,7 +373,7 @@ def test_what_differs_between_groups_is_a_column(tmp_path):
     assert [row[:3] for row in table.rows if row[0] == "full"] == [
         ["full", "1.0", "2"], ["full", "4.0", "2"],
     ]  # fmt: skip
-    assert "in all 2 settings" in (tmp_path / "page.html").read_text()
+    assert "in both settings" in (tmp_path / "page.html").read_text()
 
 
 def test_groups_that_differ_in_much_get_letters(tmp_path):

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from kdkernels.train import TrainError, distillation_report, page, report
-from kdkernels.train.distillation_report import CLEAR, LADDER, generation, plot_ladder, speed
+from kdkernels.train.distillation_report import CLEAR, LADDER, NAMES, generation, plot_ladder, speed
 from kdkernels.train.page import INK, SIZE, colour
 from kdkernels.train.report import Section, Table
 from kdkernels.train.run_folder import RunFolder
@@ -184,12 +184,12 @@ def _mean(values, scale: float = 1, digits: int = 2) -> str:
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
-def _less(apart: dict | None) -> str:
+def _less(apart: dict | None, digits: int = 2) -> str:
     if apart is None:
         return ""
     error = apart["standard_error"]
-    text = f"{apart['mean'] * 100:+.2f}"
-    return text + (f" ± {error * 100:.2f}" if error is not None else "")
+    text = f"{apart['mean'] * 100:+.{digits}f}"
+    return text + (f" ± {error * 100:.{digits}f}" if error is not None else "")
 
 
 def _summary(found: list[Group]) -> Table:
@@ -219,14 +219,14 @@ def _summary(found: list[Group]) -> Table:
     return Table(
         "Accuracy and time over seeds",
         ["arm", *found[0].columns, "seeds", "test accuracy, %",
-         "less reference's, points"]
+         "minus reference's, points"]
         + (["ECE, %"] if tested else [])
         + ["seconds"]
         + (["seconds to target (seeds)"] if aimed else [])
         + ["times reference's speed"],
         rows,
         "Mean ± standard deviation over seeds. A seed sets weights, batches, dropout and noise, of "
-        "teacher and students. Less reference's: the difference of accuracy within each run, mean "
+        "teacher and students. Minus reference's: the difference of accuracy within each run, mean "
         "over seeds ± its standard error. Speed: reference's seconds over the arm's, in each run, "
         "whose arms took turns epoch by epoch. Seconds are of training steps; testing and "
         "checkpoints are left out, and the teacher's training is nobody's. Generations after the "
@@ -299,9 +299,9 @@ def _headline(found: list[Group]) -> tuple[str, list[tuple[str, str]]]:
         return f"{runs} runs in {len(found)} settings", []
     speeds = [statistics.fmean(group.values(name, "speedup").values()) for group in shown]
     ends = sorted({f"{value:.2f}" for value in speeds}, key=float)
-    sentence = f"{name}: {speed(speeds[0])} plain PyTorch"
+    sentence = f"{NAMES[name]}: {speed(speeds[0])} plain PyTorch"
     if len(ends) > 1:
-        sentence = f"{name}: {ends[0]} to {ends[-1]} times the speed of plain PyTorch"
+        sentence = f"{NAMES[name]}: {ends[0]} to {ends[-1]} times the speed of plain PyTorch"
     clear = []
     for group in shown:
         apart = group.less_reference(name)
@@ -309,9 +309,11 @@ def _headline(found: list[Group]) -> tuple[str, list[tuple[str, str]]]:
         if away is not None and abs(away) > CLEAR:
             clear.append(apart["mean"])
     known = all(len(group.values(name, "speedup")) > 1 for group in shown)
-    several = f" in all {len(shown)} settings" if len(shown) > 1 else ""
-    if known and not clear:
-        sentence += f" at equal accuracy{several}"
+    if known and not clear and len(shown) == 1:
+        sentence += f" at equal accuracy ({_less(shown[0].less_reference(name), 1)} points)"
+    elif known and not clear:
+        several = "both" if len(shown) == 2 else f"all {len(shown)}"
+        sentence += f" at equal accuracy in {several} settings"
     elif known and len(shown) == 1:
         word = "higher" if clear[0] > 0 else "lower"
         sentence += f" at {abs(clear[0]) * 100:.1f} points {word} accuracy"
@@ -324,7 +326,7 @@ def _headline(found: list[Group]) -> tuple[str, list[tuple[str, str]]]:
         text = _mean(group.values(name, "speedup").values())
         cards = [
             (f"{text}×", f"the speed of plain PyTorch: {name} over reference"),
-            (f"{_less(group.less_reference(name))}", f"points of accuracy: {name} less reference"),
+            (f"{_less(group.less_reference(name))}", f"points of accuracy: {name} minus reference"),
             (f"{_mean(group.values(name, 'accuracy').values(), 100, 1)} %",
              f"test accuracy of {name}"),
             (str(len(group.runs)), "seeds" if len(group.runs) > 1 else "seed"),
@@ -384,6 +386,11 @@ def write(paths: list[str], out: str = "compare.html") -> list[Table]:
             )
         ],
     )
+    if len(found) == 1:  # then both plots stand beside each other
+        main.plots |= ladders.plots
+        main.captions |= ladders.captions
+        main.tables += ladders.tables
+        ladders.plots = {}
     sections = [main, *([ladders] if ladders.plots else []), listed]
     common = {n: v for n, v in found[0].settings.items() if n not in differing and n != "arms"}
     seeds = sorted({seed for group in found for seed in group.runs})

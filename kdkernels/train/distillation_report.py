@@ -18,7 +18,7 @@ from kdkernels.train.run_folder import RunFolder
 from kdkernels.train.soft_regularization import BINS, calibration_error, reliability
 from kdkernels.train.soft_report import FEW, plot_reliability
 
-__all__ = ["LADDER", "generation", "ladder", "plot_ladder", "results", "sections"]
+__all__ = ["LADDER", "NAMES", "generation", "ladder", "plot_ladder", "results", "sections"]
 
 # Limits on the relative difference of the arms reference and fused. For the same logits the two
 # losses differ by rounding alone. Their curves part further: BatchNorm over small batches and
@@ -219,8 +219,9 @@ def ladder(epochs: dict[str, list[dict]]) -> list[dict]:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def _points(difference: dict) -> str:
-    return f"{difference['mean'] * 100:+.2f} ± {difference['standard_error'] * 100:.2f}"
+def _points(difference: dict, digits: int = 2) -> str:
+    mean, error = (difference[key] * 100 for key in ("mean", "standard_error"))
+    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
 
 
 def _summary(found: dict, config: dict) -> Table:
@@ -250,7 +251,7 @@ def _summary(found: dict, config: dict) -> Table:
     return Table(
         "Experiment 2: accuracy and time",
         ["arm", "test accuracy", "best"]
-        + (["less reference's, points"] if compared else [])
+        + (["minus reference's, points"] if compared else [])
         + (["ECE"] if tested else [])
         + ["epochs", "seconds", "seconds an epoch (median)", "speed-up over reference",
            "by epoch: median (range)"]
@@ -498,15 +499,16 @@ def plot_ladder(rungs: list[dict]) -> Figure:
     """
     figure = Figure(figsize=(SIZE[0], 0.55 + 0.62 * len(rungs)), layout="constrained")
     axes = figure.subplots()
-    most = max(rung["seconds"] for rung in rungs)
+    most = max(rung["seconds"] + rung.get("seconds_spread", 0) for rung in rungs)
+    spread = any("speedup_spread" in rung for rung in rungs)
     for row, rung in enumerate(rungs):
         look, seconds, saved = colour(rung["arm"]), rung["seconds"], rung["saved"]
         axes.barh(row, seconds, color=look, height=0.42, xerr=rung.get("seconds_spread"),
                   error_kw={"ecolor": INK, "capsize": 3, "lw": 1})  # fmt: skip
         if saved > 0:
             axes.barh(row, saved, left=seconds, color=look, height=0.42, alpha=0.22)
-            if saved > 0.17 * most:
-                spot = (seconds + saved / 2 + rung.get("seconds_spread", 0) / 2, row)
+            if saved > 0.17 * most and not spread:
+                spot = (seconds + saved / 2, row)
                 axes.annotate(f"−{saved:.3g} s", spot, ha="center", va="center", fontsize=8)
         label = ("+ " if row else "") + rung["adds"]
         axes.text(0, row - 0.3, f"{label}  ({seconds:.3g} s)", ha="left", va="bottom")
@@ -514,9 +516,9 @@ def plot_ladder(rungs: list[dict]) -> Figure:
             speed = f"{rung['speedup']:.2f}"
             if "speedup_spread" in rung:
                 speed += f" ± {rung['speedup_spread']:.2f}"
-            axes.text(most * 1.02, row, f"{speed}×", va="center", weight="bold", color=look)
-    room = 1.36 if any("speedup_spread" in rung for rung in rungs) else 1.2
-    axes.set(xlabel="seconds of training", xlim=(0, most * room), ylim=(len(rungs) - 0.6, -0.75))
+            axes.text(most * 1.03, row, f"{speed}×", va="center", weight="bold", color=look)
+    right = most * (1.36 if spread else 1.2)
+    axes.set(xlabel="seconds of training", xlim=(0, right), ylim=(len(rungs) - 0.6, -0.75))
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
@@ -581,7 +583,7 @@ def _plot_generations(found: dict) -> Figure:
 
 # ---- the page ------------------------------------------------------------------------------------
 
-_NAMES = {
+NAMES = {
     "full": "fused with kept predictions", "cached": "fused loss with kept predictions",
     "fused": "the fused loss",
 }  # fmt: skip
@@ -599,7 +601,7 @@ def _accuracy_words(arm: dict, base: dict) -> str:
         return f"with {arm['accuracy']:.1%} test accuracy against {base['accuracy']:.1%}"
     away, error = arm["difference"]["mean"], arm["difference"]["standard_error"]
     if abs(away) <= CLEAR * error or away == 0:
-        return "at equal accuracy"
+        return f"at equal accuracy ({_points(arm['difference'], 1)} points)"
     return f"at {abs(away) * 100:.1f} points {'higher' if away > 0 else 'lower'} accuracy"
 
 
@@ -617,16 +619,16 @@ def _headline(found: dict, config: dict) -> tuple[str, list[tuple[str, str]]]:
     cards = []
     if against:
         ratio = rungs[-1]["speedup"] if name in LADDER else arm["speedup"]
-        sentence = f"{_NAMES.get(name, name)}: {speed(ratio)} plain PyTorch "
+        sentence = f"{NAMES.get(name, name)}: {speed(ratio)} plain PyTorch "
         sentence += _accuracy_words(arm, base)
         reached = [one["seconds_to_target"] for one in (base, arm)]
         if None not in reached:
             ratio = reached[0] / reached[1]
-            sentence = f"{_NAMES.get(name, name)}: {config['target_accuracy']:.1%} test accuracy "
+            sentence = f"{NAMES.get(name, name)}: {config['target_accuracy']:.1%} test accuracy "
             sentence += f"after {reached[1]:.1f} seconds, plain PyTorch after {reached[0]:.1f}"
         cards.append((f"{ratio:.2f}×", f"the speed of plain PyTorch: {name} over reference"))
     else:
-        sentence = f"{_NAMES.get(name, name)}: {arm['accuracy']:.1%} test accuracy after "
+        sentence = f"{NAMES.get(name, name)}: {arm['accuracy']:.1%} test accuracy after "
         sentence += f"{arm['seconds']:.1f} seconds of training"
     cards += [
         (f"{arm['accuracy']:.1%}",

@@ -131,9 +131,11 @@ _PAGE = _ENVIRONMENT.from_string(
 <style>
 :root { --paper: #f4f5f7; --card: #fff; --ink: #23272e; --soft: #5d6570; --line: #dfe3e8;
   --grid: #c8cdd5; --accent: #00795a; --bad: #b3261e;
+  --shade: #0003;
   {% for name, value in light.items() %}{{ name }}: {{ value }}; {% endfor %}}
 @media (prefers-color-scheme: dark) { :root { --paper: #12151a; --card: #1b2027; --ink: #e4e7ec;
   --soft: #9aa3b0; --line: #303742; --grid: #454d59; --accent: #2fc79a; --bad: #ff8a80;
+  --shade: #000a;
   {% for name, value in dark.items() %}{{ name }}: {{ value }}; {% endfor %}} }
 * { box-sizing: border-box; }
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
@@ -153,14 +155,14 @@ section { padding: clamp(.9rem, 2.4vw, 1.6rem); margin-top: 1.3rem; }
 .cards div { padding: .8rem 1rem; display: flex; flex-direction: column-reverse;
   justify-content: flex-end; }
 .cards dt { color: var(--soft); font-size: .84rem; line-height: 1.35; }
-.cards dd { margin: 0; font-size: 1.65rem; font-weight: 650; line-height: 1.25;
-  font-variant-numeric: tabular-nums; }
+.cards dd { margin: 0; font-size: clamp(1.25rem, .9rem + 1.6vw, 1.65rem); font-weight: 650;
+  line-height: 1.25; font-variant-numeric: tabular-nums; }
 .cards div:first-child dd { color: var(--accent); }
 nav { font-size: .9rem; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; }
 a { color: var(--accent); }
 .plots { display: grid; gap: 1rem 1.6rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0; overflow-x: auto; break-inside: avoid; max-width: 46rem; }
+figure { margin: 0; overflow-x: auto; break-inside: avoid; max-width: 34rem; }
 figure.wide { grid-column: 1 / -1; max-width: none; } figure.wide svg { min-width: 36rem; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
@@ -170,12 +172,12 @@ figcaption small { display: block; font-weight: 400; color: var(--soft); font-si
   line-height: 1.4; }
 /* A shadow at the right while there is more to scroll to. */
 .scroll { overflow-x: auto; background: linear-gradient(to left, var(--card) 40%, transparent)
-  right / 3rem 100% no-repeat local, linear-gradient(to left, color-mix(in srgb, var(--ink) 18%,
-  transparent), transparent) right / .9rem 100% no-repeat scroll; }
+  right / 3rem 100% no-repeat local, linear-gradient(to left, var(--shade), transparent)
+  right / .9rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .75rem; border-bottom: 1px solid var(--line); vertical-align: bottom; }
 td { vertical-align: top; }
-th { color: var(--soft); font-weight: 600; line-height: 1.3; min-width: 4.2rem; }
+th { color: var(--soft); font-weight: 600; line-height: 1.3; min-width: 5rem; }
 th:first-child, td:first-child { padding-left: 0; min-width: 0; }
 tbody tr:hover td { background: color-mix(in srgb, var(--ink) 5%, transparent); }
 .number { text-align: right; } td.number { white-space: nowrap; } .text { text-align: left; }
