@@ -42,6 +42,8 @@ def gradient_of(loss_of, logits):
     """(loss, gradient) of a loss of one row's logits, for many rows at once."""
     logits = logits.clone().requires_grad_()
     loss = loss_of(logits)
+    if not loss.isfinite().all():
+        raise ArithmeticError("a loss to be drawn is not finite")
     return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
 
 
