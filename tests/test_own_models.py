@@ -207,6 +207,26 @@ def test_validation_holds_training_images_out(tmp_path):
     assert abs(len(held_out) - 0.25 * len(train)) < 10
 
 
+@pytest.mark.parametrize("temperature", [1, 4])
+def test_all_classes_as_top_k_are_the_dense_predictions(tmp_path, temperature):
+    """With k = classes nothing is left out, so the two kinds of predictions teach the same."""
+    first = tmp_path / "teacher"
+    assert command.main(["distill", *TINY, "--teacher-epochs=2", "--epochs=1", "--arms=alone",
+                         f"--out={first}"]) == 0  # fmt: skip
+    losses = []
+    for name, more in {"dense": [], "top": ["--top-k=10"]}.items():
+        kept = tmp_path / f"{name}-predictions"
+        call = ["predict-teacher", OWN[0], "--train-samples=200", "--image-size=16", "--threads=1",
+                f"--teacher-weights={first}/checkpoints/teacher.safetensors"]  # fmt: skip
+        assert command.main([*call, "--dtype=float32", *more, f"--out={kept}"]) == 0
+        out = tmp_path / name
+        call = ["distill", *TINY, "--epochs=1", f"--temperature={temperature}"]
+        assert command.main([*call, "--arms=full", f"--teacher-predictions={kept}",
+                             f"--out={out}"]) == 0  # fmt: skip
+        losses.append([line["loss"] for line in records(out, kind="step", learner="full")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", "js", "total_variation"])
 def test_divergences_follow_their_reference(tmp_path, divergence):
     out = tmp_path / "run"

@@ -104,7 +104,8 @@ class Settings:
         teacher, student: as ``name`` in :func:`kdkernels.train.models.build`.
         teacher_weights: as ``weights`` there.
         teacher_predictions: a folder that ``kdkernels predict-teacher`` wrote; the arms that keep
-            predictions use it, and the teacher is not asked. None: the run makes its own.
+            predictions use it, and the teacher is not asked. Of a top k, at temperature 1 the rest
+            is one class more, at another the k classes share all. None: the run makes its own.
         batch_size: images a step.
         lr: Adam's learning rate, for the teacher and every arm.
         schedule: ``"constant"``, or ``"cosine"``: half a cosine from lr to 0 over all epochs.
@@ -237,10 +238,13 @@ def _loss(arm: Arm, settings: Settings, regularized: bool = False) -> Loss:
     def loss(logits, taught, labels):
         if isinstance(taught, torch.Tensor):
             return kdkernels.distillation_loss(logits, taught, labels, **soft)
+        # The kept logsumexp is of temperature 1; of another nobody knows what the rest has.
+        tail = {"tail": "renormalize"}
+        if settings.temperature == 1:
+            tail = {"tail": "bucket", "teacher_logsumexp": taught.logsumexp}
         return kdkernels.topk_distillation_loss(
-            logits, taught.values, taught.indices, labels, tail="bucket",
-            teacher_logsumexp=taught.logsumexp, **soft,
-        )  # fmt: skip
+            logits, taught.values, taught.indices, labels, **tail, **soft
+        )
 
     return loss
 
