@@ -202,7 +202,9 @@ def test_same_seed_same_trials_also_after_a_resume(tmp_path, monkeypatch):
         return run(*given, **more)
 
     monkeypatch.setattr(distillation, "run", stopped)
-    with pytest.raises(TrainError, match=r"interrupted after 10 of 12 trials: .*--resume") as error:
+    with pytest.raises(
+        TrainError, match=r"interrupted after 10 of 12 trials of search: .*--resume"
+    ) as error:
         searched(tmp_path, "halves", settings)
     assert error.value.status == 130
     folder = RunFolder.open(str(tmp_path / "halves"))

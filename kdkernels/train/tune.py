@@ -381,9 +381,7 @@ class Study:
             except optuna.TrialPruned:
                 self.study.tell(trial, state=TrialState.PRUNED)
             except TrainError as error:
-                if (
-                    error.status < 128
-                ):  # no signal: whoever started this process finds the sentence there
+                if error.status < 128:  # no signal: whoever started this process reads it there
                     trial.set_user_attr("error", str(error))
                     self.study.tell(trial, state=TrialState.FAIL)
                 raise
@@ -451,8 +449,9 @@ def _spread(study: Study, workers: int, threads: int | None, watch: Callable) ->
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for process in processes:
-            process.kill()
-            process.join()
+            if process.pid is not None:
+                process.kill()
+                process.join()
     if watch() < study.limit:
         status = [process.exitcode for process in processes if process.exitcode] or [1]
         said = [t.user_attrs["error"] for t in study.trials() if "error" in t.user_attrs]
@@ -555,9 +554,10 @@ def _run(folder, screen, workers, threads):
         status = getattr(error, "status", 130)
         if status < 128:
             raise
+        at = confirm or search
         raise TrainError(
-            f"interrupted after {len(search.trials(*DONE))} of {search.limit} trials: go on with "
-            f"kdkernels tune --resume {folder.path}",
+            f"interrupted after {len(at.trials(*DONE))} of {at.limit} trials of {at.name}: go on "
+            f"with kdkernels tune --resume {folder.path}",
             status,
         ) from None
     from kdkernels.train import tune_report  # it needs this module

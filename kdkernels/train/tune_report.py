@@ -69,6 +69,7 @@ def _confirm_table(confirm: tune.Study) -> tuple[Table, str]:
     apart = difference(values[tune.BEST], values[tune.DEFAULTS])
     error = apart["standard_error"]
     bought = f"{apart['mean'] * 100:+.2f}" + (f" ± {error * 100:.2f}" if error is not None else "")
+    bought = bought.replace(" ", "\u00a0")
     rows = []
     for which, row in values.items():
         spread = f" ± {statistics.stdev(row) * 100:.2f}" if len(row) > 1 else ""
@@ -105,7 +106,7 @@ def _plot_history(search: tune.Study) -> Figure:
     axes.set(xlabel="trial", ylabel="held-out accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend(fontsize=9, loc="lower right")
+    axes.legend(loc="best")
     return figure
 
 
@@ -115,6 +116,9 @@ def _plot_settings(search: tune.Study) -> Figure:
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(3.2 * columns + 0.8, 2.9 * rows + 0.3), layout="constrained")
+    # A few hopeless trials must not press all others into one line: they lie on the lower edge.
+    values = sorted(trial.value for trial in trials)
+    floor = values[len(values) // 5] - 0.5 * (values[-1] - values[len(values) // 5])
     every = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for axes, name in zip(every, names, strict=False):
         dimension = search.space.dimensions[name]
@@ -122,7 +126,7 @@ def _plot_settings(search: tune.Study) -> Figure:
         x = [t.params[name] for t in those]
         if isinstance(dimension, tuple):
             x = [dimension.index(value) for value in x]
-            labels = [tune.text(value).replace("_", "\n") for value in dimension]
+            labels = [tune.text(value).replace("_", " ") for value in dimension]
             axes.set_xticks(range(len(labels)), labels, fontsize=8)
             if len(labels) > 4:
                 axes.tick_params(axis="x", rotation=90)
@@ -131,9 +135,11 @@ def _plot_settings(search: tune.Study) -> Figure:
             axes.set_xscale("log" if dimension.log else "linear")
             axes.set_xticks(list(dimension), [f"{value:.2g}" for value in dimension], fontsize=8)
             axes.xaxis.set_minor_locator(NullLocator())
+            axes.axvspan(dimension.low, dimension.high, alpha=0)  # all of the range is shown
         dots = axes.scatter(
-            x, [t.value for t in those], c=[t.number for t in those], cmap="viridis_r", s=22,
-            alpha=0.8, lw=0, vmin=0, vmax=max(t.number for t in trials) or 1,
+            x, [max(t.value, floor) for t in those], c=[t.number for t in those],
+            cmap="viridis_r", s=22, alpha=0.8, lw=0, vmin=0,
+            vmax=max(t.number for t in trials) or 1,
         )  # fmt: skip
         axes.set_title(name.replace("_", " "), fontsize=10)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -189,7 +195,10 @@ def write(search: tune.Study, confirm: tune.Study | None) -> list[Table]:
                 "PED-ANOVA (arXiv 2304.10255): how much a setting decides whether a trial is among "
                 "the better ones.",
             ),
-            "settings": ("Each setting against accuracy", "A dot a trial; later ones are darker."),
+            "settings": (
+                "Each setting against accuracy",
+                "A dot a trial, later ones darker; those far below others lie on the lower edge.",
+            ),
         },
         headline=f"The best of {len(complete)} trials has {best.value:.1%} on held-out images",
         lead=[_words(best.params)],
@@ -197,8 +206,8 @@ def write(search: tune.Study, confirm: tune.Study | None) -> list[Table]:
     if confirm is not None:
         table, bought = _confirm_table(confirm)
         section.tables.append(table)
-        section.headline = f"The search bought {bought} points of test accuracy"
-        section.cards = [(f"{row[1]} %", f"test accuracy, {row[0]}") for row in table.rows]
+        section.headline = f"The search changed test accuracy by {bought} points"
+        section.cards = [(f"{row[1]} %", f"test accuracy, {row[0]}") for row in table.rows[::-1]]
     if importances:
         section.plots["importances"] = lambda: _plot_importances(importances)
     section.plots["settings"] = lambda: _plot_settings(search)
