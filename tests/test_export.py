@@ -198,7 +198,8 @@ def test_training_lowers_the_loss_and_goes_on_to_the_same_bits(small_run, tmp_pa
     assert not made.exists()
     steps = []
     export.run(small_run, settings, lambda learner, done, total: steps.append(done), print)
-    assert steps == list(range(8, 16))
+    # It stops after the step in hand, which may be the next one.
+    assert steps in (list(range(8, 16)), list(range(9, 16)))
     assert made.read_bytes() == expected
     # More epochs train on; other settings, or fewer epochs, start anew.
     for change, first in ({"epochs": 4}, 16), ({"lr": 1e-3}, 1), ({"epochs": 1}, 1):

@@ -214,10 +214,11 @@ def _trained(folder, home, run, settings, interrupt, on_step, say):
                 lambda steps=steps: on_step(name, learner.step, steps),
             )  # fmt: skip
         except TrainError as error:
-            if error.status != 130:
+            if not interrupt.wished:
                 raise
             raise TrainError(
-                "interrupted, and saved: the same command again goes on from here", status=130
+                "interrupted, and saved: the same command again goes on from here",
+                status=error.status,
             ) from None
         say(
             f"{name}: epoch {learner.epoch} of {settings.epochs}, test accuracy "
