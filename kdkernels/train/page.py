@@ -82,7 +82,8 @@ def svg(figure: Figure, name: str) -> markupsafe.Markup:
     text = text.replace("<svg", f'<svg role="img" aria-label="{name.replace("_", " ")}"', 1)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    # Coordinates to a hundredth of a point; what stands between the tags is for people.
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)
     text = re.sub(r"\n\s*", "\n", text)
     for light, name in _PAGE_COLOURS.items():
         text = text.replace(light, f"var({name})")
@@ -257,7 +258,8 @@ style="background: var({{ arm_colour(cell) }}); border-color: var({{ arm_colour(
 </div>
 {% endif %}
 {% for table in section.tables %}
-<h3>{{ table.title }}</h3>
+{% if table.title != section.title %}<h3>{{ table.title }}</h3>{% endif %}
+
 {{ show(table) }}
 {% endfor %}
 </section>
