@@ -200,7 +200,8 @@ details.note summary { cursor: pointer; } details.note p { margin: .3rem 0 0; }
 summary h2 { display: inline; } summary { cursor: pointer; }
 @media print { :root { --paper: #fff; } body { max-width: none; padding: 0; font-size: 10pt; }
   section { border: none; padding: .5rem 0; } nav { display: none; }
-  .scroll, figure { overflow: visible; background: none; } figure { max-width: 16cm; }
+  .scroll, figure { overflow: visible; background: none; }
+  .plots { grid-template-columns: 1fr 1fr; } figure.wide svg { min-width: 0; }
   table { font-size: 7.5pt; } th, td { padding: .15rem .3rem; min-width: 0 !important; }
   tr { break-inside: avoid; } h2, h3, figcaption { break-after: avoid; }
   details::details-content { content-visibility: visible; display: block; } }
