@@ -306,6 +306,14 @@ def test_an_experiment_joins_by_one_line(tmp_path, monkeypatch):
     assert folder.read_json("results.json")["extra/results.json"] == {"value": 1}
 
 
+def test_numbers_in_plots_keep_their_digits():
+    figure = page.Figure(figsize=page.SIZE)
+    figure.text(0.123456, 0.5, "0.987654 ± 0.001234", color=page.INK)
+    text = page.svg(figure, "digits")
+    assert "0.987654 ± 0.001234" in text and "var(--ink)" in text
+    assert not re.search(r'="[^"]*\d\.\d{3}', text)
+
+
 def test_colours_turn_with_the_screen():
     assert len({page.COLOURS[name] for name in distillation.ARMS}) == len(distillation.ARMS)
     assert page.colour("full-g2") == page.colour("full-3") == page.COLOURS["full"]

@@ -82,7 +82,8 @@ def svg(figure: Figure, name: str) -> markupsafe.Markup:
     text = text.replace("<svg", f'<svg role="img" aria-label="{name.replace("_", " ")}"', 1)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    # Coordinates to a hundredth of a point; what stands between the tags is for people.
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)
     text = re.sub(r"\n\s*", "\n", text)
     for light, name in _PAGE_COLOURS.items():
         text = text.replace(light, f"var({name})")
@@ -199,7 +200,8 @@ details.note summary { cursor: pointer; } details.note p { margin: .3rem 0 0; }
 summary h2 { display: inline; } summary { cursor: pointer; }
 @media print { :root { --paper: #fff; } body { max-width: none; padding: 0; font-size: 10pt; }
   section { border: none; padding: .5rem 0; } nav { display: none; }
-  .scroll, figure { overflow: visible; background: none; } figure { max-width: 16cm; }
+  .scroll, figure { overflow: visible; background: none; }
+  .plots { grid-template-columns: 1fr 1fr; } figure.wide svg { min-width: 0; }
   table { font-size: 7.5pt; } th, td { padding: .15rem .3rem; min-width: 0 !important; }
   tr { break-inside: avoid; } h2, h3, figcaption { break-after: avoid; }
   details::details-content { content-visibility: visible; display: block; } }
@@ -257,7 +259,8 @@ style="background: var({{ arm_colour(cell) }}); border-color: var({{ arm_colour(
 </div>
 {% endif %}
 {% for table in section.tables %}
-<h3>{{ table.title }}</h3>
+{% if table.title != section.title %}<h3>{{ table.title }}</h3>{% endif %}
+
 {{ show(table) }}
 {% endfor %}
 </section>

@@ -65,7 +65,8 @@ class Section:
         settings: what was asked for, where config.json does not say all of it.
         checks: dictionaries ``name``, ``value``, ``limit``, ``passed``; the page shows them all
             in one table.
-        headline: the finding, one sentence. The first section's that has one heads the page.
+        headline: the finding, one sentence. The first section with cards heads the page, or the
+            first with a headline.
         lead: lines below that headline.
         cards: pairs (value, what it is), large, below it.
     """
@@ -157,7 +158,8 @@ def publish(folder: RunFolder, sections: list[Section], settings: dict[str, dict
     if checks:
         tables.append(_checks(checks))
         shown.append({"title": "Checks", "tables": [tables[-1]], "plots": []})
-    first = next((section for section in sections if section.headline), None)
+    heads = sorted((s for s in sections if s.headline), key=lambda s: not s.cards)
+    first = heads[0] if heads else None
     failed = sum(not check["passed"] for check in checks)
     lead = list(first.lead) if first else []
     if failed:
