@@ -120,7 +120,7 @@ def test_distill_end_to_end(run):
     for name in ("loss", "accuracy", "phases"):
         assert (run / f"plots/{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (run / "report.html").read_text()
-    assert page.count("<svg") == 6 and 'src="http' not in page
+    assert page.count("<svg") == 8 and 'src="http' not in page
     results = json.loads((run / "results.json").read_text())["distill"]
     assert set(results["arms"]) == {"teacher", *distillation.ARMS, "noisy"}
     assert "noisy: full, with gradient noise of std 0.01 / (1 + step)" in page
@@ -483,7 +483,7 @@ def test_cifar10_missing_or_damaged(cifar, tmp_path, capsys, monkeypatch):
         (["distill", "--temperature=0"], "above 0"),
         (["distill", "--epochs=0"], "--epochs"),
         (["distill", "--lr=fast"], "fast"),
-        (["distill", "--arms=fused,best"], "alone, reference, fused, full"),
+        (["distill", "--arms=fused,best"], "alone, reference, fused, cached, full"),
         (["distill", "--data=imagenet"], "imagenet"),
         (["distill", "--teacher-weights=DEFAULT"], "--image-size 224"),
         (["distill", "--teacher-weights=/none/such.pth"], "such.pth"),
@@ -541,7 +541,11 @@ def test_help_names_the_defaults():
     assert distillation.Settings.lr == 1e-3 and soft_regression.run.__kwdefaults__["lr"] == 0.01
 
 
-def test_missing_package_gets_one_sentence(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "rich", None)
-    assert command.main(["soft-reg", "--out", str(tmp_path / "run")]) == 2
-    assert "it needs rich" in one_sentence(capsys)
+def test_missing_package_gets_one_sentence(tmp_path):
+    program = (
+        "import sys; sys.modules['rich'] = None; from kdkernels.__main__ import main; "
+        f"sys.exit(main(['soft-reg', '--out', {str(tmp_path / 'run')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "it needs rich" in done.stderr and "pip install torchvision" in done.stderr

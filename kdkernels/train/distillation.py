@@ -346,7 +346,7 @@ class _Run:
         )
         while learner.epoch < limit:
             if learner.name != "teacher":
-                if learner.measures.get("accuracy", -1.0) >= (settings.target_accuracy or 2.0):
+                if self.reached(learner):
                     return
                 if settings.budget is not None and spent >= settings.budget:
                     return
@@ -367,6 +367,11 @@ class _Run:
                 f"{learner.measures['accuracy']:.1%}"
             )
             yield
+
+    def reached(self, learner: Learner) -> bool:
+        """Whether a learner has the accuracy that was asked for."""
+        target = self.settings.target_accuracy
+        return target is not None and learner.measures.get("accuracy", -1.0) >= target
 
     def expert(self, model: nn.Module | None) -> nn.Module | None:
         """The teacher, trained and frozen; None where its predictions are given and it is not."""
@@ -486,8 +491,7 @@ class _Run:
             if name != CONTROL:
                 self.keep_test(name, learner.model, memory_format)
                 trained[name] = learner.model.eval()
-            reached = learner.measures.get("accuracy", -1.0) >= (settings.target_accuracy or 2.0)
-            if reached:
+            if self.reached(learner):
                 return
             expert = copy.deepcopy(learner.model).eval().requires_grad_(False)
 

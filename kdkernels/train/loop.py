@@ -508,6 +508,8 @@ class Learner:
             if self.twin is not None and math.isfinite(twin):
                 line["twin"] = twin
             folder.log(**line)
+            # What the step made would otherwise lie beside what the next one makes.
+            outputs = taught = loss = objective = None
             on_step()
             if not finite:
                 kept = folder.path / "checkpoints" / f"{self.name}.safetensors"
