@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kdkernels import __main__ as command
-from kdkernels.train import TrainError, data, distillation, export, models
+from kdkernels.train import TrainError, data, distillation, export
 from kdkernels.train.run_folder import RunFolder
 
 onnx = pytest.importorskip("onnx")
@@ -51,7 +51,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def student(finished):
-    model = models.student(10, 16)
+    _, model = export._networks(distillation.Settings(image_size=16), 10)
     tensors, _ = RunFolder.open(str(finished)).load("full")
     own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     model.load_state_dict(own)
@@ -286,7 +286,8 @@ def test_one_sentence_for_what_is_not_there(finished, tmp_path, capsys, monkeypa
     assert "RUN_DIR" in one_sentence(capsys)
     monkeypatch.setitem(sys.modules, "torchao", None)
     assert command.main(["export", str(finished)]) == 2
-    assert "pip install onnx onnxscript onnxruntime torchao" in one_sentence(capsys)
+    said = one_sentence(capsys)
+    assert "needs torchao" in said and "onnx onnxscript onnxruntime torchao" in said
     assert not (finished / "export").exists()
 
 

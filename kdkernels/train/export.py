@@ -128,8 +128,9 @@ def _finished(folder: RunFolder, arm: str) -> _Finished:
     tensors, state = found
     target, reached = settings.target_accuracy, state.get("measures", {}).get("accuracy", -1)
     done = state["epoch"] >= settings.epochs or (target is not None and reached >= target)
-    # An arm that stopped for another reason leaves its predictions when it ends.
-    if not done and not (folder.path / "checkpoints" / f"{arm}-test.safetensors").exists():
+    if getattr(settings, "budget", None) is not None:  # then its end is when it is tested
+        done = done or (folder.path / "checkpoints" / f"{arm}-test.safetensors").exists()
+    if not done:
         raise TrainError(
             f"arm {arm} has done {state['epoch']} of {settings.epochs} epochs: finish the run "
             f"with kdkernels distill --resume {folder.path}"
