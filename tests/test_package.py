@@ -133,7 +133,7 @@ def test_the_contributors_divergence(python, sources, tmp_path):
     added = [line for line in PATCH.read_text().splitlines() if re.match(r"\+(?!\+\+)", line)]
     assert len(added) <= 20
     tests = sources / "tests" / "test_divergences.py"
-    options = ("-q", "-k", "triangular", "-p", "no:cacheprovider", "--rootdir", sources)
+    options = ("-k", "triangular", "-p", "no:cacheprovider", "--rootdir", sources)
     printed = run(python, "-m", "pytest", tests, *options, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert int(re.search(r"(\d+) passed", printed)[1]) > 50
     assert "failed" not in printed
