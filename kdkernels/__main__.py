@@ -465,9 +465,9 @@ _LM = (
 _TUNE = (
     "search", "sampler", "trials", "seeds", "validation", "prune", "confirm", "workers", "threads",
     "data", "data_dir", "image_size", "normalize", "augment", "views", "teacher", "student",
-    "teacher_weights", "batch_size", "lr", "temperature", "alpha", "divergence", "beta", "noise",
-    "noise_std", "epochs", "teacher_epochs", "train_samples", "test_samples", "seed", "device",
-    "out", "resume",
+    "teacher_weights", "batch_size", "lr", "schedule", "weight_decay", "temperature", "alpha",
+    "divergence", "beta", "noise", "noise_std", "epochs", "teacher_epochs", "train_samples",
+    "test_samples", "seed", "device", "out", "resume",
 )  # fmt: skip
 _REPRODUCE = (
     "epochs", "teacher_epochs", "replicas", "repeats", "train_samples", "test_samples", "seed",
