@@ -563,7 +563,7 @@ def test_killed_and_continued(tmp_path):
 
 def test_predict_teacher(tmp_path, capsys):
     torch.manual_seed(0)
-    model, _ = models.teacher(10, 16)
+    model, _ = models.build("resnet18", 10, 16)
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
     call = [
         "predict-teacher", f"--teacher-weights={tmp_path / 'teacher.pth'}", "--image-size=16",
@@ -598,7 +598,7 @@ def test_predict_teacher(tmp_path, capsys):
 
 def test_predict_teacher_of_a_folder(tmp_path):
     root = fill(tmp_path / "photos", ("cat", "dog", "emu"), 5)
-    model, _ = models.teacher(3, 16)
+    model, _ = models.build("resnet18", 3, 16)
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
     status = command.main(
         ["predict-teacher", f"--teacher-weights={tmp_path / 'teacher.pth'}", "--image-size=16",

@@ -831,6 +831,20 @@ def test_every_isa_level_agrees(shape, dtype, set_isa, isa_levels):
                 torch.testing.assert_close(a, b, rtol=rtol, atol=tolerance, msg=f"{name} {level}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_nothing_of_a_longer_row_is_left(divergence, dtype, set_isa, isa_levels):
+    """A row's last vectors lie where the row before had classes."""
+    for level in isa_levels:
+        set_isa(level)
+        for classes in (64, 1, 17, 33, 5, 1040, 1030):
+            z, t = pair(3, classes, dtype=dtype)
+            options = {**of(divergence, z.shape), "reduction": "none"}
+            want = distillation_loss(z.double(), t.double(), **options, backend="reference")
+            got = distillation_loss(z, t, **options).double()
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 # ---- bad input ----------------------------------------------------------------------------------
 
 Z, T = torch.zeros(4, 7), torch.ones(4, 7)

@@ -398,6 +398,8 @@ struct RowWalk {
                  : pass_over<T, Term::kNone, false, true>(z_row, t_row, own.n, scale, scale_hard,
                                                           own.q, own.p, u, shift, sums);
     if (!done) return false;
+    // A pass writes whole vectors; lanes are padded to kPad.
+    for (int64_t i = own.n; i < own.padded; ++i) own.q[i] = own.p[i] = Real(0);
     // Logits of type Real near those whose exponents are 0.
     const double exact_scale = scale;
     x.max_s = static_cast<Real>(shift.s / exact_scale);

@@ -412,9 +412,11 @@ def run(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainError("distill-lm runs in one process: start it without torchrun")
     device = choose_device(settings.device)
-    with reproducible(settings.seed, settings.threads), Interrupt() as interrupt:
-        _run(settings, folder, device, interrupt, on_step, say)
-    folder.close()
+    try:
+        with reproducible(settings.seed, settings.threads), Interrupt() as interrupt:
+            _run(settings, folder, device, interrupt, on_step, say)
+    finally:
+        folder.close()
 
 
 def _given(model: GPT, path: str, digest: str) -> None:

@@ -187,9 +187,11 @@ def run(
         TrainError: see :meth:`kdkernels.train.loop.Learner.train_epoch`, and missing data.
     """
     device = choose_device(settings.device)
-    with reproducible(settings.seed, settings.threads), Interrupt() as interrupt:
-        _run(settings, folder, device, interrupt, on_step, say)
-    folder.close()
+    try:
+        with reproducible(settings.seed, settings.threads), Interrupt() as interrupt:
+            _run(settings, folder, device, interrupt, on_step, say)
+    finally:
+        folder.close()
 
 
 def _run(settings, folder, device, interrupt, on_step, say):
