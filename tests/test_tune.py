@@ -242,13 +242,15 @@ def test_the_hopeless_trial_is_pruned(tmp_path):
 def test_two_workers_killed_and_resumed_share_one_grid(tmp_path):
     out = tmp_path / "run"
     options = arguments(
-        search="temperature=1:16:3,alpha=0:1:8", sampler="grid", workers=2, confirm=0, epochs=2
+        search="temperature=1:16:3,alpha=0:1:16", sampler="grid", workers=2, confirm=0, epochs=2
     )
     call = [sys.executable, "-m", "kdkernels", "tune"]
 
     def started(*arguments):
-        return subprocess.Popen([*call, *arguments], stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE, text=True)  # fmt: skip
+        shown = (tmp_path / "shown").open("w")
+        return subprocess.Popen(
+            [*call, *arguments], stdout=shown, stderr=subprocess.PIPE, text=True
+        )
 
     def finished():
         """Read beside the command: Optuna's own way would make tables that are not there yet."""
@@ -265,24 +267,28 @@ def test_two_workers_killed_and_resumed_share_one_grid(tmp_path):
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait(60)
-        assert 2 <= finished() < 24
+        assert 2 <= finished() < 48
         process.stderr.close()
 
         process = started(f"--resume={out}", "--workers=2", "--threads=1")
-        while process.poll() is None and finished() < 6:
+        # The killed command's workers may still finish trials; this one has to be at work itself.
+        while process.poll() is None and not (tmp_path / "shown").read_text():
+            time.sleep(0.05)
+        least = finished() + 2
+        while process.poll() is None and finished() < least:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         status, err = process.wait(60), process.stderr.read()
         assert status == 130 and err.count("\n") == 1 and f"--resume {out}" in err
         before = finished()
-        assert 6 <= before < 24
+        assert least <= before < 48
     finally:
         process.kill()
         process.stderr.close()
     assert command.main(["tune", f"--resume={out}", "--threads=1"]) == 0
     points = [json.dumps(trial.params) for trial in done(out)]
-    assert len(points) == len(set(points)) == 24
-    assert len(study(out).trials) > 24  # those that were stopped halfway stand there as failed
+    assert len(points) == len(set(points)) == 48
+    assert len(study(out).trials) > 48  # those that were stopped halfway stand there as failed
 
 
 def test_bad_arguments(tmp_path, capsys):
