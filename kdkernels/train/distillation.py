@@ -570,7 +570,8 @@ def distill(
     new_each_epoch = train.augment != "none" and train.views is None
     settings.setdefault("arms", ("fused",) if new_each_epoch else ("full",))
     wanted = Settings(
-        data="own images", image_size=train.size, augment=train.augment, views=train.views,
+        data="own images", image_size=train.size,
+        augment=train.preprocessing()["augment"], views=train.views,
         teacher=type(teacher).__name__, student=type(student).__name__, **settings,
     )  # fmt: skip
     if resume:
