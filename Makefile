@@ -1,4 +1,4 @@
-# make reproduce   build everything and run both experiments; needs Python >= 3.11 and a C++ compiler
+# make reproduce   build everything and run experiments 1 and 2; needs Python >= 3.11 and a C++ compiler
 # make test        build and run the tests
 # make lint        check the style of Python and C++; make format puts it right
 # make bench       the benchmarks beside what people use, into bench/results (10 minutes); ARGS="-k noise" and others
