@@ -478,7 +478,7 @@ _REPRODUCE = (
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="kdkernels",
-        description="Fused distillation losses and noise for PyTorch, and three experiments.",
+        description="Fused distillation losses and noise for PyTorch, and four experiments.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     about = {
@@ -712,24 +712,22 @@ def _experiments(command: str, given: dict) -> int:
 def _predict_teacher(**given) -> int:
     import torch
 
-    from kdkernels.train import TrainError, data, models, predictions
+    from kdkernels.train import TrainError, distillation, models, predictions
     from kdkernels.train import console as terminal
     from kdkernels.train.loop import choose_device, reproducible
 
     console = terminal.make()
-    out, size = given["out"], given.get("image_size", 32)
+    out = given.pop("out")
+    kept = {name: given.pop(name) for name in ("top_k", "dtype") if name in given}
+    batch_size = given.pop("batch_size", 256)
+    asked = distillation.Settings(**given)  # so that distill's images are these
 
     def run(_, __, on_step, say):
-        train, _ = data.load(
-            given.get("data", "digits"), size=size, data_dir=given.get("data_dir", "data"),
-            imagenet=given.get("normalize") == "imagenet", augment=given.get("augment", "none"),
-            views=given.get("views"), seed=given.get("seed", 0), on_step=on_step,
-        )  # fmt: skip
-        train = train.first(given.get("train_samples")).to(device)
-        if given.get("top_k", 1) > train.classes:
-            raise TrainError(f"--top-k {given['top_k']}: the images have {train.classes} classes")
-        weights = given["teacher_weights"]
-        model, ready = models.build(given.get("teacher", "resnet18"), train.classes, size, weights)
+        train = distillation.images_of(asked)[0].to(device)
+        if kept.get("top_k", 1) > train.classes:
+            raise TrainError(f"--top-k {kept['top_k']}: the images have {train.classes} classes")
+        weights = asked.teacher_weights
+        model, ready = models.build(asked.teacher, train.classes, asked.image_size, weights)
         if not ready:
             raise TrainError(
                 f"--teacher-weights {weights}: this teacher has not learnt these {train.classes} "
@@ -737,18 +735,17 @@ def _predict_teacher(**given) -> int:
             )
         model = model.to(device, memory_format=torch.channels_last)
         return train, predictions.write(
-            out, model, train, top_k=given.get("top_k"), dtype=given.get("dtype", "float16"),
-            batch_size=given.get("batch_size", 256), memory_format=torch.channels_last,
-            on_step=on_step,
+            out, model, train, batch_size=batch_size, memory_format=torch.channels_last,
+            on_step=on_step, **kept,
         )  # fmt: skip
 
-    device = choose_device(given.get("device", "auto"))
+    device = choose_device(asked.device)
     try:
-        with reproducible(given.get("seed", 0), given.get("threads")):
+        with reproducible(asked.seed, asked.threads):
             train, found = terminal.progress(run, None, None, console)
     except KeyboardInterrupt:
         raise TrainError("interrupted: the same command continues", status=130) from None
-    views = given.get("views", 1)
+    views = asked.views or 1
     console.print(
         f"{out} holds the predictions of {len(found):,} images in {views} "
         f"{'view' if views == 1 else 'views'}: {found.nbytes / 1e6:,.2f} MB, "

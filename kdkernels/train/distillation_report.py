@@ -4,6 +4,7 @@ import functools
 import math
 import re
 import statistics
+from collections.abc import Callable
 
 import torch
 from matplotlib.figure import Figure
@@ -18,7 +19,8 @@ from kdkernels.train.run_folder import RunFolder
 from kdkernels.train.soft_regularization import BINS, calibration_error, reliability
 from kdkernels.train.soft_report import FEW, plot_reliability
 
-__all__ = ["LADDER", "NAMES", "generation", "ladder", "plot_ladder", "results", "sections"]
+__all__ = ["LADDER", "NAMES", "generation", "ladder", "plot_ladder", "plot_phases", "results",
+           "sections"]  # fmt: skip
 
 # Limits on the relative difference of the arms reference and fused. For the same logits the two
 # losses differ by rounding alone. Their curves part further: BatchNorm over small batches and
@@ -468,24 +470,30 @@ def _plot_accuracy(found: dict, by_time: bool) -> Figure:
     return figure
 
 
-def _plot_phases(found: dict) -> Figure:
-    arms = {name: found["arms"][name] for name in _first(found)}
-    figure = Figure(figsize=(SIZE[0], 1.3 + 0.4 * len(arms)), layout="constrained")
+def plot_phases(
+    spent: dict[str, dict[str, float]], label: str, total: Callable[[float], str]
+) -> Figure:
+    """A bar an arm of what it spends in each phase.
+
+    Args:
+        spent: arm -> phase of ``PHASES`` -> how much.
+        label: of the axis, with the unit.
+        total: an arm's sum, as it stands behind its bar.
+    """
+    figure = Figure(figsize=(SIZE[0], 1.3 + 0.4 * len(spent)), layout="constrained")
     axes = figure.subplots()
-    left = [0.0] * len(arms)
+    left = [0.0] * len(spent)
     for phase, look in zip(PHASES, PHASE_COLOURS, strict=True):
-        widths = [arm["phases"][phase] for arm in arms.values()]
+        widths = [phases[phase] for phases in spent.values()]
         axes.barh(
-            list(arms), widths, left=left, color=look, label=phase, height=0.66, ec=PAPER, lw=0.6
+            list(spent), widths, left=left, color=look, label=phase, height=0.66, ec=PAPER, lw=0.6
         )
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    for row, total in enumerate(left):
-        axes.annotate(
-            f"{total:.1f} s", (total, row), (4, 0), textcoords="offset points", va="center"
-        )
+    for row, value in enumerate(left):
+        axes.annotate(total(value), (value, row), (4, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(xlabel="seconds of training", xlim=(0, max(left) * 1.14))
+    axes.set(xlabel=label, xlim=(0, max(left) * 1.14))
     figure.legend(*axes.get_legend_handles_labels(), ncols=3, loc="outside upper center")
     return figure
 
@@ -690,10 +698,11 @@ def sections(folder: RunFolder) -> list[Section]:
         accuracy.captions["generations"] = (
             "By generation", "each generation's student teaches the next",
         )  # fmt: skip
+    spent = {name: arms[name]["phases"] for name in _first(found)}
     speeds = Section(
         "Speed",
         [_phases(found)],
-        {"phases": functools.partial(_plot_phases, found)},
+        {"phases": functools.partial(plot_phases, spent, "seconds of training", "{:.1f} s".format)},
         {"phases": ("Where the time goes", "seconds of training by phase")},
     )
     if found["ladder"]:

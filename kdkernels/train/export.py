@@ -36,7 +36,7 @@ from kdkernels.train.loop import (
     predictions,
     reproducible,
 )
-from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.run_folder import RunFolder, weights
 
 __all__ = ["FORMATS", "FOLDER", "Settings", "run", "sections", "tables"]
 
@@ -100,9 +100,8 @@ def _networks(settings: distillation.Settings, classes: int) -> tuple[nn.Module,
 
 
 def _load(model: nn.Module, tensors: dict[str, torch.Tensor], what: str) -> nn.Module:
-    own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     try:
-        model.load_state_dict(own)
+        model.load_state_dict(weights(tensors))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise TrainError(
@@ -128,7 +127,7 @@ def _finished(folder: RunFolder, arm: str) -> _Finished:
     tensors, state = found
     target, reached = settings.target_accuracy, state.get("measures", {}).get("accuracy", -1)
     done = state["epoch"] >= settings.epochs or (target is not None and reached >= target)
-    if getattr(settings, "budget", None) is not None:  # then its end is when it is tested
+    if settings.budget is not None:  # then its end is when it is tested
         done = done or (folder.path / "checkpoints" / f"{arm}-test.safetensors").exists()
     if not done:
         raise TrainError(
@@ -183,7 +182,7 @@ def _trained(folder, home, run, settings, interrupt, on_step, say):
     soft = {
         k: getattr(run.settings, k)
         for k in ("temperature", "alpha", "divergence", "beta")
-        if getattr(run.settings, k, None) is not None
+        if getattr(run.settings, k) is not None
     }
     torch.manual_seed(run.settings.seed)
     model = int8.FakeQuantised(run.student, _batches(run.train, CALIBRATION, CALIBRATION)[0])

@@ -6,22 +6,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kdkernels.train import language_model
+from kdkernels.train.distillation_report import plot_phases
 from kdkernels.train.language_model import ARMS
 from kdkernels.train.loop import PHASES
+from kdkernels.train.page import COLOURS
 from kdkernels.train.report import Section, Table
 from kdkernels.train.run_folder import RunFolder
 
 __all__ = ["TITLE", "sections", "tables"]
 
 TITLE = "Experiment 4: a language model"
-
-COLOURS = {
-    "teacher": "#7f7f7f", "reference": "#d95f02", "compiled": "#8c564b", "dense": "#1b6ca8",
-    "topk": "#6a4c93", "linear": "#17a3b8", "full": "#2a9d5c",
-}  # fmt: skip
-PHASE_COLOURS = dict(
-    zip(PHASES, ("#bdbdbd", "#6a4c93", "#1b6ca8", "#d62728", "#f0a500", "#2a9d5c"), strict=True)
-)
 
 
 def _megabytes(count: int | None) -> str:
@@ -181,28 +175,11 @@ def _plot_speed(found: dict) -> Figure:
 
 
 def _plot_phases(found: dict) -> Figure:
-    arms = _students(found)
-    figure = Figure(figsize=(8.5, 1.6 + 0.5 * len(arms)), layout="constrained")
-    axes = figure.subplots()
-    left = [0.0] * len(arms)
-    for phase in PHASES:
-        widths = [arm["phases"][phase] / arm["steps"] * 1e3 for arm in arms.values()]
-        axes.barh(
-            list(arms), widths, left=left, color=PHASE_COLOURS[phase], label=phase, height=0.62
-        )
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for row, total in enumerate(left):
-        axes.annotate(
-            f"{total:,.0f} ms", (total, row), (4, 0), textcoords="offset points", va="center"
-        )
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set(xlabel="milliseconds a step", xlim=(0, max(left) * 1.12))
-    figure.suptitle("Where a step's time goes", fontsize=12)
-    figure.legend(
-        *axes.get_legend_handles_labels(), ncols=6, fontsize=8, loc="outside lower center"
-    )
-    return figure
+    spent = {
+        name: {phase: seconds / arm["steps"] * 1e3 for phase, seconds in arm["phases"].items()}
+        for name, arm in _students(found).items()
+    }
+    return plot_phases(spent, "milliseconds a step", "{:,.0f} ms".format)
 
 
 def _plot_losses(found: dict) -> Figure:

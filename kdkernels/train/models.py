@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision import models
 
-from kdkernels.train import TrainError
+from kdkernels.train import TrainError, run_folder
 
 __all__ = ["SMALL", "build", "mlp"]
 
@@ -41,9 +41,7 @@ def _read(name: str, weights: str) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainError(f"the weights {weights} cannot be read: {reason}") from None
-    # A checkpoint of this trainer keeps the model beside the optimizer.
-    own = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-    return own or state
+    return run_folder.weights(state) or state
 
 
 def _maker(name: str) -> Callable[..., nn.Module]:

@@ -58,6 +58,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise _unwritten(path, error) from None
 
 
+def weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's state_dict in a checkpoint's tensors, which has the optimizer's beside it."""
+    return {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+
+
 def _unwritten(path: Path, error: OSError) -> TrainError:
     return TrainError(
         f"cannot write {path}: {error.strerror}; what was saved before is whole: make room there, "
