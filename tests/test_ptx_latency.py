@@ -24,10 +24,10 @@ mad.lo.u32 %r90, %r1, 16, %r90;
 mov.u32 %r91, %ctaid.x;
 mov.u32 %r92, %ntid.x;
 mad.lo.u32 %r91, %r91, %r92, %r1;
-mul.wide.u32 %rd2, %r91, 16;
+mul.wide.u32 %rd2, %r91, 64;
 ld.param.u64 %rd1, [p];
 add.u64 %rd1, %rd1, %rd2;
-"""  # every thread has 16 bytes of shared memory, at %r90, and of global memory, at %rd1
+"""  # a thread has 16 bytes of shared memory, at %r90, and 64 of global memory, at %rd1
 
 
 def launch(body, threads=32, blocks=1, seed=0, cluster=1):

@@ -1019,32 +1019,38 @@ double moved(const Context& c, double exact, uint64_t operand, Type type, Bound 
   return y;
 }
 
-double exact_function(const std::string& name, double x) {
-  if (name == "ex2") return std::exp2(x);
-  if (name == "lg2") return x < 0 ? std::numeric_limits<double>::quiet_NaN() : std::log2(x);
-  if (name == "sin") return std::sin(x);
-  if (name == "cos") return std::cos(x);
-  if (name == "tanh") return std::tanh(x);
-  if (name == "rcp") return 1 / x;
-  if (name == "sqrt") return std::sqrt(x);
-  return 1 / std::sqrt(x);
+// Of Instruction::mode; other instructions have -1.
+enum Special { kEx2, kLg2, kSin, kCos, kTanh, kRcp, kSqrt, kRsqrt };
+constexpr const char* kSpecials[] = {"ex2", "lg2", "sin", "cos", "tanh", "rcp", "sqrt", "rsqrt"};
+
+double exact_function(int name, double x) {
+  switch (name) {
+    case kEx2: return std::exp2(x);
+    case kLg2: return x < 0 ? std::numeric_limits<double>::quiet_NaN() : std::log2(x);
+    case kSin: return std::sin(x);
+    case kCos: return std::cos(x);
+    case kTanh: return std::tanh(x);
+    case kRcp: return 1 / x;
+    case kSqrt: return std::sqrt(x);
+    default: return 1 / std::sqrt(x);
+  }
 }
 
 // Documented errors: PTX ISA 9.0, sections 9.7.3 (fp32, fp64) and 9.7.4 (f16, bf16).
-Bound bound_of(const std::string& name, double x, Type type, bool ftz) {
-  if (is_bf16(type)) return name == "tanh" ? Bound{0, 0x1p-8} : Bound{0x1p-7};
+Bound bound_of(int name, double x, Type type, bool ftz) {
+  if (is_bf16(type)) return name == kTanh ? Bound{0, 0x1p-8} : Bound{0x1p-7};
   if (type == Type::f16 || type == Type::f16x2) {
-    return name == "tanh" ? Bound{0, std::exp2(-10.987)} : Bound{std::exp2(-9.9)};
+    return name == kTanh ? Bound{0, std::exp2(-10.987)} : Bound{std::exp2(-9.9)};
   }
   if (type == Type::f64) return ftz ? Bound{0x1p-20} : Bound{0, 0, 1};
-  if (name == "ex2") return {0, 0, 2};
-  if (name == "rcp") return {0, 0, 1};
-  if (name == "lg2") return x > 0.5 && x < 2 ? Bound{0, 0x1p-22} : Bound{0x1p-22};
-  if (name == "sin" || name == "cos") {
+  if (name == kEx2) return {0, 0, 2};
+  if (name == kRcp) return {0, 0, 1};
+  if (name == kLg2) return x > 0.5 && x < 2 ? Bound{0, 0x1p-22} : Bound{0x1p-22};
+  if (name == kSin || name == kCos) {
     return {0, std::exp2(std::fabs(x) <= 2 * M_PI ? -20.5 : -14.7)};
   }
-  if (name == "tanh") return {0x1p-11};
-  if (name == "rsqrt") return {std::exp2(-22.9)};
+  if (name == kTanh) return {0x1p-11};
+  if (name == kRsqrt) return {std::exp2(-22.9)};
   return {0x1p-23};
 }
 
@@ -1052,7 +1058,7 @@ Status approximate_fp32(Context& c) {
   float a[kLanes], d[kLanes] = {};
   literal(c, 1, a);
   flush_all(c.ins, a);
-  const std::string& name = c.ins.words[0];
+  const int name = c.ins.mode;
   for (int i = 0; i < kLanes; ++i) {
     if (!(c.active >> i & 1)) continue;
     double y = exact_function(name, a[i]);
@@ -1068,7 +1074,7 @@ Status approximate_fp32(Context& c) {
 Status approximate_fp64(Context& c) {
   double a[kLanes], d[kLanes] = {};
   literal(c, 1, a);
-  const std::string& name = c.ins.words[0];
+  const int name = c.ins.mode;
   constexpr uint64_t kUpper = 0xFFFFFFFF00000000ull;
   for (int i = 0; i < kLanes; ++i) {
     double x = a[i];
@@ -1088,7 +1094,7 @@ Status approximate_fp64(Context& c) {
 }
 
 Status approximate_halves(Context& c) {
-  const std::string& name = c.ins.words[0];
+  const int name = c.ins.mode;
   return halves(c, 1, [&](float x, float, float) {
     return moved(c, exact_function(name, x), bits_of(x), c.ins.type,
                  bound_of(name, x, c.ins.type, c.ins.ftz));
@@ -1161,10 +1167,7 @@ Handler float_handler(const Instruction& ins) {
     return [](Context& c) { return floats<T, 2>(c, [](T a, T b, T) { return a / b; }); };
   }
   if (ins.approx || name == "tanh") {
-    for (const char* known : {"ex2", "lg2", "sin", "cos", "tanh", "rcp", "sqrt", "rsqrt"}) {
-      if (name == known) return sizeof(T) == 4 ? approximate_fp32 : approximate_fp64;
-    }
-    return nullptr;
+    return ins.mode < 0 ? nullptr : sizeof(T) == 4 ? approximate_fp32 : approximate_fp64;
   }
   if (name == "rcp")
     return [](Context& c) { return floats<T, 1>(c, [](T a, T, T) { return T(1) / a; }); };
@@ -1317,15 +1320,14 @@ Handler arithmetic_handler(Instruction& ins) {
   const std::string& name = ins.words[0];
   if (has(ins, "xorsign")) return nullptr;
   Type t = ins.type;
-  static const std::vector<std::string> special_functions = {"ex2",  "lg2", "sin",  "cos",
-                                                             "tanh", "rcp", "sqrt", "rsqrt"};
-  bool mufu = false;
-  for (const std::string& s : special_functions) mufu = mufu || s == name;
-  ins.kind = mufu && (ins.approx || name == "tanh") ? Class::mufu
-             : t == Type::f64                       ? Class::fp64
-             : t == Type::f32 || t == Type::f32x2   ? Class::fp32
-             : is_float(t)                          ? Class::fp16
-                                                    : Class::integer;
+  auto special = std::find(std::begin(kSpecials), std::end(kSpecials), name);
+  bool is_special = special != std::end(kSpecials);
+  ins.mode = is_special ? static_cast<int>(special - std::begin(kSpecials)) : -1;
+  ins.kind = is_special && (ins.approx || name == "tanh") ? Class::mufu
+             : t == Type::f64                             ? Class::fp64
+             : t == Type::f32 || t == Type::f32x2         ? Class::fp32
+             : is_float(t)                                ? Class::fp16
+                                                          : Class::integer;
   if (name == "mov") {
     ins.kind = Class::move;
     if (t == Type::pred) return predicate_logic;

@@ -255,13 +255,6 @@ struct Warp {
   uint32_t cluster_phase = 0;
 };
 
-// Who touched a byte of shared memory last.
-struct SharedByte {
-  uint32_t write_clock, read_clock, other_clock;
-  uint16_t writer, reader, other;  // warp of the cluster * 64 + lane, or + 32 for several lanes
-  bool written, atomic;
-};
-
 struct Barrier {
   int warps = 0;
   uint32_t expected = 0;  // threads, or 0 for the whole block
@@ -286,7 +279,8 @@ struct Block {
   int rank = 0;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<uint8_t> shared;
-  std::vector<SharedByte> shadow;
+  std::vector<uint8_t> written;  // by byte of `shared`
+  std::vector<Page> pages;  // of kSharedPage bytes of it
   std::array<Barrier, 16> barriers;
   std::unordered_map<uint32_t, MBarrier> mbarriers;
   int live_warps = 0;

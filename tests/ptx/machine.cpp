@@ -331,7 +331,8 @@ void Machine::start(uint64_t cluster_index) {
     block->live_warps = static_cast<int>(warps);
     uint64_t shared = dynamic_offset + l.dynamic_shared;
     block->shared.assign(shared, 0xCD);
-    block->shadow.assign(shared, SharedByte{});
+    block->written.assign(shared, 0);
+    block->pages.resize((shared + kSharedPage - 1) / kSharedPage);
     for (uint32_t w = 0; w < warps; ++w) {
       Warp* warp = new_warp(*block, static_cast<int>(w), threads);
       warp->known.clock.assign(blocks * warps, 0);

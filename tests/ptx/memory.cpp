@@ -8,18 +8,6 @@
 namespace ptx {
 namespace {
 
-std::string thread_name(const Block& block, uint16_t who) {
-  int lane = who % 64;
-  return "warp " + std::to_string(who / 64 - block.warps[0]->cluster_index) +
-         (lane == static_cast<int>(kSeveralLanes) ? ", several lanes"
-                                                  : ", lane " + std::to_string(lane));
-}
-
-// Whether what thread `who` did at `clock` comes before what this lane does now.
-bool ordered(Context& c, int lane, uint16_t who, uint32_t clock) {
-  return clock == 0 || ordered_in_cluster(c.warp, lane, who, clock);
-}
-
 void address_lanes(Context& c, const Operand& o, uint64_t (&out)[kLanes]) {
   uint64_t base = o.value;
   if (o.dynamic_shared) base += c.machine.dynamic_offset;
@@ -269,10 +257,9 @@ uint32_t unchanged(Context& c, const uint64_t* address, const uint64_t (*value)[
     if (!(c.active >> i & 1)) continue;
     const uint8_t* held = nullptr;
     if (c.ins.space == Space::shared && address[i] + size <= c.block.shared.size()) {
-      bool written = true;
-      for (uint64_t b = 0; b < size; ++b)
-        written = written && c.block.shadow[address[i] + b].written;
-      held = written ? c.block.shared.data() + address[i] : nullptr;
+      const uint8_t* written = c.block.written.data() + address[i];
+      if (std::count(written, written + size, 1) == static_cast<std::ptrdiff_t>(size))
+        held = c.block.shared.data() + address[i];
     } else if (c.ins.space == Space::global && is_written(c, address[i], size)) {
       held = reinterpret_cast<const uint8_t*>(address[i]);
     }
@@ -448,7 +435,7 @@ Status atomic(Context& c) {
 
 void mark_unwritten(Context& c, int lane, uint32_t address, int bytes) {
   Block& owner = shared_owner(c, lane, address);
-  for (int i = 0; i < bytes; ++i) owner.shadow[address + static_cast<uint32_t>(i)].written = false;
+  std::fill_n(owner.written.data() + address, bytes, 0);
 }
 
 const uint8_t* copied_bytes(Context& c, int lane, uint64_t address, int bytes) {
@@ -656,40 +643,13 @@ uint8_t* shared_bytes(Context& c, int lane, uint32_t address, int bytes, Access 
   if (address + static_cast<uint32_t>(bytes) > owner.shared.size())
     fault(c, lane, "out of bounds",
           "shared address " + hex(given) + " of " + std::to_string(owner.shared.size()) + " bytes");
-  uint16_t me = static_cast<uint16_t>(c.warp.cluster_index * 64 + lane);
-  uint32_t now = c.warp.known.clock[static_cast<size_t>(c.warp.cluster_index)];
-  for (int i = 0; i < bytes; ++i) {
-    SharedByte& s = owner.shadow[address + static_cast<uint32_t>(i)];
-    auto race = [&](const char* what, uint16_t who) {
-      fault(c, lane, "shared-memory race",
-            std::string(what) + " at shared address " + hex(given) + " by " +
-                thread_name(*c.block.cluster->blocks[0], who) + ", without a barrier between");
-    };
-    if (access == Access::kRead) {
-      if (!s.written) fault(c, lane, "never written", "shared address " + hex(given));
-      if (!ordered(c, lane, s.writer, s.write_clock)) race("a read after a write", s.writer);
-      if (s.read_clock != 0 && s.reader / 64 == c.warp.cluster_index) {
-        s.reader = s.reader == me || s.read_clock != now
-                       ? me
-                       : static_cast<uint16_t>(me / 64 * 64 + kSeveralLanes);
-      } else {
-        s.other = s.reader;
-        s.other_clock = s.read_clock;
-        s.reader = me;
-      }
-      s.read_clock = now;
-      continue;
-    }
-    if (!(access == Access::kAtomic && s.atomic) && !ordered(c, lane, s.writer, s.write_clock))
-      race("a write after a write", s.writer);
-    if (!ordered(c, lane, s.reader, s.read_clock)) race("a write after a read", s.reader);
-    if (!ordered(c, lane, s.other, s.other_clock)) race("a write after a read", s.other);
-    if (access == Access::kAtomic && !s.written)
-      fault(c, lane, "never written", "shared address " + hex(given));
-    s.writer = me;
-    s.write_clock = now;
-    s.written = true;
-    s.atomic = access == Access::kAtomic;
+  // A race is the more telling finding.
+  c.machine.ordering.touch_shared(c, lane, owner, address, bytes, access);
+  uint8_t* written = owner.written.data() + address;
+  if (access == Access::kWrite) {
+    std::fill_n(written, bytes, 1);
+  } else if (std::count(written, written + bytes, 1) != bytes) {
+    fault(c, lane, "never written", "shared address " + hex(given));
   }
   return owner.shared.data() + address;
 }

@@ -51,12 +51,19 @@ std::string byte_of(Context& c, uint64_t address) {
   return text;
 }
 
-bool strong(const Context& c, const Stamp& s) {
-  Scope scope = std::min(s.scope, c.ins.semantics.scope);
+// Whether both are strong enough to race with nothing of the other's.
+bool strong(const Context& c, const Stamp& s, Scope now) {
+  Scope scope = std::min(s.scope, now);
   if (s.cluster != cluster_of(c)) return scope == kDeviceScope;
   size_t warps = c.warp.known.clock.size() / c.block.cluster->blocks.size();
   bool same_block = s.thread / 64 / warps == static_cast<size_t>(c.block.rank);
   return scope >= (same_block ? kBlockScope : kClusterScope);
+}
+
+// Between lanes of a warp and warps of a cluster: whether the access comes before what the lane does now.
+bool ordered_in_cluster(const Warp& warp, int lane, const Stamp& s) {
+  if (s.thread / 64 != warp.cluster_index) return warp.known.clock[s.thread / 64] > s.clock;
+  return s.thread % 64 == lane || warp.met > s.clock;
 }
 
 }  // namespace
@@ -87,11 +94,6 @@ void Knowledge::join(const Knowledge& other) {
   waited = waited || other.waited;
 }
 
-bool ordered_in_cluster(const Warp& warp, int lane, uint16_t thread, uint32_t clock) {
-  if (thread / 64 != warp.cluster_index) return warp.known.clock[thread / 64] > clock;
-  return thread % 64 == lane || warp.met > clock;
-}
-
 void meet_lanes(Warp& warp) {
   warp.met = ++warp.known.clock[self(warp)];
   if (!warp.lane_fenced) return;
@@ -111,15 +113,20 @@ void learn(Warp& warp, const Knowledge& known) { warp.known.join(known); }
 
 // ---- Pages ---------------------------------------------------------------------------------------------------------
 
-void Page::refine(int to) {
-  std::vector<Cell> fine(kBytes >> to);
-  for (size_t i = 0; i < fine.size(); ++i) fine[i] = cells[i >> (shift - to)];
-  cells = std::move(fine);
-  shift = to;
+void Page::reach(uint64_t bytes, int to) {
+  if (cells.empty()) {
+    cells.resize(bytes >> to);
+    shift = to;
+  } else if (to < shift) {
+    std::vector<Cell> fine(bytes >> to);
+    for (size_t i = 0; i < fine.size(); ++i) fine[i] = cells[i >> (shift - to)];
+    cells = std::move(fine);
+    shift = to;
+  }
 }
 
 Page* PageTable::find(uint64_t address) {
-  uint64_t number = address / Page::kBytes;
+  uint64_t number = address / kBytes;
   Recent& recent = recent_[number % recent_.size()];
   if (recent.number == number) return recent.page;
   auto found = pages_.find(number);
@@ -131,19 +138,17 @@ Page* PageTable::find(uint64_t address) {
 Page& PageTable::make(uint64_t address, int shift) {
   Page* page = find(address);
   if (page == nullptr) {
-    auto& made = pages_[address / Page::kBytes];
+    auto& made = pages_[address / kBytes];
     if (spare_.empty()) {
       made = std::make_unique<Page>();
     } else {
       made = std::move(spare_.back());
       spare_.pop_back();
     }
-    made->shift = shift;
-    made->cells.assign(Page::kBytes >> shift, Cell());
+    made->cells.clear();
     page = made.get();
-  } else if (shift < page->shift) {
-    page->refine(shift);
   }
+  page->reach(kBytes, shift);
   return *page;
 }
 
@@ -245,8 +250,7 @@ bool Ordering::announced(const Context& c, const Stamp& s, bool acquired) const 
 }
 
 bool Ordering::ordered(const Context& c, int lane, const Stamp& s) const {
-  return s.cluster == cluster_of(c) ? ordered_in_cluster(c.warp, lane, s.thread, s.clock)
-                                    : announced(c, s, false);
+  return s.cluster == cluster_of(c) ? ordered_in_cluster(c.warp, lane, s) : announced(c, s, false);
 }
 
 // Whether the other cluster wrote, strongly, where this one read so: a fence is all that was missing.
@@ -263,74 +267,95 @@ bool Ordering::signalled(const Context& c, const Stamp& s) const {
 
 // ---- Accesses ------------------------------------------------------------------------------------------------------
 
-void Ordering::race(Context& c, int lane, const char* what, uint64_t address, const Stamp& s) {
+// What is accessed, by a lane.
+struct Ordering::Word {
+  int lane;
+  bool shared;
+  uint64_t address;
+  Scope scope;  // of the access
+  uint32_t cluster, clock, pc;  // of the warp
+  uint16_t thread;
+
+  Word(const Context& c, int lane, bool shared, uint64_t address, Access access)
+      : lane(lane),
+        shared(shared),
+        address(address),
+        // Volatile accesses to shared memory are no atomics.
+        scope(shared && access != Access::kAtomic ? kNoScope : c.ins.semantics.scope),
+        cluster(cluster_of(c)),
+        clock(c.warp.known.clock[self(c.warp)]),
+        pc(c.warp.splits[c.split].pc),
+        thread(static_cast<uint16_t>(c.warp.cluster_index * 64 + lane)) {}
+};
+
+void Ordering::race(Context& c, const Word& word, const char* what, const Stamp& s) {
+  if (word.shared)
+    fault(c, word.lane, "shared-memory race",
+          std::string(what) + " at shared address " + hex(word.address) + " by " + thread_of(c, s) +
+              ", without a barrier between");
   bool fence = signalled(c, s);
-  fault(c, lane, fence ? "missing fence" : "global-memory race",
-        std::string(what) + " at " + byte_of(c, address) + " by " + thread_of(c, s) +
+  fault(c, word.lane, fence ? "missing fence" : "global-memory race",
+        std::string(what) + " at " + byte_of(c, word.address) + " by " + thread_of(c, s) +
             (fence ? ", announced without a fence (__threadfence) after it"
                    : ", which nothing orders before it"));
 }
 
-void Ordering::read(Context& c, int lane, uint64_t address, Cell& cell) {
+void Ordering::read(Context& c, const Word& word, Cell& cell) {
   const Semantics& semantics = c.ins.semantics;
-  const Stamp& w = cell.write;
+  Stamp& w = cell.write;
   if (w.cluster != 0) {
-    if (!ordered(c, lane, w) && !strong(c, w)) race(c, lane, "a read after a write", address, w);
+    if (!ordered(c, word.lane, w) && !strong(c, w, word.scope))
+      race(c, word, "a read after a write", w);
     if (semantics.read_only)
-      fault(c, lane, "read-only path",
-            "ld.global.nc of what the launch wrote: " + byte_of(c, address) + ", by " +
+      fault(c, word.lane, "read-only path",
+            "ld.global.nc of what the launch wrote: " + byte_of(c, word.address) + ", by " +
                 thread_of(c, w));
-    if (cell.stale && !semantics.uncached && w.cluster != cluster_of(c) && !announced(c, w, true))
-      fault(c, lane, "missing fence",
-            "a read at " + byte_of(c, address) +
-                " that an L1 cache may answer with what it held "
-                "before the write by " +
+    if ((w.history & kStale) && !semantics.uncached && w.cluster != word.cluster &&
+        !announced(c, w, true))
+      fault(c, word.lane, "missing fence",
+            "a read at " + byte_of(c, word.address) +
+                " that an L1 cache may answer with what it "
+                "held before the write by " +
                 thread_of(c, w) +
-                ": no fence (__threadfence) stands between "
-                "what announced that and this read");
+                ": no fence (__threadfence) stands "
+                "between what announced that and this read");
   }
-  cell.read_only = cell.read_only || semantics.read_only;
-  cell.cached = cell.cached || !semantics.uncached;
+  w.history |= (semantics.read_only ? kReadOnly : 0) | (semantics.uncached ? 0 : kCached);
   Stamp& r = cell.read;
-  uint32_t cluster = cluster_of(c), now = c.warp.known.clock[self(c.warp)];
-  uint16_t thread = static_cast<uint16_t>(c.warp.cluster_index * 64 + lane);
-  if (r.cluster != cluster) {
+  uint16_t thread = word.thread;
+  if (r.cluster != word.cluster) {
     if (r.cluster != 0) cell.foreign = r;
-  } else if (r.thread / 64 != c.warp.cluster_index) {
+  } else if (r.thread / 64 != thread / 64) {
     cell.other = r;
-  } else if (r.clock == now && r.thread != thread) {
-    thread = static_cast<uint16_t>(c.warp.cluster_index * 64 + kSeveralLanes);
+  } else if (r.clock == word.clock && r.thread != thread) {
+    thread = static_cast<uint16_t>(thread / 64 * 64 + kSeveralLanes);
   }
-  r = {cluster, now, static_cast<uint32_t>(&c.ins - c.machine.module->code.data()), thread,
-       semantics.scope};
+  r = {word.cluster, word.clock, word.pc, thread, word.scope, 0};
 }
 
-void Ordering::write(Context& c, int lane, uint64_t address, Cell& cell) {
+void Ordering::write(Context& c, const Word& word, Cell& cell) {
   Stamp& w = cell.write;
-  if (w.cluster != 0 && !ordered(c, lane, w) && !strong(c, w))
-    race(c, lane, "a write after a write", address, w);
+  if (w.cluster != 0 && !ordered(c, word.lane, w) && !strong(c, w, word.scope))
+    race(c, word, "a write after a write", w);
   for (const Stamp* r : {&cell.read, &cell.other, &cell.foreign}) {
-    if (r->cluster != 0 && !ordered(c, lane, *r) && !strong(c, *r))
-      race(c, lane, "a write after a read", address, *r);
+    if (r->cluster != 0 && !ordered(c, word.lane, *r) && !strong(c, *r, word.scope))
+      race(c, word, "a write after a read", *r);
   }
-  if (cell.read_only)
-    fault(c, lane, "read-only path",
-          "a write to what the launch read by ld.global.nc: " + byte_of(c, address) + ", by " +
+  if (w.history & kReadOnly)
+    fault(c, word.lane, "read-only path",
+          "a write to what the launch read by ld.global.nc: " + byte_of(c, word.address) + ", by " +
               thread_of(c, cell.read));
-  cell.stale = cell.stale || cell.cached;
-  cell.cached = false;
-  w = {cluster_of(c), c.warp.known.clock[self(c.warp)],
-       static_cast<uint32_t>(&c.ins - c.machine.module->code.data()),
-       static_cast<uint16_t>(c.warp.cluster_index * 64 + lane), c.ins.semantics.scope};
+  uint8_t stale = w.history & (kStale | kCached) ? kStale : 0;
+  w = {word.cluster, word.clock, word.pc, word.thread, word.scope, stale};
 }
 
 // A launch that may start before the one before it has ended must not touch what that one touches.
 void Ordering::check_previous(Context& c, int lane, uint64_t address, int bytes, bool writes) {
   Page* page = before_.find(address);
   if (page == nullptr) return;
-  uint64_t first = address % Page::kBytes >> page->shift;
-  uint64_t last = (address % Page::kBytes + static_cast<uint64_t>(bytes) - 1) >> page->shift;
-  for (uint64_t i = first; i <= last; ++i) {
+  uint64_t offset = address % PageTable::kBytes;
+  for (uint64_t i = offset >> page->shift;
+       i <= (offset + static_cast<uint64_t>(bytes) - 1) >> page->shift; ++i) {
     const Cell& cell = page->cells[i];
     if (cell.write.cluster != 0 || (writes && cell.read.cluster != 0))
       fault(c, lane, "programmatic launch",
@@ -339,20 +364,33 @@ void Ordering::check_previous(Context& c, int lane, uint64_t address, int bytes,
   }
 }
 
+void Ordering::touch_cells(Context& c, Word word, Page& page, uint64_t offset, int bytes,
+                           Access access) {
+  uint64_t first = offset >> page.shift;
+  uint64_t last = (offset + static_cast<uint64_t>(bytes) - 1) >> page.shift;
+  for (uint64_t i = first; i <= last; ++i, word.address += uint64_t{1} << page.shift) {
+    if (access == Access::kRead) {
+      read(c, word, page.cells[i]);
+    } else {
+      write(c, word, page.cells[i]);
+    }
+  }
+}
+
 void Ordering::touch(Context& c, int lane, uint64_t address, int bytes, Access access) {
   if (programmatic_ && !c.warp.known.waited)
     check_previous(c, lane, address, bytes, access != Access::kRead);
   Page& page = now_.make(address, __builtin_ctz(static_cast<unsigned>(bytes)));
-  uint64_t first = address % Page::kBytes >> page.shift;
-  uint64_t last = (address % Page::kBytes + static_cast<uint64_t>(bytes) - 1) >> page.shift;
-  for (uint64_t i = first; i <= last; ++i) {
-    uint64_t at = address + ((i - first) << page.shift);
-    if (access == Access::kRead) {
-      read(c, lane, at, page.cells[i]);
-    } else {
-      write(c, lane, at, page.cells[i]);
-    }
-  }
+  Word word(c, lane, false, address, access);
+  touch_cells(c, word, page, address % PageTable::kBytes, bytes, access);
+}
+
+void Ordering::touch_shared(Context& c, int lane, Block& owner, uint32_t address, int bytes,
+                            Access access) {
+  Page& page = owner.pages[address / kSharedPage];
+  page.reach(kSharedPage, __builtin_ctz(static_cast<unsigned>(bytes)));
+  Word word(c, lane, true, address, access);
+  touch_cells(c, word, page, address % kSharedPage, bytes, access);
 }
 
 }  // namespace ptx

@@ -1,4 +1,4 @@
-// Which accesses to global memory are ordered, after the memory model of PTX (ISA 9.0, chapter 8).
+// Which accesses to global and shared memory are ordered, after the memory model of PTX (ISA 9.0, chapter 8).
 //
 // In a cluster, vector clocks over its warps, which barriers join. From one cluster to another, a release (a fence,
 // then a strong write: an atomic, volatile or relaxed one) that a strong read observes, and the fence after that. Each
@@ -16,6 +16,7 @@
 
 namespace ptx {
 
+struct Block;
 struct Context;
 struct Instruction;
 struct Warp;
@@ -83,28 +84,31 @@ struct Stamp {
   uint32_t clock = 0, pc = 0;
   uint16_t thread = 0;  // warp of the cluster * 64 + lane, or + kSeveralLanes
   Scope scope = kNoScope;
+  uint8_t history = 0;  // of the word, in its last write
 };
 constexpr uint16_t kSeveralLanes = 32;
+// A word was read through the read-only path; it was read since its last write, so that an L1 cache may hold it; an
+// L1 cache may hold what was there before the last write.
+constexpr uint8_t kReadOnly = 1, kCached = 2, kStale = 4;
 
 struct Cell {
   Stamp write, read;  // the last ones
   Stamp other, foreign;  // reads before `read`: by another warp of its cluster, by another cluster
-  bool read_only = false;  // it was read through the read-only path
-  bool cached = false;  // it was read since the last write, so that an L1 may hold it
-  bool stale = false;  // an L1 may hold what was there before the last write
 };
 
-// Cells of kBytes bytes of memory. Their size is that of the smallest access so far.
+// The cells of a few hundred bytes of memory, as large as the smallest access so far.
 struct Page {
-  static constexpr uint64_t kBytes = 4096;
   int shift = 0;
   std::vector<Cell> cells;
 
-  void refine(int to);
+  // Cells for `bytes` bytes of memory, none larger than 1 << to.
+  void reach(uint64_t bytes, int to);
 };
 
+// Of global memory.
 class PageTable {
  public:
+  static constexpr uint64_t kBytes = 1024;
   Page* find(uint64_t address);
   Page& make(uint64_t address, int shift);
   void clear();
@@ -119,6 +123,8 @@ class PageTable {
   std::array<Recent, 64> recent_;
 };
 
+constexpr uint64_t kSharedPage = 256;  // bytes of a page of a block's shared memory
+
 // Where a cluster announced something by a strong write, and what it heard by a strong read: the last places.
 struct Signals {
   std::array<uint64_t, 4> written{}, observed{};
@@ -131,19 +137,23 @@ class Ordering {
   void clear();
   // An access of `bytes` bytes: faults if it is not ordered after those that it conflicts with.
   void touch(Context& c, int lane, uint64_t address, int bytes, Access access);
+  // The same of the shared memory of a block of the cluster.
+  void touch_shared(Context& c, int lane, Block& owner, uint32_t address, int bytes, Access access);
   // The other half of a strong access: what it observes, what it releases.
   void observe(Context& c, uint64_t address);
   void release(Context& c, uint64_t address);
   void fence(Context& c, Scope scope);
 
  private:
-  void read(Context& c, int lane, uint64_t address, Cell& cell);
-  void write(Context& c, int lane, uint64_t address, Cell& cell);
+  struct Word;
+  void touch_cells(Context& c, Word word, Page& page, uint64_t offset, int bytes, Access access);
+  void read(Context& c, const Word& word, Cell& cell);
+  void write(Context& c, const Word& word, Cell& cell);
   void check_previous(Context& c, int lane, uint64_t address, int bytes, bool writes);
   bool announced(const Context& c, const Stamp& s, bool acquired) const;
   bool ordered(const Context& c, int lane, const Stamp& s) const;
   bool signalled(const Context& c, const Stamp& s) const;
-  [[noreturn]] void race(Context& c, int lane, const char* what, uint64_t address, const Stamp& s);
+  [[noreturn]] void race(Context& c, const Word& word, const char* what, const Stamp& s);
 
   bool programmatic_ = false;
   PageTable now_, before_;  // this launch's and the one's before it
@@ -151,9 +161,6 @@ class Ordering {
   std::vector<Signals> signals_;  // by cluster
 };
 
-// Between lanes of a warp and warps of a cluster: whether what `thread` did at `clock` comes before what the lane does
-// now.
-bool ordered_in_cluster(const Warp& warp, int lane, uint16_t thread, uint32_t clock);
 // What a warp did so far is before whatever joins `known` later.
 void publish(Warp& warp, Knowledge& known);
 void learn(Warp& warp, const Knowledge& known);

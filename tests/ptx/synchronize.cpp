@@ -164,6 +164,8 @@ bool meet(Context& c, const Operand& mask) {
   return true;
 }
 
+enum ShuffleMode { kUp, kDown, kButterfly, kIndexed };
+
 Status shuffle(Context& c) {
   size_t last = c.ins.operands.size() - 1;
   if (!meet(c, c.operand(last))) return Status::kChanged;
@@ -171,7 +173,7 @@ Status shuffle(Context& c) {
   fetch(c, c.operand(1), a);
   fetch(c, c.operand(2), b);
   fetch(c, c.operand(3), limits);
-  const std::string& mode = c.ins.words[2];
+  const int mode = c.ins.mode;
   uint32_t in_range = 0;
   for (int i = 0; i < kLanes; ++i) {
     if (!(c.active >> i & 1)) continue;
@@ -179,13 +181,13 @@ Status shuffle(Context& c) {
         segment = static_cast<int>(limits[i] >> 8 & 31);
     int top = (i & segment) | (clamp & ~segment), bottom = i & segment, j;
     bool inside;
-    if (mode == "up") {
+    if (mode == kUp) {
       j = i - offset;
       inside = j >= top;
-    } else if (mode == "down") {
+    } else if (mode == kDown) {
       j = i + offset;
       inside = j <= top;
-    } else if (mode == "bfly") {
+    } else if (mode == kButterfly) {
       j = i ^ offset;
       inside = j <= top;
     } else {
@@ -530,7 +532,11 @@ Handler synchronize_handler(Instruction& ins) {
   }
   if (name == "mbarrier") return mbarrier;
   ins.kind = Class::integer;
-  if (name == "shfl" && has(ins, "sync")) return shuffle;
+  if (name == "shfl" && has(ins, "sync")) {
+    const std::string& mode = ins.words[2];
+    ins.mode = mode == "up" ? kUp : mode == "down" ? kDown : mode == "bfly" ? kButterfly : kIndexed;
+    return shuffle;
+  }
   if (name == "vote" && has(ins, "sync")) return vote;
   if (name == "match" && has(ins, "sync")) return match;
   if (name == "redux" && has(ins, "sync") && !is_float(ins.type)) return reduce;
