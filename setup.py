@@ -293,7 +293,7 @@ def make_extension(torch, toolkit):
     from setuptools import Extension
     from torch.utils import cpp_extension
 
-    patterns = ["csrc/bindings.cpp", "csrc/ops/*.cpp", "csrc/cpu/*.cpp"]
+    patterns = ["csrc/*.cpp", "csrc/ops/*.cpp", "csrc/cpu/*.cpp"]
     # torch's headers, and in the nvidia wheels the CUDA headers that those include. Only C++ files
     # see them: a .cu file includes no torch header.
     system = cpp_extension.include_paths()

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels.distill import distillation_loss, linear_distillation_loss
+from kdkernels.errors import TENSOR, check
 
 __all__ = [
     "KDLoss",
@@ -140,6 +141,8 @@ def kl_div(
     """
     if size_average is not None or reduce is not None:
         raise ValueError("size_average and reduce are deprecated in PyTorch; pass reduction")
+    check("input", input, TENSOR)
+    check("target", target, TENSOR)
     if dim is None:
         if input.dim() > 2:
             raise ValueError(

@@ -21,10 +21,28 @@ def fits(value, kind: str) -> bool:
     if kind == OPTIONAL_NUMBER and value is None:
         return True
     if kind in (NUMBER, OPTIONAL_NUMBER):
-        return hasattr(value, "__float__") or hasattr(value, "__index__")
+        return (hasattr(value, "__float__") or hasattr(value, "__index__")) and _is_one(value)
     if kind == INT:
-        return hasattr(value, "__index__")
+        return hasattr(value, "__index__") and _is_one(value) and not _is_float(value)
     return isinstance(value, Tensor) or (kind == OPTIONAL_TENSOR and value is None)
+
+
+def _is_one(value) -> bool:
+    """Whether a value is one real number that can be read: arrays say that they have __float__."""
+    if isinstance(value, (int, float)):
+        return True
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and not value.is_meta
+    return getattr(value, "ndim", 0) == 0
+
+
+def _is_float(value) -> bool:
+    """Whether a value of a type with a dtype is a float, whose __index__ would raise."""
+    if isinstance(value, int):
+        return False
+    if isinstance(value, Tensor):
+        return value.is_floating_point()
+    return getattr(getattr(value, "dtype", None), "kind", "") == "f"
 
 
 def check(name: str, value, kind: str):

@@ -153,6 +153,9 @@ def _noise(seed, step, stream, offset, distribution) -> tuple:
 
 
 def _tensors(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    if not isinstance(tensors, Tensor) and not hasattr(tensors, "__iter__"):
+        kind = type(tensors).__name__
+        raise TypeError(f"{name} is a {kind}; it takes a tensor or a sequence of tensors")
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for tensor in tensors:
         if not isinstance(tensor, Tensor):

@@ -52,14 +52,9 @@ PYBIND11_MODULE(launchers, m) {
       .value("bfloat16", Dtype::kBFloat16)
       .value("float16", Dtype::kFloat16);
   {
-    using Struct = DistillationParams;
+    using Struct = Denominator;
     // clang-format off
-    Fields<Struct>(m, "DistillationParams")
-        FIELD(dtype) FIELD(rows) FIELD(classes) FIELD(student) FIELD(teacher) FIELD(gradient)
-        FIELD(labels) FIELD(weight) FIELD(row_loss) FIELD(loss) FIELD(student_stride)
-        FIELD(teacher_stride) FIELD(gradient_stride) FIELD(temperature) FIELD(alpha)
-        FIELD(label_smoothing) FIELD(ignore_index) FIELD(denominator) FIELD(gradient_scale)
-        FIELD(workspace);
+    Fields<Struct>(m, "Denominator") FIELD(number) FIELD(is_kept_weight);
   }
   py::enum_<math::Divergence>(m, "Divergence")
       .value("forward_kl", math::Divergence::kForwardKL)
@@ -76,8 +71,8 @@ PYBIND11_MODULE(launchers, m) {
       .value("bucket", Tail::kBucket)
       .value("ignore", Tail::kIgnore);
   {
-    using Struct = DivergenceParams;
-    Fields<Struct> fields(m, "DivergenceParams");
+    using Struct = LossParams;
+    Fields<Struct> fields(m, "LossParams");
     fields FIELD(dtype) FIELD(rows) FIELD(classes) FIELD(student) FIELD(gradient) FIELD(labels)
         FIELD(weight) FIELD(row_loss) FIELD(loss) FIELD(student_stride) FIELD(gradient_stride)
         FIELD(temperature) FIELD(alpha) FIELD(label_smoothing) FIELD(ignore_index)
@@ -88,6 +83,9 @@ PYBIND11_MODULE(launchers, m) {
         FIELD(entries) FIELD(indices) FIELD(wide_indices) FIELD(teacher_logsumexp)
         FIELD(entry_gradient) FIELD(first_class) FIELD(all_classes) FIELD(stages) FIELD(state)
         FIELD(only);
+    fields.def("set_row_option", [](Struct& p, int option, uintptr_t data) {
+      p.row_options[option] = reinterpret_cast<const void*>(data);
+    });
     fields.def("set_teachers", [](Struct& p, const std::vector<uintptr_t>& data,
                                   const std::vector<int64_t>& strides,
                                   const std::vector<double>& weights) {
@@ -199,14 +197,10 @@ PYBIND11_MODULE(launchers, m) {
       .value("stream", cuda::Walk::kStream);
 
   // Each launches on `stream`, an address, and raises if the launch fails.
-  m.def("distillation", [](const DistillationParams& p, uintptr_t stream) {
-    check(cuda::distillation(p, reinterpret_cast<cudaStream_t>(stream)));
+  m.def("loss", [](const LossParams& p, uintptr_t stream) {
+    check(cuda::loss(p, reinterpret_cast<cudaStream_t>(stream)));
   });
-  m.def("distillation_workspace", cuda::distillation_workspace);
-  m.def("divergence", [](const DivergenceParams& p, uintptr_t stream) {
-    check(cuda::divergence(p, reinterpret_cast<cudaStream_t>(stream)));
-  });
-  m.def("divergence_workspace", cuda::divergence_workspace);
+  m.def("loss_workspace", cuda::loss_workspace);
   m.attr("divergence_static") = cuda::kDivergenceStatic;
   m.attr("row_state") = math::kRowState;
   m.attr("statistics") = math::kStatistics;

@@ -177,6 +177,13 @@ def padded(matrix, pad):
     return torch.nn.functional.pad(matrix, (0, pad), value=math.nan)
 
 
+def denominator(lib, case, counted):
+    """What the loss is divided by; `counted`: the kernel adds the kept rows' weights up."""
+    if counted:
+        return fill(lib.Denominator(), is_kept_weight=True)
+    return fill(lib.Denominator(), number=case.rows if case.reduction == "mean" else 1.0)
+
+
 def distillation_launch(device, case):
     z, t, labels, weight = distillation_inputs(case)
     dtype, rows, classes = case.torch_dtype, case.rows, case.classes
@@ -192,33 +199,33 @@ def distillation_launch(device, case):
     row_loss = device.new((rows,), case.acc, name="row_loss") if none else None
     loss = None if none else device.new((1,), case.acc, name="loss")
     workspace = device.new(
-        (max(1, device.lib.distillation_workspace(rows)),), torch.float64, name="workspace"
+        (max(1, device.lib.loss_workspace(rows)),), torch.float64, name="workspace"
     )
     counted = case.reduction == "mean" and (labels is not None or weight is not None)
     p = fill(
-        device.lib.DistillationParams(),
+        device.lib.LossParams(),
         dtype=getattr(device.lib.Dtype, case.dtype),
         rows=rows,
         classes=classes,
         student=address(student),
-        teacher=address(teacher),
         gradient=address(gradient),
         labels=address(labels),
         weight=address(weight),
         row_loss=address(row_loss),
         loss=address(loss),
         student_stride=classes + case.pad[0],
-        teacher_stride=classes + case.pad[1],
+        all_classes=classes,
         gradient_stride=classes + case.pad[0 if case.inplace else 2],
         temperature=case.temperature,
         alpha=1.0 if case.alpha is None else case.alpha,
         label_smoothing=case.smoothing,
         ignore_index=-100,
-        denominator=-1.0 if counted else (rows if case.reduction == "mean" else 1.0),
+        denominator=denominator(device.lib, case, counted),
         gradient_scale=1.0,
         workspace=address(workspace),
     )
-    device.lib.distillation(p, device.stream)
+    p.set_teachers([address(teacher)], [classes + case.pad[1]], [1.0])
+    device.lib.loss(p, device.stream)
     return cpu(loss=loss if loss is not None else row_loss, gradient=gradient)
 
 
@@ -446,7 +453,7 @@ def divergence_launch(device, case):
     alpha, beta = default.get("divergence_alpha"), default.get("beta", 0.0)
     first, second = (beta, 0.0) if alpha is None else (alpha, beta)
     p = fill(
-        lib.DivergenceParams(),
+        lib.LossParams(),
         dtype=getattr(lib.Dtype, case.dtype),
         rows=rows,
         labels=address(labels),
@@ -459,7 +466,7 @@ def divergence_launch(device, case):
         alpha=1.0 if case.alpha is None else case.alpha,
         label_smoothing=case.smoothing,
         ignore_index=-100,
-        denominator=-1.0 if counted else (rows if case.reduction == "mean" else 1.0),
+        denominator=denominator(lib, case, counted),
         gradient_scale=1.0,
         divergence=getattr(lib.Divergence, case.divergence),
         beta=first,
@@ -493,7 +500,7 @@ def divergence_launch(device, case):
         for i, begin in enumerate(cuts[:-1]):
             here = [0 if begin == 0 else begin * z.element_size()] * 3
             # A launch of its own: nothing of the last is left in the workspace.
-            size = max(1, lib.divergence_workspace(rows))
+            size = max(1, lib.loss_workspace(rows))
             workspace = device.new((size,), torch.float64, name="workspace")
             fill(
                 p,
@@ -510,7 +517,7 @@ def divergence_launch(device, case):
             )
             at = [address(t) + (here[0] if case.tail is None else 0) for t in data]
             p.set_teachers(at, strides, shares)
-            lib.divergence(p, device.stream)
+            lib.loss(p, device.stream)
         if case.slices:
             together(states, stage, case.tail is not None)
     return cpu(

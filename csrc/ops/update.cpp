@@ -185,7 +185,7 @@ void update_forward(int64_t update, at::TensorList params, at::TensorList grads,
   in_place.check_apart("noisy_update_");
 
   Rows rows(norms.value_or(Tensor()), count);
-  for (const DtypeGroup& group : by_dtype(params)) {
+  for (const DtypeGroup& group : grouped_by_dtype(params)) {
     std::vector<UpdateTensor> list;
     list.reserve(group.members.size());
     for (size_t j = 0; j < group.members.size(); ++j) {
