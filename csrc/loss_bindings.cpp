@@ -24,10 +24,17 @@ namespace {
 
 // ---- one argument -------------------------------------------------------------------------------
 
+// What makes plain tensors of wrappers that stand for one, in Python; never freed, as below.
+py::function* unwrap = nullptr;
+void set_unwrap(py::function function) { unwrap = new py::function(std::move(function)); }
+
 OptionalTensor tensor_of(const char* name, PyObject* value, bool required = false) {
   if (value == nullptr || (value == Py_None && !required)) return std::nullopt;
   if (!THPVariable_Check(value)) refuse(name, value, required ? "a tensor" : "a tensor or None");
-  return THPVariable_Unpack(value);
+  const at::Tensor& tensor = THPVariable_Unpack(value);
+  bool wraps = tensor.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Python);
+  if (!wraps || unwrap == nullptr) return tensor;
+  return (*unwrap)(py::reinterpret_borrow<py::object>(value)).cast<at::Tensor>();
 }
 
 // A number of a tensor of one element, where an option takes no tensor.
@@ -140,33 +147,61 @@ bool is_row_option(const LossOption& option, PyObject* value) {
          tensor.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Python);
 }
 
+// Keys of the dicts that are no options.
+struct Keys {
+  PyObject *student_logits, *labels, *weight, *indices, *logsumexp, *values, *teacher_weights;
+  PyObject *inplace, *sparse_gradient, *return_statistics;
+};
+const Keys& keys() {
+  auto key = [](const char* name) { return PyUnicode_InternFromString(name); };
+  static const Keys out = {key("student_logits"),
+                           key("labels"),
+                           key("weight"),
+                           key("teacher_indices"),
+                           key("teacher_logsumexp"),
+                           key("teacher_values"),
+                           key("teacher_weights"),
+                           key("inplace"),
+                           key("sparse_gradient"),
+                           key("return_statistics")};
+  return out;
+}
+
+// All that a call says beside the student and the teachers.
 struct Arguments {
   PackedOptions options;
-  TensorOptionals rows;
+  RowTensors rows;
+  int64_t wishes = 0;
+  bool needs_option_gradient = false;  // an option is a tensor that requires grad
 
   explicit Arguments(PyObject* dict) {
-    RowTensors tensors;
-    auto get = [dict](const char* name) {
-      return tensor_of(name, PyDict_GetItemString(dict, name));
+    const Keys& key = keys();
+    auto get = [dict](const char* name, PyObject* k) {
+      return tensor_of(name, PyDict_GetItemWithError(dict, k));
     };
-    tensors.labels = get("labels");
-    tensors.weight = get("weight");
-    tensors.indices = get("teacher_indices");
-    tensors.teacher_logsumexp = get("teacher_logsumexp");
-    const LossOptions defaults;
+    rows.labels = get("labels", key.labels);
+    rows.weight = get("weight", key.weight);
+    rows.indices = get("teacher_indices", key.indices);
+    rows.teacher_logsumexp = get("teacher_logsumexp", key.logsumexp);
+    wish(dict, "inplace", key.inplace, kInplace);
+    wish(dict, "sparse_gradient", key.sparse_gradient, kSparseGradient);
+    wish(dict, "return_statistics", key.return_statistics, kReturnStatistics);
+    static const LossOptions defaults;
+    options.reserve(python_options().size() + kMaxTeachers);
     for (const PythonOption& option : python_options()) {
       PyObject* value = PyDict_GetItemWithError(dict, option.key);
       if (value == nullptr) {
         options.push_back(default_of(option, defaults));
       } else if (is_row_option(*option.option, value)) {
-        tensors.options[option.option->row_option] = THPVariable_Unpack(value);
+        at::Tensor tensor = *tensor_of(option.option->name, value, true);
+        needs_option_gradient |= at::GradMode::is_enabled() && tensor.requires_grad();
+        rows.options[option.option->row_option] = tensor;
         options.push_back(default_of(option, defaults));
       } else {
         options.push_back(scalar_of(option, value));
       }
     }
-    add_teacher_weights(PyDict_GetItemString(dict, "teacher_weights"));
-    rows = pack(tensors);
+    add_teacher_weights(PyDict_GetItemWithError(dict, key.teacher_weights));
   }
 
  private:
@@ -179,6 +214,12 @@ struct Arguments {
       if constexpr (std::is_arithmetic_v<Value>) return at::Scalar(value);
       return std::nullopt;
     }, option.option->member);
+  }
+
+  void wish(PyObject* dict, const char* name, PyObject* key, LossWish bit) {
+    PyObject* value = PyDict_GetItemWithError(dict, key);
+    if (value == Py_True) wishes |= bit;
+    if (value != nullptr && !PyBool_Check(value)) refuse(name, value, "a bool");
   }
 
   void add_teacher_weights(PyObject* weights) {
@@ -194,9 +235,11 @@ struct Arguments {
   }
 };
 
-std::vector<at::Tensor> teachers_of(const char* name, const py::list& list) {
+std::vector<at::Tensor> teachers_of(const char* name, PyObject* list) {
   std::vector<at::Tensor> out;
-  for (const auto& item : list) out.push_back(*tensor_of(name, item.ptr(), true));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    out.push_back(*tensor_of(name, PyList_GET_ITEM(list, i), true));
+  }
   return out;
 }
 
@@ -207,33 +250,78 @@ auto op_of(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
 }
 
-std::vector<at::Tensor> distillation_loss_of(const py::dict& arguments, const py::list& teachers,
-                                             int64_t wishes, std::string_view group) {
-  static auto op = op_of<decltype(distillation_loss)>("kdkernels::distillation_loss");
-  at::Tensor student =
-      *tensor_of("student_logits", PyDict_GetItemString(arguments.ptr(), "student_logits"), true);
-  bool topk = PyDict_GetItemString(arguments.ptr(), "teacher_values") != nullptr;
-  std::vector<at::Tensor> list = teachers_of(topk ? "teacher_values" : "teacher_logits", teachers);
-  Arguments given(arguments.ptr());
-  py::gil_scoped_release no_gil;
-  return op.call(student, list, given.rows, given.options, wishes, group);
+// A function of the module on positional arguments, without the detours of pybind11's def.
+using FastFunction = py::object (*)(PyObject* const* arguments);
+template <FastFunction function, Py_ssize_t kCount>
+PyObject* from_python(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  try {
+    if (count != kCount) throw py::type_error("the function takes other arguments");
+    return function(arguments).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (...) {
+    py::detail::try_translate_exceptions();
+  }
+  return nullptr;
+}
+template <FastFunction function, Py_ssize_t kCount>
+void define(py::module_& m, const char* name) {
+  static PyMethodDef method;
+  method = {name,
+            reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(from_python<function, kCount>)),
+            METH_FASTCALL, nullptr};
+  m.add_object(name, py::reinterpret_steal<py::object>(
+                         PyCFunction_NewEx(&method, nullptr, m.attr("__name__").ptr())));
 }
 
-std::vector<at::Tensor> linear_distillation_loss_of(const py::dict& arguments,
-                                                    const char* teacher_name,
-                                                    const py::list& teachers, int64_t wishes,
-                                                    std::string_view group) {
+std::string_view text_of(PyObject* object) {
+  Py_ssize_t size = 0;
+  const char* text = PyUnicode_AsUTF8AndSize(object, &size);
+  if (text == nullptr) throw py::error_already_set();
+  return {text, static_cast<size_t>(size)};
+}
+
+// (call, teachers, group) -> the op's outputs; None where an option needs a gradient, which the kernels do not make.
+py::object distillation_loss_of(PyObject* const* arguments) {
+  static auto op = op_of<decltype(distillation_loss)>("kdkernels::distillation_loss");
+  PyObject* call = arguments[0];
+  at::Tensor student =
+      *tensor_of("student_logits", PyDict_GetItemWithError(call, keys().student_logits), true);
+  bool topk = PyDict_GetItemWithError(call, keys().values) != nullptr;
+  std::vector<at::Tensor> teachers =
+      teachers_of(topk ? "teacher_values" : "teacher_logits", arguments[1]);
+  Arguments given(call);
+  if (given.needs_option_gradient) return py::none();
+  std::string_view group = text_of(arguments[2]);
+  std::vector<at::Tensor> out;
+  {
+    py::gil_scoped_release no_gil;
+    out = op.call(student, teachers, pack(given.rows), given.options, given.wishes, group);
+  }
+  return py::cast(std::move(out));
+}
+
+// (call, name of the teacher's argument, teachers, group), likewise.
+py::object linear_distillation_loss_of(PyObject* const* arguments) {
   static auto op = op_of<decltype(linear_distillation_loss)>("kdkernels::linear_distillation_loss");
-  auto get = [&](const char* name, bool required = false) {
-    return tensor_of(name, PyDict_GetItemString(arguments.ptr(), name), required);
+  PyObject* call = arguments[0];
+  auto get = [call](const char* name, bool required = false) {
+    return tensor_of(name, PyDict_GetItemString(call, name), required);
   };
   at::Tensor hidden = *get("student_hidden", true), weight = *get("student_weight", true);
   TensorOptionals others({get("student_bias"), get("teacher_weight"), get("teacher_bias")});
-  // `weight` is the student's head there, and of rows here.
-  std::vector<at::Tensor> list = teachers_of(teacher_name, teachers);
-  Arguments given(arguments.ptr());
-  py::gil_scoped_release no_gil;
-  return op.call(hidden, weight, others, list, given.rows, given.options, wishes, group);
+  std::vector<at::Tensor> teachers =
+      teachers_of(std::string(text_of(arguments[1])).c_str(), arguments[2]);
+  Arguments given(call);
+  if (given.needs_option_gradient) return py::none();
+  std::string_view group = text_of(arguments[3]);
+  std::vector<at::Tensor> out;
+  {
+    py::gil_scoped_release no_gil;
+    out = op.call(hidden, weight, others, teachers, pack(given.rows), given.options, given.wishes,
+                  group);
+  }
+  return py::cast(std::move(out));
 }
 
 // ---- what Python reads --------------------------------------------------------------------------
@@ -312,8 +400,9 @@ void set_gradients(py::function function) {
 }  // namespace
 
 void bind_losses(py::module_& m) {
-  m.def("distillation_loss", distillation_loss_of);
-  m.def("linear_distillation_loss", linear_distillation_loss_of);
+  define<distillation_loss_of, 3>(m, "distillation_loss");
+  define<linear_distillation_loss_of, 4>(m, "linear_distillation_loss");
+  m.def("set_unwrap", set_unwrap);
   m.def("set_differentiable_gradients", set_gradients);
   m.def("loss_options", loss_options_table);
   m.def("divergences", divergence_table);

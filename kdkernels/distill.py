@@ -232,11 +232,12 @@ def distillation_loss(
     teachers, several = _listed(teacher_logits, student_logits)
     if teacher_weights is not None and not several:
         raise ValueError("teacher_weights goes with several teachers only")
+    if several:
+        call["teacher_logits"] = teachers
     # The kernels make the gradient of one teacher.
     if _plain(call, teachers if several else ()):
-        call["teacher_logits"] = teachers if several else teacher_logits
-        return reference.distillation_loss(**_taken_by(reference.distillation_loss, call))
-    return _loss(call, teachers)
+        return _by_reference(reference.distillation_loss, call)
+    return _loss(call, teachers, reference.distillation_loss)
 
 
 @overload
@@ -334,8 +335,8 @@ def topk_distillation_loss(
     """
     call = locals()
     if _plain(call, (teacher_values,)):
-        return reference.topk_distillation_loss(**_taken_by(reference.topk_distillation_loss, call))
-    return _loss(call, [teacher_values])
+        return _by_reference(reference.topk_distillation_loss, call)
+    return _loss(call, [teacher_values], reference.topk_distillation_loss)
 
 
 # ---- from arguments by name to the ops -----------------------------------------------------------
@@ -362,27 +363,39 @@ def _taken_by(function, call: dict) -> dict:
 
 
 def _plain(call: dict, teachers: Sequence[Tensor]) -> bool:
-    """Whether plain PyTorch makes the loss: asked for, or for the gradient of `teachers` or of an
-    option.
-    """
+    """Whether plain PyTorch makes the loss: asked for, or for the gradient of `teachers`."""
     backend, process_group = call["backend"], call["process_group"]
     if backend not in ("fused", "reference"):
         raise ValueError(f'backend is "{backend}"; it takes "fused" or "reference"')
-    plain = backend == "reference"
-    if not plain and torch.is_grad_enabled():
-        options = [call[name] for name in _ROW_OPTIONS if isinstance(call.get(name), Tensor)]
-        plain = any(isinstance(x, Tensor) and x.requires_grad for x in (*teachers, *options))
+    plain = backend == "reference" or (
+        torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in teachers)
+    )
+    if not plain and is_compiling():
+        plain = _needs_option_gradient(call)
     if process_group is None:
         return plain
     if not isinstance(process_group, ProcessGroup):
-        raise TypeError(
-            f"process_group is a {type(process_group).__name__}; it takes a ProcessGroup"
-        )
+        kind = type(process_group).__name__
+        raise TypeError(f"process_group is a {kind}; it takes a ProcessGroup")
     if plain:
-        raise ValueError(
-            "process_group goes with kernels only, which make no gradient of a teacher or an option"
-        )
+        raise ValueError("process_group goes with kernels only, which need a teacher detached")
     return False
+
+
+def _needs_option_gradient(call: dict) -> bool:
+    """Whether an option is a tensor that requires grad, which eager calls see in C++."""
+    options = [call[name] for name in _ROW_OPTIONS if isinstance(call.get(name), Tensor)]
+    return torch.is_grad_enabled() and any(option.requires_grad for option in options)
+
+
+def _by_reference(loss_of, call: dict):
+    """The loss by plain PyTorch, which gives every option its gradient."""
+    if call["process_group"] is not None:
+        raise ValueError(
+            "process_group goes with kernels only, which make no gradient of an option; pass it "
+            "detached"
+        )
+    return loss_of(**_taken_by(loss_of, call))
 
 
 def _listed(teachers, leading: Tensor) -> tuple[list, bool]:
@@ -445,19 +458,48 @@ def _result(outputs: list[Tensor], divisor: Tensor | None):
     return loss if len(outputs) == 1 else (loss, RowStatistics(*outputs[1].unbind()))
 
 
-def _loss(call: dict, teachers: list) -> Tensor | tuple[Tensor, RowStatistics]:
-    """The kernels' loss of a call: the arguments of one of the functions on logits, by name."""
+def _loss(call: dict, teachers: list, loss_of) -> Tensor | tuple[Tensor, RowStatistics]:
+    """The kernels' loss of a call: the arguments of one of the functions on logits, by name.
+    `loss_of`: the same function of ``reference``.
+    """
+    given = call
+    if isinstance(call["num_items"], Tensor):
+        call = dict(call)
     divisor, group = _divisor(call), ""
     if call["process_group"] is not None or type(call["student_logits"]) is not Tensor:
-        call["student_logits"], teachers, group, first, classes = vocabulary_shard(
+        student_logits, teachers, group, first, classes = vocabulary_shard(
             call["student_logits"], teachers, call["process_group"]
         )
-        call |= {"first_class": first, "all_classes": classes}
-    wishes = _wishes(call)
+        call = call | {
+            "student_logits": student_logits,
+            "first_class": first,
+            "all_classes": classes,
+        }
     if is_compiling():
-        op, student_logits = torch.ops.kdkernels.distillation_loss, call["student_logits"]
-        return _result(op(student_logits, teachers, *_packed(call), wishes, group), divisor)
-    return _result(_C.distillation_loss(call, teachers, wishes, group), divisor)
+        op = torch.ops.kdkernels.distillation_loss
+        outputs = op(call["student_logits"], teachers, *_packed(call), _wishes(call), group)
+    else:
+        outputs = _C.distillation_loss(call, teachers, group)
+        if outputs is None:
+            return _by_reference(loss_of, given)
+    return _result(outputs, divisor)
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The plain tensor that a wrapper of torch.distributed stands for, if this rank has all of it;
+    else the tensor itself.
+    """
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(tensor, AsyncCollectiveTensor):
+        return tensor.trigger_wait()
+    if isinstance(tensor, DTensor) and all(p.is_replicate() for p in tensor.placements):
+        return _unwrapped(tensor.to_local())
+    return tensor
+
+
+_C.set_unwrap(_unwrapped)
 
 
 def vocabulary_shard(
@@ -831,8 +873,8 @@ def linear_distillation_loss(
     """
     call = locals()
     if _plain(call, ()):
-        loss_of = reference.linear_distillation_loss
-        return loss_of(**_taken_by(loss_of, call))
+        return _by_reference(reference.linear_distillation_loss, call)
+    given = call | {}
     form = reference.teacher_form(
         teacher_hidden,
         teacher_weight,
@@ -857,13 +899,15 @@ def linear_distillation_loss(
         classes, group = student_weight.shape[0], process_group.group_name
         call["first_class"] = process_group.rank() * classes
         call["all_classes"] = process_group.size() * classes
-    wishes = _wishes(call)
-    if not is_compiling():
-        outputs = _C.linear_distillation_loss(call, "teacher_" + form, teachers, wishes, group)
-        return _result(outputs, divisor)
-    others = [student_bias, teacher_weight, teacher_bias]
-    op = torch.ops.kdkernels.linear_distillation_loss
-    outputs = op(student_hidden, student_weight, others, teachers, *_packed(call), wishes, group)
+    if is_compiling():
+        biases = [student_bias, teacher_weight, teacher_bias]
+        op = torch.ops.kdkernels.linear_distillation_loss
+        packed = (*_packed(call), _wishes(call), group)
+        outputs = op(student_hidden, student_weight, biases, teachers, *packed)
+    else:
+        outputs = _C.linear_distillation_loss(call, "teacher_" + form, teachers, group)
+        if outputs is None:
+            return _by_reference(reference.linear_distillation_loss, given)
     return _result(outputs, divisor)
 
 

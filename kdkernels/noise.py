@@ -887,8 +887,11 @@ def noisy_linear_regression(
     """
     if noise not in ("per-step", "per-sample"):
         raise ValueError(f'noise is "{noise}"; it takes "per-step" or "per-sample"')
-    for name, value, kind in (("x", x, TENSOR), ("y", y, TENSOR), ("steps", steps, INT)):
-        check(name, value, kind)
+    check("x", x, TENSOR)
+    check("y", y, TENSOR)
+    if not fits(steps, INT):
+        kind = type(steps).__name__
+        raise TypeError(f"steps is a {kind}; it takes {INT}: how many steps of the seed's noise")
     if isinstance(seed, int):
         seed = _signed(seed)
     elif not isinstance(seed, Tensor) or seed.dtype != torch.int64:
@@ -896,7 +899,7 @@ def noisy_linear_regression(
         raise TypeError(f"seed is {kind}; it takes an int or an int64 tensor")
     named = {"theta": theta, "lr": lr, "lam": lam, "sigma": sigma}
     for name, value in named.items():
-        if not fits(value, NUMBER):
+        if not isinstance(value, Tensor) and not fits(value, NUMBER):
             raise TypeError(f"{name} is a {type(value).__name__}; it takes {NUMBER} or a tensor")
     numbers = [torch.as_tensor(v, dtype=torch.float64, device=x.device) for v in named.values()]
     numbers.append(torch.as_tensor(seed, device=x.device))

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from kdkernels import (
     add_noise_,
@@ -62,15 +62,24 @@ CALLS = {  # the argument, what it usually is, the call
 }
 
 
-@pytest.mark.parametrize("wrap", [d_tensor, collective, masked])
+def sharded(x):
+    return distribute_tensor(x, init_device_mesh("cpu", (1,)), [Shard(0)])
+
+
+@pytest.mark.parametrize("wrap", [sharded, masked])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_wrapper_beside_plain_tensors_is_refused(name, wrap):
+def test_a_wrapper_of_a_part_is_refused_beside_plain_tensors(name, wrap):
     value, call = CALLS[name]
-    if wrap is collective and value.dtype in (torch.int64, torch.int32):
-        pytest.skip("the collective is of floats")
     argument = name if name != "one of several" else "teacher_logits"
     with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b"):
         call(wrap(value))
+
+
+@pytest.mark.parametrize("wrap", [d_tensor, collective])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrapper_of_a_whole_tensor_is_that_tensor(name, wrap):
+    value, call = CALLS[name]
+    torch.testing.assert_close(call(wrap(value)), call(value))
 
 
 def negated(x):

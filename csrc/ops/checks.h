@@ -63,11 +63,10 @@ inline at::Tensor readable(const char* name, const at::Tensor& tensor, const at:
   return tensor.is_neg() ? tensor.resolve_neg() : tensor;
 }
 
-// The same of a tensor that an op writes to, which nothing may stand in for.
-inline void check_writes_to(const char* name, const at::Tensor& tensor, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(
-      readable(name, tensor, like).is_same(tensor), name,
-      " is a negated view or a zero tensor, which cannot be written to; pass a clone");
+// The same of a tensor that nothing may stand in for, since an op writes to it or keeps it.
+inline void check_plain(const char* name, const at::Tensor& tensor, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(readable(name, tensor, like).is_same(tensor), name,
+                    " is a negated view or a zero tensor; pass a clone");
 }
 
 inline void check_tensor(const char* name, const at::Tensor& tensor) {

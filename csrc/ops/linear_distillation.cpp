@@ -515,7 +515,7 @@ void check(LinearCall& c, bool autocast, at::ScalarType computed) {
   check_head("student", c.hidden, c.head, c.bias, c.hidden, autocast);
   // Logits that take no memory, for what is required of all losses.
   auto like = [&](c10::SymIntArrayRef shape) {
-    return at::empty({1}, c.hidden.options().dtype(computed)).expand_symint(shape);
+    return at::empty({}, c.hidden.options().dtype(computed)).expand_symint(shape);
   };
   std::vector<c10::SymInt> shape = c.hidden.sym_sizes().vec();
   shape.back() = c.head.sym_size(0);

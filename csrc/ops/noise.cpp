@@ -90,6 +90,7 @@ void check_std(double std) {
 
 void check_each(const char* name, const Tensor& tensor, const char* one, size_t count,
                 const Tensor& like) {
+  check_plain(name, tensor, like);
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kDouble, name, " has dtype ", tensor.scalar_type(),
                    "; it takes float64");
   TORCH_CHECK_VALUE(tensor.dim() == 1 && (tensor.sym_numel() == 1 ||
@@ -101,7 +102,7 @@ void check_each(const char* name, const Tensor& tensor, const char* one, size_t 
 
 void check_list(const char* name, at::TensorList tensors) {
   for (const Tensor& tensor : tensors) {
-    check_writes_to(name, tensor, tensors[0]);
+    check_plain(name, tensor, tensors[0]);
     check_tensor(name, tensor);
     check_device(name, tensor, "the first of them", tensors[0]);
   }
@@ -126,6 +127,7 @@ void check_no_gradient(const char* op, const char* name, at::TensorList tensors)
 
 void check_norms(const OptionalTensor& norms, size_t count, const Tensor& like) {
   if (!norms.has_value()) return;
+  check_plain("norms", *norms, like);
   TORCH_CHECK_TYPE(norms->scalar_type() == at::kDouble, "norms has dtype ", norms->scalar_type(),
                    "; it takes float64");
   TORCH_CHECK_VALUE(norms->dim() == 2 && norms->sym_size(0) == static_cast<int64_t>(count) &&
@@ -321,6 +323,7 @@ void check_args(const NoiseArgs& noise) {
 
 void check_std_tensor(const OptionalTensor& std, const Tensor& x) {
   if (!std.has_value()) return;
+  check_plain("std", *std, x);
   TORCH_CHECK_TYPE(is_floating_dtype(std->scalar_type()), "std has dtype ", std->scalar_type(),
                    "; as a tensor it takes float32, float64, bfloat16 or float16");
   check_device("std", *std, "x", x);
@@ -335,6 +338,7 @@ void check_std_tensor(const OptionalTensor& std, const Tensor& x) {
 
 void check_input(const Tensor& x, const OptionalTensor& std_tensor, double std,
                  const NoiseArgs& noise) {
+  check_plain("x", x, x);
   check_tensor("x", x);
   check_std(std);
   check_args(noise);
@@ -500,6 +504,8 @@ void combine_forward(at::TensorList tensors, const Tensor& coefficients, const T
   NoiseListArgs noise = KD_NOISE_LIST_ARGS;
   size_t count = tensors.size();
   check_list("tensors", tensors);
+  check_plain("coefficients", coefficients, count > 0 ? tensors[0] : coefficients);
+  check_plain("seeds", seeds, count > 0 ? tensors[0] : seeds);
   TORCH_CHECK_TYPE(coefficients.scalar_type() == at::kDouble, "coefficients has dtype ",
                    coefficients.scalar_type(), "; it takes float64");
   TORCH_CHECK_TYPE(seeds.scalar_type() == at::kLong, "seeds has dtype ", seeds.scalar_type(),
