@@ -400,10 +400,10 @@ struct RowWalk {
     if (!done) return false;
     // A pass writes whole vectors; lanes are padded to kPad.
     for (int64_t i = own.n; i < own.padded; ++i) own.q[i] = own.p[i] = Real(0);
-    // Logits of type Real near those whose exponents are 0.
     const double exact_scale = scale;
-    x.max_s = static_cast<Real>(shift.s / exact_scale);
-    x.max_t = static_cast<Real>(shift.t / exact_scale);
+    // Not the logits whose exponents are 0: a class's logarithm would lose digits to how far those are off.
+    x.max_s = sums.max_s;
+    x.max_t = sums.max_t;
     lift_s = exp2_fp64(shift.s - x.max_s * exact_scale);
     lift_t = exp2_fp64(shift.t - x.max_t * exact_scale);
     x.sum_s = sums.sum_s * lift_s;
@@ -488,6 +488,10 @@ struct RowWalk {
     each_block([&](const Lane<Real>& lane, double inv_s, double inv_t) {
       terms(p, lane, norm, inv_s, inv_t, wants_teacher, far, sums);
     });
+    if (far) {
+      sums.f += (1 - p.beta) * lost(norm.log_sum_s, exact.log_sum_s) +
+                p.beta * lost(norm.log_sum_t, exact.log_sum_t);
+    }
     if (far && sums.f < kFarJS) {
       sums = {};
       lift_t = 1;
@@ -506,6 +510,11 @@ struct RowWalk {
     const Lane<Real>& lane = compared();
     x.az = times_z(lane.a, lane.u, lane.padded, exact.s);
     x.bz = wants_teacher ? times_z(lane.b, lane.t, lane.padded, exact.t) : 0.0;
+  }
+
+  // What rounding its sum's logarithm adds to the logarithm of every class.
+  static double lost(Real rounded, double log_sum) {
+    return log_sum == -kInfinity<double> ? 0.0 : rounded - log_sum;
   }
 
   // Sums that no divergence is needed for, before `a` takes the place of p.
