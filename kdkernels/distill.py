@@ -1,7 +1,7 @@
 """Distillation losses."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -274,7 +274,7 @@ def distillation_loss(
     )
     # The kernels make the gradient of one teacher.
     if (several or backend != "fused") and _plain(backend, process_group, teachers):
-        named = _named(arguments) | {"teacher_weights": teacher_weights}
+        named: dict[str, Any] = _named(arguments) | {"teacher_weights": teacher_weights}
         del named["tail"]
         return reference.distillation_loss(
             student_logits,
@@ -466,7 +466,7 @@ _OF_OPTIONS = slice(6, 6 + len(_OPTIONS))
 _NUM_ITEMS = 6 + [*_OPTIONS].index("num_items")
 
 
-def _ops():
+def _ops() -> Any:
     """The registered ops for a tracer; the same as plain functions, which cost less, for others."""
     return torch.ops.kdkernels if is_compiling() else _C
 
@@ -481,7 +481,7 @@ def _listed(teachers, leading: Tensor) -> tuple[list, bool]:
     return list(teachers) if several else [teachers], several
 
 
-def _named(arguments: tuple) -> dict:
+def _named(arguments: tuple) -> dict[str, Any]:
     """The options among an op's arguments, by name."""
     return dict(zip(_OPTIONS, arguments[_OF_OPTIONS], strict=True))
 
@@ -515,7 +515,9 @@ def _loss(arguments: tuple, process_group) -> Tensor | tuple[Tensor, RowStatisti
         options, total = _numbers(arguments[_OF_OPTIONS])
         arguments = (*arguments[: _OF_OPTIONS.start], *options, *arguments[_OF_OPTIONS.stop :])
     if process_group is not None or type(arguments[0]) is not Tensor:
-        student_logits, teachers, *group = vocabulary_shard(*arguments[:2], process_group)
+        student_logits, teachers, *group = vocabulary_shard(
+            arguments[0], arguments[1], process_group
+        )
         arguments = (student_logits, teachers, *arguments[2:-3], *group)
     try:
         outputs = _ops().distillation_loss(*arguments)
@@ -596,13 +598,13 @@ def vocabulary_shard(
 
 def _differentiable_gradients(
     student, teachers, labels, weight, indices, teacher_logsumexp, options, grad_output
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """A loss's gradients in the student and in its one teacher, in plain PyTorch."""
     options = options | {"weight": weight}
     if indices is None:
         several = len(teachers) > 1
         teacher_weights = options.pop("teacher_weights")
-        loss = reference.distillation_loss(
+        loss: Any = reference.distillation_loss(
             student,
             teachers if several else teachers[0],
             labels,
@@ -770,7 +772,7 @@ class DistillationLoss(nn.Module):
             options.get("divergence_alpha"),
             options.get("beta"),
         )
-        self.options = options
+        self.options: dict[str, Any] = {**options}
 
     def forward(
         self,
@@ -793,7 +795,7 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The divergence with its parameters, then the other options, as nn.Module prints them."""
-        shown = {"divergence": "forward_kl"} | self.options
+        shown: dict[str, Any] = {"divergence": "forward_kl"} | self.options
         shown |= reference.divergence_parameters(
             shown["divergence"], shown.get("divergence_alpha"), shown.get("beta")
         )

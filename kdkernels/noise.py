@@ -37,8 +37,9 @@ fp64, bf16 and fp16 on CPU and CUDA. 16-bit tensors are added to in fp32 and rou
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +204,7 @@ def _stds(std) -> tuple:
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def shard_of(tensor: Tensor) -> tuple[Tensor, int, int, int]:
+def shard_of(tensor: Any) -> tuple[Tensor, int, int, int]:
     """A tensor's elements on this rank and their place in the whole tensor's row-major order.
 
     Returns:
@@ -298,7 +299,7 @@ def _regular(x: Tensor) -> list[tuple[int, int]]:
     raise ValueError("a DTensor is cut unevenly by _StridedShard; shard it in another order")
 
 
-def _like(local: Tensor, tensor: Tensor) -> Tensor:
+def _like(local: Tensor, tensor: Any) -> Tensor:
     """A local tensor as the shard of a DTensor like `tensor`."""
     from torch.distributed.tensor import DTensor
 
@@ -496,7 +497,7 @@ def noise_dot(
     return total if wide else total.float()
 
 
-def _sum_over_meshes(tensors: list[Tensor], sums: Tensor) -> Tensor:
+def _sum_over_meshes(tensors: list, sums: Tensor) -> Tensor:
     """The sum of numbers that ranks hold parts of, each as its tensor is sharded."""
     groups = {}
     for tensor, part in zip(tensors, sums.unbind(), strict=True):
@@ -589,7 +590,7 @@ def perturbed_parameters(
     offset: int | Sequence[int] = 0,
     distribution: str = "normal",
     restore: str = "copy",
-) -> Iterator[None]:
+) -> Generator[None]:
     """A context in which params are theta + scale * eps; on leaving they are theta again.
 
     That is so also when the body raises. A backward pass through what the body computed belongs
@@ -716,6 +717,10 @@ def _streams(stream, count: int) -> list[int]:
 class _NoiseLayer(nn.Module):
     """What the modules share: which noise, and their own count of steps."""
 
+    _op: Callable[..., Tensor]
+    std: float | Tensor
+    step: Tensor
+
     def __init__(self, seed, stream, distribution, multiplicative):
         super().__init__()
         check("stream", stream, INT)
@@ -750,7 +755,7 @@ class _NoiseLayer(nn.Module):
         self.seed = int(state)
 
     def extra_repr(self):
-        std = self.std if isinstance(self.std, float) else list(self.std.shape)
+        std = list(self.std.shape) if isinstance(self.std, Tensor) else self.std
         more = ", multiplicative=True" if self.multiplicative else ""
         return f"std={std}, distribution={self.distribution}, seed={self.seed}{more}"
 
@@ -811,7 +816,7 @@ class InputNoise(_NoiseLayer):
             if learnable or tuple(shape) != ():
                 std = torch.full(tuple(shape), std)
         if learnable:
-            self.std = nn.Parameter(std)
+            self.std = nn.Parameter(torch.as_tensor(std))
         elif isinstance(std, Tensor):
             self.register_buffer("std", std)
         else:
