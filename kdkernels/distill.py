@@ -236,6 +236,14 @@ def distillation_loss(
         ValueError: shapes or devices differ, V is 0, a number or (on CPU) a label is out of range,
             a parameter does not belong to the divergence, or ``inplace`` is not possible.
         TypeError: a dtype is not supported or differs.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
+        >>> teacher, labels = torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([0])
+        >>> loss = kdkernels.distillation_loss(student, teacher, labels, temperature=2.0, alpha=0.5)
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}", student.grad)
+        0.4031 tensor([[ 0.0319, -0.0769,  0.0450]])
     """
     teachers, several = _listed(teacher_logits, student_logits)
     if teacher_weights is not None and not several:
@@ -379,6 +387,14 @@ def topk_distillation_loss(
     Raises:
         ValueError, TypeError: as ``distillation_loss``; K or ``teacher_logsumexp`` is not as said,
             or (on CPU) an index is out of range or twice in a row.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 1.0, 0.5, 0.0]], requires_grad=True)
+        >>> top = kdkernels.topk_teacher(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 2)
+        >>> loss = kdkernels.topk_distillation_loss(student, top.values, top.indices)
+        >>> loss.backward()
+        >>> student.grad
+        tensor([[ 0.0000, -0.1086,  0.1086,  0.0000]])
     """
     arguments = (  # of the op, in its order
         student_logits,
@@ -661,6 +677,11 @@ def topk_teacher(
 
     Raises:
         ValueError: k or a shape is not as said.
+
+    Example:
+        >>> top = kdkernels.topk_teacher(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 2)
+        >>> top.values, top.indices
+        (tensor([[3., 2.]]), tensor([[1, 2]], dtype=torch.int32))
     """
     classes = teacher_logits.shape[-1]
     if not 1 <= k <= min(classes, reference.MAX_TOP_K):
@@ -760,6 +781,10 @@ class DistillationLoss(nn.Module):
     Raises:
         ValueError: the divergence, or a parameter of it, is not one there is.
         TypeError: an option is none.
+
+    Example:
+        >>> kdkernels.DistillationLoss(temperature=4.0, divergence="js")
+        DistillationLoss(divergence='js', temperature=4.0, beta=0.5)
     """
 
     def __init__(self, **options: Unpack[ModuleOptions]):
@@ -915,6 +940,16 @@ def linear_distillation_loss(
         ValueError: none or several teachers; a shape or number is not as said; a tensor of the
             teacher requires grad; as ``distillation_loss``.
         TypeError: a dtype is not supported or differs.
+
+    Example:
+        >>> hidden, head = torch.randn(8, 16, requires_grad=True), torch.nn.Linear(16, 1000)
+        >>> teacher_hidden, teacher_head = torch.randn(8, 32), torch.randn(1000, 32)
+        >>> loss = kdkernels.linear_distillation_loss(
+        ...     hidden, head.weight, teacher_hidden, teacher_head, temperature=2.0
+        ... )
+        >>> loss.backward()
+        >>> hidden.grad.shape, head.weight.grad.shape
+        (torch.Size([8, 16]), torch.Size([1000, 16]))
     """
     if backend not in ("fused", "reference"):
         raise ValueError(f'backend is "{backend}"; it takes "fused" or "reference"')

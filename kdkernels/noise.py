@@ -332,7 +332,10 @@ def randn_like(
         seed, step, stream, offset, distribution: see the module.
 
     Example:
-        >>> kdkernels.randn_like(torch.empty(2), seed=0)
+        >>> kdkernels.randn_like(torch.empty(4), seed=0)
+        tensor([ 0.9911, -0.9247, -0.6176, -0.4821])
+        >>> kdkernels.randn_like(torch.empty(2), seed=0, offset=2)  # a shard of it
+        tensor([-0.6176, -0.4821])
     """
     noise = _noise(seed, step, stream, offset, distribution)
     if isinstance(x, Tensor) and type(x) not in _PLAIN and hasattr(x, "placements"):
@@ -366,6 +369,12 @@ def add_noise_(
             values are not checked.
         multiplicative: multiply each tensor by 1 + std * eps instead.
         seed, step, stream, offset, distribution: see the module.
+
+    Example:
+        >>> tensors = [torch.zeros(2), torch.ones(3)]
+        >>> kdkernels.add_noise_(tensors, [0.1, 0.2], seed=0, distribution="rademacher")
+        >>> tensors
+        [tensor([ 0.1000, -0.1000]), tensor([0.8000, 0.8000, 1.2000])]
     """
     tensors = _tensors("tensors", tensors)
     stds, std_tensor = _stds(std)
@@ -417,6 +426,12 @@ def input_noise(
         multiplicative: x * (1 + std * eps) instead, Gaussian dropout for the normal (Srivastava et
             al., JMLR 2014, section 10); backward multiplies alike.
         seed, step, stream, offset, distribution: see the module.
+
+    Example:
+        >>> images, std = torch.rand(8, 3, 4, 4), torch.full((3, 1, 1), 0.1, requires_grad=True)
+        >>> kdkernels.input_noise(images, std, seed=0).mean().backward()
+        >>> std.grad.shape
+        torch.Size([3, 1, 1])
     """
     std_tensor = None
     if isinstance(std, Tensor):
@@ -670,7 +685,7 @@ def soft_regularization(
 
     Example:
         >>> loss = kdkernels.soft_regularization(
-        ...     lambda: loss_fn(model(x), y), model.parameters(), 1e-2, seed=0, step=step
+        ...     lambda: loss_fn(model(x), y), model.parameters(), 1e-2, seed=0, step=3
         ... )
         >>> loss.backward()
     """
@@ -787,7 +802,9 @@ class InputNoise(_NoiseLayer):
         seed: an int in [-2^63, 2^64). None draws one from torch's default generator, once, here.
 
     Example:
-        >>> nn.Sequential(kdkernels.InputNoise(0.1), nn.Linear(64, 10))
+        >>> model = nn.Sequential(kdkernels.InputNoise(0.1, seed=0), nn.Linear(64, 10))
+        >>> model[0]
+        InputNoise(std=0.1, distribution=normal, seed=0)
     """
 
     _op = staticmethod(input_noise)
@@ -886,6 +903,15 @@ def noisy_linear_regression(
     Returns:
         theta after the last step, in x's dtype: ``[]``, or ``[R]`` where any argument has replicas.
         With ``trajectory`` a leading dimension of ``steps + 1``.
+
+    Example:
+        >>> x = torch.linspace(-1, 1, 100, dtype=torch.float64)
+        >>> theta = kdkernels.noisy_linear_regression(
+        ...     x, 2 * x, 0.0, steps=1000, sigma=0.5, seed=torch.arange(1000)
+        ... )
+        >>> ridge = 2 * x.square().mean() / (x.square().mean() + 0.5**2 + 0.01 / 2)
+        >>> print(f"{theta.mean().item():.2f} {ridge.item():.2f}")
+        1.14 1.14
     """
     if noise not in ("per-step", "per-sample"):
         raise ValueError(f'noise is "{noise}"; it takes "per-step" or "per-sample"')
