@@ -1,7 +1,7 @@
 """Write kdkernels/_C.pyi, what type checkers know of bindings.cpp: `make stubs`.
 
-A registered op is described by its schema, and what else bindings.cpp defines by pybind11's
-docstring. (pybind11-stubgen reads docstrings alone, and the ops have none.)
+What pybind11 defines has its signature in a docstring. The ops that bindings.cpp calls without
+pybind11 have none, so that pybind11-stubgen would know nothing of them: they have a schema.
 """
 
 import re
@@ -27,7 +27,8 @@ WORDS = {
     r"typing\.Annotated\[(.+?), \"FixedSize\(\d+\)\"\]": r"\1",
     r"typing\.SupportsInt( \| typing\.SupportsIndex)?": "int",
     r"typing\.|collections\.abc\.|torch\.": "",
-    r"\bdict$": "dict[str, Any]",
+    r"\bdict\b(?!\[)": "dict[str, Any]",
+    r"\blist\b(?!\[)": "list[Any]",
     r"\bCallable\b(?!\[)": "Callable[..., Any]",
     r"(?<=[^(])\) ->": ", /) ->",
 }
@@ -66,10 +67,10 @@ def stub() -> str:
             continue
         if not callable(value):
             lines.append(f"{name}: {type(value).__name__}")
-        elif hasattr(torch.ops.kdkernels, name):
-            lines.append(of_schema(name, getattr(torch.ops.kdkernels, name).default._schema))
-        else:
+        elif value.__doc__:
             lines.append(of_docstring(value.__doc__))
+        else:
+            lines.append(of_schema(name, getattr(torch.ops.kdkernels, name).default._schema))
     command = [sys.executable, "-m", "ruff", "format", "--stdin-filename", STUB, "-"]
     text = HEAD + "\n".join(lines)
     return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout

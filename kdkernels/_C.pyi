@@ -158,17 +158,17 @@ def noise_dot(
     /,
 ) -> Tensor: ...
 def noisy_linear_regression(
-    x: Tensor,
-    y: Tensor,
-    theta: Tensor,
-    lr: Tensor,
-    lam: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    steps: int,
-    stream: int,
-    per_sample: bool,
-    trajectory: bool,
+    arg0: Tensor,
+    arg1: Tensor,
+    arg2: Tensor,
+    arg3: Tensor,
+    arg4: Tensor,
+    arg5: Tensor,
+    arg6: Tensor,
+    arg7: int,
+    arg8: int,
+    arg9: bool,
+    arg10: bool,
     /,
 ) -> Tensor: ...
 def noisy_update_(
