@@ -6,6 +6,8 @@
 # make peers       the losses against TRL's, Liger-Kernel's and others, installed beside .venv
 # make docs        the site of documentation, into build/docs; its code is run and its pictures drawn
 # make wheel       sdist and manylinux wheel for this Python and torch, into dist
+# make stubs       kdkernels/_C.pyi, for type checkers, after a change of the bindings
+# make compile-commands   compile_commands.json, for clangd and others
 # make counts      what the CUDA kernels and their peers cost on an H100, counted without one
 # make gpu-test    the tests that need a GPU; SANITIZE=1 runs them under each tool of compute-sanitizer
 # make gpu-bench   the benchmarks on a GPU, into bench/results; ARGS="--only noise" and others: ARGS=--help
@@ -79,6 +81,13 @@ wheel: $(TOOLS)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c "$$REPAIR" dist/*-linux_*.whl
 	@ls dist/*
 
+.PHONY: stubs compile-commands
+stubs: setup
+	@$(BIN)/python csrc/stubs.py
+
+compile-commands: setup
+	@$(BIN)/ninja -C $$(dirname $$(ls -t build/*/build.ninja | head -1)) -t compdb > compile_commands.json
+
 # As cibuildwheel does it.
 define REPAIR
 import pathlib, subprocess, sys, tomllib
@@ -136,6 +145,7 @@ lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(call CXX_FILES,csrc tests)
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .

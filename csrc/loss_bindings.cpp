@@ -265,11 +265,11 @@ PyObject* from_python(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return nullptr;
 }
 template <FastFunction function, Py_ssize_t kCount>
-void define(py::module_& m, const char* name) {
+void define(py::module_& m, const char* name, const char* signature) {
   static PyMethodDef method;
   method = {name,
             reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(from_python<function, kCount>)),
-            METH_FASTCALL, nullptr};
+            METH_FASTCALL, signature};
   m.add_object(name, py::reinterpret_steal<py::object>(
                          PyCFunction_NewEx(&method, nullptr, m.attr("__name__").ptr())));
 }
@@ -400,8 +400,13 @@ void set_gradients(py::function function) {
 }  // namespace
 
 void bind_losses(py::module_& m) {
-  define<distillation_loss_of, 3>(m, "distillation_loss");
-  define<linear_distillation_loss_of, 4>(m, "linear_distillation_loss");
+  define<distillation_loss_of, 3>(m, "distillation_loss",
+                                  "distillation_loss(call: dict, teachers: list[Tensor], "
+                                  "group: str) -> list[Tensor] | None");
+  define<linear_distillation_loss_of, 4>(
+      m, "linear_distillation_loss",
+      "linear_distillation_loss(call: dict, teacher_name: str, teachers: list[Tensor], "
+      "group: str) -> list[Tensor] | None");
   m.def("set_unwrap", set_unwrap);
   m.def("set_differentiable_gradients", set_gradients);
   m.def("loss_options", loss_options_table);

@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def ratio(result: dict, over: str, under: str) -> tuple[float, float, float]:
     return interval([a / b for a, b in zip(*pair, strict=True)])
 
 
-def summary(rounds: dict[str, list[float]], bytes: int = 0) -> dict[str, dict]:
+def summary(rounds: dict[str, list[float]], bytes: int = 0) -> dict[str, dict[str, Any]]:
     """What the rounds say of each case.
 
     Args:
@@ -88,7 +89,7 @@ def summary(rounds: dict[str, list[float]], bytes: int = 0) -> dict[str, dict]:
         ``bytes_per_second`` and ``of_triad`` (the share of its speed: median, ends).
     """
     kept = {name: [float(f"{s:.5g}") for s in own] for name, own in rounds.items()}
-    cases = {name: {"seconds": own} for name, own in kept.items()}
+    cases: dict[str, dict[str, Any]] = {name: {"seconds": own} for name, own in kept.items()}
     base = next(iter(cases))
     for name, case in cases.items():
         low, median, high = np.quantile(case["seconds"], (0.25, 0.5, 0.75)).tolist()
@@ -176,7 +177,8 @@ def allocations(call: Callable) -> tuple[int, int]:
     cpu = torch.profiler.ProfilerActivity.CPU
     with _silent_stderr(), torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         call()
-    events = profile.profiler.kineto_results.events()
+    profiler: Any = profile.profiler
+    events = profiler.kineto_results.events()
     sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
     return sum(size > 0 for size in sizes), sum(size for size in sizes if size > 0)
 
@@ -203,6 +205,7 @@ class Comparison:
 
     Attributes:
         title: over its table.
+        check: ``check(call)`` raises AssertionError where what a case gives is wrong.
         bytes: the fewest that a call must move; 0 where memory is not what limits the op. Where
             there are any, :func:`measure` adds a triad.
         growth: the plot that this is a point of, its axis and the value there; None: of none.
@@ -215,7 +218,7 @@ class Comparison:
     def __init__(
         self,
         title: str,
-        check: Callable[[Callable], None],
+        check: Callable[[Callable], object] | None,
         *,
         bytes: int = 0,
         growth=None,
@@ -237,7 +240,7 @@ class Comparison:
         Raises:
             AssertionError: what the call gives is wrong.
         """
-        if check:
+        if check and self.check is not None:
             self.check(call)
         self.calls[name] = call
         self.per[name] = per
@@ -276,8 +279,9 @@ def measure(comparison: Comparison, seconds: float = 8.0, least: int = 7) -> dic
     began = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     before, start = _others(), time.perf_counter()
     rounds = take_turns(calls, seconds, least)
-    processors = os.cpu_count() * (time.perf_counter() - start)
-    others = None if before is None else max(0.0, (_others() - before) / processors)
+    processors = (os.cpu_count() or 1) * (time.perf_counter() - start)
+    after = _others()
+    others = None if before is None or after is None else max(0.0, (after - before) / processors)
     if torch.get_num_threads() != threads:
         raise RuntimeError(f"{comparison.title}: a case has changed the number of threads")
     cases = summary(
@@ -412,8 +416,8 @@ def plain_divergence(log_q: Tensor, log_p: Tensor, name: str) -> Tensor:
     if name == "reverse_kl":
         return F.kl_div(log_p, log_q, reduction="sum", log_target=True)
     log_m = torch.logsumexp(torch.stack((log_p, log_q)), 0) - math.log(2)
-    to_middle = (F.kl_div(log_m, x, reduction="sum", log_target=True) for x in (log_p, log_q))
-    return sum(to_middle) / 2
+    p, q = (F.kl_div(log_m, x, reduction="sum", log_target=True) for x in (log_p, log_q))
+    return (p + q) / 2
 
 
 def plain_loss(z, t, labels, temperature, alpha, divergence="forward_kl"):
@@ -565,10 +569,10 @@ def optimizer(kind: str, name: str, sizes: list[int]) -> Comparison:
 
     def make(optimizer, noisy, **more):
         params = [torch.nn.Parameter(torch.ones(n)) for n in sizes]
-        for p in params:
-            p.grad = torch.full_like(p, 0.01)
+        grads = [torch.full((n,), 0.01) for n in sizes]
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
         made = optimizer(params, **options, **more)
-        grads = [p.grad for p in params]
 
         def step():
             plain_noise(grads, std)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -227,6 +227,14 @@ def distillation_loss(
         ValueError: shapes or devices differ, V is 0, a number or (on CPU) a label is out of range,
             a parameter does not belong to the divergence, or ``inplace`` is not possible.
         TypeError: a dtype is not supported or differs.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
+        >>> teacher, labels = torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([0])
+        >>> loss = kdkernels.distillation_loss(student, teacher, labels, temperature=2.0, alpha=0.5)
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}", student.grad)
+        0.4031 tensor([[ 0.0319, -0.0769,  0.0450]])
     """
     call = locals()
     teachers, several = _listed(teacher_logits, student_logits)
@@ -332,6 +340,14 @@ def topk_distillation_loss(
     Raises:
         ValueError, TypeError: as ``distillation_loss``; K or ``teacher_logsumexp`` is not as said,
             or (on CPU) an index is out of range or twice in a row.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 1.0, 0.5, 0.0]], requires_grad=True)
+        >>> top = kdkernels.topk_teacher(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 2)
+        >>> loss = kdkernels.topk_distillation_loss(student, top.values, top.indices)
+        >>> loss.backward()
+        >>> student.grad
+        tensor([[ 0.0000, -0.1086,  0.1086,  0.0000]])
     """
     call = locals()
     if _plain(call, (teacher_values,)):
@@ -603,6 +619,11 @@ def topk_teacher(
 
     Raises:
         ValueError: k or a shape is not as said.
+
+    Example:
+        >>> top = kdkernels.topk_teacher(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 2)
+        >>> top.values, top.indices
+        (tensor([[3., 2.]]), tensor([[1, 2]], dtype=torch.int32))
     """
     check("teacher_logits", teacher_logits, TENSOR)
     check("k", k, INT)
@@ -715,6 +736,10 @@ class DistillationLoss(nn.Module):
     Raises:
         ValueError: the divergence, or a parameter of it, is not one there is.
         TypeError: an option is none.
+
+    Example:
+        >>> kdkernels.DistillationLoss(temperature=4.0, divergence="js")
+        DistillationLoss(divergence='js', temperature=4.0, beta=0.5)
     """
 
     def __init__(self, **options: Unpack[ModuleOptions]):
@@ -727,7 +752,7 @@ class DistillationLoss(nn.Module):
             options.get("divergence_alpha"),
             options.get("beta"),
         )
-        self.options = options
+        self.options: dict[str, Any] = {**options}
 
     def forward(
         self,
@@ -750,7 +775,7 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The divergence with its parameters, then the other options, as nn.Module prints them."""
-        shown = {"divergence": "forward_kl"} | self.options
+        shown: dict[str, Any] = {"divergence": "forward_kl"} | self.options
         shown |= reference.divergence_parameters(
             shown["divergence"], shown.get("divergence_alpha"), shown.get("beta")
         )
@@ -870,6 +895,16 @@ def linear_distillation_loss(
         ValueError: none or several teachers; a shape or number is not as said; a tensor of the
             teacher requires grad; as ``distillation_loss``.
         TypeError: a dtype is not supported or differs.
+
+    Example:
+        >>> hidden, head = torch.randn(8, 16, requires_grad=True), torch.nn.Linear(16, 1000)
+        >>> teacher_hidden, teacher_head = torch.randn(8, 32), torch.randn(1000, 32)
+        >>> loss = kdkernels.linear_distillation_loss(
+        ...     hidden, head.weight, teacher_hidden, teacher_head, temperature=2.0
+        ... )
+        >>> loss.backward()
+        >>> hidden.grad.shape, head.weight.grad.shape
+        (torch.Size([8, 16]), torch.Size([1000, 16]))
     """
     call = locals()
     if _plain(call, ()):

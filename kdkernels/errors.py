@@ -1,5 +1,7 @@
 """Arguments that C++ cannot even take, named in Python."""
 
+from typing import Any
+
 from torch import Tensor
 
 TENSOR, OPTIONAL_TENSOR, NUMBER, INT = "a tensor", "a tensor or None", "a number", "an int"
@@ -61,7 +63,8 @@ def explain(error: TypeError, **arguments: tuple[object, str]) -> Exception:
     if "incompatible function arguments" not in str(error):
         return error
     for name, (value, kind) in arguments.items():
-        for item in value if kind == INTS else [value]:
+        items: Any = value if kind == INTS else [value]
+        for item in items:
             if not fits(item, INT if kind == INTS else kind):
                 return TypeError(f"{name} is a {type(item).__name__}; it takes {kind}")
             if kind in (INT, INTS) and not -(2**63) <= item.__index__() < 2**63:

@@ -6,7 +6,7 @@ dtype's precision. Losses are differentiable to any order in everything that req
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -232,7 +232,8 @@ def _mixed(log_probs: Sequence[Tensor], weights: Sequence[float], mixture: str) 
     if mixture == "probs":
         shares = [x + math.log(w) for x, w in zip(log_probs, weights, strict=True)]
         return _logsumexp(torch.stack(shares), 0)
-    return sum(w * x for x, w in zip(log_probs, weights, strict=True)).log_softmax(-1)
+    weighted = (w * x for x, w in zip(log_probs, weights, strict=True))
+    return sum(weighted, log_probs[0].new_zeros(())).log_softmax(-1)
 
 
 def _broken(logits: Tensor) -> Tensor:
@@ -247,10 +248,10 @@ def _poison(rows: Tensor, broken: Tensor) -> Tensor:
 
 def _nothing_of(*logits: Tensor) -> Tensor:
     """A loss of 0 a row, which depends on the logits with gradient 0."""
-    return sum(x[:, :0].sum(-1) for x in logits)
+    return sum((x[:, :0].sum(-1) for x in logits), logits[0].new_zeros(()))
 
 
-def _cross_entropy(u: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+def _cross_entropy(u: Tensor, labels, smoothing: float) -> Tensor:
     log_q = u.log_softmax(-1)
     loss = _nothing_of(u)
     if smoothing < 1:
@@ -534,10 +535,10 @@ def topk_distillation_loss(
     loss, statistics = _nothing_of(z, values), None
     if soft or return_statistics:
         compared = [entries / _column(temperature), values / _column(temperature)]
+        whole = _transform(z, logit_scale, soft_cap) / _column(temperature)
         if tail == "renormalize":
             logsumexps = [_logsumexp(x, -1) for x in compared]
         else:
-            whole = _transform(z, logit_scale, soft_cap) / _column(temperature)
             logsumexps = [whole.logsumexp(-1), logsumexp]
         log_q, log_p = (
             torch.where(is_entry, x - torch.where(any_entry, lse, 0.0)[:, None], -math.inf)
@@ -633,7 +634,7 @@ def linear_distillation_loss(
         teacher_values,
         teacher_indices,
     )
-    if form == "values":
+    if teacher_values is not None and teacher_indices is not None:
         refuse_others(of_dense, tuple(of_dense), "teacher_values")
         return topk_distillation_loss(
             student, teacher_values, teacher_indices, labels, **shared, **of_top_k
@@ -647,9 +648,10 @@ def linear_distillation_loss(
         teacher_logits = _linear(
             "teacher", teacher_hidden, teacher_weight, teacher_bias, student_hidden.dtype
         )
-    elif isinstance(teacher_logits, (list, tuple)):
+    elif isinstance(teacher_logits, Sequence):
         teacher_logits = [t.to(student.dtype) for t in teacher_logits]
     else:
+        assert teacher_logits is not None  # the form that is left
         teacher_logits = teacher_logits.to(student.dtype)
     return distillation_loss(student, teacher_logits, labels, **shared, **of_dense)
 
@@ -658,7 +660,7 @@ def _linear(side, hidden, weight, bias, dtype) -> Tensor:
     """Logits ``[*, V]``, in fp32 also from 16 bits."""
     for name, x, dims in (("hidden", hidden, None), ("weight", weight, 2), ("bias", bias, 1)):
         name = f"{side}_{name}"
-        if x is None and dims == 1:
+        if dims == 1 and x is None:
             continue
         _take(name, x, TENSOR)
         _check_floating(name, x)
@@ -964,9 +966,9 @@ def randn_like(
     """``kdkernels.randn_like``."""
     index = torch.arange(x.numel(), dtype=torch.int64, device=x.device) + offset
     seed = seed - 2**64 if seed >= 2**63 else seed
-    seed = torch.tensor(seed, dtype=torch.int64, device=x.device)
+    key = torch.tensor(seed, dtype=torch.int64, device=x.device)
     step = torch.as_tensor(step, dtype=torch.int64, device=x.device)
-    return _numbers(index, seed, step, stream, distribution).reshape(x.shape).to(x.dtype)
+    return _numbers(index, key, step, stream, distribution).reshape(x.shape).to(x.dtype)
 
 
 def _listed(tensors, stream, offset) -> list:
@@ -1062,7 +1064,7 @@ def combine_noise_(
 
 
 @contextmanager
-def perturbed_parameters(params: Sequence[Tensor], scale: float, **noise) -> Iterator[None]:
+def perturbed_parameters(params: Sequence[Tensor], scale: float, **noise) -> Generator[None]:
     """``kdkernels.perturbed_parameters``."""
     params = list(params)
     kept = [param.detach().clone() for param in params]

@@ -90,7 +90,9 @@ def files_below(folder, suffixes):
 def test_sdist_holds_what_a_build_needs(sources):
     names = {str(path.relative_to(sources)) for path in sources.rglob("*") if path.is_file()}
     needed = files_below(ROOT / "csrc", {".h", ".cuh", ".cpp", ".cu"})
-    needed |= files_below(ROOT / "kdkernels", {".py", ".html", ".jinja", ".j2", ".css", ".js"})
+    needed |= files_below(
+        ROOT / "kdkernels", {".py", ".pyi", ".html", ".jinja", ".j2", ".css", ".js"}
+    )
     needed |= {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"}
     assert len(needed) > 40
     assert needed <= names
@@ -110,7 +112,9 @@ def test_wheel_holds_the_package_alone(wheel):
     assert tag.interpreter == f"cp{sys.version_info.major}{sys.version_info.minor}"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    package = files_below(ROOT / "kdkernels", {".py", ".html", ".jinja", ".j2", ".css", ".js"})
+    package = files_below(
+        ROOT / "kdkernels", {".py", ".pyi", ".html", ".jinja", ".j2", ".css", ".js"}
+    )
     module = f"kdkernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     assert package | {"kdkernels/py.typed", module} == {
         name for name in names if ".dist-info/" not in name

@@ -320,6 +320,7 @@ def test_bad_arguments(tmp_path, capsys):
     other = RunFolder.create(str(tmp_path / "other"), {"command": "distill"})
     for options, said in {
         (*grid, "--trials=3"): "this grid has 2 points",
+        ("--search=temperature=1|3|3",): "--search temperature=1|3|3: give low:high",
         (f"--resume={tmp_path / 'absent'}",): "is not the folder of a run",
         (f"--resume={other.path}",): "holds no run of tune",
         (*arguments(student="no.such:net"), f"--out={out}"): "cannot be imported",
