@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from kdkernels import benchmark
 from kdkernels.__main__ import main
-from kdkernels.benchmark import OURS, Comparison
+from kdkernels.benchmark import IGNORED, OURS, Comparison, training_logits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import report  # noqa: E402
@@ -164,6 +165,22 @@ def test_the_command_names_what_is_wrong(capsys, tmp_path):
     assert "'0' is not a whole number at least 1" in capsys.readouterr().err
     assert main(["bench", "--quick", "--json", str(tmp_path / "no" / "x.json")]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("classes", [1000, 32000])
+def test_training_logits_are_peaked_and_as_far_apart_as_asked(classes):
+    """Two draws from a row agree half of the time, and so do the label and the next draw."""
+    made = training_logits(200, classes, 0.1, prompts=0.25, dtype=torch.float64)
+    p = made.teacher.softmax(-1)
+    assert p.square().sum(-1).mean() == pytest.approx(0.5, abs=0.07)
+    assert (made.student - made.teacher).std() == pytest.approx(0.1, rel=0.01)
+    assert (made.labels[:50] == IGNORED).all() and (made.labels[50:] >= 0).all()
+    at_label = p[50:].gather(-1, made.labels[50:, None])
+    assert at_label.mean() == pytest.approx(0.5, abs=0.1)
+    far = training_logits(200, classes, math.inf, dtype=torch.bfloat16, seed=1)
+    assert far.student.dtype == torch.bfloat16
+    both = torch.stack((far.student.flatten(), far.teacher.flatten())).float()
+    assert abs(torch.corrcoef(both)[0, 1]) < 0.02 and both.std() == pytest.approx(2, rel=0.02)
 
 
 def made_up(title, suite, names, bytes=0, growth=None, missing=None):
