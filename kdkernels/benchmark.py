@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,9 +43,9 @@ import kdkernels
 from kdkernels import info
 
 __all__ = [
-    "OURS", "Comparison", "dense", "disturbed", "duration", "experiment_1", "gpt2", "interval",
-    "lines", "machine", "measure", "noise", "optimizer", "plain_loss", "quick", "ratio", "record",
-    "resnet18", "slug", "summary", "take_turns", "top_k",
+    "IGNORED", "OURS", "Comparison", "Logits", "dense", "disturbed", "duration", "experiment_1",
+    "gpt2", "interval", "lines", "machine", "measure", "noise", "optimizer", "plain_loss", "quick",
+    "ratio", "record", "resnet18", "slug", "summary", "take_turns", "top_k", "training_logits",
 ]  # fmt: skip
 
 OURS = "kdkernels"
@@ -382,6 +382,67 @@ def lines(result: dict) -> list[str]:
         shown.append(line.rstrip())
     shown += [f"  {name}: {why}" for name, why in result["missing"].items()]
     return shown
+
+
+# ---- inputs --------------------------------------------------------------------------------------
+
+IGNORED = -100
+"""The label of a row that does not count, as in torch.nn.functional.cross_entropy."""
+
+
+class Logits(NamedTuple):
+    """Inputs of a loss: see :func:`training_logits`."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+
+
+def training_logits(
+    rows: int,
+    classes: int,
+    gap: float = 0.1,
+    *,
+    dtype: torch.dtype = torch.float32,
+    prompts: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Logits:
+    """Logits as training has them: of a trained teacher, and of a student that follows it.
+
+    What a trained model predicts is peaked, and its probabilities fall as a power of their rank.
+    Logits with an exponential distribution of mean m give that: k^-m at rank k, and two draws from
+    a row agree with probability 1 - 1/m, however many classes there are (Pitman and Yor, "The
+    two-parameter Poisson-Dirichlet distribution", 1997). Here m is 2.
+
+    Args:
+        rows: rows.
+        classes: classes of a row.
+        gap: standard deviation of the student's logits less the teacher's. Infinite: the student's
+            are independent of the teacher's, and as peaked.
+        dtype: of the logits, which are drawn in fp32, or in fp64 for fp64.
+        prompts: share of the rows that do not count; these come first, and are labelled
+            :data:`IGNORED`.
+        seed: another seed draws other logits.
+        device: where they are.
+
+    Returns:
+        Student and teacher ``[rows, classes]`` and labels ``[rows]``, drawn from the teacher.
+    """
+    g = torch.Generator(device).manual_seed(seed)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def drawn():
+        return torch.empty(rows, classes, dtype=acc, device=device)
+
+    teacher = drawn().exponential_(0.5, generator=g)
+    if math.isinf(gap):
+        student = drawn().exponential_(0.5, generator=g)
+    else:
+        student = drawn().normal_(0, gap, generator=g).add_(teacher)
+    labels = (teacher - drawn().exponential_(generator=g).log_()).argmax(-1)  # Gumbel's trick
+    labels[: int(prompts * rows)] = IGNORED
+    return Logits(student.to(dtype), teacher.to(dtype), labels)
 
 
 # ---- what people write in plain PyTorch ----------------------------------------------------------

@@ -14,6 +14,7 @@ import ptx
 import torch
 
 from kdkernels import reference
+from kdkernels.benchmark import IGNORED, training_logits
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "tests/launchers.cpp"]
@@ -137,10 +138,13 @@ class Distillation:
     inplace: bool = False
     pad: tuple = (0, 0, 0)  # elements between the rows of student, teacher, gradient
     offset: tuple = (0, 0, 0)  # elements past 256 aligned bytes
-    values: str = "normal"  # "masked", "nan", "near"
+    values: str = "normal"  # "masked", "nan", "training"
     scale: float = 3.0
     levels: tuple = (0.0, 0.0)  # what is added to all logits of student and teacher
-    near: float = 1e-3  # how far "near" teachers are
+    # Standard deviation of the teacher's logits less the student's; the first row of "normal" ones
+    # is far.
+    gap: float = math.inf
+    prompts: float = 0.0  # share of the rows of "training" that do not count
 
     @property
     def torch_dtype(self):
@@ -151,7 +155,19 @@ class Distillation:
         return torch.float64 if self.dtype == "float64" else torch.float32
 
 
+def training_inputs(case):
+    """Rows of a prompt have no label, or no weight where there are no labels."""
+    z, t, labels = training_logits(
+        case.rows, case.classes, case.gap, dtype=case.torch_dtype, prompts=case.prompts
+    )
+    if case.alpha is not None:
+        return z, t, labels, None
+    return z, t, None, (labels != IGNORED).to(case.acc) if case.prompts else None
+
+
 def distillation_inputs(case):
+    if case.values == "training":
+        return training_inputs(case)
     g = generator(case.rows * 1000003 + case.classes)
     shape = (case.rows, case.classes)
     z = case.scale * torch.randn(shape, generator=g, dtype=torch.float64)
@@ -163,10 +179,10 @@ def distillation_inputs(case):
         z[mask], t[mask] = -math.inf, -math.inf
     if case.values == "nan" and case.rows:
         z[0, case.classes // 2] = math.nan
-    if case.values == "near":  # all rows but the first
+    if case.gap < math.inf:
         z = z.to(case.torch_dtype).double()
         noise = torch.randn(shape, generator=g, dtype=torch.float64)
-        t[1:] = (z + case.near * noise)[1:]
+        t[1:] = (z + case.gap * noise)[1:]
     labels = weight = None
     if case.alpha is not None:
         labels = torch.randint(case.classes, (case.rows,), generator=g)
@@ -278,7 +294,7 @@ def distillation_compare(case, got, want):
         atol=(1e-13 if exact else 4e-7) * temperature**2 * total,
         equal_nan=True,
     )
-    if case.values == "near" and case.alpha is None:
+    if case.gap < math.inf and case.alpha is None:
         compare_near(case, got, want)
     if not case.gradient:
         return
@@ -294,6 +310,9 @@ def distillation_compare(case, got, want):
     torch.testing.assert_close(
         gradient.double(), want["gradient"], rtol=rtol, atol=atol, equal_nan=True
     )
+
+
+TRAINING_GAPS = (0.01, 0.1, 0.3, math.inf)
 
 
 def distillation_cases():
@@ -318,16 +337,21 @@ def distillation_cases():
             yield Distillation(dtype, 4, classes, values="masked", **hard)
             yield Distillation(dtype, 4, classes, values="nan", reduction="none")
             yield Distillation(dtype, 4, classes, scale=40.0)
-            yield Distillation(dtype, 4, classes, values="near", reduction="none")
-            yield Distillation(dtype, 4, classes, values="near", inplace=True, **hard)
+            yield Distillation(dtype, 4, classes, gap=1e-3, reduction="none")
+            yield Distillation(dtype, 4, classes, gap=1e-3, inplace=True, **hard)
             # Rows that start at any element, alike or not, apart or not.
             yield Distillation(dtype, 5, classes, offset=(1, 1, 1))
             yield Distillation(dtype, 5, classes, offset=(3, 3, 3), pad=(5, 5, 5))
             yield Distillation(dtype, 5, classes, offset=(0, 1, 2), pad=(3, 0, 1))
             yield Distillation(dtype, 5, classes, pad=(8, 16, 24), inplace=True)
+        for i, (rows, classes) in enumerate(((70, 10), (9, 127), (5, 1000), (4, 3001))):
+            of = {"values": "training", "prompts": 0.5}
+            gap, temperature = TRAINING_GAPS[i], (1.0, 2.0, 4.0, 1.0)[i]
+            yield Distillation(dtype, rows, classes, temperature, gap=gap, reduction="none", **of)
+            yield Distillation(dtype, rows, classes, temperature, alpha=0.5, gap=gap, **of)
         yield Distillation(dtype, 0, 10)
         yield Distillation(dtype, 1500, 10, reduction="mean", alpha=0.5, ignored=0.1)
-        yield Distillation(dtype, 2000, 10, alpha=0.5, values="near", weighted=True, ignored=0.5)
+        yield Distillation(dtype, 2000, 10, alpha=0.5, gap=1e-3, weighted=True, ignored=0.5)
         at = 16 // size_of(dtype)  # of 32 bytes
         yield Distillation(dtype, 3, 1024, offset=(at, at, at), inplace=True)
     # More rows than one block adds up the weights of.
@@ -346,8 +370,8 @@ def distillation_cases():
     ]:
         yield Distillation(dtype, 2, classes, alpha=0.5, temperature=3.0)
         yield Distillation(dtype, 2, classes, alpha=None, offset=(1, 1, 1))
-    yield Distillation("bfloat16", 2, 50257, alpha=0.5, values="near", inplace=True)
-    yield Distillation("float32", 2, 200000, values="near", reduction="none")
+    yield Distillation("bfloat16", 2, 50257, alpha=0.5, values="training", gap=0.1, inplace=True)
+    yield Distillation("float32", 2, 200000, gap=1e-3, reduction="none")
 
 
 # ---- any divergence -----------------------------------------------------------------------------
@@ -596,7 +620,7 @@ def divergence_compare(case, got, want):
     total = largest if case.reduction == "none" else share.sum().item()
     # alpha and beta of DKD are factors; those of ABKD divide, by as much as they lessen.
     factor = 9.0 if case.divergence == "decoupled" else 1.0
-    near = case.values == "near"
+    near = case.gap < math.inf and case.alpha in (None, 1.0)
     torch.testing.assert_close(
         got["loss"].double(),
         want["loss"],
@@ -701,9 +725,15 @@ def divergence_cases():
             yield Divergence(rows=3, **of, gradient=False, statistics=True)
             yield Divergence(rows=3, **of, scale=40.0)
         for i, name in enumerate(DIVERGENCES[:-1]):
-            for near in (1e-2, 1e-4) if dtype in ("float32", "float64") else (0.3,):
-                of = {"divergence": name, "values": "near", "near": near, "reduction": "none"}
+            for gap in (1e-2, 1e-4) if dtype in ("float32", "float64") else (0.3,):
+                of = {"divergence": name, "gap": gap, "reduction": "none"}
                 yield Divergence(dtype, 2, 1000 + 100 * i, **of)
+        for i, name in enumerate(DIVERGENCES):
+            yield Divergence(
+                dtype, 4, (10, 100, 1000)[i % 3], (1.0, 2.0, 4.0)[(i + d) % 3], divergence=name,
+                alpha=1.0 if name == "decoupled" else None, values="training", prompts=0.5,
+                gap=TRAINING_GAPS[(i + d) % 4], statistics=True, reduction="none",
+            )  # fmt: skip
         yield Divergence(dtype, 0, 10)
         yield Divergence(dtype, 700, 10, **hard, ignored=0.1)
         yield from top_k_cases(dtype)

@@ -69,6 +69,9 @@ class Launch:
     cluster: tuple
     static_shared: int
     dynamic_shared: int
+    # Cycles of the longest block and the mean over blocks, if nothing but latency held them up.
+    critical_path: int
+    critical_path_mean: float
     counts: dict  # thread_instructions, warp_instructions, opcodes, memory
 
     def bytes(self, what):
@@ -161,7 +164,7 @@ def _emulator():
     flags += ("-Wall", "-Wextra", f"-I{headers}")
     with open("/proc/cpuinfo") as cpu:  # -march=native is for this machine only
         model = next((line for line in cpu if line.startswith("flags")), "")
-    folder = CACHE / ("emulator-" + _digest([*sources, HERE / "emulator.h"], flags, model))
+    folder = CACHE / ("emulator-" + _digest([*sources, *sorted(HERE.glob("*.h"))], flags, model))
     archive = folder / "libptx.a"
     if not archive.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -361,6 +364,7 @@ class Run:
     def __exit__(self, kind, *_):
         launches = json.loads(self.library.c.ptx_launches())
         keys = ("kernel", "grid", "block", "cluster", "static_shared", "dynamic_shared")
+        keys += ("critical_path", "critical_path_mean")
         self.launches = [
             Launch(*(launch.pop(key) for key in keys), counts=launch) for launch in launches
         ]

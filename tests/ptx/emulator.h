@@ -4,6 +4,7 @@
 // parse.cpp     PTX text -> Module (instructions with resolved operands)
 // decode.cpp    an instruction's words -> the function that executes it
 // arithmetic.cpp, memory.cpp, synchronize.cpp     those functions
+// latency.cpp   when registers are ready: the critical path
 // machine.cpp   blocks, warps, divergence, scheduling
 // runtime.cpp   the CUDA runtime that launchers call, and the C interface of the Python face
 //
@@ -21,6 +22,8 @@
 #include <string>
 #include <unordered_map>
 #include <vector>
+
+#include "latency.h"
 
 namespace ptx {
 
@@ -135,6 +138,7 @@ struct Instruction {
   uint8_t unused = 0;  // elements of a vector load that nothing reads, as bits
   int compare = 0, combine = 0, mode = 0;
   Class kind = Class::integer;
+  Timing timing;
   int site = -1;  // in the source
   std::string text;
 };
@@ -177,6 +181,8 @@ struct Module {
   std::map<std::string, uint64_t> global_sizes;
   std::map<uint32_t, std::string> files;
   std::vector<Site> sites;
+  std::vector<uint32_t>
+      timed;  // what the instructions' timings wait for, as places in Frame::ready
   uint64_t shared_bytes = 0;  // of variables outside functions
   uint64_t dynamic_align = 16;
 };
@@ -198,6 +204,8 @@ struct Frame {
   std::vector<uint8_t> registers;  // [slot][lane] cells
   std::vector<uint32_t> predicates;
   std::vector<uint8_t> parameters;  // [lane][byte]
+  std::vector<uint64_t>
+      ready;  // the cycle in which registers, predicates and the carry hold their values
   std::unordered_map<uint32_t, std::unique_ptr<Frame>> callees;  // by call site
 };
 
@@ -227,6 +235,7 @@ struct Warp {
   int cluster_index;  // in the cluster
   uint32_t exited = 0, alive = 0;
   uint32_t carry = 0;
+  Timeline line;
   bool queued = false;
   std::vector<Split> splits;
   std::unique_ptr<Frame> frame;
@@ -250,6 +259,7 @@ struct Barrier {
   uint32_t pc = 0;
   uint32_t count = 0, all = 1, any = 0;  // what bar.red found
   std::vector<uint32_t> clock;
+  uint64_t time = 0;  // of the last arrival
   std::vector<Warp*> waiting;
 };
 
@@ -257,6 +267,7 @@ struct MBarrier {
   uint32_t expected = 0, pending = 0, phase = 0;
   int64_t transactions = 0;
   std::vector<uint32_t> clock;
+  uint64_t time = 0, completed = 0;  // of the last arrival, and of the last one in the phase before
 };
 
 struct Cluster;
@@ -270,11 +281,13 @@ struct Block {
   std::array<Barrier, 16> barriers;
   std::unordered_map<uint32_t, MBarrier> mbarriers;
   int live_warps = 0;
+  uint64_t time = 0;  // of the last exit
 };
 
 struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   uint32_t phase = 0, arrived = 0, live_threads = 0;
+  uint64_t time[2] = {0, 0};  // of the last arrival in even and odd phases
   std::vector<uint32_t> clock;
   int live_blocks = 0;
 };
@@ -292,6 +305,7 @@ struct Launch {
   std::array<uint64_t, static_cast<size_t>(Class::count)> warp_instructions{},
       thread_instructions{};
   std::map<std::string, uint64_t> opcodes;  // thread instructions
+  uint64_t critical_path = 0, critical_sum = 0;  // cycles of the longest block and of all blocks
   Traffic traffic[6][3];
 };
 
@@ -364,6 +378,9 @@ struct Context {
   const Instruction& ins;
   uint32_t active;
   size_t split;
+  // Of the first active lane's address; `peer`: shared memory of another block.
+  Space space = ins.space;
+  bool peer = false;
 
   const Operand& operand(size_t i) const { return ins.operands[i]; }
 };

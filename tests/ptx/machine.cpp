@@ -171,6 +171,7 @@ std::unique_ptr<Frame> new_frame(Function& function, Frame* parent, uint64_t loc
   frame->local_base = local_base;
   frame->registers.assign(function.register_bytes, 0);
   frame->predicates.assign(function.predicates, 0);
+  frame->ready.assign(timed_slots(function), 0);
   frame->parameters.assign(function.frame_parameter_bytes * kLanes, 0);
   return frame;
 }
@@ -222,6 +223,7 @@ void Machine::block_barrier(Block& block, int id) {
   b = Barrier();
   for (Warp* w : done.waiting) {
     learn(*w, done.clock);
+    w->line.join(done.time + kBarrierCycles);
     for (size_t i = 0; i < w->splits.size(); ++i) {
       Split& s = w->splits[i];
       if (s.state != Split::kBarrier) continue;
@@ -249,6 +251,7 @@ void Machine::cluster_barrier(Cluster& cluster) {
   if (cluster.arrived == 0 || cluster.arrived < cluster.live_threads) return;
   cluster.arrived = 0;
   ++cluster.phase;
+  cluster.time[cluster.phase % 2] = 0;
   for (auto& block : cluster.blocks) {
     for (auto& warp : block->warps) wake(*warp);
   }
@@ -264,8 +267,17 @@ void Machine::exit_lanes(Warp& warp, uint32_t lanes) {
       warp.cluster_arrived & lanes & (warp.cluster_phase == cluster.phase ? kAllLanes : 0)));
   warp.cluster_arrived &= ~lanes;
   if (warp.exited == kAllLanes) {
-    if (--block.live_warps == 0) --cluster.live_blocks;
-    for (int id = 0; id < 16; ++id) block_barrier(block, id);
+    block.time = std::max(block.time, warp.line.now());
+    if (--block.live_warps == 0) {
+      --cluster.live_blocks;
+      current->critical_path = std::max(current->critical_path, block.time);
+      current->critical_sum += block.time;
+    }
+    for (int id = 0; id < 16; ++id) {
+      Barrier& b = block.barriers[static_cast<size_t>(id)];
+      b.time = std::max(b.time, b.warps > 0 && b.expected == 0 ? warp.line.now() : 0);
+      block_barrier(block, id);
+    }
   }
   cluster_barrier(cluster);
   wake(warp);
@@ -375,12 +387,15 @@ void Machine::run(Warp& w, int quantum) {
       ++warp_hits_[s.pc];
       thread_hits_[s.pc] += static_cast<uint64_t>(__builtin_popcount(active));
       if (active == 0) {
+        pass_by(w, *s.frame, ins);
         ++s.pc;
         continue;
       }
       Context c = {*this, *w.block, w, *s.frame, ins, active, best};
       if (ins.run == nullptr) fault(c, __builtin_ctz(active), "unknown instruction", ins.words[0]);
-      if (ins.run(c) == Status::kChanged) break;
+      Status status = ins.run(c);
+      if (!ins.timing.by_handler) issue(c);
+      if (status == Status::kChanged) break;
       ++w.splits[c.split].pc;
       if (c.split != best) break;
     } while (alone && quantum > 0);

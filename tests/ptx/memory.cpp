@@ -159,6 +159,11 @@ void count(Context& c, Space space, Direction direction, const uint64_t* address
   }
 }
 
+bool is_peer(const Context& c, uint32_t address) {
+  uint32_t high = address >> kRankShift;
+  return high != 0 && high - 1 != static_cast<uint32_t>(c.block.rank);
+}
+
 void access(Context& c, const Operand& o, int bytes, Access how, Lanes& out, uint32_t unseen = 0) {
   address_lanes(c, o, out.address);
   out.space = c.ins.space;
@@ -187,6 +192,9 @@ void access(Context& c, const Operand& o, int bytes, Access how, Lanes& out, uin
           k * part;
     }
   }
+  c.space = out.space;
+  c.peer = out.space == Space::shared &&
+           is_peer(c, static_cast<uint32_t>(out.address[__builtin_ctz(c.active)]));
   Direction direction = how == Access::kRead ? kLoad : how == Access::kWrite ? kStore : kAtomic;
   count(c, out.space, direction, out.address, bytes);
 }
@@ -439,13 +447,18 @@ Status async_commit(Context& c) {
     groups.committed.push_back(std::move(groups.open));
     groups.open.clear();
   }
+  c.warp.line.commit_copies();
   return Status::kNext;
 }
 
 Status async_wait(Context& c) {
+  bool all = c.ins.words[2] == "wait_all";
+  if (all) c.warp.line.commit_copies();
+  issue(c);
+  c.warp.line.wait_copies(all ? 0 : c.operand(0).value);
   for (int i = 0; i < kLanes; ++i) {
     if (!(c.active >> i & 1)) continue;
-    if (c.ins.words[2] == "wait_all") {
+    if (all) {
       AsyncGroups& groups = c.warp.async[static_cast<size_t>(i)];
       groups.committed.push_back(std::move(groups.open));
       groups.open.clear();

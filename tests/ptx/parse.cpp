@@ -757,6 +757,8 @@ class Parser {
     fixups_.clear();
     targets_.clear();
     mark_unused();
+    for (size_t pc = function_->begin; pc < module_->code.size(); ++pc)
+      module_->code[pc].timing = timing_of(module_->code[pc], *function_, module_->timed);
   }
 
   // Registers of vector loads that stand nowhere else in the function.

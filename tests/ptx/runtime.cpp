@@ -178,6 +178,9 @@ void json_launch(std::ostream& out, const Launch& l) {
   json_triple(out, "cluster", l.cluster);
   out << "\"static_shared\": " << l.static_shared << ", \"dynamic_shared\": " << l.dynamic_shared
       << ", ";
+  uint64_t blocks = uint64_t{l.grid[0]} * l.grid[1] * l.grid[2];
+  out << "\"critical_path\": " << l.critical_path << ", \"critical_path_mean\": "
+      << static_cast<double>(l.critical_sum) / static_cast<double>(blocks) << ", ";
   for (int warp = 0; warp < 2; ++warp) {
     out << (warp ? "\"warp_instructions\": {" : "\"thread_instructions\": {");
     for (size_t k = 0; k < static_cast<size_t>(ptx::Class::count); ++k) {
@@ -412,6 +415,7 @@ const char* ptx_error() { return state().error.c_str(); }
 const char* ptx_output() { return state().machine.output.c_str(); }
 const char* ptx_launches() {
   std::ostringstream out;
+  out.precision(12);
   out << "[";
   for (size_t i = 0; i < state().machine.launches.size(); ++i) {
     if (i) out << ", ";

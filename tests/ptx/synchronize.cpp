@@ -52,6 +52,7 @@ Status branch_indexed(Context& c) {
 }
 
 Status leave(Context& c) {
+  issue(c);
   Split& s = c.warp.splits[c.split];
   s.mask &= ~c.active;
   ++s.pc;
@@ -69,6 +70,7 @@ uint8_t* argument(Frame& frame, const Variable& v, int lane) {
 
 Status give_back(Context& c) {
   if (c.frame.parent == nullptr) return leave(c);
+  issue(c);
   Frame& parent = *c.frame.parent;
   const Call& call = c.machine.module->calls[c.frame.call];
   for (size_t k = 0; k < call.results.size(); ++k) {
@@ -152,7 +154,9 @@ bool meet(Context& c, const Operand& mask) {
     c.active = same;
     c.warp.splits.push_back(others);
   }
-  return converge(c, named) != 0;
+  if (converge(c, named) == 0) return false;
+  issue(c);
+  return true;
 }
 
 Status shuffle(Context& c) {
@@ -323,6 +327,8 @@ Status block_barrier(Context& c) {
     b.any |= bits != 0;
   }
   publish(c.warp, b.clock);
+  issue(c);
+  b.time = std::max(b.time, c.warp.line.now());
   uint32_t which = id[lane];
   if (arrive) {
     ++s.pc;
@@ -334,6 +340,13 @@ Status block_barrier(Context& c) {
   return Status::kChanged;
 }
 
+Status fence(Context& c) {
+  issue(c);
+  bool block = has(c.ins, "cta");
+  c.warp.line.join(c.warp.line.now() + (block ? kBlockFenceCycles : kFenceCycles));
+  return Status::kNext;
+}
+
 Status cluster_arrive(Context& c) {
   if (has(c.ins, "aligned") && converge(c, ~c.warp.exited) == 0) return Status::kChanged;
   Cluster& cluster = *c.block.cluster;
@@ -342,7 +355,13 @@ Status cluster_arrive(Context& c) {
           "barrier.cluster.arrive a second time before a wait");
   c.warp.cluster_arrived |= c.active;
   c.warp.cluster_phase = cluster.phase;
-  if (!has(c.ins, "relaxed")) publish(c.warp, cluster.clock);
+  issue(c);
+  if (!has(c.ins, "relaxed")) {
+    publish(c.warp, cluster.clock);
+    c.warp.line.join(c.warp.line.now() + kFenceCycles);
+  }
+  uint64_t& last = cluster.time[cluster.phase % 2];
+  last = std::max(last, c.warp.line.now());
   cluster.arrived += static_cast<uint32_t>(__builtin_popcount(c.active));
   ++c.warp.splits[c.split].pc;
   c.machine.cluster_barrier(cluster);
@@ -361,6 +380,8 @@ Status cluster_wait(Context& c) {
   }
   c.warp.cluster_arrived &= ~c.active;
   learn(c.warp, cluster.clock);
+  issue(c);
+  c.warp.line.join(cluster.time[c.warp.cluster_phase % 2] + kClusterBarrierCycles);
   return Status::kNext;
 }
 
@@ -384,6 +405,7 @@ void complete(Context& c, MBarrier& b) {
   if (b.pending != 0 || b.transactions != 0) return;
   ++b.phase;
   b.pending = b.expected;
+  b.completed = b.time;
   for (auto& warp : c.block.warps) c.machine.wake(*warp);
 }
 
@@ -403,6 +425,8 @@ Status mbarrier(Context& c) {
   }
   if (c.ins.operands.size() > at + 1) fetch_cells(c, c.operand(at + 1), extra);
   uint32_t done = 0;
+  uint64_t before = c.warp.line.now(), completed = 0;
+  issue(c);
   for (int i = 0; i < kLanes; ++i) {
     if (!(c.active >> i & 1)) continue;
     MBarrier& b = object(c, i, address[i], what == "init");
@@ -426,17 +450,24 @@ Status mbarrier(Context& c) {
               "more arrivals at an mbarrier than it was initialised for");
       b.pending -= static_cast<uint32_t>(count);
       publish(c.warp, b.clock);
+      b.time = std::max(b.time, c.warp.line.now());
       complete(c, b);
     } else {
       bool parity = has(c.ins, "parity");
       bool over =
           parity ? (b.phase & 1) != (extra[i] & 1) : b.phase != static_cast<uint32_t>(extra[i]);
       done |= static_cast<uint32_t>(over) << i;
-      if (over) learn(c.warp, b.clock);
+      if (over) {
+        learn(c.warp, b.clock);
+        completed = std::max(completed, b.completed);
+      }
     }
   }
   if (what == "arrive" && result) put(c, c.operand(0), state);
-  if (what == "test_wait" || what == "try_wait") put_predicate(c, c.operand(0), done);
+  if (what == "test_wait" || what == "try_wait") {
+    put_predicate(c, c.operand(0), done);
+    poll(c, before, done == c.active, completed);
+  }
   return Status::kNext;
 }
 
@@ -482,7 +513,7 @@ Handler synchronize_handler(Instruction& ins) {
   if (name == "nanosleep" || name == "pmevent" || name == "griddepcontrol" || name == "setmaxnreg")
     return nothing;
   ins.kind = Class::barrier;
-  if (name == "membar" || name == "fence") return nothing;
+  if (name == "membar" || name == "fence") return fence;
   if (name == "bar" || name == "barrier") {
     if (has(ins, "warp")) return warp_barrier;
     if (has(ins, "cluster"))
