@@ -14,8 +14,10 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,21 +92,63 @@ def toolkit():
     return setup.choose_toolkit("auto", "13.0", setup.nvcc_candidates())[0]
 
 
-def _compile(commands):
-    def run(command):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"[:6000])
+def _run(command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"[:6000])
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(run, commands))
+
+def _compile(commands):
+    with _pool() as pool:
+        list(pool.map(_run, commands))
+
+
+def _pool():
+    return ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count()))
+
+
+@functools.lru_cache(None)
+def _content(path, size, changed):
+    return hashlib.sha256(Path(path).read_bytes()).digest()
 
 
 def _digest(paths, *words):
     digest = hashlib.sha256(repr(words).encode())
     for path in paths:
-        digest.update(Path(path).read_bytes())
+        status = os.stat(path)
+        digest.update(_content(path, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()[:16]
+
+
+def _object(command, source):
+    """A source's object, cached by the content of every file that the compiler reads for it."""
+    folder, name = CACHE / "objects", Path(source).name
+    words = (*map(str, command), str(source), toolkit().version)
+
+    def read(listing):  # a rule for make
+        return shlex.split(listing.read_text().replace("\\\n", " ").split(": ", 1)[1])
+
+    def place(listing):
+        return folder / f"{name}-{_digest(read(listing), *words)}.o"
+
+    listing = folder / f"{name}-{_digest([], *words)}.d"
+    try:
+        if (known := place(listing)).exists():
+            return known
+    except FileNotFoundError:  # the source is new, or one of its headers is gone
+        pass
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = listing.with_suffix(f".{os.getpid()}.d")
+    out = partial.with_suffix(".o")
+    for _ in range(3):
+        begin = time.time()
+        _run([*command, source, "-o", out, "-MD", "-MF", partial])
+        if all(os.stat(file).st_mtime < begin for file in read(partial)):
+            break  # else a file was edited meanwhile
+    known = place(partial)
+    out.rename(known)
+    partial.rename(listing)
+    return known
 
 
 @functools.cache
@@ -141,7 +185,7 @@ def _headers(sources, include):
 
 
 def build(name, sources, arch="90", flags=(), include=(), link=()):
-    """Compile .cu and .cpp files to PTX and host code, cached by content.
+    """Compile .cu and .cpp files to PTX and host code, each cached by its content.
 
     arch: one compute capability or several, of which a run takes the highest that its device has.
     """
@@ -151,15 +195,14 @@ def build(name, sources, arch="90", flags=(), include=(), link=()):
     targets = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs]
     flags = (*NVCC_FLAGS, *targets, *flags, *(f"-I{path}" for path in include), python)
     archive = _emulator()
-    files = [*sources, *_headers(sources, include)]
-    digest = _digest(files, flags, link, str(archive), home.version)
+    nvcc = [home.nvcc, *flags, "-Xcompiler", "-fPIC", "-c"]
+    with _pool() as pool:
+        objects = list(pool.map(lambda source: _object(nvcc, source), sources))
+    digest = _digest([], *map(str, [*objects, *link, archive]))  # their names tell their contents
     folder = CACHE / f"{name}-{digest}"
     library = folder / f"{name}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        objects = [folder / f"{Path(source).name}.o" for source in sources]
-        nvcc = [home.nvcc, *flags, "-Xcompiler", "-fPIC", "-c"]
-        _compile([*nvcc, source, "-o", out] for source, out in zip(sources, objects, strict=True))
         partial = folder / f"{os.getpid()}.so"
         # Its own symbols first: torch brings the real CUDA runtime into the same process.
         whole = ["-shared", "-Wl,-Bsymbolic-functions", "-Wl,--whole-archive", archive]
