@@ -1,15 +1,26 @@
 """Every CUDA kernel, executed: by the emulator everywhere, on the GPU where there is one."""
 
+import ctypes
+
 import launchers
 import ptx
 import pytest
 import torch
 
+from kdkernels import reference
+
 needs_nvcc = pytest.mark.skipif(ptx.toolkit() is None, reason="needs nvcc")
 # The PTX for 75, 80 and 90 runs on all of them; shared memory and clusters differ.
-ARCHITECTURES = (90, 120, 86, 80, 75)
+ARCHITECTURES = [a for a in (90, 120, 86, 80, 75) if a >= int(launchers.ARCHITECTURES[0])]
+
+
+def name_of(op, i, case):
+    classes = f"-{case.classes}" if hasattr(case, "classes") else ""
+    return f"{op.name}-{i}{classes}"
+
+
 CASES = [
-    pytest.param(op, case, id=f"{op.name}-{i}")
+    pytest.param(op, case, id=name_of(op, i, case))
     for op in launchers.OPS
     for i, case in enumerate(op.cases)
 ]
@@ -55,6 +66,43 @@ def test_emulated(emulated_library, op, case):
         if arch == ARCHITECTURES[0]:
             again, _ = run_emulated(emulated_library, op, case, arch=arch, seed=2, resident=1)
             same_bits(got, again)
+
+
+@pytest.fixture(scope="module")
+def few_blocks():
+    source = launchers.ROOT / "tests/few_blocks.cu"
+    return ptx.build("few_blocks", [source], "90", include=launchers.INCLUDE)
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("classes", "cluster", "blocks"),
+    [(100, 1, 1), (700, 1, 1), (1300, 1, 2), (1300, 2, 1), (1301, 4, 2), (1300, 0, 1)],
+    ids=["tile", "warp", "held", "cluster-of-2", "cluster-of-4", "stream"],
+)
+def test_more_rows_than_blocks(few_blocks, classes, cluster, blocks):
+    """One row after the other in a block, the last of them left out."""
+    rows = 70 if classes == 100 else 11
+    g = launchers.generator(classes)
+    z, t = (3 * torch.randn((rows, classes), generator=g) for _ in range(2))
+    labels = torch.randint(classes, (rows,), generator=g)
+    labels[[1, -2, -1]] = -100
+    x = z.double().requires_grad_()
+    want = reference.distillation_loss(
+        x, t.double(), labels, temperature=2.0, alpha=0.5, reduction="none"
+    )
+    want.sum().backward()
+    for seed in range(8):
+        with few_blocks.run(seed=seed) as run:
+            device = launchers.Device(None, "cpu", run.buffer)
+            outs = [device.new(z.shape, z.dtype), device.new((rows,), z.dtype)]
+            scratch = device.new((blocks,), torch.float64), device.new((rows,), torch.uint8)
+            tensors = [device.put(z), device.put(t), device.put(labels), *outs, *scratch]
+            pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+            sizes = ctypes.c_int64(rows), ctypes.c_int64(classes)
+            assert few_blocks.c.launch_few(cluster, blocks, *pointers, *sizes) == 0
+        torch.testing.assert_close(outs[0].double(), x.grad, rtol=0, atol=2e-6)
+        torch.testing.assert_close(outs[1].double(), want.detach(), rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.gpu
