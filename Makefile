@@ -1,5 +1,7 @@
 # make reproduce   build everything and run experiments 1 and 2; needs Python >= 3.11 and a C++ compiler
 # make test        build and run the tests
+# make mutants     put small faults into the sources, one at a time, and see that tests fail (an hour);
+#                  ARGS="NAME ..." those alone
 # make lint        check the style of Python and C++; make format puts it right
 # make bench       the benchmarks beside what people use, into bench/results (10 minutes); ARGS="-k noise" and others
 # make bench-full  the same for all sizes, with more rounds (an hour)
@@ -45,7 +47,7 @@ SITE_PACKAGES = $(shell $(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_
 SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(addsuffix \
   /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-* $(SITE_PACKAGES)/nvidia/*)))
 
-.PHONY: setup reproduce test lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
+.PHONY: setup reproduce test mutants lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -55,6 +57,9 @@ reproduce: setup
 
 test: setup
 	@$(BIN)/python -m pytest
+
+mutants: setup
+	@PYTHONPATH=tests $(BIN)/python -m mutants.run $(ARGS)
 
 bench: $(PEERS_BUILT) setup
 	@build/peers/bin/python -m pytest bench -vv --benchmark-only --benchmark-quiet $(ARGS)

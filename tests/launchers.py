@@ -63,6 +63,13 @@ class Device:
         self._announce(out, True, name)
         return out
 
+    def put_rows(self, matrix, pad, offset, name):
+        """A copy of a matrix with `pad` elements of NaN behind each row."""
+        return self.put(padded(matrix, pad), offset, name)
+
+    def new_rows(self, shape, dtype, pad, offset, name):
+        return self.new((shape[0], shape[1] + pad), dtype, offset, name)
+
     def new(self, shape, dtype, offset=0, name=None):
         """Memory that counts as never written, full of NaN."""
         out = self._place(math.prod(shape), dtype, offset).view(shape)
@@ -209,12 +216,13 @@ def denominator(lib, case, counted):
 def distillation_launch(device, case):
     z, t, labels, weight = distillation_inputs(case)
     dtype, rows, classes = case.torch_dtype, case.rows, case.classes
-    student = device.put(padded(z, case.pad[0]), case.offset[0], "student")
-    teacher = device.put(padded(t, case.pad[1]), case.offset[1], "teacher")
+    student = device.put_rows(z, case.pad[0], case.offset[0], "student")
+    teacher = device.put_rows(t, case.pad[1], case.offset[1], "teacher")
     gradient = None
     if case.gradient:
-        shape = (rows, classes + case.pad[2])
-        gradient = student if case.inplace else device.new(shape, dtype, case.offset[2], "gradient")
+        gradient = student
+        if not case.inplace:
+            gradient = device.new_rows(z.shape, dtype, case.pad[2], case.offset[2], "gradient")
     labels = None if labels is None else device.put(labels, name="labels")
     weight = None if weight is None else device.put(weight, name="weight")
     none = case.reduction == "none"
@@ -235,9 +243,9 @@ def distillation_launch(device, case):
         weight=address(weight),
         row_loss=address(row_loss),
         loss=address(loss),
-        student_stride=classes + case.pad[0],
+        student_stride=student.stride(0),
         all_classes=classes,
-        gradient_stride=classes + case.pad[0 if case.inplace else 2],
+        gradient_stride=0 if gradient is None else gradient.stride(0),
         temperature=case.temperature,
         alpha=1.0 if case.alpha is None else case.alpha,
         label_smoothing=case.smoothing,
@@ -246,7 +254,7 @@ def distillation_launch(device, case):
         gradient_scale=1.0,
         workspace=address(workspace),
     )
-    p.set_teachers([address(teacher)], [classes + case.pad[1]], [1.0])
+    p.set_teachers([address(teacher)], [teacher.stride(0)], [1.0])
     device.lib.loss(p, device.stream)
     return cpu(loss=loss if loss is not None else row_loss, gradient=gradient)
 

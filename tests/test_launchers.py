@@ -68,6 +68,36 @@ def test_emulated(emulated_library, op, case):
             same_bits(got, again)
 
 
+class Far(launchers.Device):
+    """A device on which rows lie beyond 2^31 elements of each other, in memory that no one uses."""
+
+    def _rows(self, shape, dtype, written, name):
+        rows, classes = shape
+        apart = 2**31 + 64
+        memory = torch.empty((rows - 1) * apart + classes, dtype=dtype)
+        out = memory.as_strided(shape, (apart, 1))
+        out.fill_(float("nan"))
+        for row in out:
+            self._announce(row, written, name)
+        return out
+
+    def put_rows(self, matrix, pad, offset, name):
+        return self._rows(matrix.shape, matrix.dtype, True, name).copy_(matrix)
+
+    def new_rows(self, shape, dtype, pad, offset, name):
+        return self._rows(shape, dtype, False, name)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("classes", [100, 1000, 3000])
+def test_rows_beyond_2_to_the_31_elements(emulated_library, classes):
+    (op,) = (op for op in launchers.OPS if op.name == "distillation")
+    case = launchers.Distillation("float16", 2, classes, alpha=0.5)
+    with emulated_library.run() as run:
+        got = op.launch(Far(emulated_library.python, "cpu", run.buffer), case)
+    op.compare(case, got, op.expected(case))
+
+
 @pytest.fixture(scope="module")
 def few_blocks():
     source = launchers.ROOT / "tests/few_blocks.cu"

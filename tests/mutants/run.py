@@ -1,6 +1,6 @@
-"""Put the faults of faults.py into copies of the tree, one at a time, and see that tests fail.
+"""Put the faults listed beside this file into copies of the tree and see that tests fail.
 
-    python tests/mutants/run.py [NAME ...]    all of them, or those alone; * in a name is any text
+    PYTHONPATH=tests python -m mutants.run [NAME ...]    all, or those alone; * is any text
 
 Two copies in build/mutants are worked on side by side: one for faults of the extension, one for
 those of CUDA kernels and Python. They keep what they built, so that a fault costs the compiling of
@@ -8,6 +8,7 @@ what includes it. The table is printed, and stands in build/mutants/result.json;
 build and tests said is in build/mutants/logs.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import filecmp
@@ -26,8 +27,9 @@ import threading
 import time
 from pathlib import Path
 
-from faults import FAULTS, Fault
+from mutants import cpp, cuda, python
 
+FAULTS = cuda.FAULTS + cpp.FAULTS + python.FAULTS
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "mutants"
 LIMIT = 900  # seconds of a fault's tests; more is a deadlock
@@ -91,10 +93,8 @@ class Processes:
 
 
 def end(group):
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 class Copy:
@@ -137,9 +137,9 @@ class Copy:
                 shutil.copy(ROOT / name, there)
         for path in self.folder.rglob("*"):
             name = path.relative_to(self.folder)
-            if name.parts[0] != "build" and path.is_file() and path.suffix != ".so":
-                if str(name) not in names:
-                    path.unlink()
+            built = name.parts[0] == "build" or path.suffix == ".so"
+            if path.is_file() and not built and str(name) not in names:
+                path.unlink()
 
     # -- the extension
 
@@ -273,7 +273,9 @@ def emulated(fault):
 
 
 FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", re.MULTILINE)
-STARTED = re.compile(r"^(tests/\S+::.+?)(?: (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL).*)?$", re.MULTILINE)
+STARTED = re.compile(
+    r"^(tests/\S+::.+?)(?: (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL).*)?$", re.MULTILINE
+)
 
 
 def verdict(code, said, fault):
@@ -306,17 +308,6 @@ def chosen(names):
     if unknown:
         raise SystemExit(f"kdkernels: no fault is called {', '.join(unknown)}")
     return found
-
-
-def stale(fault: Fault):
-    """What is wrong with an entry of the list, or None."""
-    path = ROOT / fault.file
-    times = path.read_text().count(fault.text) if path.exists() else 0
-    if times != 1:
-        return f"{fault.name}: its text stands {times} times in {fault.file}, not once"
-    if fault.text == fault.instead:
-        return f"{fault.name}: it changes nothing"
-    return None
 
 
 class Session:
@@ -418,7 +409,8 @@ def table(rows, seconds):
     width = max(len(row.name) for row in rows)
     for row in rows:
         print(f"{row.status:9} {row.name:{width}} {row.build:5.0f} {row.tests:5.0f}  {row.by}")
-    count = {s: sum(r.status == s for r in rows) for s in ("killed", "survived", "no fault", "error")}
+    names = ("killed", "survived", "no fault", "error")
+    count = {name: sum(row.status == name for row in rows) for name in names}
     words = ", ".join(f"{number} {status}" for status, number in count.items())
     user = sum(row.user for row in rows)
     print(f"{words}; {seconds / 60:.0f} minutes, {user / 60:.0f} of processor time")
@@ -427,7 +419,7 @@ def table(rows, seconds):
 
 def main(names):
     faults = chosen(names)
-    wrong = [w for w in map(stale, faults) if w is not None]
+    wrong = [f"{fault.name}: {fault.stale(ROOT)}" for fault in faults if fault.stale(ROOT)]
     if wrong:
         raise SystemExit("kdkernels: the list of faults is stale:\n  " + "\n  ".join(wrong))
     if importlib.util.find_spec("ninja") is None:
