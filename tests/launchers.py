@@ -407,8 +407,30 @@ class Divergence(Distillation):
     entry_gradient: bool = False
     teacher_gradient: bool = False
     statistics: bool = False
-    invalid: bool = False  # one row's label, or index
+    invalid: bool = False  # one row's label, or index, or option
+    by_row: tuple = ()  # options that differ from row to row
     slices: int = 0  # of the vocabulary, one pass a launch; 0: all passes in one
+
+
+# The options that may differ from row to row, in the order of RowOption, and their range here.
+ROW_OPTIONS = {
+    "temperature": (0.5, 4.0),
+    "alpha": (0.0, 1.0),
+    "divergence_alpha": (0.3, 1.0),
+    "beta": (0.2, 0.8),
+    "logit_scale": (0.5, 2.0),
+    "soft_cap": (3.0, 9.0),
+    "teacher_logit_scale": (0.5, 2.0),
+    "teacher_soft_cap": (3.0, 9.0),
+}
+
+
+def row_options(case):
+    """The numbers of case.by_row, [rows] each."""
+    return {
+        name: torch.linspace(*ROW_OPTIONS[name], case.rows, dtype=torch.float64).to(case.acc)
+        for name in case.by_row
+    }
 
 
 def divergence_inputs(case):
@@ -464,7 +486,7 @@ def together(states, stage, entries):
 def divergence_launch(device, case):
     z, teachers, labels, weight, index, logsumexp = divergence_inputs(case)
     lib, dtype, rows, classes = device.lib, case.torch_dtype, case.rows, case.classes
-    if case.invalid:
+    if case.invalid and not case.by_row:
         labels, index = (None if x is None else x.clone() for x in (labels, index))
         (labels if index is None else index[:, 0])[1] = classes
     student = device.put(padded(z, case.pad[0]), case.offset[0], "student")
@@ -534,6 +556,12 @@ def divergence_launch(device, case):
         all_classes=classes,
         stages=31,
     )
+    numbers = {}
+    for name, of_rows in row_options(case).items():
+        if case.invalid:
+            of_rows[1] = -1.0
+        numbers[name] = device.put(of_rows, name=name)
+        p.set_row_option([*ROW_OPTIONS].index(name), address(numbers[name]))
     strides = [classes + case.pad[1] if case.tail is None else case.entries] * len(data)
     shares = torch.tensor(case.teacher_weights or [1.0] * len(data), dtype=torch.float64)
     shares = (shares / shares.sum()).tolist()
@@ -590,22 +618,22 @@ def divergence_expected(case):
     }
     if labels is not None:
         options |= {"alpha": case.alpha, "label_smoothing": case.smoothing}
+    by_row = {name: numbers.double() for name, numbers in row_options(case).items()}
     if case.tail is None:
-        loss, statistics = reference.distillation_loss(
-            z, teachers, labels,
-            divergence_alpha=case.divergence_alpha,
-            standardize=case.standardize,
-            teacher_logit_scale=case.teacher_logit_scale,
-            teacher_soft_cap=case.teacher_soft_cap,
-            teacher_weights=case.teacher_weights,
-            teacher_mixture=case.mixture,
-            **options,
-        )  # fmt: skip
+        options |= {
+            "divergence_alpha": case.divergence_alpha,
+            "standardize": case.standardize,
+            "teacher_logit_scale": case.teacher_logit_scale,
+            "teacher_soft_cap": case.teacher_soft_cap,
+            "teacher_weights": case.teacher_weights,
+            "teacher_mixture": case.mixture,
+        }
+        loss, statistics = reference.distillation_loss(z, teachers, labels, **options | by_row)
     else:
         loss, statistics = reference.topk_distillation_loss(
             z, teachers[0], index, labels, tail=case.tail,
             teacher_logsumexp=None if logsumexp is None else logsumexp.double(),
-            **options,
+            **options | by_row,
         )  # fmt: skip
     wanted = [z, teachers[0]] if case.teacher_gradient else [z]
     gradient, *of_teacher = torch.autograd.grad(loss.sum(), wanted, materialize_grads=True)
@@ -691,6 +719,24 @@ def divergence_cases():
             yield Divergence(dtype, 3, 100 + i, **of)
             yield Divergence(dtype, 3, 700 - i, **of, statistics=True, teacher_gradient=True)
         few = {"classes": 130, "dtype": dtype}
+        by_row = {"rows": 5, **few, **hard, "temperature": 4.0}
+        yield Divergence(**by_row, by_row=("temperature", "alpha"), divergence="forward_kl")
+        yield Divergence(
+            **by_row,
+            by_row=("temperature", "beta", "soft_cap", "logit_scale"),
+            divergence="js",
+            statistics=True,
+            teacher_gradient=True,
+        )
+        yield Divergence(
+            **by_row,
+            by_row=("divergence_alpha", "beta", "teacher_soft_cap", "teacher_logit_scale"),
+            divergence="alpha_beta" if d % 2 else "decoupled",
+            standardize=True,
+        )
+        yield Divergence(**by_row, by_row=("temperature",), invalid=True, reduction="none")
+        top = {"tail": "renormalize", "entries": 7}
+        yield Divergence(**by_row, by_row=("temperature", "alpha"), **top, inplace=True)
         for i, name in enumerate(DIVERGENCES):
             if i % 4 != d:  # the options, over divergences that take turns
                 continue

@@ -8,12 +8,12 @@ FAULTS = [
     Fault(
         "tile-barrier-after-copy",
         "csrc/cuda/short_rows.cuh",
-        """t_image[i] = t_tile[row * p.teacher_stride + column];
+        """t_image[i] = t_tile[row * p.teacher_strides[0] + column];
       }
     }
     __syncthreads();
 """,
-        """t_image[i] = t_tile[row * p.teacher_stride + column];
+        """t_image[i] = t_tile[row * p.teacher_strides[0] + column];
       }
     }
 """,

@@ -25,12 +25,12 @@ CUDA = [
     Fault(
         "tile-barrier-after-copy",
         "csrc/cuda/short_rows.cuh",
-        """t_image[i] = t_tile[row * p.teacher_stride + column];
+        """t_image[i] = t_tile[row * p.teacher_strides[0] + column];
       }
     }
     __syncthreads();
 """,
-        """t_image[i] = t_tile[row * p.teacher_stride + column];
+        """t_image[i] = t_tile[row * p.teacher_strides[0] + column];
       }
     }
 """,
@@ -525,21 +525,21 @@ OPS = [
     ),
     Fault(
         "strides-confused",
-        "csrc/ops/distillation.cpp",
+        "csrc/ops/loss_launch.cpp",
         "} else if (logits.stride(d) != stride * rows) {",
         "} else if (logits.stride(d) < stride * rows) {",
         f"{DISTILLATION} {DIVERGENCES} -k 'layout or everything or against'",
     ),
     Fault(
         "labels-of-no-class",
-        "csrc/ops/distillation.cpp",
+        "csrc/ops/loss_checks.cpp",
         "uint64_t(x) < uint64_t(classes)",
         "uint64_t(x) <= uint64_t(classes)",
         f"{DISTILLATION} -k 'out_of_range or bad_argument'",
     ),
     Fault(
         "classes-twice-in-a-row",
-        "csrc/ops/distillation.cpp",
+        "csrc/ops/loss_checks.cpp",
         "      seen[at / 64] |= bit;\n",
         "",
         DIVERGENCES + " -k bad_argument",
@@ -553,7 +553,7 @@ OPS = [
     ),
     Fault(
         "inplace-over-a-shifted-teacher",
-        "csrc/ops/distillation.cpp",
+        "csrc/ops/loss_checks.cpp",
         "at::get_overlap_status(student, teacher) != at::MemOverlapStatus::Partial",
         "at::get_overlap_status(student, teacher) != at::MemOverlapStatus::TooHard",
         DISTILLATION + " -k 'overlaps'",
@@ -575,8 +575,8 @@ OPS = [
     Fault(
         "tensors-that-share-memory",
         "csrc/ops/noise.cpp",
-        "TORCH_CHECK_VALUE(a.end <= b.begin,",
-        "TORCH_CHECK_VALUE(a.begin <= b.begin,",
+        "ranges_[j].begin < ranges_[i].end;",
+        "ranges_[j].begin < ranges_[i].begin;",
         NOISE + " -k share_memory",
     ),
     Fault(
