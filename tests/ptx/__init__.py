@@ -7,6 +7,7 @@ with lib.run(seed=1) as run:
 run.launches[0].counts["memory"]["global load"]["bytes"]
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -164,27 +165,30 @@ def _emulator():
     flags += ("-Wall", "-Wextra", f"-I{headers}")
     with open("/proc/cpuinfo") as cpu:  # -march=native is for this machine only
         model = next((line for line in cpu if line.startswith("flags")), "")
-    folder = CACHE / ("emulator-" + _digest([*sources, *sorted(HERE.glob("*.h"))], flags, model))
+    command = [CXX, *flags, f"-DHOST_{_digest([], model)}", "-c"]
+    with _pool() as pool:
+        objects = list(pool.map(lambda source: _object(command, source), sources))
+    folder = CACHE / ("emulator-" + _digest([], *map(str, objects)))
     archive = folder / "libptx.a"
     if not archive.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        objects = [folder / f"{source.stem}.o" for source in sources]
-        _compile(
-            [CXX, *flags, "-c", source, "-o", out]
-            for source, out in zip(sources, objects, strict=True)
-        )
         partial = folder / f"{os.getpid()}.a"
-        _compile([["ar", "rcs", partial, *objects]])
+        _run(["ar", "rcs", partial, *objects])
         partial.rename(archive)
     return archive
 
 
 def _headers(sources, include):
-    """Every header that may matter to a cached library: those beside the sources and in csrc."""
-    folders = {Path(source).parent for source in sources} | {Path(path) for path in include}
-    found = {path for folder in folders for path in folder.rglob("*.h")}
-    found |= {path for folder in folders for path in folder.rglob("*.cuh")}
-    return sorted(found)
+    """Every header of the project that may matter to a cached library."""
+    folders = [Path(folder) for folder in include if Path(folder).is_relative_to(ROOT)]
+    found = {path for source in sources for path in Path(source).parent.iterdir()}
+    found |= {path for folder in folders for path in folder.rglob("*")}
+    return sorted(path for path in found if path.suffix in (".h", ".cuh"))
+
+
+def _installed(include):
+    """Folders of others' headers, which an installation makes anew."""
+    return [(str(path), os.stat(path).st_mtime_ns) for path in include if Path(path).exists()]
 
 
 def build(name, sources, arch="90", flags=(), include=(), link=()):
@@ -210,7 +214,7 @@ def build(name, sources, arch="90", flags=(), include=(), link=()):
         # Its own symbols first: torch brings the real CUDA runtime into the same process.
         whole = ["-shared", "-Wl,-Bsymbolic-functions", "-Wl,--whole-archive", archive]
         whole.append("-Wl,--no-whole-archive")
-        _compile([[CXX, *whole, *objects, *link, "-o", partial]])
+        _run([CXX, *whole, *objects, *link, "-o", partial])
         partial.rename(library)
     return Library(library, name, int(archs[-1].rstrip("a")))
 
@@ -220,11 +224,12 @@ def build_native(name, sources, flags=(), include=()):
     home = toolkit()
     python = f"-I{sysconfig.get_path('include')}"
     flags = (*NVCC_FLAGS, "-arch=native", *flags, *(f"-I{path}" for path in include), python)
-    digest = _digest([*sources, *_headers(sources, include)], flags, home.version)
+    files = [*sources, *_headers(sources, include)]
+    digest = _digest(files, flags, home.version, _installed(include))
     library = CACHE / f"{name}-native-{digest}" / f"{name}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        _compile([[home.nvcc, *flags, "-Xcompiler", "-fPIC", "-shared", *sources, "-o", library]])
+        _run([home.nvcc, *flags, "-Xcompiler", "-fPIC", "-shared", *sources, "-o", library])
     return _import(library, name)
 
 
@@ -242,7 +247,7 @@ def _bare():
     if not library.exists():
         partial = library.with_name(f"{os.getpid()}.so")
         link = [CXX, "-shared", "-Wl,-Bsymbolic", "-Wl,--whole-archive", _emulator()]
-        _compile([[*link, "-Wl,--no-whole-archive", "-o", partial]])
+        _run([*link, "-Wl,--no-whole-archive", "-o", partial])
         partial.rename(library)
     return library
 
@@ -354,6 +359,16 @@ class Run:
         module = self.library.module
         self.library.c.ptx_launch(module, kernel.encode(), *dims, ctypes.c_uint64(shared), pointers)
         self.check()
+
+    @contextlib.contextmanager
+    def capture(self, stream=1):
+        """A stream, an address, is being captured: waiting for the device is a finding meanwhile,
+        and so is work in the legacy stream."""
+        self.library.c.ptx_capture(ctypes.c_uint64(stream))
+        try:
+            yield stream
+        finally:
+            self.library.c.ptx_capture(ctypes.c_uint64(0))
 
     def check(self):
         """Raise what a check found so far."""

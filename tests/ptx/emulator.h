@@ -5,7 +5,9 @@
 // decode.cpp    an instruction's words -> the function that executes it
 // arithmetic.cpp, memory.cpp, synchronize.cpp     those functions
 // latency.cpp   when registers are ready: the critical path
+// ordering.cpp  what is before what in global memory: races, missing fences
 // machine.cpp   blocks, warps, divergence, scheduling
+// limits.cpp    what the runtime refuses to launch
 // runtime.cpp   the CUDA runtime that launchers call, and the C interface of the Python face
 //
 // Source of the semantics: NVIDIA, "Parallel Thread Execution ISA", version 9.0.
@@ -24,6 +26,7 @@
 #include <vector>
 
 #include "latency.h"
+#include "ordering.h"
 
 namespace ptx {
 
@@ -139,6 +142,7 @@ struct Instruction {
   int compare = 0, combine = 0, mode = 0;
   Class kind = Class::integer;
   Timing timing;
+  Semantics semantics;
   int site = -1;  // in the source
   std::string text;
 };
@@ -156,6 +160,7 @@ struct Function {
   uint64_t parameter_bytes = 0;  // of a kernel
   uint64_t local_bytes = 0, frame_parameter_bytes = 0, shared_bytes = 0;
   int max_threads = 0;
+  bool exact_threads = false;  // .reqntid
   std::array<int, 3> cluster = {0, 0, 0};
 };
 
@@ -240,7 +245,11 @@ struct Warp {
   std::vector<Split> splits;
   std::unique_ptr<Frame> frame;
   std::vector<uint8_t> local, local_written;  // [lane][byte]
-  std::vector<uint32_t> clock;  // what this warp knows of every warp of the cluster
+  Knowledge known;
+  uint32_t met = 0;  // this warp's clock when its lanes met last
+  std::array<uint32_t, kLanes>
+      lane_fences{};  // its clock at fences since then that not all lanes executed
+  bool lane_fenced = false;
   std::array<AsyncGroups, kLanes> async;
   uint32_t cluster_arrived = 0;  // lanes that arrived and did not wait yet
   uint32_t cluster_phase = 0;
@@ -258,7 +267,7 @@ struct Barrier {
   uint32_t expected = 0;  // threads, or 0 for the whole block
   uint32_t pc = 0;
   uint32_t count = 0, all = 1, any = 0;  // what bar.red found
-  std::vector<uint32_t> clock;
+  Knowledge known;
   uint64_t time = 0;  // of the last arrival
   std::vector<Warp*> waiting;
 };
@@ -266,7 +275,7 @@ struct Barrier {
 struct MBarrier {
   uint32_t expected = 0, pending = 0, phase = 0;
   int64_t transactions = 0;
-  std::vector<uint32_t> clock;
+  Knowledge known;
   uint64_t time = 0, completed = 0;  // of the last arrival, and of the last one in the phase before
 };
 
@@ -285,10 +294,11 @@ struct Block {
 };
 
 struct Cluster {
+  uint32_t number = 0;  // in the grid
   std::vector<std::unique_ptr<Block>> blocks;
   uint32_t phase = 0, arrived = 0, live_threads = 0;
   uint64_t time[2] = {0, 0};  // of the last arrival in even and odd phases
-  std::vector<uint32_t> clock;
+  Knowledge known;
   int live_blocks = 0;
 };
 
@@ -301,6 +311,7 @@ struct Launch {
   std::string kernel;
   std::array<uint32_t, 3> grid = {1, 1, 1}, block = {1, 1, 1}, cluster = {1, 1, 1};
   uint64_t static_shared = 0, dynamic_shared = 0;
+  bool programmatic = false;  // it may start before the launch before it has ended
   // Counts: warp instructions and thread instructions by class; memory by space and direction.
   std::array<uint64_t, static_cast<size_t>(Class::count)> warp_instructions{},
       thread_instructions{};
@@ -345,6 +356,7 @@ class Machine {
   Launch* current = nullptr;
   const uint8_t* parameters = nullptr;
   uint64_t parameter_bytes = 0, dynamic_offset = 0;
+  Ordering ordering;
   std::mt19937_64 random;
   uint64_t clock = 0;
 
@@ -353,6 +365,7 @@ class Machine {
   void cluster_barrier(Cluster& cluster);
   void exit_lanes(Warp& warp, uint32_t lanes);
   Allocation* find(uint64_t address, uint64_t& base);
+  std::array<uint32_t, 3> block_of(uint64_t cluster, uint64_t rank) const;  // its index in the grid
 
  private:
   void start(uint64_t cluster_index);
@@ -432,6 +445,11 @@ Handler memory_handler(Instruction& ins);
 Handler synchronize_handler(Instruction& ins);
 
 std::string describe(const Instruction& ins);
+std::string demangled(const std::string& name);
+std::string hex(uint64_t x);
+std::string coordinates(const std::array<uint32_t, 3>& x);
+// file.cu:12, and for an inlined function the places that it was called from.
+std::string place(const Machine& machine, const Instruction& ins);
 // Whether a word is among the opcode and its modifiers.
 inline bool has(const Instruction& ins, const char* word) {
   return std::find(ins.words.begin(), ins.words.end(), word) != ins.words.end();
@@ -441,15 +459,10 @@ uint16_t half_sum(Type type, uint16_t a, uint16_t b);
 // Makes the callee's frame of a call, its registers and places; frames are kept for the next call from there.
 Frame& enter(Frame& parent, uint32_t pc, Function& function);
 std::unique_ptr<Frame> new_frame(Function& function, Frame* parent, uint64_t local_base);
-// What a warp did so far is before whatever joins `clock` later.
-void publish(Warp& warp, std::vector<uint32_t>& clock);
-void learn(Warp& warp, const std::vector<uint32_t>& clock);
-
 // The lanes named by a .sync instruction's mask, once all of them stand here; 0: this split waits for them.
 uint32_t converge(Context& c, uint32_t members);
 
 // Shared memory, seen by its races and by whether it was ever written.
-enum class Access { kRead, kWrite, kAtomic };
 uint8_t* shared_bytes(Context& c, int lane, uint32_t address, int bytes, Access access);
 uint8_t* global_bytes(Context& c, int lane, uint64_t address, int bytes, Access access);
 Block& shared_owner(Context& c, int lane, uint32_t& address);

@@ -13,25 +13,18 @@
 namespace ptx {
 namespace {
 
-std::string coordinates(const std::array<uint32_t, 3>& x) {
-  return "(" + std::to_string(x[0]) + ", " + std::to_string(x[1]) + ", " + std::to_string(x[2]) +
-         ")";
-}
-
 std::array<uint32_t, 3> unflatten(uint64_t i, const std::array<uint32_t, 3>& extent) {
   return {static_cast<uint32_t>(i % extent[0]), static_cast<uint32_t>(i / extent[0] % extent[1]),
           static_cast<uint32_t>(i / extent[0] / extent[1])};
 }
 
-std::string demangled(const std::string& name) {
-  int status = 0;
-  char* text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
-  std::string out = status == 0 ? text : name;
-  std::free(text);
-  return out;
+}  // namespace
+
+std::string coordinates(const std::array<uint32_t, 3>& x) {
+  return "(" + std::to_string(x[0]) + ", " + std::to_string(x[1]) + ", " + std::to_string(x[2]) +
+         ")";
 }
 
-// file.cu:12, and for an inlined function the places that it was called from.
 std::string place(const Machine& m, const Instruction& ins) {
   std::string out;
   for (int site = ins.site; site >= 0; site = m.module->sites[static_cast<size_t>(site)].caller) {
@@ -45,7 +38,19 @@ std::string place(const Machine& m, const Instruction& ins) {
   return out.empty() ? "no line" : out;
 }
 
-}  // namespace
+std::string demangled(const std::string& name) {
+  int status = 0;
+  char* text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
+  std::string out = status == 0 ? text : name;
+  std::free(text);
+  return out;
+}
+
+std::string hex(uint64_t x) {
+  std::ostringstream out;
+  out << "0x" << std::hex << x;
+  return out.str();
+}
 
 std::string describe(const Instruction& ins) { return "`" + ins.text + "`"; }
 
@@ -186,19 +191,6 @@ Frame& enter(Frame& parent, uint32_t pc, Function& function) {
   return *frame;
 }
 
-// ---- Happens-before, as vector clocks over the cluster's warps ---------------------------------------------------
-
-void publish(Warp& warp, std::vector<uint32_t>& clock) {
-  size_t self = static_cast<size_t>(warp.cluster_index);
-  ++warp.clock[self];
-  clock.resize(warp.clock.size(), 0);
-  for (size_t i = 0; i < clock.size(); ++i) clock[i] = std::max(clock[i], warp.clock[i]);
-}
-
-void learn(Warp& warp, const std::vector<uint32_t>& clock) {
-  for (size_t i = 0; i < clock.size(); ++i) warp.clock[i] = std::max(warp.clock[i], clock[i]);
-}
-
 // ---- Barriers and ends --------------------------------------------------------------------------------------------
 
 void Machine::wake(Warp& warp) {
@@ -222,7 +214,7 @@ void Machine::block_barrier(Block& block, int id) {
   Barrier done = std::move(b);
   b = Barrier();
   for (Warp* w : done.waiting) {
-    learn(*w, done.clock);
+    learn(*w, done.known);
     w->line.join(done.time + kBarrierCycles);
     for (size_t i = 0; i < w->splits.size(); ++i) {
       Split& s = w->splits[i];
@@ -314,12 +306,19 @@ Warp* Machine::new_warp(Block& block, int index, uint32_t threads) {
   return block.warps.back().get();
 }
 
+std::array<uint32_t, 3> Machine::block_of(uint64_t cluster, uint64_t rank) const {
+  const Launch& l = *current;
+  std::array<uint32_t, 3> clusters, inside = unflatten(rank, l.cluster), index;
+  for (size_t k = 0; k < 3; ++k) clusters[k] = l.grid[k] / l.cluster[k];
+  std::array<uint32_t, 3> first = unflatten(cluster, clusters);
+  for (size_t k = 0; k < 3; ++k) index[k] = first[k] * l.cluster[k] + inside[k];
+  return index;
+}
+
 void Machine::start(uint64_t cluster_index) {
   const Launch& l = *current;
   auto cluster = std::make_unique<Cluster>();
-  std::array<uint32_t, 3> clusters = {l.grid[0] / l.cluster[0], l.grid[1] / l.cluster[1],
-                                      l.grid[2] / l.cluster[2]};
-  std::array<uint32_t, 3> first = unflatten(cluster_index, clusters);
+  cluster->number = static_cast<uint32_t>(cluster_index);
   uint32_t blocks = l.cluster[0] * l.cluster[1] * l.cluster[2];
   uint32_t threads = l.block[0] * l.block[1] * l.block[2], warps = (threads + kLanes - 1) / kLanes;
   cluster->live_threads = blocks * threads;
@@ -327,8 +326,7 @@ void Machine::start(uint64_t cluster_index) {
   for (uint32_t rank = 0; rank < blocks; ++rank) {
     auto block = std::make_unique<Block>();
     block->cluster = cluster.get();
-    std::array<uint32_t, 3> inside = unflatten(rank, l.cluster);
-    for (size_t k = 0; k < 3; ++k) block->index[k] = first[k] * l.cluster[k] + inside[k];
+    block->index = block_of(cluster_index, rank);
     block->rank = static_cast<int>(rank);
     block->live_warps = static_cast<int>(warps);
     uint64_t shared = dynamic_offset + l.dynamic_shared;
@@ -336,8 +334,8 @@ void Machine::start(uint64_t cluster_index) {
     block->shadow.assign(shared, SharedByte{});
     for (uint32_t w = 0; w < warps; ++w) {
       Warp* warp = new_warp(*block, static_cast<int>(w), threads);
-      warp->clock.assign(blocks * warps, 0);
-      warp->clock[static_cast<size_t>(warp->cluster_index)] = 1;
+      warp->known.clock.assign(blocks * warps, 0);
+      warp->known.clock[static_cast<size_t>(warp->cluster_index)] = warp->met = 1;
       wake(*warp);
     }
     cluster->blocks.push_back(std::move(block));
@@ -412,6 +410,7 @@ void Machine::launch(Module& m, Function& kernel, Launch what, const std::vector
   dynamic_offset = (what.static_shared + m.dynamic_align - 1) / m.dynamic_align * m.dynamic_align;
   launches.push_back(what);
   current = &launches.back();
+  ordering.begin_launch(current->programmatic);
   clock = 0;
   random.seed(options.seed);
   state_ = options.seed * 0x9E3779B97F4A7C15ull + 1;

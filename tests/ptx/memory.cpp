@@ -8,14 +8,6 @@
 namespace ptx {
 namespace {
 
-constexpr uint32_t kSeveralLanes = 32;
-
-std::string hex(uint64_t x) {
-  std::ostringstream out;
-  out << "0x" << std::hex << x;
-  return out.str();
-}
-
 std::string thread_name(const Block& block, uint16_t who) {
   int lane = who % 64;
   return "warp " + std::to_string(who / 64 - block.warps[0]->cluster_index) +
@@ -25,10 +17,7 @@ std::string thread_name(const Block& block, uint16_t who) {
 
 // Whether what thread `who` did at `clock` comes before what this lane does now.
 bool ordered(Context& c, int lane, uint16_t who, uint32_t clock) {
-  if (clock == 0) return true;
-  int warp = who / 64;
-  if (warp == c.warp.cluster_index && who % 64 == lane) return true;
-  return c.warp.clock[static_cast<size_t>(warp)] > clock;
+  return clock == 0 || ordered_in_cluster(c.warp, lane, who, clock);
 }
 
 void address_lanes(Context& c, const Operand& o, uint64_t (&out)[kLanes]) {
@@ -159,14 +148,41 @@ void count(Context& c, Space space, Direction direction, const uint64_t* address
   }
 }
 
+bool is_written(Context& c, uint64_t address, uint64_t bytes) {
+  uint64_t base = 0;
+  Allocation* a = c.machine.find(address, base);
+  if (a == nullptr || address + bytes > base + a->size) return false;
+  auto first = a->written.begin() + static_cast<std::ptrdiff_t>(address - base);
+  return !a->tracked || std::all_of(first, first + static_cast<std::ptrdiff_t>(bytes),
+                                    [](uint8_t w) { return w != 0; });
+}
+
 bool is_peer(const Context& c, uint32_t address) {
   uint32_t high = address >> kRankShift;
   return high != 0 && high - 1 != static_cast<uint32_t>(c.block.rank);
 }
 
+// What a strong access tells other warps, and hears from them.
+void communicate(Context& c, const uint64_t* address, Access how) {
+  bool reads = how == Access::kRead || c.ins.words[0] == "atom";
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(c.active >> i & 1)) continue;
+    if (reads) c.machine.ordering.observe(c, address[i]);
+    if (how != Access::kRead) c.machine.ordering.release(c, address[i]);
+  }
+}
+
+// unseen: lanes whose store changes nothing, which nothing needs to be ordered with.
 void access(Context& c, const Operand& o, int bytes, Access how, Lanes& out, uint32_t unseen = 0) {
   address_lanes(c, o, out.address);
   out.space = c.ins.space;
+  auto reach = [&](int lane, Space space, uint64_t address, int size) {
+    bool seen = !(unseen >> lane & 1);
+    if (space == Space::shared && !seen) return static_cast<uint8_t*>(nullptr);
+    uint8_t* at = resolve(c, lane, space, address, size, how);
+    if (space == Space::global && seen) c.machine.ordering.touch(c, lane, address, size, how);
+    return at;
+  };
   bool first = true;
   for (int i = 0; i < kLanes; ++i) {
     if (!(c.active >> i & 1)) continue;
@@ -178,7 +194,7 @@ void access(Context& c, const Operand& o, int bytes, Access how, Lanes& out, uin
     }
     first = false;
     if (c.ins.unused == 0) {
-      if (!(unseen >> i & 1)) out.bytes[i] = resolve(c, i, space, out.address[i], bytes, how);
+      out.bytes[i] = reach(i, space, out.address[i], bytes);
       continue;
     }
     // A vector that the compiler made wider than what is used: the rest need not have been written.
@@ -188,13 +204,14 @@ void access(Context& c, const Operand& o, int bytes, Access how, Lanes& out, uin
       if (c.ins.unused >> k & 1) continue;
       uint64_t at = out.address[i] + static_cast<uint64_t>(k * part);
       out.bytes[i] =
-          resolve(c, i, space, aligned ? at : out.address[i], aligned ? part : bytes, how) -
-          k * part;
+          reach(i, space, aligned ? at : out.address[i], aligned ? part : bytes) - k * part;
     }
   }
   c.space = out.space;
   c.peer = out.space == Space::shared &&
            is_peer(c, static_cast<uint32_t>(out.address[__builtin_ctz(c.active)]));
+  if (c.ins.semantics.scope != kNoScope && out.space == Space::global)
+    communicate(c, out.address, how);
   Direction direction = how == Access::kRead ? kLoad : how == Access::kWrite ? kStore : kAtomic;
   count(c, out.space, direction, out.address, bytes);
 }
@@ -219,6 +236,54 @@ Status load(Context& c) {
   return Status::kNext;
 }
 
+// Of lanes that store the same value to the same place all but one: the result is defined.
+uint32_t repeated(Context& c, const uint64_t* address, const uint64_t (*value)[kLanes], int bytes) {
+  bool ascending = true;
+  int last = -1;
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(c.active >> i & 1)) continue;
+    ascending = ascending && (last < 0 || address[i] > address[last]);
+    last = i;
+  }
+  uint32_t out = 0;
+  if (ascending) return out;
+  for (int i = 0; i < kLanes; ++i) {
+    Space space = c.ins.space == Space::generic ? space_of(address[i]) : c.ins.space;
+    if (!(c.active >> i & 1) || (space != Space::shared && space != Space::global)) continue;
+    for (int j = 0; j < i && !(out >> i & 1); ++j) {
+      bool same = (c.active >> j & 1) && address[j] == address[i];
+      for (int k = 0; same && k < c.ins.vector; ++k)
+        same = std::memcmp(&value[k][i], &value[k][j], static_cast<size_t>(bytes)) == 0;
+      if (same) out |= 1u << i;
+    }
+  }
+  return out;
+}
+
+// Lanes that store what the memory holds.
+uint32_t unchanged(Context& c, const uint64_t* address, const uint64_t (*value)[kLanes],
+                   int bytes) {
+  uint32_t out = 0;
+  uint64_t size = static_cast<uint64_t>(bytes * c.ins.vector);
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(c.active >> i & 1)) continue;
+    const uint8_t* held = nullptr;
+    if (c.ins.space == Space::shared && address[i] + size <= c.block.shared.size()) {
+      bool written = true;
+      for (uint64_t b = 0; b < size; ++b)
+        written = written && c.block.shadow[address[i] + b].written;
+      held = written ? c.block.shared.data() + address[i] : nullptr;
+    } else if (c.ins.space == Space::global && is_written(c, address[i], size)) {
+      held = reinterpret_cast<const uint8_t*>(address[i]);
+    }
+    bool same = held != nullptr;
+    for (int k = 0; same && k < c.ins.vector; ++k)
+      same = std::memcmp(held + k * bytes, &value[k][i], static_cast<size_t>(bytes)) == 0;
+    if (same) out |= 1u << i;
+  }
+  return out;
+}
+
 Status store(Context& c) {
   int bytes = bytes_of(c.ins.type), n = c.ins.vector;
   uint64_t value[16][kLanes];
@@ -235,29 +300,10 @@ Status store(Context& c) {
       fetch_cells(c, from, value[k]);
     }
   }
-  // Of lanes that store the same value to the same place one counts: the result is defined.
   Lanes lanes;
   address_lanes(c, c.operand(0), lanes.address);
-  uint32_t unseen = 0;
-  for (int i = 0; c.ins.space == Space::shared && i < kLanes; ++i) {
-    if (!(c.active >> i & 1)) continue;
-    for (int j = 0; j < i && !(unseen >> i & 1); ++j) {
-      bool same = (c.active >> j & 1) && lanes.address[j] == lanes.address[i];
-      for (int k = 0; same && k < n; ++k)
-        same = std::memcmp(&value[k][i], &value[k][j], static_cast<size_t>(bytes)) == 0;
-      if (same) unseen |= 1u << i;
-    }
-    bool same = c.machine.options.same_values &&
-                lanes.address[i] + static_cast<uint64_t>(bytes * n) <= c.block.shared.size();
-    for (int k = 0; same && k < n; ++k) {
-      uint64_t at = lanes.address[i] + static_cast<uint64_t>(k * bytes);
-      for (int b = 0; same && b < bytes; ++b)
-        same = c.block.shadow[at + static_cast<uint64_t>(b)].written;
-      same = same &&
-             std::memcmp(c.block.shared.data() + at, &value[k][i], static_cast<size_t>(bytes)) == 0;
-    }
-    if (same) unseen |= 1u << i;
-  }
+  uint32_t unseen = repeated(c, lanes.address, value, bytes);
+  if (c.machine.options.same_values) unseen |= unchanged(c, lanes.address, value, bytes);
   access(c, c.operand(0), bytes * n, Access::kWrite, lanes, unseen);
   for (int k = 0; k < n; ++k) {
     for (int i = 0; i < kLanes; ++i) {
@@ -405,6 +451,12 @@ void mark_unwritten(Context& c, int lane, uint32_t address, int bytes) {
   for (int i = 0; i < bytes; ++i) owner.shadow[address + static_cast<uint32_t>(i)].written = false;
 }
 
+const uint8_t* copied_bytes(Context& c, int lane, uint64_t address, int bytes) {
+  const uint8_t* at = global_bytes(c, lane, address, bytes, Access::kRead);
+  c.machine.ordering.touch(c, lane, address, bytes, Access::kRead);
+  return at;
+}
+
 // The copy may happen at any time up to its wait: the seed decides whether the source is read now or then. Until then
 // the destination counts as never written.
 Status async_copy(Context& c) {
@@ -424,9 +476,8 @@ Status async_copy(Context& c) {
       fault(c, i, "misaligned",
             std::to_string(bytes) + " bytes from global address " + hex(from[i]) +
                 " to shared address " + hex(to[i]));
-    const uint8_t* source = copy.source_bytes > 0
-                                ? global_bytes(c, i, from[i], copy.source_bytes, Access::kRead)
-                                : nullptr;
+    const uint8_t* source =
+        copy.source_bytes > 0 ? copied_bytes(c, i, from[i], copy.source_bytes) : nullptr;
     shared_bytes(c, i, copy.destination, bytes, Access::kWrite);
     mark_unwritten(c, i, copy.destination, bytes);
     if (c.machine.random() & 1 && source != nullptr) {
@@ -606,7 +657,7 @@ uint8_t* shared_bytes(Context& c, int lane, uint32_t address, int bytes, Access 
     fault(c, lane, "out of bounds",
           "shared address " + hex(given) + " of " + std::to_string(owner.shared.size()) + " bytes");
   uint16_t me = static_cast<uint16_t>(c.warp.cluster_index * 64 + lane);
-  uint32_t now = c.warp.clock[static_cast<size_t>(c.warp.cluster_index)];
+  uint32_t now = c.warp.known.clock[static_cast<size_t>(c.warp.cluster_index)];
   for (int i = 0; i < bytes; ++i) {
     SharedByte& s = owner.shadow[address + static_cast<uint32_t>(i)];
     auto race = [&](const char* what, uint16_t who) {
@@ -648,8 +699,7 @@ void finish_async(Context& c, int lane, size_t keep) {
   while (groups.committed.size() > keep) {
     for (AsyncCopy& copy : groups.committed.front()) {
       if (!copy.captured && copy.source_bytes > 0)
-        std::memcpy(copy.data.data(),
-                    global_bytes(c, lane, copy.source, copy.source_bytes, Access::kRead),
+        std::memcpy(copy.data.data(), copied_bytes(c, lane, copy.source, copy.source_bytes),
                     copy.source_bytes);
       std::memcpy(shared_bytes(c, lane, copy.destination, copy.bytes, Access::kWrite),
                   copy.data.data(), copy.bytes);

@@ -439,6 +439,7 @@ class Parser {
     if (word == ".maxntid" || word == ".reqntid") {
       function_->max_threads = 1;
       for (int n : numbers) function_->max_threads *= n;
+      function_->exact_threads = word == ".reqntid";
     } else if (word == ".reqnctapercluster") {
       for (size_t i = 0; i < 3; ++i) function_->cluster[i] = i < numbers.size() ? numbers[i] : 1;
     }
@@ -862,6 +863,7 @@ void decode(Instruction& ins) {
       ins.integral = word.size() == 3;
     }
   }
+  ins.semantics = semantics_of(ins);
   ins.run = memory_handler(ins);
   if (ins.run == nullptr) ins.run = synchronize_handler(ins);
   if (ins.run == nullptr) ins.run = arithmetic_handler(ins);

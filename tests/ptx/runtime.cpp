@@ -6,9 +6,12 @@
 
 #include <algorithm>
 #include <mutex>
+#include <set>
 #include <sstream>
+#include <thread>
 
 #include "emulator.h"
+#include "limits.h"
 
 namespace {
 
@@ -20,7 +23,8 @@ using ptx::Module;
 struct Kernel {
   size_t binary;
   std::string name;
-  int dynamic_shared = 48 << 10;
+  std::optional<uint64_t> dynamic_shared;  // what cudaFuncSetAttribute allows
+  std::set<std::thread::id> users;  // host threads that launched it or set its attributes
 };
 
 struct Binary {
@@ -36,6 +40,7 @@ struct State {
   std::map<uint64_t, std::unique_ptr<std::vector<uint8_t>>> mallocs;
   std::string error, text;
   cudaError_t last = cudaSuccess;
+  uint64_t captured_stream = 0;  // 0: none
   struct Configuration {
     dim3 grid, block;
     size_t shared;
@@ -49,6 +54,10 @@ State& state() {
   static State s;
   return s;
 }
+
+// What the host's threads do here, they do one after another.
+std::recursive_mutex mutex;
+using Lock = std::lock_guard<std::recursive_mutex>;
 
 cudaError_t failed(cudaError_t code, const std::string& what) {
   if (state().error.empty()) state().error = what;
@@ -107,15 +116,39 @@ void announce_globals(Module& module) {
   }
 }
 
-cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
-                   dim3 cluster) {
-  // One launch at a time, whatever the host's threads do.
-  static std::mutex mutex;
-  std::lock_guard<std::mutex> lock(mutex);
+// While a stream is captured, what waits for the device is refused, and so is all work in the legacy stream.
+cudaError_t refuse_in_capture(const char* call) {
+  if (state().captured_stream == 0) return cudaSuccess;
+  return failed(cudaErrorStreamCaptureUnsupported,
+                std::string(call) + " while a stream is being captured");
+}
+
+cudaError_t refuse_legacy_stream(const std::string& work, cudaStream_t stream) {
+  if (state().captured_stream == 0 || stream != nullptr) return cudaSuccess;
+  return failed(cudaErrorStreamCaptureImplicit,
+                work + " in the legacy stream while another one is being captured");
+}
+
+void run(Module& module, Function& kernel, const Launch& l, void** arguments) {
+  std::vector<uint8_t> parameters(kernel.parameter_bytes);
+  for (size_t i = 0; i < kernel.parameters.size(); ++i) {
+    const ptx::Variable& p = kernel.parameters[i];
+    std::memcpy(parameters.data() + p.offset, arguments[i], p.size);
+  }
+  announce_globals(module);
+  state().machine.launch(module, kernel, l, parameters);
+}
+
+// A cluster of 0 blocks: what the kernel is compiled for.
+cudaError_t launch(const void* host, Launch l, void** arguments, cudaStream_t stream) {
+  Lock lock(mutex);
   State& s = state();
   if (!s.error.empty()) return s.last;
+  Kernel& kernel = s.kernels.at(host);
+  kernel.users.insert(std::this_thread::get_id());
   ptx::Device& device = s.machine.device;
   try {
+    if (cudaError_t code = refuse_legacy_stream("launch of " + kernel.name, stream)) return code;
     Module* module = module_of(*s.binaries[kernel.binary]);
     if (module == nullptr)
       return failed(cudaErrorNoKernelImageForDevice,
@@ -124,42 +157,26 @@ cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, void** arguments
     if (found == module->functions.end())
       return failed(cudaErrorInvalidDeviceFunction, "no kernel " + kernel.name + " in the PTX");
     Function& f = *found->second;
-    if (f.cluster[0] > 0)
-      cluster = dim3(static_cast<unsigned>(f.cluster[0]), static_cast<unsigned>(f.cluster[1]),
-                     static_cast<unsigned>(f.cluster[2]));
-    uint64_t threads = uint64_t{block.x} * block.y * block.z;
-    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 ||
-        grid.z > 65535 || threads == 0 || threads > 1024 ||
-        (f.max_threads > 0 && threads > static_cast<uint64_t>(f.max_threads)))
-      return failed(cudaErrorInvalidConfiguration,
-                    "launch of " + kernel.name + " with a grid or block out of range");
-    if (shared > static_cast<size_t>(kernel.dynamic_shared) ||
-        shared + std::max(f.shared_bytes, module->shared_bytes) >
-            static_cast<size_t>(device.shared_per_block))
-      return failed(cudaErrorInvalidValue,
-                    "launch of " + kernel.name + " with " + std::to_string(shared) +
-                        " bytes of dynamic shared memory; " +
-                        std::to_string(kernel.dynamic_shared) + " are allowed");
-    unsigned blocks = cluster.x * cluster.y * cluster.z;
-    if (grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0 ||
-        blocks > static_cast<unsigned>(device.max_cluster))
-      return failed(cudaErrorInvalidClusterSize,
-                    "launch of " + kernel.name + " in clusters of " + std::to_string(blocks) +
-                        "; this device takes " + std::to_string(device.max_cluster));
-    std::vector<uint8_t> parameters(f.parameter_bytes);
-    for (size_t i = 0; i < f.parameters.size(); ++i)
-      std::memcpy(parameters.data() + f.parameters[i].offset, arguments[i], f.parameters[i].size);
-    announce_globals(*module);
-    Launch l;
-    l.grid = {grid.x, grid.y, grid.z};
-    l.block = {block.x, block.y, block.z};
-    l.cluster = {cluster.x, cluster.y, cluster.z};
-    l.dynamic_shared = shared;
-    s.machine.launch(*module, f, l, parameters);
+    for (size_t k = 0; k < 3; ++k) {
+      uint32_t compiled = static_cast<uint32_t>(f.cluster[0] > 0 ? f.cluster[k] : 1);
+      if (l.cluster[k] == 0) l.cluster[k] = compiled;
+    }
+    ptx::Refusal refusal = ptx::refuse(device, *module, f, l, kernel.dynamic_shared);
+    if (refusal.code != cudaSuccess) return failed(refusal.code, refusal.why);
+    run(*module, f, l, arguments);
   } catch (const std::exception& e) {
     return failed(cudaErrorLaunchFailure, e.what());
   }
   return cudaSuccess;
+}
+
+Launch launch_of(dim3 grid, dim3 block, size_t shared) {
+  Launch l;
+  l.grid = {grid.x, grid.y, grid.z};
+  l.block = {block.x, block.y, block.z};
+  l.cluster = {0, 0, 0};
+  l.dynamic_shared = shared;
+  return l;
 }
 
 const char* const kClasses[] = {"fp32", "fp64",   "fp16", "integer", "convert",
@@ -232,7 +249,7 @@ char __cudaInitModule(void**) { return 1; }
 
 void __cudaRegisterFunction(void** binary, const char* host, char*, const char* name, int, void*,
                             void*, void*, void*, int*) {
-  state().kernels[host] = {reinterpret_cast<size_t>(binary) - 1, name};
+  state().kernels[host] = {reinterpret_cast<size_t>(binary) - 1, name, {}, {}};
 }
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 
@@ -254,8 +271,8 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
   return cudaSuccess;
 }
 cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arguments,
-                             size_t shared, cudaStream_t) {
-  return launch(state().kernels.at(host), grid, block, arguments, shared, dim3(1, 1, 1));
+                             size_t shared, cudaStream_t stream) {
+  return launch(host, launch_of(grid, block, shared), arguments, stream);
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments,
                                size_t shared, cudaStream_t stream) {
@@ -263,14 +280,24 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host,
                                 void** arguments) {
-  dim3 cluster(1, 1, 1);
+  Launch l = launch_of(config->gridDim, config->blockDim, config->dynamicSmemBytes);
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& a = config->attrs[i];
-    if (a.id == cudaLaunchAttributeClusterDimension)
-      cluster = dim3(a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z);
+    switch (a.id) {
+      case cudaLaunchAttributeClusterDimension:
+        l.cluster = {a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z};
+        break;
+      case cudaLaunchAttributeProgrammaticStreamSerialization:
+        l.programmatic = a.val.programmaticStreamSerializationAllowed != 0;
+        break;
+      case cudaLaunchAttributeIgnore:
+      case cudaLaunchAttributePriority: break;
+      default:
+        return failed(cudaErrorNotSupported,
+                      "launch attribute " + std::to_string(a.id) + " is not known to the emulator");
+    }
   }
-  return launch(state().kernels.at(host), config->gridDim, config->blockDim, arguments,
-                config->dynamicSmemBytes, cluster);
+  return launch(host, l, arguments, config->stream);
 }
 cudaError_t cudaGetLastError() {
   cudaError_t last = state().last;
@@ -286,23 +313,36 @@ const char* cudaGetErrorName(cudaError_t code) {
 }
 
 cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute attribute, int value) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value > state().machine.device.shared_per_block)
-      return failed(
-          cudaErrorInvalidValue,
-          std::to_string(value) + " bytes of dynamic shared memory, more than the device has");
-    state().kernels.at(host).dynamic_shared = value;
-  }
+  Lock lock(mutex);
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  Kernel& k = state().kernels.at(host);
+  k.users.insert(std::this_thread::get_id());
+  Module* module = module_of(*state().binaries[k.binary]);
+  const uint64_t bytes = static_cast<uint64_t>(value);
+  const uint64_t most =
+      ptx::most_dynamic_shared(state().machine.device, *module, *module->functions.at(k.name));
+  if (value < 0 || bytes > most)
+    return failed(cudaErrorInvalidValue,
+                  std::to_string(value) + " bytes of dynamic shared memory for " + k.name +
+                      ", which may have " + std::to_string(most) + " beside its static ones");
+  if (k.dynamic_shared.value_or(0) > bytes && k.users.size() > 1)
+    return failed(cudaErrorInvalidValue,
+                  "cudaFuncSetAttribute lowers the dynamic shared memory of " + k.name + " from " +
+                      std::to_string(*k.dynamic_shared) + " to " + std::to_string(bytes) +
+                      " bytes, although another thread may be about to launch it");
+  k.dynamic_shared = bytes;
   return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void* host) {
   const Kernel& k = state().kernels.at(host);
   Module* module = module_of(*state().binaries[k.binary]);
   *a = cudaFuncAttributes{};
-  a->sharedSizeBytes = module->functions.at(k.name)->shared_bytes;
+  const uint64_t fixed = ptx::static_shared(*module, *module->functions.at(k.name));
+  a->sharedSizeBytes = fixed;
   a->maxThreadsPerBlock = 1024;
   a->ptxVersion = a->binaryVersion = module->arch;
-  a->maxDynamicSharedSizeBytes = k.dynamic_shared;
+  a->maxDynamicSharedSizeBytes =
+      static_cast<int>(k.dynamic_shared.value_or(ptx::kSharedWithoutOptIn - fixed));
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*,
@@ -349,9 +389,22 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   }
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return state().last; }
-cudaError_t cudaDeviceSynchronize() { return state().last; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  bool captured =
+      stream != nullptr && reinterpret_cast<uint64_t>(stream) == state().captured_stream;
+  *status = captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return refuse_legacy_stream("cudaStreamIsCapturing", stream);
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  cudaError_t code = refuse_in_capture("cudaStreamSynchronize");
+  return code == cudaSuccess ? state().last : code;
+}
+cudaError_t cudaDeviceSynchronize() {
+  cudaError_t code = refuse_in_capture("cudaDeviceSynchronize");
+  return code == cudaSuccess ? state().last : code;
+}
 cudaError_t cudaMalloc(void** pointer, size_t size) {
+  if (cudaError_t code = refuse_in_capture("cudaMalloc")) return code;
   auto block = std::make_unique<std::vector<uint8_t>>(size + 256);
   uint64_t address = (reinterpret_cast<uint64_t>(block->data()) + 255) / 256 * 256;
   announce(address, size, "cudaMalloc", false);
@@ -360,6 +413,7 @@ cudaError_t cudaMalloc(void** pointer, size_t size) {
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* pointer) {
+  if (cudaError_t code = refuse_in_capture("cudaFree")) return code;
   state().machine.memory.erase(reinterpret_cast<uint64_t>(pointer));
   state().mallocs.erase(reinterpret_cast<uint64_t>(pointer));
   return cudaSuccess;
@@ -374,12 +428,15 @@ static void mark(void* pointer, size_t size) {
   if (a.tracked && address + size <= base + a.size)
     std::fill_n(a.written.begin() + static_cast<std::ptrdiff_t>(address - base), size, uint8_t{1});
 }
-cudaError_t cudaMemsetAsync(void* pointer, int value, size_t size, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void* pointer, int value, size_t size, cudaStream_t stream) {
+  if (cudaError_t code = refuse_legacy_stream("cudaMemsetAsync", stream)) return code;
   std::memset(pointer, value, size);
   mark(pointer, size);
   return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind,
+                            cudaStream_t stream) {
+  if (cudaError_t code = refuse_legacy_stream("cudaMemcpyAsync", stream)) return code;
   std::memcpy(to, from, size);
   mark(to, size);
   return cudaSuccess;
@@ -403,14 +460,21 @@ void ptx_begin(int arch, int sms, int shared_per_block, int shared_per_sm, int m
   s.machine.memory.clear();
   s.machine.launches.clear();
   s.machine.output.clear();
+  s.machine.ordering.clear();
   s.mallocs.clear();
   s.error.clear();
   s.last = cudaSuccess;
-  for (auto& [host, kernel] : s.kernels) kernel.dynamic_shared = 48 << 10;
+  s.captured_stream = 0;
+  for (auto& [host, kernel] : s.kernels) {
+    kernel.dynamic_shared.reset();
+    kernel.users.clear();
+  }
 }
 void ptx_buffer(uint64_t address, uint64_t size, const char* name, int written) {
   announce(address, size, name, written != 0);
 }
+// A stream that is being captured from here on; 0: none.
+void ptx_capture(uint64_t stream) { state().captured_stream = stream; }
 const char* ptx_error() { return state().error.c_str(); }
 const char* ptx_output() { return state().machine.output.c_str(); }
 const char* ptx_launches() {
@@ -459,21 +523,21 @@ const char* ptx_kernels(int module) {
 }
 int ptx_launch(int module, const char* kernel, const unsigned* grid, const unsigned* block,
                const unsigned* cluster, uint64_t shared, void** arguments) {
+  Lock lock(mutex);
   State& s = state();
   if (!s.error.empty()) return s.last;
   try {
     Module& m = *s.loaded.at(static_cast<size_t>(module));
     Function& f = *m.functions.at(kernel);
-    std::vector<uint8_t> parameters(f.parameter_bytes);
-    for (size_t i = 0; i < f.parameters.size(); ++i)
-      std::memcpy(parameters.data() + f.parameters[i].offset, arguments[i], f.parameters[i].size);
-    announce_globals(m);
     Launch l;
-    l.grid = {grid[0], grid[1], grid[2]};
-    l.block = {block[0], block[1], block[2]};
-    l.cluster = {cluster[0], cluster[1], cluster[2]};
+    std::copy_n(grid, 3, l.grid.begin());
+    std::copy_n(block, 3, l.block.begin());
+    std::copy_n(cluster, 3, l.cluster.begin());
     l.dynamic_shared = shared;
-    s.machine.launch(m, f, l, parameters);
+    // A loaded module has opted in for what each launch needs.
+    ptx::Refusal refusal = ptx::refuse(s.machine.device, m, f, l, shared);
+    if (refusal.code != cudaSuccess) return failed(refusal.code, refusal.why);
+    run(m, f, l, arguments);
   } catch (const std::exception& e) {
     return failed(cudaErrorLaunchFailure, e.what());
   }

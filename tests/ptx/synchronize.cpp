@@ -131,6 +131,11 @@ Status call(Context& c) {
 Status trap(Context& c) { fault(c, __builtin_ctz(c.active), "trap", "the kernel stopped itself"); }
 Status nothing(Context&) { return Status::kNext; }
 
+Status wait_for_grid(Context& c) {
+  c.warp.known.waited = true;
+  return Status::kNext;
+}
+
 // ---- Within a warp ---------------------------------------------------------------------------------------------
 
 // Waits for the lanes that the mask operand of a .sync instruction names. Lanes may stand here with different masks:
@@ -292,7 +297,7 @@ Status elect(Context& c) {
 
 Status warp_barrier(Context& c) {
   if (!meet(c, c.operand(0))) return Status::kChanged;
-  ++c.warp.clock[static_cast<size_t>(c.warp.cluster_index)];
+  meet_lanes(c.warp);
   return Status::kNext;
 }
 
@@ -326,7 +331,7 @@ Status block_barrier(Context& c) {
     b.all &= bits == c.active;
     b.any |= bits != 0;
   }
-  publish(c.warp, b.clock);
+  publish(c.warp, b.known);
   issue(c);
   b.time = std::max(b.time, c.warp.line.now());
   uint32_t which = id[lane];
@@ -342,8 +347,9 @@ Status block_barrier(Context& c) {
 
 Status fence(Context& c) {
   issue(c);
-  bool block = has(c.ins, "cta");
-  c.warp.line.join(c.warp.line.now() + (block ? kBlockFenceCycles : kFenceCycles));
+  Scope scope = c.ins.semantics.scope;
+  c.machine.ordering.fence(c, scope);
+  c.warp.line.join(c.warp.line.now() + (scope > kBlockScope ? kFenceCycles : kBlockFenceCycles));
   return Status::kNext;
 }
 
@@ -357,7 +363,7 @@ Status cluster_arrive(Context& c) {
   c.warp.cluster_phase = cluster.phase;
   issue(c);
   if (!has(c.ins, "relaxed")) {
-    publish(c.warp, cluster.clock);
+    publish(c.warp, cluster.known);
     c.warp.line.join(c.warp.line.now() + kFenceCycles);
   }
   uint64_t& last = cluster.time[cluster.phase % 2];
@@ -379,7 +385,7 @@ Status cluster_wait(Context& c) {
     return Status::kChanged;
   }
   c.warp.cluster_arrived &= ~c.active;
-  learn(c.warp, cluster.clock);
+  learn(c.warp, cluster.known);
   issue(c);
   c.warp.line.join(cluster.time[c.warp.cluster_phase % 2] + kClusterBarrierCycles);
   return Status::kNext;
@@ -449,7 +455,7 @@ Status mbarrier(Context& c) {
         fault(c, i, "divergent barrier",
               "more arrivals at an mbarrier than it was initialised for");
       b.pending -= static_cast<uint32_t>(count);
-      publish(c.warp, b.clock);
+      publish(c.warp, b.known);
       b.time = std::max(b.time, c.warp.line.now());
       complete(c, b);
     } else {
@@ -458,7 +464,7 @@ Status mbarrier(Context& c) {
           parity ? (b.phase & 1) != (extra[i] & 1) : b.phase != static_cast<uint32_t>(extra[i]);
       done |= static_cast<uint32_t>(over) << i;
       if (over) {
-        learn(c.warp, b.clock);
+        learn(c.warp, b.known);
         completed = std::max(completed, b.completed);
       }
     }
@@ -510,6 +516,7 @@ Handler synchronize_handler(Instruction& ins) {
   if (name == "ret") return give_back;
   if (name == "exit") return leave;
   if (name == "trap" || name == "brkpt") return trap;
+  if (name == "griddepcontrol" && has(ins, "wait")) return wait_for_grid;
   if (name == "nanosleep" || name == "pmevent" || name == "griddepcontrol" || name == "setmaxnreg")
     return nothing;
   ins.kind = Class::barrier;
