@@ -157,7 +157,10 @@ def distillation_loss(
             one of them requires grad.
         labels: ``[*]``, int64 classes in [0, V) or ``ignore_index``. A row that is ignored has loss
             and gradient 0 and its logits are not read. None: the divergence alone.
-        temperature: T > 0, from 1e-15 to 1e15.
+        temperature: T > 0, from 1e-15 to 1e15. Like ``alpha``, the divergence's parameters, the
+            scales and the caps it is a number or a tensor, ``[*]`` for a number per row or ``[]``
+            for all, of any real dtype. A tensor that requires grad gets its gradient (a learnable
+            temperature or scale); the loss is then made by plain PyTorch.
         alpha: share of the divergence, in [0, 1]. Default 0.5 with labels, 1 without (and no other
             then). With 1 the labels only say which rows are ignored (and the target class of
             "decoupled"); with 0 the teacher is not read.
@@ -221,12 +224,15 @@ def distillation_loss(
     PyTorch gains as much. Else ``inplace``, or ``linear_distillation_loss`` in row blocks.
 
     The same bits come out for any number of threads. Differentiable twice and more, and through
-    ``torch.compile``. On CUDA a label out of range gives NaN loss and zero gradient for its row.
+    ``torch.compile``. On CUDA a label, or a number of a tensor option, that is out of range gives
+    NaN loss and zero gradient for its row.
 
     Raises:
         ValueError: shapes or devices differ, V is 0, a number or (on CPU) a label is out of range,
             a parameter does not belong to the divergence, or ``inplace`` is not possible.
-        TypeError: a dtype is not supported or differs.
+        TypeError: a dtype is not supported or differs, or a tensor is of a subclass without memory
+            of its own (a sharded DTensor beside a plain tensor).
+        NotImplementedError: forward-mode differentiation, which ``backend="reference"`` has.
 
     Example:
         >>> student = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)

@@ -102,11 +102,6 @@ def _run(command):
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"[:6000])
 
 
-def _compile(commands):
-    with _pool() as pool:
-        list(pool.map(_run, commands))
-
-
 def _pool():
     return ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count()))
 
