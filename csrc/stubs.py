@@ -40,7 +40,7 @@ def python_type(kind: torch.Type, sequence: str) -> str:
         return f"{sequence}[{python_type(kind.getElementType(), sequence)}]"
     if kind.kind() == "OptionalType":
         return f"{python_type(kind.getElementType(), sequence)} | None"
-    return str(kind)
+    return "float" if kind.kind() == "NumberType" else str(kind)
 
 
 def of_schema(name: str, schema: torch.FunctionSchema) -> str:
