@@ -1064,3 +1064,24 @@ def test_bad_argument_is_named(case):
     with pytest.raises(error, match=rf"\b{name}\b") as raised:
         call()
     assert type(raised.value) is error
+
+
+# ---- a sampled teacher --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_samples_weigh_what_their_draw_was_worth(power, temperature):
+    """Over many rows alike they are the teacher, whatever they were drawn from."""
+    teacher = logits(1, 12, scale=2.0).expand(2000, 12)
+    p = (teacher[0].double() / temperature).softmax(-1)
+    sample = kdkernels.sample_teacher(
+        teacher, 256, temperature=temperature, proposal_power=power, generator=generator(3)
+    )
+    shares = (sample.values.double() / temperature).exp() * (sample.indices >= 0)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(2000).double(), rtol=0, atol=1e-5)
+    assert (sample.logsumexp == 0).all()
+    found = torch.zeros(2000, 12, dtype=torch.float64)
+    found.scatter_add_(-1, sample.indices.clamp(min=0).long(), shares)
+    # Weights that are scaled to sum 1 leave a bias of about one in the number of draws.
+    torch.testing.assert_close(found.mean(0), p, rtol=0, atol=0.01)

@@ -257,6 +257,15 @@ def test_a_disk_that_refuses_leaves_the_last_checkpoint(code, folder, monkeypatc
     assert one.load(folder) and one.step == 3
 
 
+def test_a_file_is_replaced_whole(tmp_path):
+    """Whoever holds the old one keeps it, to its last byte."""
+    path, old = tmp_path / "file", tmp_path / "old"
+    run_folder.write_bytes(path, b"what was there")
+    os.link(path, old)
+    run_folder.write_bytes(path, b"new")
+    assert path.read_bytes() == b"new" and old.read_bytes() == b"what was there"
+
+
 def test_metrics_that_cannot_be_written(folder, monkeypatch):
     """A line is there whole or not at all."""
     folder.log(kind="step", learner="net", step=1, loss=1.0)

@@ -25,6 +25,7 @@ from kdkernels.train import (
     soft_regression,
     soft_regularization,
 )
+from kdkernels.train.loop import epoch_batches
 from kdkernels.train.run_folder import RunFolder
 
 # One thread: two that spin on a busy machine's two cores wait for each other most of the time.
@@ -131,6 +132,20 @@ def test_distill_end_to_end(run):
         assert results["arms"][arm]["speedup"] > 0
     assert results["arms"]["alone"]["phases"]["teacher"] < 1e-3
     assert results["arms"]["full"]["phases"]["teacher"] > 0
+
+
+def test_epochs_have_an_order_each():
+    orders = [
+        torch.cat(epoch_batches(50, 16, seed, epoch, "cpu")).tolist()
+        for seed in (0, 1)
+        for epoch in (0, 1, 2)
+    ]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len(set(map(tuple, orders))) == len(orders)
+    again = epoch_batches(50, 16, 1, 2, "cpu")
+    assert torch.cat(again).tolist() == orders[-1] and [len(b) for b in again] == [16, 16, 16, 2]
+    # One image alone has no variance for BatchNorm.
+    assert [len(b) for b in epoch_batches(49, 16, 1, 2, "cpu")] == [16, 16, 16]
 
 
 def test_fused_follows_reference(run):

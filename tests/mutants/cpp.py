@@ -103,13 +103,6 @@ CPU = [
         DISTILLATION + " -k 'against_fp64 or ignored or left_out'",
     ),
     Fault(
-        "guess-of-maxima-never-far",
-        "csrc/cpu/distillation.h",
-        "near(max_s * scale - shift.s, kFar)",
-        "near(0 * max_s * scale, kFar)",
-        f"{DISTILLATION} {DIVERGENCES} -k 'peaked or leading or hard_numbers or exp_overflows'",
-    ),
-    Fault(
         "entries-counted-twice",
         "csrc/cpu/divergence.h",
         "      if (column[k] >= 0) u[column[k]] = -kInfinity<Real>;\n",
@@ -142,7 +135,7 @@ CPU = [
         "csrc/cpu/distillation.h",
         "const T* z = static_cast<const T*>(p.student) + row * p.student_stride;",
         "const T* z = static_cast<const T*>(p.student) + static_cast<int>(row * p.student_stride);",
-        DISTILLATION + " -k 2_to_the_31",
+        DISTILLATION + " -k beyond_2_to_the_31",
     ),
     Fault(
         "seeds-in-32-bits",

@@ -207,6 +207,13 @@ FAULTS = [
         LAUNCHERS + "divergence-",
     ),
     Fault(
+        "sums-refined-while-they-are-read",
+        "csrc/cuda/divergence.cuh",
+        "      if (stage == kRefine) __syncthreads();  // all have read what this changes\n",
+        "",
+        LAUNCHERS + "divergence-",
+    ),
+    Fault(
         "divergence-weight-ignored",
         "csrc/cuda/divergence.cuh",
         "emit(weight() * g.loss);",

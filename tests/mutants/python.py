@@ -71,7 +71,7 @@ PYTHON = [
         "kdkernels/distill.py",
         "log_p.gather(-1, drawn) * (1 - proposal_power)",
         "log_p.gather(-1, drawn) * (0 * proposal_power)",
-        DIVERGENCES + " -k sample",
+        DIVERGENCES + " -k samples_weigh",
     ),
     Fault(
         "temperature-once-not-squared",
@@ -111,7 +111,7 @@ TRAIN = [
         "kdkernels/train/loop.py",
         "(seed * 0x9E3779B97F4A7C15 + epoch)",
         "(seed * 0x9E3779B97F4A7C15)",
-        ROBUST,
+        "tests/test_train.py -k order_each",
     ),
     Fault(
         "ranks-share-the-first-ones-noise",
@@ -132,7 +132,7 @@ TRAIN = [
         "kdkernels/train/run_folder.py",
         "        os.replace(beside, path)\n",
         "        path.write_bytes(beside.read_bytes())\n        beside.unlink()\n",
-        ROBUST + " -k 'disk or kill'",
+        ROBUST + " -k 'disk or replaced'",
     ),
     Fault(
         "metrics-after-the-checkpoint-stay",
