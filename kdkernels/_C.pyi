@@ -48,38 +48,9 @@ def combine_noise_(
     /,
 ) -> None: ...
 def distillation_loss(
-    student_logits: Tensor,
-    teacher: Sequence[Tensor],
-    labels: Tensor | None,
-    indices: Tensor | None,
-    teacher_logsumexp: Tensor | None,
-    weight: Tensor | None,
-    temperature: float,
-    alpha: float | None,
-    divergence: str,
-    divergence_alpha: float | None,
-    beta: float | None,
-    tail: str,
-    teacher_kind: str,
-    teacher_weights: Sequence[float],
-    teacher_mixture: str,
-    standardize: bool,
-    logit_scale: float,
-    soft_cap: float | None,
-    teacher_logit_scale: float,
-    teacher_soft_cap: float | None,
-    label_smoothing: float,
-    ignore_index: int,
-    num_items: float | None,
-    reduction: str,
-    inplace: bool,
-    sparse_gradient: bool,
-    statistics: bool,
-    group: str,
-    first_class: int,
-    all_classes: int,
-    /,
-) -> list[Tensor]: ...
+    call: dict[str, Any], teachers: list[Tensor], group: str, /
+) -> list[Tensor] | None: ...
+def divergences() -> list[Any]: ...
 def elementary(arg0: str, arg1: Tensor, /) -> Tensor: ...
 def gradient_noise(
     x: Tensor,
@@ -110,41 +81,9 @@ def input_noise(
     /,
 ) -> Tensor: ...
 def linear_distillation_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher: Sequence[Tensor],
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    labels: Tensor | None,
-    indices: Tensor | None,
-    teacher_logsumexp: Tensor | None,
-    weight: Tensor | None,
-    temperature: float,
-    alpha: float | None,
-    divergence: str,
-    divergence_alpha: float | None,
-    beta: float | None,
-    tail: str,
-    teacher_kind: str,
-    teacher_weights: Sequence[float],
-    teacher_mixture: str,
-    standardize: bool,
-    logit_scale: float,
-    soft_cap: float | None,
-    teacher_logit_scale: float,
-    teacher_soft_cap: float | None,
-    label_smoothing: float,
-    ignore_index: int,
-    num_items: float | None,
-    reduction: str,
-    statistics: bool,
-    group: str,
-    first_class: int,
-    all_classes: int,
-    memory_budget: int | None,
-    /,
-) -> tuple[Tensor, Tensor]: ...
+    call: dict[str, Any], teacher_name: str, teachers: list[Tensor], group: str, /
+) -> list[Tensor] | None: ...
+def loss_options() -> list[Any]: ...
 def noise_dot(
     tensors: Sequence[Tensor],
     seed: int,
@@ -213,3 +152,4 @@ row_state: int
 
 def set_differentiable_gradients(arg0: Callable[..., Any], /) -> None: ...
 def set_isa(arg0: str, /) -> None: ...
+def set_unwrap(arg0: Callable[..., Any], /) -> None: ...

@@ -585,10 +585,13 @@ def _differentiable_gradients(
     else:
         loss_of, teacher = reference.topk_distillation_loss, teachers[0]
         call["teacher_kind"] = "log_probs"  # which may lack a logsumexp, and else are the same
-    loss = loss_of(student, teacher, **_taken_by(loss_of, call))
+    loss: Any = loss_of(student, teacher, **_taken_by(loss_of, call))
     inputs = [x for x in (student, teachers[0]) if x.requires_grad]
     gradients = iter(torch.autograd.grad(loss, inputs, grad_output, create_graph=True))
-    return tuple(next(gradients) if x.requires_grad else None for x in (student, teachers[0]))
+    of_student, of_teacher = (
+        next(gradients) if x.requires_grad else None for x in (student, teachers[0])
+    )
+    return of_student, of_teacher
 
 
 _C.set_differentiable_gradients(_differentiable_gradients)
@@ -616,7 +619,8 @@ def topk_teacher(
     Args:
         teacher_logits: ``[*, V]``.
         k: classes a row, from 1 to min(V, 1024).
-        temperature: T of the loss that will use it; ``logsumexp`` depends on it.
+        temperature: T of the loss that will use it, a number or ``[*]``; ``logsumexp`` depends on
+            it.
         by: ``[*, V]``, whose k largest classes are taken instead of the teacher's own: the
             student's logits, for a reverse KL on the student's support.
 
@@ -646,7 +650,7 @@ def topk_teacher(
     return TopK(
         teacher_logits.gather(-1, indices),
         indices.int(),
-        _logsumexp(teacher_logits, temperature),
+        _tempered(teacher_logits, temperature).logsumexp(-1),
     )
 
 
@@ -668,7 +672,7 @@ def sample_teacher(
     Args:
         teacher_logits: t, ``[*, V]``.
         k: draws a row, from 1 to 1024.
-        temperature: T, that of the loss.
+        temperature: T, that of the loss, a number or ``[*]``.
         proposal_power: 1 draws from the teacher itself, 0 from all classes alike.
         generator: of the draws; None: PyTorch's own.
 
@@ -688,8 +692,7 @@ def sample_teacher(
         raise ValueError(f"k is {k}; it takes from 1 to {reference.MAX_TOP_K}")
     if not 0 <= proposal_power < float("inf"):
         raise ValueError(f"proposal_power is {proposal_power}; it takes a number of at least 0")
-    acc = torch.float64 if teacher_logits.dtype == torch.float64 else torch.float32
-    log_p = torch.log_softmax(teacher_logits.detach().to(acc) / temperature, -1)
+    log_p = torch.log_softmax(_tempered(teacher_logits.detach(), temperature), -1)
     log_p = log_p.reshape(-1, log_p.shape[-1])
     proposal = torch.softmax(log_p * proposal_power, -1).masked_fill(log_p == -torch.inf, 0)
     drawn = torch.multinomial(proposal, k, replacement=True, generator=generator).sort(-1).values
@@ -701,6 +704,8 @@ def sample_teacher(
     place = new.cumsum(-1) - 1
     weights = torch.zeros_like(weight).scatter_add_(-1, place, weight)
     indices = torch.full_like(drawn, -1).scatter_(-1, place, drawn)
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        temperature = temperature.reshape(-1, 1)
     values = temperature * (weights / weights.sum(-1, keepdim=True)).log()
     shape = (*teacher_logits.shape[:-1], k)
     return TopK(
@@ -710,15 +715,20 @@ def sample_teacher(
     )
 
 
-def _check_temperature(temperature: float) -> None:
+def _check_temperature(temperature: float | Tensor) -> None:
+    if isinstance(temperature, Tensor):  # the loss checks a tensor's numbers
+        return
     check("temperature", temperature, NUMBER)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it takes a finite number above 0")
 
 
-def _logsumexp(logits: Tensor, temperature: float) -> Tensor:
+def _tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """logits / temperature, in fp32 also of 16 bits; a tensor has a temperature per row."""
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.logsumexp(logits.to(acc) / temperature, -1)
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        temperature = temperature.unsqueeze(-1)
+    return logits.to(acc) / temperature
 
 
 # ---- the module ----------------------------------------------------------------------------------

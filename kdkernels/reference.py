@@ -42,7 +42,7 @@ def divergence_parameters(
     """A divergence's parameters, the defaults where None is given; checked."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence is {divergence!r}; it takes one of {', '.join(DIVERGENCES)}")
-    parameters = dict(DIVERGENCES[divergence].parameters)
+    parameters: dict[str, float | Tensor] = dict(DIVERGENCES[divergence].parameters)
     largest = math.inf if "divergence_alpha" in parameters else 1
     for name, value in (("divergence_alpha", divergence_alpha), ("beta", beta)):
         if value is None:

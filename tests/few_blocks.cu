@@ -34,16 +34,15 @@ cudaError_t launch(void (*kernel)(Parameters...), int blocks, const Distillation
 extern "C" int launch_few(int cluster, int blocks, const float* student, const float* teacher,
                           const int64_t* labels, float* gradient, float* row_loss, double* partial,
                           uint8_t* near, int64_t rows, int64_t classes) {
-  DistillationParams p = {};
+  LossParams p = {};
   p.rows = rows;
-  p.classes = p.student_stride = p.teacher_stride = p.gradient_stride = classes;
+  p.classes = p.all_classes = p.student_stride = p.gradient_stride = classes;
   p.student = student;
-  p.teacher = teacher;
+  p.teacher_data[0] = teacher;
+  p.teacher_strides[0] = classes;
   p.labels = labels;
   p.gradient = gradient;
   p.row_loss = row_loss;
-  p.ignore_index = -100;
-  p.gradient_scale = 1;
   Task<float> task = {CrossEntropy::kOwn,
                       false,
                       static_cast<float>(math::kLog2E / 2),

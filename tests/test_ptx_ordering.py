@@ -101,7 +101,8 @@ def test_the_writer_is_named_with_its_line(planted):
         run(planted, "last_block", 1, 0)
     written = line_of("last block, written")
     assert re.search(
-        rf"by block \(\d, 0, 0\), warp 0, lane 0, at planted_memory.cu:{written}, announced without",
+        r"by block \(\d, 0, 0\), warp 0, lane 0, at "
+        rf"planted_memory.cu:{written}, announced without",
         str(caught.value),
     )
 

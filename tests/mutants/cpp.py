@@ -212,9 +212,9 @@ OPS = [
     ),
     Fault(
         "default-beta",
-        "csrc/ops/distillation.cpp",
-        '{"js", Divergence::kJS, kNone, 0.5, 1}',
-        '{"js", Divergence::kJS, kNone, 0.4, 1}',
+        "csrc/ops/loss_options.cpp",
+        '"GKD, arXiv 2306.13649", kNone, 0.5}',
+        '"GKD, arXiv 2306.13649", kNone, 0.4}',
         DIVERGENCES + " -k everything",
     ),
     Fault(
