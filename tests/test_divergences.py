@@ -1085,3 +1085,13 @@ def test_samples_weigh_what_their_draw_was_worth(power, temperature):
     found.scatter_add_(-1, sample.indices.clamp(min=0).long(), shares)
     # Weights that are scaled to sum 1 leave a bias of about one in the number of draws.
     torch.testing.assert_close(found.mean(0), p, rtol=0, atol=0.01)
+
+
+def test_defaults_are_those_of_the_papers():
+    assert {name: entry.parameters for name, entry in divergences().items() if entry.parameters} == {
+        "js": {"beta": 0.5},
+        "skew_forward_kl": {"beta": 0.1},
+        "skew_reverse_kl": {"beta": 0.1},
+        "alpha_beta": {"divergence_alpha": 0.2, "beta": 0.7},
+        "decoupled": {"divergence_alpha": 1.0, "beta": 8.0},
+    }
