@@ -145,7 +145,7 @@ class Distillation:
     inplace: bool = False
     pad: tuple = (0, 0, 0)  # elements between the rows of student, teacher, gradient
     offset: tuple = (0, 0, 0)  # elements past 256 aligned bytes
-    values: str = "normal"  # "masked", "nan", "training"
+    values: str = "normal"  # "masked", "nan", "training", "blank"
     scale: float = 3.0
     levels: tuple = (0.0, 0.0)  # what is added to all logits of student and teacher
     # Standard deviation of the teacher's logits less the student's; the first row of "normal" ones
@@ -161,20 +161,43 @@ class Distillation:
     def acc(self):
         return torch.float64 if self.dtype == "float64" else torch.float32
 
+    @property
+    def counting_rows(self):
+        return self.rows - int(self.prompts * self.rows)
+
 
 def training_inputs(case):
     """Rows of a prompt have no label, or no weight where there are no labels."""
     z, t, labels = training_logits(
         case.rows, case.classes, case.gap, dtype=case.torch_dtype, prompts=case.prompts
     )
+    weight = None
+    if case.weighted:
+        weight = 0.5 + torch.rand(case.rows, generator=generator(1)).to(case.acc)
     if case.alpha is not None:
-        return z, t, labels, None
-    return z, t, None, (labels != IGNORED).to(case.acc) if case.prompts else None
+        return z, t, labels, weight
+    if case.prompts:
+        weight = (labels != IGNORED) * (1 if weight is None else weight)
+    return z, t, None, None if weight is None else weight.to(case.acc)
+
+
+def blank_inputs(case):
+    """One element stands for all others, for launches that are noted and not run."""
+
+    def blank(*shape, dtype=case.torch_dtype):
+        return torch.zeros((), dtype=dtype).expand(shape)
+
+    z = blank(case.rows, case.classes)
+    labels = None if case.alpha is None else blank(case.rows, dtype=torch.long)
+    weighted = case.weighted or (case.alpha is None and case.prompts)
+    return z, z, labels, blank(case.rows, dtype=case.acc) if weighted else None
 
 
 def distillation_inputs(case):
     if case.values == "training":
         return training_inputs(case)
+    if case.values == "blank":
+        return blank_inputs(case)
     g = generator(case.rows * 1000003 + case.classes)
     shape = (case.rows, case.classes)
     z = case.scale * torch.randn(shape, generator=g, dtype=torch.float64)
@@ -203,6 +226,8 @@ def distillation_inputs(case):
 
 
 def padded(matrix, pad):
+    if pad == 0:
+        return matrix
     return torch.nn.functional.pad(matrix, (0, pad), value=math.nan)
 
 
@@ -411,6 +436,20 @@ class Divergence(Distillation):
     by_row: tuple = ()  # options that differ from row to row
     slices: int = 0  # of the vocabulary, one pass a launch; 0: all passes in one
 
+    @property
+    def needs_logsumexp(self):
+        return self.tail != "renormalize" and (self.kind == "logits" or self.temperature != 1)
+
+
+def blank_divergence_inputs(case, z, labels, weight):
+    if case.tail is None:
+        return z, [z] * case.teachers, labels, weight, None, None
+    values, index = (
+        torch.zeros((), dtype=dtype).expand(case.rows, case.entries)
+        for dtype in (case.acc, torch.long)
+    )
+    return z, [values], labels, weight, index, values[:, 0] if case.needs_logsumexp else None
+
 
 # The options that may differ from row to row, in the order of RowOption, and their range here.
 ROW_OPTIONS = {
@@ -436,6 +475,8 @@ def row_options(case):
 def divergence_inputs(case):
     """student, list of teachers (or of values), labels, weight, indices, logsumexp."""
     z, t, labels, weight = distillation_inputs(case)
+    if case.values == "blank":
+        return blank_divergence_inputs(case, z, labels, weight)
     g = generator(case.classes * 7 + case.entries)
     shape = (case.rows, case.classes)
     if case.values == "equal":
@@ -445,6 +486,8 @@ def divergence_inputs(case):
     teachers = [t.double()]
     for _ in range(case.teachers - 1):
         more = case.scale * torch.randn(shape, generator=g, dtype=torch.float64)
+        if case.values == "training" and case.gap < math.inf:
+            more = t + case.gap / case.scale * more
         teachers.append(torch.where(t == -math.inf, -math.inf, more))
     if case.kind != "logits":
         teachers = [x.log_softmax(-1) for x in teachers]
@@ -456,10 +499,11 @@ def divergence_inputs(case):
     shuffled = torch.rand(index.shape, generator=g).argsort(-1)
     values, index = values.gather(-1, shuffled), index.gather(-1, shuffled)
     logsumexp = None
-    if case.tail != "renormalize" and (case.kind == "logits" or case.temperature != 1):
+    if case.needs_logsumexp:
         logsumexp = (teachers[0] / case.temperature).logsumexp(-1).to(case.acc)
-    index[torch.rand(index.shape, generator=g) < 0.2] = -1
-    index[0] = -1  # a row without an entry
+    if case.values != "training":
+        index[torch.rand(index.shape, generator=g) < 0.2] = -1
+        index[0] = -1  # a row without an entry
     return z, [values.to(case.acc)], labels, weight, index, logsumexp
 
 
@@ -692,12 +736,15 @@ def divergence_compare(case, got, want):
 
 
 def divergence_bytes(case):
-    """Each tensor once; of a renormalised top-k teacher without cross-entropy, only the entries."""
+    """Each tensor once, of rows that do not count the gradients alone; of a renormalised top-k
+    teacher without cross-entropy, only the entries.
+    """
     size, acc = size_of(case.dtype), 8 if case.dtype == "float64" else 4
-    matrix = case.rows * case.classes * size
-    out = (case.gradient and not case.entry_gradient) * matrix
+    matrix = case.counting_rows * case.classes * size
+    gradients = (case.gradient and not case.entry_gradient) + case.teacher_gradient
+    out = gradients * case.rows * case.classes * size
     if case.tail is None:
-        return (1 + case.teachers + case.teacher_gradient) * matrix + out
+        return (1 + case.teachers) * matrix + out
     entry = acc + (8 if case.wide else 4) + size * case.entry_gradient
     read = case.tail != "renormalize" or case.alpha is not None
     return case.rows * case.entries * (entry + (0 if read else size)) + read * matrix + out
@@ -1476,7 +1523,7 @@ OPS = [
         distillation_launch,
         distillation_expected,
         distillation_compare,
-        lambda c: (2 + c.gradient) * c.rows * c.classes * size_of(c.dtype),
+        lambda c: (2 * c.counting_rows + c.gradient * c.rows) * c.classes * size_of(c.dtype),
         list(distillation_cases()),
     ),
     Op(

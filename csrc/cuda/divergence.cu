@@ -24,10 +24,9 @@ KD_FN void set_options(const LossParams& p, DivergenceTask<Real>& task) {
                  p.divergence == math::Divergence::kAlphaBeta);
 }
 
-// The parameters and the task of one row, in shared memory, where options stand in tensors; else the call's.
+// The task of one row, in shared memory, where options stand in tensors; else the call's.
 template <class Real, bool kPerRow>
 struct RowTaskMemory {
-  __device__ const LossParams& params_or(const LossParams& p) const { return p; }
   __device__ const DivergenceTask<Real>& task_or(const DivergenceTask<Real>& task) const {
     return task;
   }
@@ -39,9 +38,6 @@ struct RowTaskMemory<Real, true> {
   DivergenceTask<Real> task;
   bool valid;
 
-  __device__ const LossParams& params_or(const LossParams&) const {
-    return reinterpret_cast<const LossParams&>(params);
-  }
   __device__ const DivergenceTask<Real>& task_or(const DivergenceTask<Real>&) const { return task; }
   __device__ void set(const LossParams& p, const DivergenceTask<Real>& of_call, int64_t row) {
     LossParams& out = reinterpret_cast<LossParams&>(params);
@@ -65,7 +61,7 @@ __global__ void __launch_bounds__(divergence_threads(sizeof(T)), 1)
   __shared__ RowShared<Real> shared;
   const int thread = threadIdx.x;
   __shared__ RowTaskMemory<Real, kPerRow> of_row;
-  RowWalk<T> walk{of_row.params_or(p), of_row.task_or(task), shared};
+  RowWalk<T> walk{p, of_row.task_or(task), shared};
   // Loops may read ahead what a later pass writes.
   for (int i = thread; i < static_cast<int>(sizeof shared / sizeof(int)); i += blockDim.x)
     reinterpret_cast<int*>(&shared)[i] = 0;

@@ -711,8 +711,8 @@ struct RowWalk {
         if (stage == kMaxima) add_maxima(acc, at_s, at_t);
         if (stage == kSums) add_sums(acc);
         if (stage == kRefine) add_excess(acc);
-        if (stage >= kTerms && compared && (stage == kTerms || p.alpha > 0)) {
-          math::with_policy(p.divergence, [&](auto policy) {
+        if (stage >= kTerms && compared && (stage == kTerms || task.row.alpha > 0)) {
+          math::with_policy(task.row.divergence, [&](auto policy) {
             using Policy = decltype(policy);
             if (p.teacher_gradient == nullptr) {
               stage == kTerms ? divergence<Policy, false, false>(acc)

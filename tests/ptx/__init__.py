@@ -293,7 +293,7 @@ class Run:
     PTX ISA allows, and is no finding. same_values=True: a store of what shared memory holds already
     is no race. any_memory=True: kernels may touch memory of the process that
     is no buffer; nothing is known of it. limit: warp instructions of a launch, beyond which it
-    is found to make no progress.
+    is found to make no progress; with 0 launches are noted and not run.
     """
 
     def __init__(self, library, arch, seed, shuffle=True, resident=3, perturb=True, **more):
