@@ -13,7 +13,7 @@ PYTHON = [
         "kdkernels/optim.py",
         'group["noise_step"] = step + 1',
         'group["noise_step"] = step',
-        OPTIM + " -k 'add_noise or stopping'",
+        OPTIM + " -k fed_reference_noise",
     ),
     Fault(
         "step-of-a-new-group",

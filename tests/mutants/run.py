@@ -330,7 +330,7 @@ class Session:
         self.extension = Copy("extension", self.processes, jobs)
         self.others = Copy("others", self.processes, jobs)
         self.queues = {self.extension: extension, self.others: others}
-        self.results, self.lock, self.errors = {}, threading.Lock(), []
+        self.results, self.lock, self.errors, self.done = {}, threading.Lock(), [], {}
 
     def prepare(self):
         print("kdkernels: building the tree as it is, in build/mutants", flush=True)
@@ -357,6 +357,8 @@ class Session:
         except BaseException as error:  # a worker's fault is the session's
             self.errors.append(error)
             self.processes.stop()
+        finally:
+            self.done[copy].set()
 
     def note(self, result):
         with self.lock:
@@ -375,21 +377,21 @@ class Session:
         return rows
 
     def run(self):
-        workers = [threading.Thread(target=self.work, args=(copy,)) for copy in self.queues]
         try:
             self.prepare()
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
+            for copy in self.queues:
+                self.done[copy] = threading.Event()
+                threading.Thread(target=self.work, args=(copy,)).start()
+            # Not by Thread.join, which takes a thread for ended once Ctrl-C has interrupted it.
+            for done in self.done.values():
+                done.wait()
             if self.errors:
                 raise self.errors[0]
             self.confirm()
         finally:
             self.processes.stop()
-            for worker in workers:
-                if worker.ident is not None:
-                    worker.join()
+            for done in self.done.values():  # the copies are the tree's again
+                done.wait()
 
     def confirm(self):
         """The tests that failed pass without any fault."""
