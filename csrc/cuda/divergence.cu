@@ -33,8 +33,8 @@ struct RowTaskMemory {
 };
 template <class Real>
 struct RowTaskMemory<Real, true> {
-  alignas(
-      16) unsigned char params[sizeof(LossParams)];  // as bytes: shared memory has no constructors
+  // What the task is made of; as bytes, since shared memory has no constructors.
+  alignas(16) unsigned char params[sizeof(LossParams)];
   DivergenceTask<Real> task;
   bool valid;
 
