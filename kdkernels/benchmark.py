@@ -568,12 +568,10 @@ def dense(
 
     def checked(leaf, outputs, t, hard):
         exact = leaf.detach().double().requires_grad_()
-        want = backward(
-            kdkernels.reference.distillation_loss(
-                exact, t.double(), hard, temperature=temperature, alpha=alpha, divergence=divergence
-            ),
-            exact,
+        loss: Any = kdkernels.reference.distillation_loss(
+            exact, t.double(), hard, temperature=temperature, alpha=alpha, divergence=divergence
         )
+        want = backward(loss, exact)
 
         def check(call):
             restore(leaf, outputs)
@@ -584,8 +582,8 @@ def dense(
 
         return check
 
-    z, t, hard = training_logits(rows, classes, math.inf, dtype=dtype, prompts=prompts)
-    hard = hard if labels else None
+    z, t, given_labels = training_logits(rows, classes, math.inf, dtype=dtype, prompts=prompts)
+    hard = given_labels if labels else None
     leaf, options = z.clone().requires_grad_(), (hard, temperature, alpha, divergence)
     output = leaf * 1
     title = f"{divergence} {rows}x{classes} {short(dtype)}{', labels' * labels}"
@@ -598,8 +596,9 @@ def dense(
     def eager():
         if not prompts:
             return backward(plain_loss(leaf, t, *options), leaf)
-        counts = hard != IGNORED
-        return backward(plain_loss(leaf[counts], t[counts], hard[counts], *options[1:]), leaf)
+        counts = given_labels != IGNORED
+        kept = (leaf[counts], t[counts], given_labels[counts])
+        return backward(plain_loss(*kept, *options[1:]), leaf)
 
     found.add("eager", eager)
     found.add(OURS, lambda: backward(fused(leaf, t, hard, False), leaf))
@@ -787,7 +786,7 @@ def _quick(largest: int | None) -> Iterator[Comparison]:
     def elements(sizes):
         return [min(n, largest or n) for n in sizes]
 
-    near = {"gaps": (0.1,)}
+    near: dict[str, Any] = {"gaps": (0.1,)}
     yield dense(rows(512, 32000), 32000, **near)
     yield dense(rows(512, 32000), 32000, torch.bfloat16, **near)
     yield dense(rows(128, 1000), 1000, **near)
