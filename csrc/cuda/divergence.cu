@@ -47,14 +47,20 @@ struct RowTaskMemory<Real, true> {
   }
 };
 
+template <class T, bool kPerRow>
+constexpr int row_threads() {
+  return divergence_threads(sizeof(T)) / (kPerRow && sizeof(T) == 2 ? 2 : 1);
+}
+
 // A block a row, which it goes over up to 5 times: moments, maxima, sums, terms, gradient. Bytes 1.00 times
 // the least where the row fits shared memory (16 bits: V up to 57,000 on an H100), 3 times where it does not and
 // L2 does not hold it. 32,000 classes in 16 bits: 5 special functions and 230 instructions an element of reverse
 // KL, 7 and 340 of JS, so instructions bind. Registers leave 16 warps an SM, 8 in fp64.
 //
-// kPerRow: options stand in tensors, so that the first thread makes each row a task of its own.
+// kPerRow: options stand in tensors, so that the first thread makes each row a task of its own. A task in shared
+// memory takes registers that one among the parameters does not: 16 bits then have half the threads.
 template <class T, bool kPerRow>
-__global__ void __launch_bounds__(divergence_threads(sizeof(T)), 1)
+__global__ void __launch_bounds__(row_threads<T, kPerRow>(), 1)
     divergence_kernel(const __grid_constant__ LossParams p,
                       const __grid_constant__ DivergenceTask<typename Compute<T>::type> task) {
   using Real = typename Compute<T>::type;
@@ -182,7 +188,8 @@ cudaError_t launch(const LossParams& p, double inv_denominator,
     if (error != cudaSuccess) return error;
   }
   divergence_kernel<T, kPerRow>
-      <<<static_cast<unsigned>(divergence_partials(p)), static_cast<unsigned>(plan.threads),
+      <<<static_cast<unsigned>(divergence_partials(p)),
+         static_cast<unsigned>(std::min(plan.threads, row_threads<T, kPerRow>())),
          static_cast<size_t>(plan.shared), stream>>>(p, task);
   return cudaGetLastError();
 }
