@@ -1,5 +1,6 @@
 # make reproduce   build everything and run experiments 1 and 2; needs Python >= 3.11 and a C++ compiler
-# make test        build and run the tests
+# make quick       build and run what fails first: every op on the CPU, each kernel family emulated
+# make test        build and run all tests
 # make mutants     put small faults into the sources, one at a time, and see that tests fail (an hour);
 #                  ARGS="NAME ..." those alone
 # make lint        check the style of Python and C++; make format puts it right
@@ -47,7 +48,7 @@ SITE_PACKAGES = $(shell $(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_
 SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(addsuffix \
   /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-* $(SITE_PACKAGES)/nvidia/*)))
 
-.PHONY: setup reproduce test mutants lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
+.PHONY: setup reproduce quick test mutants lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -55,8 +56,14 @@ setup: $(BUILT)
 reproduce: setup
 	$(BIN)/kdkernels reproduce
 
+# A worker a core; tests/conftest.py divides the tests among them.
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+quick: setup
+	@$(PYTEST) -m quick
+
 test: setup
-	@$(BIN)/python -m pytest
+	@$(PYTEST) --durations=25
 
 mutants: setup
 	@PYTHONPATH=tests $(BIN)/python -m mutants.run $(ARGS)
