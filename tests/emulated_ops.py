@@ -19,8 +19,8 @@ ARCH = os.environ.get("KDKERNELS_EMULATED_ARCH", "90")
 
 def build():
     setup = ptx.setup_module()
-    sources = [ROOT / "csrc/bindings.cpp"]
-    for pattern in ("ops/*.cpp", "cpu/*.cpp", "cuda/*.cu"):
+    sources = []
+    for pattern in ("*.cpp", "ops/*.cpp", "cpu/*.cpp", "cuda/*.cu"):
         sources += sorted((ROOT / "csrc").glob(pattern))
     # Without optimisation: the compiler takes minutes for kernels that run on no CPU here.
     host = [flag for flag in setup.CXX_FLAGS if not flag.startswith(("-O", "-std", "-W", "-fvis"))]
