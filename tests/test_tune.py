@@ -89,6 +89,7 @@ def test_a_search_in_words():
         ("temperature=1:8:2:3", {}, "give low:high"),
         ("temperature=warm", {}, "give low:high"),
         ("temperature=2|2", {}, "give low:high"),
+        ("temperature=1|3|3", {}, "give low:high"),
         ("divergence=js|jd", {}, "give some of forward_kl"),
         ("divergence=", {}, "give some of forward_kl"),
         ("beta=0.1:0.5", {}, "no divergence that is tried takes: forward_kl"),
@@ -320,7 +321,6 @@ def test_bad_arguments(tmp_path, capsys):
     other = RunFolder.create(str(tmp_path / "other"), {"command": "distill"})
     for options, said in {
         (*grid, "--trials=3"): "this grid has 2 points",
-        ("--search=temperature=1|3|3",): "--search temperature=1|3|3: give low:high",
         (f"--resume={tmp_path / 'absent'}",): "is not the folder of a run",
         (f"--resume={other.path}",): "holds no run of tune",
         (*arguments(student="no.such:net"), f"--out={out}"): "cannot be imported",
