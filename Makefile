@@ -1,5 +1,6 @@
 # make reproduce   build everything and run experiments 1 and 2; needs Python >= 3.11 and a C++ compiler
-# make test        build and run the tests
+# make quick       build and run what fails first: every op on the CPU, each kernel family emulated
+# make test        build and run all tests
 # make lint        check the style of Python and C++; make format puts it right
 # make bench       the benchmarks beside what people use, into bench/results (10 minutes); ARGS="-k noise" and others
 # make bench-full  the same for all sizes, with more rounds (an hour)
@@ -43,7 +44,7 @@ SITE_PACKAGES = $(shell $(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_
 SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(addsuffix \
   /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-* $(SITE_PACKAGES)/nvidia/*)))
 
-.PHONY: setup reproduce test lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
+.PHONY: setup reproduce quick test lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -51,8 +52,14 @@ setup: $(BUILT)
 reproduce: setup
 	$(BIN)/kdkernels reproduce
 
+# A worker a core; tests/conftest.py divides the tests among them.
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+quick: setup
+	@$(PYTEST) -m quick
+
 test: setup
-	@$(BIN)/python -m pytest
+	@$(PYTEST) --durations=25
 
 bench: $(PEERS_BUILT) setup
 	@build/peers/bin/python -m pytest bench -vv --benchmark-only --benchmark-quiet $(ARGS)

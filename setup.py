@@ -53,7 +53,7 @@ def output_of(*command, env=None):
     """What a command prints, stdout and stderr together; empty if it cannot run."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        return subprocess.run(command, env=env, text=True, timeout=60, **pipes).stdout
+        return subprocess.run(command, env=env, text=True, timeout=600, **pipes).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

@@ -472,7 +472,7 @@ NOISY += [
 def ours():
     import launchers
 
-    library = launchers.build("90")
+    library = launchers.build()
     texts = re.findall(rb"\.version [^\0]*", library.path.read_bytes())
     return library, [text.decode() for text in texts if b".entry" in text]
 

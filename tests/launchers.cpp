@@ -14,7 +14,7 @@ namespace {
 // A struct with its fields: numbers as they are, pointers as addresses.
 template <class Struct>
 struct Fields : py::class_<Struct> {
-  Fields(py::module_& m, const char* name) : py::class_<Struct>(m, name) {
+  Fields(py::module_& m, const char* name) : py::class_<Struct>(m, name, py::module_local()) {
     this->def(py::init([] { return Struct{}; }));
   }
   template <class Value, class Owner>  // the struct, or its base
@@ -46,7 +46,7 @@ const Params& with_list(Params& p, const std::vector<Tensor>& tensors) {
 }  // namespace
 
 PYBIND11_MODULE(launchers, m) {
-  py::enum_<Dtype>(m, "Dtype")
+  py::enum_<Dtype>(m, "Dtype", py::module_local())
       .value("float32", Dtype::kFloat32)
       .value("float64", Dtype::kFloat64)
       .value("bfloat16", Dtype::kBFloat16)
@@ -61,7 +61,7 @@ PYBIND11_MODULE(launchers, m) {
         FIELD(label_smoothing) FIELD(ignore_index) FIELD(denominator) FIELD(gradient_scale)
         FIELD(workspace);
   }
-  py::enum_<math::Divergence>(m, "Divergence")
+  py::enum_<math::Divergence>(m, "Divergence", py::module_local())
       .value("forward_kl", math::Divergence::kForwardKL)
       .value("reverse_kl", math::Divergence::kReverseKL)
       .value("js", math::Divergence::kJS)
@@ -70,7 +70,7 @@ PYBIND11_MODULE(launchers, m) {
       .value("total_variation", math::Divergence::kTotalVariation)
       .value("alpha_beta", math::Divergence::kAlphaBeta)
       .value("decoupled", math::Divergence::kDecoupled);
-  py::enum_<Tail>(m, "Tail")
+  py::enum_<Tail>(m, "Tail", py::module_local())
       .value("none", Tail::kNone)
       .value("renormalize", Tail::kRenormalize)
       .value("bucket", Tail::kBucket)
@@ -104,18 +104,18 @@ PYBIND11_MODULE(launchers, m) {
     Fields<Struct>(m, "ScaleParams")
         FIELD(dtype) FIELD(data) FIELD(rows) FIELD(classes) FIELD(stride) FIELD(factor) FIELD(per_row);
   }
-  py::enum_<math::Distribution>(m, "Distribution")
+  py::enum_<math::Distribution>(m, "Distribution", py::module_local())
       .value("normal", math::Distribution::kNormal)
       .value("uniform", math::Distribution::kUniform)
       .value("rademacher", math::Distribution::kRademacher)
       .value("truncated_normal", math::Distribution::kTruncatedNormal)
       .value("laplace", math::Distribution::kLaplace);
-  py::enum_<NoiseMode>(m, "NoiseMode")
+  py::enum_<NoiseMode>(m, "NoiseMode", py::module_local())
       .value("only", NoiseMode::kOnly)
       .value("add", NoiseMode::kAdd)
       .value("scale", NoiseMode::kScale)
       .value("times", NoiseMode::kTimes);
-  py::enum_<math::Update>(m, "Update")
+  py::enum_<math::Update>(m, "Update", py::module_local())
       .value("sgd", math::Update::kSgd)
       .value("adamw", math::Update::kAdamW)
       .value("sgld", math::Update::kSgld)
@@ -192,7 +192,7 @@ PYBIND11_MODULE(launchers, m) {
     Fields<Struct>(m, "RegressionPlan") FIELD(warp) FIELD(blocks);
     // clang-format on
   }
-  py::enum_<cuda::Walk>(m, "Walk")
+  py::enum_<cuda::Walk>(m, "Walk", py::module_local())
       .value("tile", cuda::Walk::kTile)
       .value("warp", cuda::Walk::kWarp)
       .value("held", cuda::Walk::kHeld)

@@ -4,8 +4,8 @@ An Op in OPS gets emulated tests and GPU tests (test_launchers.py) and can be co
 (bench/counts.py).
 """
 
+import functools
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,20 +21,22 @@ HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # relative
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-INCLUDE = [ROOT / "csrc", Path(torch.__path__[0]) / "include"]
+# Devices from Hopper on run the last library; each takes its time to build.
+PTX_ARCHS = [("75", "80"), ("90",)]
+INCLUDE = [ROOT / "csrc"]
+HOST = [f"-I{Path(torch.__path__[0]) / 'include'}"]
 
-# What the launchers' PTX is for; one of them takes a third of the time to build.
-ARCHITECTURES = os.environ.get("KDKERNELS_EMULATED_ARCH", "75 80 90").split()
 
-
-def build(arch=tuple(ARCHITECTURES)):
-    """The launchers on the emulator, with PTX for these architectures."""
-    return ptx.build("launchers", SOURCES, arch, include=INCLUDE)
+@functools.cache
+def build(older=False):
+    """The launchers on the emulator, for devices from Hopper on, or for older ones."""
+    archs = PTX_ARCHS[0 if older else 1]
+    return ptx.build("launchers", SOURCES, archs, include=INCLUDE, host=HOST)
 
 
 def build_native():
     """The launchers for the GPU of this machine, a Python module."""
-    return ptx.build_native("launchers", SOURCES, include=INCLUDE)
+    return ptx.build_native("launchers", SOURCES, HOST, INCLUDE)
 
 
 # ---- devices ------------------------------------------------------------------------------------

@@ -680,7 +680,7 @@ class NoisyImages(Dataset):
 def test_data_loader_workers():
     """A forked worker inherits the parent's OpenMP pool without its threads."""
     want = [NoisyImages()[k] for k in range(3)]
-    loader = DataLoader(NoisyImages(), num_workers=1, batch_size=None, timeout=60)
+    loader = DataLoader(NoisyImages(), num_workers=1, batch_size=None, timeout=1000)
     assert all(torch.equal(got, w) for got, w in zip(loader, want, strict=True))
 
 

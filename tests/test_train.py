@@ -6,11 +6,11 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 
 import numpy as np
 import pytest
+import stopping
 import torch
 from safetensors.torch import load_file, save_file
 from torchvision import models as tv
@@ -145,31 +145,13 @@ def test_fused_follows_reference(run):
     assert losses["full"][0] == pytest.approx(losses["reference"][0], rel=1e-4)
 
 
-def stop_when(number, ready, *arguments):
-    """Run the command, send it signal ``number`` once ``ready()``; its status and last words."""
-    call = [sys.executable, "-m", "kdkernels", *arguments]
-    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        while process.poll() is None and not ready():
-            time.sleep(0.01)
-        process.send_signal(number)
-        return process.wait(60), process.stderr.read()
-    finally:
-        process.kill()
-        process.stderr.close()
-
-
-def seen(out, text):
-    metrics = out / "metrics.jsonl"
-    return lambda: metrics.exists() and text in metrics.read_text()
-
-
-def stop_twice(out, first, second, name, *arguments):
+def stop_twice(out, first, second, *arguments):
     """Start a run, stop it with Ctrl-C when it wrote ``first``, go on, kill it at ``second``."""
-    status, err = stop_when(signal.SIGINT, seen(out, first), name, *arguments, f"--out={out}")
+    process = stopping.start(*arguments, f"--out={out}", at=first)
+    status, err = stopping.end(process, signal.SIGINT)
     assert status == 130 and f"continue with --resume {out}" in err and err.count("\n") == 1
-    status, _ = stop_when(signal.SIGKILL, seen(out, second), name, f"--resume={out}")
-    assert status == -signal.SIGKILL
+    process = stopping.start(arguments[0], f"--resume={out}", at=second)
+    assert stopping.end(process, signal.SIGKILL)[0] == -signal.SIGKILL
     with (out / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"kind": "step", "lear')  # what a kill in the middle of a write leaves
 

@@ -7,7 +7,9 @@ with lib.run(seed=1) as run:
 run.launches[0].counts["memory"]["global load"]["bytes"]
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.machinery
@@ -28,8 +30,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "ptx"
 CXX = os.environ.get("CXX", "c++")
-# --fmad=false as in setup.py; the fat binary holds PTX as text.
+# As in setup.py, with the PTX as text in the fat binary. Warnings are kept: see `compiled`.
 NVCC_FLAGS = ("-O3", "-std=c++20", "--fmad=false", "-lineinfo", "--no-compress")
+WARNINGS = ("-Xcompiler", "-Wall,-Wextra,-Wno-unknown-pragmas")
 
 # Shared memory a block (opt-in) and a multiprocessor in bytes, multiprocessors, largest portable
 # cluster, L2 in bytes. Source: CUDA C++ Programming Guide 13.0, table "Technical Specifications per
@@ -93,9 +96,20 @@ def toolkit():
 
 
 def _run(command):
+    """What a command said; it must succeed."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"[:6000])
+    return done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def locked(path):
+    """What is kept at `path` is made by one process at a time; the others find it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _compile(commands):
@@ -132,22 +146,23 @@ def _object(command, source):
         return folder / f"{name}-{_digest(read(listing), *words)}.o"
 
     listing = folder / f"{name}-{_digest([], *words)}.d"
-    try:
-        if (known := place(listing)).exists():
-            return known
-    except FileNotFoundError:  # the source is new, or one of its headers is gone
-        pass
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = listing.with_suffix(f".{os.getpid()}.d")
-    out = partial.with_suffix(".o")
-    for _ in range(3):
-        begin = time.time()
-        _run([*command, source, "-o", out, "-MD", "-MF", partial])
-        if all(os.stat(file).st_mtime < begin for file in read(partial)):
-            break  # else a file was edited meanwhile
-    known = place(partial)
-    out.rename(known)
-    partial.rename(listing)
+    with locked(listing):
+        try:
+            if (known := place(listing)).exists():
+                return known
+        except FileNotFoundError:  # the source is new, or one of its headers is gone
+            pass
+        partial = listing.with_suffix(f".{os.getpid()}.d")
+        out = partial.with_suffix(".o")
+        for _ in range(3):
+            begin = time.time()
+            said = _run([*command, source, "-o", out, "-MD", "-MF", partial])
+            if all(os.stat(file).st_mtime < begin for file in read(partial)):
+                break  # else a file was edited meanwhile
+        known = place(partial)
+        known.with_suffix(".said").write_text(said)
+        out.rename(known)
+        partial.rename(listing)
     return known
 
 
@@ -163,16 +178,16 @@ def _emulator():
         model = next((line for line in cpu if line.startswith("flags")), "")
     folder = CACHE / ("emulator-" + _digest([*sources, HERE / "emulator.h"], flags, model))
     archive = folder / "libptx.a"
-    if not archive.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = [folder / f"{source.stem}.o" for source in sources]
-        _compile(
-            [CXX, *flags, "-c", source, "-o", out]
-            for source, out in zip(sources, objects, strict=True)
-        )
-        partial = folder / f"{os.getpid()}.a"
-        _compile([["ar", "rcs", partial, *objects]])
-        partial.rename(archive)
+    with locked(archive):
+        if not archive.exists():
+            objects = [folder / f"{source.stem}.o" for source in sources]
+            _compile(
+                [CXX, *flags, "-c", source, "-o", out]
+                for source, out in zip(sources, objects, strict=True)
+            )
+            partial = folder / f"{os.getpid()}.a"
+            _compile([["ar", "rcs", partial, *objects]])
+            partial.rename(archive)
     return archive
 
 
@@ -184,31 +199,42 @@ def _headers(sources, include):
     return sorted(found)
 
 
-def build(name, sources, arch="90", flags=(), include=(), link=()):
-    """Compile .cu and .cpp files to PTX and host code, each cached by its content.
+def compiled(sources, archs=("90",), flags=(), include=(), host=()):
+    """Objects of .cu files, with PTX for these architectures, and of .cpp files, in their order.
+
+    Each is cached by its content, and beside it, with the suffix .said, is what the compiler said.
+    host: flags for .cpp files alone, so that objects of .cu files serve several libraries.
+    """
+    targets = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs]
+    flags = (*NVCC_FLAGS, *targets, *flags, *(f"-I{path}" for path in include))
+    nvcc = [toolkit().nvcc, *flags, *WARNINGS, "-Xcompiler", "-fPIC", "-c"]
+    host = (*host, f"-I{sysconfig.get_path('include')}")
+
+    def one(source):
+        return _object([*nvcc, *(host if Path(source).suffix == ".cpp" else ())], source)
+
+    with _pool() as pool:
+        return list(pool.map(one, sources))
+
+
+def build(name, sources, arch="90", flags=(), include=(), host=(), link=()):
+    """Compile .cu and .cpp files to PTX and host code: a library, cached as its objects are.
 
     arch: one compute capability or several, of which a run takes the highest that its device has.
     """
-    home = toolkit()
     archs = [arch] if isinstance(arch, str) else list(arch)
-    python = f"-I{sysconfig.get_path('include')}"
-    targets = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs]
-    flags = (*NVCC_FLAGS, *targets, *flags, *(f"-I{path}" for path in include), python)
     archive = _emulator()
-    nvcc = [home.nvcc, *flags, "-Xcompiler", "-fPIC", "-c"]
-    with _pool() as pool:
-        objects = list(pool.map(lambda source: _object(nvcc, source), sources))
+    objects = compiled(sources, archs, flags, include, host)
     digest = _digest([], *map(str, [*objects, *link, archive]))  # their names tell their contents
-    folder = CACHE / f"{name}-{digest}"
-    library = folder / f"{name}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{os.getpid()}.so"
-        # Its own symbols first: torch brings the real CUDA runtime into the same process.
-        whole = ["-shared", "-Wl,-Bsymbolic-functions", "-Wl,--whole-archive", archive]
-        whole.append("-Wl,--no-whole-archive")
-        _compile([[CXX, *whole, *objects, *link, "-o", partial]])
-        partial.rename(library)
+    library = CACHE / f"{name}-{digest}" / f"{name}.so"
+    with locked(library):
+        if not library.exists():
+            partial = library.with_name(f"{os.getpid()}.so")
+            # Its own symbols first: torch brings the real CUDA runtime into the same process.
+            whole = ["-shared", "-Wl,-Bsymbolic-functions", "-Wl,--whole-archive", archive]
+            whole.append("-Wl,--no-whole-archive")
+            _compile([[CXX, *whole, *objects, *link, "-o", partial]])
+            partial.rename(library)
     return Library(library, name, int(archs[-1].rstrip("a")))
 
 
@@ -236,11 +262,12 @@ def _import(path, name):
 @functools.cache
 def _bare():
     library = _emulator().parent / "libptx.so"
-    if not library.exists():
-        partial = library.with_name(f"{os.getpid()}.so")
-        link = [CXX, "-shared", "-Wl,-Bsymbolic", "-Wl,--whole-archive", _emulator()]
-        _compile([[*link, "-Wl,--no-whole-archive", "-o", partial]])
-        partial.rename(library)
+    with locked(library):
+        if not library.exists():
+            partial = library.with_name(f"{os.getpid()}.so")
+            link = [CXX, "-shared", "-Wl,-Bsymbolic", "-Wl,--whole-archive", _emulator()]
+            _compile([[*link, "-Wl,--no-whole-archive", "-o", partial]])
+            partial.rename(library)
     return library
 
 
