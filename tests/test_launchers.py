@@ -72,6 +72,15 @@ def test_emulated(op, case):
             same_bits(got, again)
 
 
+@needs_nvcc
+@pytest.mark.quick
+@pytest.mark.parametrize("op", launchers.OPS, ids=lambda op: op.name)
+def test_first_case(op):
+    """Of each family of kernels one launch, on one generation."""
+    got, _ = run_emulated(op, op.cases[0], 90, seed=3)
+    op.compare(op.cases[0], got, op.expected(op.cases[0]))
+
+
 class Far(launchers.Device):
     """A device on which rows lie beyond 2^31 elements of each other, in memory that no one uses."""
 
