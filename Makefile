@@ -1,11 +1,16 @@
 # make reproduce   build everything and run experiments 1 and 2; needs Python >= 3.11 and a C++ compiler
-# make test        build and run the tests
+# make quick       build and run what fails first: every op on the CPU, each kernel family emulated
+# make test        build and run all tests
+# make mutants     put small faults into the sources, one at a time, and see that tests fail (an hour);
+#                  ARGS="NAME ..." those alone
 # make lint        check the style of Python and C++; make format puts it right
 # make bench       the benchmarks beside what people use, into bench/results (10 minutes); ARGS="-k noise" and others
 # make bench-full  the same for all sizes, with more rounds (an hour)
 # make peers       the losses against TRL's, Liger-Kernel's and others, installed beside .venv
 # make docs        the site of documentation, into build/docs; its code is run and its pictures drawn
 # make wheel       sdist and manylinux wheel for this Python and torch, into dist
+# make stubs       kdkernels/_C.pyi, for type checkers, after a change of the bindings
+# make compile-commands   compile_commands.json, for clangd and others
 # make counts      what the CUDA kernels and their peers cost on an H100, counted without one
 # make gpu-test    the tests that need a GPU; SANITIZE=1 runs them under each tool of compute-sanitizer
 # make gpu-bench   the benchmarks on a GPU, into bench/results; ARGS="--only noise" and others: ARGS=--help
@@ -43,7 +48,7 @@ SITE_PACKAGES = $(shell $(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_
 SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(addsuffix \
   /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-* $(SITE_PACKAGES)/nvidia/*)))
 
-.PHONY: setup reproduce test lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
+.PHONY: setup reproduce quick test mutants lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -51,8 +56,17 @@ setup: $(BUILT)
 reproduce: setup
 	$(BIN)/kdkernels reproduce
 
+# A worker a core; tests/conftest.py divides the tests among them.
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+quick: setup
+	@$(PYTEST) -m quick
+
 test: setup
-	@$(BIN)/python -m pytest
+	@$(PYTEST) --durations=25
+
+mutants: setup
+	@PYTHONPATH=tests $(BIN)/python -m mutants.run $(ARGS)
 
 bench: $(PEERS_BUILT) setup
 	@build/peers/bin/python -m pytest bench -vv --benchmark-only --benchmark-quiet $(ARGS)
@@ -78,6 +92,13 @@ wheel: $(TOOLS)
 	  { cat build/wheel.log; exit 1; }
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c "$$REPAIR" dist/*-linux_*.whl
 	@ls dist/*
+
+.PHONY: stubs compile-commands
+stubs: setup
+	@$(BIN)/python csrc/stubs.py
+
+compile-commands: setup
+	@$(BIN)/ninja -C $$(dirname $$(ls -t build/*/build.ninja | head -1)) -t compdb > compile_commands.json
 
 # As cibuildwheel does it.
 define REPAIR
@@ -136,6 +157,7 @@ lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(call CXX_FILES,csrc tests)
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .

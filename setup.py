@@ -53,7 +53,7 @@ def output_of(*command, env=None):
     """What a command prints, stdout and stderr together; empty if it cannot run."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        return subprocess.run(command, env=env, text=True, timeout=60, **pipes).stdout
+        return subprocess.run(command, env=env, text=True, timeout=600, **pipes).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
@@ -293,7 +293,7 @@ def make_extension(torch, toolkit):
     from setuptools import Extension
     from torch.utils import cpp_extension
 
-    patterns = ["csrc/bindings.cpp", "csrc/ops/*.cpp", "csrc/cpu/*.cpp"]
+    patterns = ["csrc/*.cpp", "csrc/ops/*.cpp", "csrc/cpu/*.cpp"]
     # torch's headers, and in the nvidia wheels the CUDA headers that those include. Only C++ files
     # see them: a .cu file includes no torch header.
     system = cpp_extension.include_paths()

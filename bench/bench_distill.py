@@ -4,13 +4,25 @@ TRL's and torchdistill's losses get the factor T^2 that theirs lack: see bench/p
 """
 
 import functools
+import itertools
+import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import kdkernels
-from kdkernels.benchmark import OURS, Comparison, backward, dense, plain_loss, short, top_k
+from kdkernels.benchmark import (
+    OURS,
+    Comparison,
+    backward,
+    dense,
+    plain_loss,
+    restore,
+    short,
+    top_k,
+    training_logits,
+)
 
 FP32, BF16 = torch.float32, torch.bfloat16
 BETAS = {"forward_kl": 0.0, "js": 0.5, "reverse_kl": 1.0}  # TRL's and Liger's names for them
@@ -51,65 +63,77 @@ def add_torchdistill(found):
     found.add_peer("torchdistill", "torchdistill.losses.mid_level", make)
 
 
+NEAR, ALL_GAPS = {"gaps": (0.1,)}, {"gaps": (0.01, 0.1, 0.3)}
+
+
 @pytest.mark.parametrize(
-    "rows, classes, dtype, divergence, labels",
+    "rows, classes, dtype, divergence, labels, more",
     [
-        (512, 32000, FP32, "forward_kl", False),
-        (512, 32000, FP32, "forward_kl", True),
-        (512, 32000, BF16, "forward_kl", False),
-        full(512, 32000, BF16, "forward_kl", True),
-        (128, 1000, FP32, "forward_kl", False),
-        full(128, 1000, FP32, "forward_kl", True),
-        full(128, 1000, BF16, "forward_kl", False),
-        (64, 10, FP32, "forward_kl", False),
-        (64, 10, FP32, "forward_kl", True),
-        (512, 32000, FP32, "js", False),
-        (512, 32000, FP32, "reverse_kl", False),
-        full(512, 32000, BF16, "js", False),
-        full(512, 32000, BF16, "reverse_kl", False),
-        full(128, 1000, FP32, "js", False),
-        full(128, 1000, FP32, "reverse_kl", False),
-        full(64, 128256, FP32, "forward_kl", False),
-        full(64, 128256, BF16, "forward_kl", False),
+        (512, 32000, FP32, "forward_kl", False, NEAR),
+        (512, 32000, FP32, "forward_kl", True, NEAR),
+        (512, 32000, BF16, "forward_kl", False, NEAR),
+        full(512, 32000, BF16, "forward_kl", True, ALL_GAPS),
+        full(512, 32000, BF16, "forward_kl", True, NEAR | {"prompts": 0.5}),
+        (128, 1000, FP32, "forward_kl", False, NEAR),
+        full(128, 1000, FP32, "forward_kl", True, NEAR),
+        full(128, 1000, BF16, "forward_kl", False, NEAR),
+        (64, 10, FP32, "forward_kl", False, NEAR),
+        (64, 10, FP32, "forward_kl", True, NEAR),
+        (512, 32000, FP32, "js", False, NEAR),
+        (512, 32000, FP32, "reverse_kl", False, NEAR),
+        full(512, 32000, BF16, "js", False, ALL_GAPS | {"temperature": 1.0}),
+        full(512, 32000, BF16, "reverse_kl", False, ALL_GAPS | {"temperature": 4.0}),
+        full(128, 1000, FP32, "js", False, NEAR),
+        full(128, 1000, FP32, "reverse_kl", False, NEAR),
+        full(512, 50257, BF16, "forward_kl", False, NEAR),
+        full(64, 128256, FP32, "forward_kl", False, NEAR),
+        full(64, 128256, BF16, "forward_kl", False, NEAR),
+        full(64, 151936, BF16, "js", False, NEAR),
+        full(64, 262144, BF16, "reverse_kl", False, NEAR),
     ],
 )
-def test_dense(compare, rows, classes, dtype, divergence, labels):
-    found = dense(rows, classes, dtype, divergence, labels)
-    add_compiled(found, dynamic=False)
-    if not labels:
-        add_trl(found)
-    if divergence == "forward_kl":
-        add_torchdistill(found)
+def test_dense(compare, rows, classes, dtype, divergence, labels, more):
+    found = dense(rows, classes, dtype, divergence, labels, **more)
+    if "prompts" not in more:
+        add_compiled(found, dynamic=False)
+        if not labels:
+            add_trl(found)
+        if divergence == "forward_kl":
+            add_torchdistill(found)
     compare(found)
 
 
 @pytest.mark.parametrize("dtype", [FP32, full(BF16)])
 def test_divergences(compare, dtype):
-    """Ours in place, all of them beside the forward KL."""
+    """Ours in place, all of them beside the forward KL, and each where the student is near."""
     rows, classes = 512, 32000
     g = torch.Generator().manual_seed(0)
-    z, t = ((3 * torch.randn(rows, classes, generator=g)).to(dtype) for _ in range(2))
     labels = torch.randint(classes, (rows,), generator=g)
-    output = z.clone().requires_grad_() * 1
+    inputs = {gap: training_logits(rows, classes, gap, dtype=dtype)[:2] for gap in (math.inf, 0.1)}
+    output = torch.empty(rows, classes, dtype=dtype).requires_grad_() * 1
 
-    def check(call, **options):
-        with torch.no_grad():
-            output.copy_(z)
-            want = kdkernels.distillation_loss(z, t, backend="reference", **options)
+    def check(call, z, t, **options):
+        restore(z, [output])
+        want = kdkernels.distillation_loss(z, t, backend="reference", **options)
         torch.testing.assert_close(call()[0].float(), want.float(), rtol=2e-3, atol=1e-5)
 
     title = f"kdkernels in place, divergences, {rows}x{classes} {short(dtype)}"
-    found = Comparison(title, check, bytes=3 * z.nbytes)
-    for name in kdkernels.divergences():
+    found = Comparison(title, None, bytes=3 * output.nbytes)
+    for name, (gap, (z, t)) in itertools.product(kdkernels.divergences(), inputs.items()):
         options = {"divergence": name, "temperature": 2.0}
         if name == "decoupled":
             options |= {"labels": labels, "alpha": 1.0}
 
-        def call(options=options):
+        def call(t=t, options=options):
             return backward(kdkernels.distillation_loss(output, t, inplace=True, **options), output)
 
-        found.check = functools.partial(check, **options)
-        found.add(name if name == "forward_kl" else f"{OURS} {name}", call)
+        found.add(
+            (name if name == "forward_kl" and gap == math.inf else f"{OURS} {name}")
+            + f", gap {gap:g}" * (gap < math.inf),
+            call,
+            check=functools.partial(check, z=z, t=t, **options),
+            before=None if gap == math.inf else (functools.partial(restore, z, [output]), 1),
+        )
     compare(found)
 
 
@@ -117,12 +141,15 @@ def test_top_k(compare):
     compare(top_k(64, 128256, 64))
 
 
-@pytest.mark.parametrize("classes", [10, 100, 1000, 8000, 32000, full(128256)])
+LARGE = (50257, 128256, 151936, 262144)
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1000, 8000, 32000, *map(full, LARGE)])
 def test_growth_with_classes(compare, classes):
     growth(compare, 128, classes, "loss, 128 rows fp32", "classes", classes)
 
 
-@pytest.mark.parametrize("rows", [1, 8, 64, 512, 4096, full(32768)])
+@pytest.mark.parametrize("rows", [1, 8, 64, 512, 4096, full(16384), full(32768)])
 def test_growth_with_rows(compare, rows):
     growth(compare, rows, 1000, "loss, 1,000 classes fp32", "rows", rows)
 

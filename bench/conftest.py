@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import report
 from kdkernels import benchmark as measuring
 
 os.environ |= {
@@ -69,11 +70,11 @@ def compare(benchmark, request):
 
     def run(comparison):
         result = measuring.measure(comparison, request.config.getoption("--compare-seconds"))
-        result["suite"] = request.path.stem.removeprefix("bench_")
+        result = report.kept(result | {"suite": request.path.stem.removeprefix("bench_")})
         request.config.stash[RESULTS].append(result)
         benchmark.group = comparison.title
         for name, case in result["cases"].items():
-            benchmark.extra_info[name] = {k: v for k, v in case.items() if k != "seconds"}
+            benchmark.extra_info[name] = case
         # pytest-benchmark keeps extra_info only beside a timing of its own.
         ours = [name for name in comparison.calls if name.startswith(measuring.OURS)]
         benchmark.pedantic(comparison.calls[ours[-1]], rounds=3)
@@ -92,8 +93,6 @@ def pytest_terminal_summary(terminalreporter, config):
     for result in results:
         for text in measuring.lines(result):
             line(text)
-    from bench import report
-
     record = measuring.record(config.stash[MACHINE], results)
     for text in report.goal_lines(record):
         line(text)

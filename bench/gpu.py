@@ -13,6 +13,7 @@ import argparse
 import functools
 import importlib
 import json
+import math
 import re
 import statistics
 import time
@@ -24,7 +25,7 @@ import torch
 from torch.nn import functional as F
 
 import kdkernels
-from kdkernels.benchmark import gpt2, plain_loss, resnet18
+from kdkernels.benchmark import gpt2, plain_loss, resnet18, training_logits
 
 OURS = "kdkernels"
 MODES = ("cold", "warm", "loop")
@@ -263,46 +264,52 @@ def fp64_loss(z, t, labels, rows=256, **options):
         share = len(leaf) / len(z)
         own = None if labels is None else labels[part]
         loss, gradient = with_gradient(
-            lambda x, part=part, own=own: plain_loss(x, t[part].double(), own, **options), leaf
+            lambda x, part=part, own=own: kdkernels.reference.distillation_loss(
+                x, t[part].double(), own, **options
+            ),
+            leaf,
         )
         total += loss.item() * share
         first = gradient * share if first is None else first
     return total, first
 
 
-def distillation(case, elements, rows, classes, dtype, hard, divergence="forward_kl"):
-    """Loss and gradient of the logits."""
-    device = case.device
-    rows = max(1, min(rows, (elements or rows * classes) // classes))
-    g = torch.Generator(device).manual_seed(0)
-    kind = {"device": device, "dtype": dtype, "generator": g}
-    z, t = (torch.randn(rows, classes, **kind).mul_(3) for _ in range(2))
-    labels = torch.randint(classes, (rows,), device=device, generator=g) if hard else None
-    options = {"temperature": 3.0 if hard else 2.0, "alpha": 0.5}
-    if divergence != "forward_kl":
-        options["divergence"] = divergence
-    case.bytes = 3 * z.nbytes
-
-    losses = {
-        OURS: fused_loss,
-        f"{OURS} in place": functools.partial(fused_loss, inplace=True),
-        "eager": plain_loss,
-        "torch.compile": torch.compile(plain_loss, dynamic=False),
-    }
+def losses_of(case, divergence, near):
+    """{name: a loss} of those who can do it."""
+    losses = {OURS: fused_loss}
+    if near:
+        return losses  # what the peers take does not depend on the numbers
+    losses[f"{OURS} in place"] = functools.partial(fused_loss, inplace=True)
+    if divergence not in ("forward_kl", "reverse_kl", "js"):
+        return losses
+    losses |= {"eager": plain_loss, "torch.compile": torch.compile(plain_loss, dynamic=False)}
     for name, module, loss in (
         ("Liger", "liger_kernel.transformers", liger_loss),
         ("QuACK", "quack", quack_loss),
     ):
-        found, reason = imported(module, device)
+        found, reason = imported(module, case.device)
         if found and name == "QuACK" and divergence != "forward_kl":
             found, reason = None, "has no such divergence"
         if found:
             losses[name] = functools.partial(loss, found)
         else:
             case.missing[name] = reason
+    return losses
+
+
+def distillation(case, elements, rows, classes, dtype, hard, divergence="forward_kl", gap=math.inf):
+    """Loss and gradient of the logits, whose student is far from the teacher, or near it."""
+    device = case.device
+    rows = max(1, min(rows, (elements or rows * classes) // classes))
+    z, t, labels = training_logits(rows, classes, gap, dtype=dtype, device=device)
+    options = {"temperature": 3.0 if hard else 2.0, "alpha": 0.5 if hard else 1.0}
+    if divergence != "forward_kl":
+        options["divergence"] = divergence
+    labels = labels if hard or divergence == "decoupled" else None
+    case.bytes = 3 * z.nbytes
 
     want_loss, want_gradient = fp64_loss(z, t, labels, **options)
-    for name, loss in losses.items():
+    for name, loss in losses_of(case, divergence, gap < math.inf).items():
         # Logits are a layer's output, which may be overwritten; a leaf may not. From the second
         # call on they are what the last one wrote, which takes as long.
         inplace = "in place" in name
@@ -617,6 +624,15 @@ CASES = (
         )
         for rows, classes, dtype in LOGITS[:6]
         for divergence in ("reverse_kl", "js")
+    }
+    | {
+        f"{divergence} {rows} x {classes} {short(dtype)}, gap {gap:g}": (
+            *(distillation, rows, classes, dtype, False, divergence, gap),
+        )
+        for rows, classes, dtype in LOGITS[:1] + LOGITS[6:9]
+        for divergence in kdkernels.divergences()
+        for gap in ((0.1, math.inf) if classes == 32000 else (0.1,))
+        if not (gap == math.inf and divergence in ("forward_kl", "reverse_kl", "js"))
     }
     | {
         "top 64, 2048 x 128256 bf16": (topk, 2048, 128256, torch.bfloat16, 64),

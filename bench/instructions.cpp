@@ -47,50 +47,40 @@ int run(int64_t elements, const std::function<void()>& f) {
   return 0;
 }
 
-DistillationParams loss(Dtype dtype, int64_t rows, int64_t classes, Buffer& z, Buffer& t,
+LossParams loss(Dtype dtype, int64_t rows, int64_t classes, Buffer& z, Buffer& t,
                         Buffer& gradient, Buffer& row_loss) {
-  DistillationParams p = {};
+  LossParams p = {};
   p.dtype = dtype;
   p.rows = rows;
-  p.classes = p.student_stride = p.teacher_stride = p.gradient_stride = classes;
+  p.classes = p.all_classes = p.student_stride = p.gradient_stride = classes;
   p.student = z.data();
-  p.teacher = t.data();
+  p.teacher_data[0] = t.data();
+  p.teacher_strides[0] = classes;
   p.gradient = gradient.data();
   p.row_loss = row_loss.data();
   p.temperature = 2;
-  p.alpha = 1;
-  p.ignore_index = -100;
-  p.denominator = static_cast<double>(rows);
-  p.gradient_scale = 1;
+  p.denominator.number = static_cast<double>(rows);
   return p;
 }
 
 int forward_kl(Dtype dtype, int64_t rows, int64_t classes, bool labels) {
   Buffer z(rows * classes, dtype, 6), t(rows * classes, dtype, 6, 1), row_loss(rows, dtype, 0);
   std::vector<int64_t> label(static_cast<size_t>(rows), 1);
-  DistillationParams p = loss(dtype, rows, classes, z, t, z, row_loss);
+  LossParams p = loss(dtype, rows, classes, z, t, z, row_loss);
   if (labels) {
     p.labels = label.data();
     p.alpha = 0.5;
     p.temperature = 3;
   }
-  return run(rows * classes, [&] { cpu::distillation(p, 1); });
+  return run(rows * classes, [&] { cpu::loss(p, 1); });
 }
 
 int divergence(math::Divergence which, Dtype dtype, int64_t rows, int64_t classes) {
   Buffer z(rows * classes, dtype, 6), t(rows * classes, dtype, 6, 1), row_loss(rows, dtype, 0);
-  DivergenceParams p = {};
-  static_cast<DistillationParams&>(p) = loss(dtype, rows, classes, z, t, z, row_loss);
+  LossParams p = loss(dtype, rows, classes, z, t, z, row_loss);
   p.divergence = which;
   p.beta = 0.5;
-  p.logit_scale = p.teacher_logit_scale = 1;
-  p.teachers = 1;
-  p.teacher_data[0] = t.data();
-  p.teacher_strides[0] = classes;
-  p.teacher_weights[0] = 1;
-  p.all_classes = classes;
-  p.stages = kAllStages;
-  return run(rows * classes, [&] { cpu::divergence(p, 1); });
+  return run(rows * classes, [&] { cpu::loss(p, 1); });
 }
 
 NoiseTensor tensor(void* data) { return {data, data, kElements, 0.1, 0, 3, 0}; }

@@ -285,7 +285,7 @@ def emulated(launch):
 
 
 def run_peer(loss_of, x):
-    import peers_ptx
+    from counting import peers_ptx
 
     with peers_ptx.on_cpu(emulated, eager=False):
         return run(loss_of, x)

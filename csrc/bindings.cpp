@@ -7,10 +7,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "cpu/kernels.h"
+#include "loss_bindings.h"
 #include "math/philox.h"
-#include "math/row.h"
-#include "ops/distillation.h"
-#include "ops/linear_distillation.h"
 #include "ops/noise.h"
 #include "ops/regression.h"
 #include "ops/update.h"
@@ -133,73 +131,6 @@ struct Op<implementation> {
   }
 };
 
-const char* name_of(math::Divergence divergence) {
-  switch (divergence) {
-    case math::Divergence::kForwardKL: return "forward_kl";
-    case math::Divergence::kReverseKL: return "reverse_kl";
-    case math::Divergence::kJS: return "js";
-    case math::Divergence::kSkewForwardKL: return "skew_forward_kl";
-    case math::Divergence::kSkewReverseKL: return "skew_reverse_kl";
-    case math::Divergence::kTotalVariation: return "total_variation";
-    case math::Divergence::kAlphaBeta: return "alpha_beta";
-    case math::Divergence::kDecoupled: return "decoupled";
-  }
-  return "";
-}
-
-// Options as the arguments of kdkernels.reference's functions.
-py::dict arguments_of(const LossOptions& o) {
-  using math::Divergence;
-  auto cap = [](double value) -> py::object {
-    return value == 0 ? py::object(py::none()) : py::float_(value);
-  };
-  constexpr const char* kReductions[] = {"none", "sum", "mean"};
-  constexpr const char* kTails[] = {"", "renormalize", "bucket", "ignore"};
-  bool two = o.divergence == Divergence::kAlphaBeta || o.divergence == Divergence::kDecoupled;
-  bool one = o.divergence == Divergence::kJS || o.divergence == Divergence::kSkewForwardKL ||
-             o.divergence == Divergence::kSkewReverseKL;
-  py::dict out;
-  out["temperature"] = o.temperature;
-  out["alpha"] = o.alpha;
-  out["divergence"] = name_of(o.divergence);
-  out["divergence_alpha"] = two ? py::object(py::float_(o.beta)) : py::none();
-  out["beta"] = two   ? py::object(py::float_(o.second))
-                : one ? py::object(py::float_(o.beta))
-                      : py::none();
-  out["teacher_kind"] = o.probs ? "probs" : "logits";
-  out["logit_scale"] = o.logit_scale;
-  out["soft_cap"] = cap(o.soft_cap);
-  out["label_smoothing"] = o.label_smoothing;
-  out["ignore_index"] = o.ignore_index;
-  out["num_items"] = cap(o.num_items);
-  out["reduction"] = kReductions[static_cast<int>(o.reduction)];
-  if (o.tail != Tail::kNone) {
-    out["tail"] = kTails[static_cast<int>(o.tail)];
-    return out;
-  }
-  out["teacher_weights"] = std::vector<double>(o.teacher_weights.begin(), o.teacher_weights.end());
-  out["teacher_mixture"] = o.log_mix ? "log_probs" : "probs";
-  out["standardize"] = o.standardize;
-  out["teacher_logit_scale"] = o.teacher_logit_scale;
-  out["teacher_soft_cap"] = cap(o.teacher_soft_cap);
-  return out;
-}
-
-void set_gradients(py::function function) {
-  // Never freed: the interpreter is gone before this library's variables are.
-  auto* kept = new py::function(std::move(function));
-  set_differentiable_gradients([kept](const LossCall& call, const at::Tensor& grad_output) {
-    py::gil_scoped_acquire gil;
-    py::object out = (*kept)(call.student, call.teachers, call.labels, call.weight, call.indices,
-                             call.teacher_logsumexp, arguments_of(call.options), grad_output);
-    std::vector<at::Tensor> gradients;
-    for (const auto& gradient : out.cast<std::vector<std::optional<at::Tensor>>>()) {
-      gradients.push_back(gradient.value_or(at::Tensor()));
-    }
-    return gradients;
-  });
-}
-
 py::dict build_info() {
   py::dict info;
 #if defined(KDKERNELS_WITH_CUDA)
@@ -248,14 +179,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       PyErr_SetString(PyExc_TypeError, e.what_without_backtrace());
     } catch (const c10::ValueError& e) {
       PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
+    } catch (const c10::NotImplementedError& e) {
+      PyErr_SetString(PyExc_NotImplementedError, e.what_without_backtrace());
     } catch (const c10::Error& e) {
       PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
     }
   });
 
-  Op<distillation_loss>::define(m, "distillation_loss");
-  Op<linear_distillation_loss>::define(m, "linear_distillation_loss");
-  m.def("set_differentiable_gradients", set_gradients);
+  bind_losses(m);
   Op<randn_like>::define(m, "randn_like");
   Op<add_noise_>::define(m, "add_noise_");
   Op<input_noise>::define(m, "input_noise");
@@ -268,7 +199,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::call_guard<py::gil_scoped_release>());
 
   m.def("build_info", build_info);
-  m.attr("row_state") = math::kRowState;
   m.def("set_isa", [](const std::string& name) { cpu::set_isa(name); });
   m.def("elementary", elementary);
   m.def("philox", philox);

@@ -22,26 +22,6 @@ struct Compute<double> {
   using type = double;
 };
 
-// One distillation loss over a [rows, classes] matrix of student and teacher logits.
-struct DistillationParams {
-  Dtype dtype;
-  int64_t rows, classes;
-  const void* student;  // [rows, classes], dtype, row stride below
-  const void* teacher;  // [rows, classes], dtype, row stride below
-  void* gradient;  // [rows, classes], dtype, row stride below; null: only the loss is computed
-  const int64_t* labels;  // [rows] or null
-  const void* weight;  // [rows], acc, or null
-  void* row_loss;  // [rows], acc: weight * loss, or null
-  void* loss;  // [], acc: sum of weight * loss over the denominator, or null
-  int64_t student_stride, teacher_stride, gradient_stride;
-  double temperature, alpha, label_smoothing;
-  int64_t ignore_index;
-  double denominator;  // loss and gradient are divided by it; 0 makes both 0; negative: the sum of
-  // the kept rows' weights, which a CUDA kernel finds on the device
-  double gradient_scale;  // a further factor of the gradient, a power of two
-  double* workspace;  // CUDA: distillation_workspace(rows) doubles
-};
-
 enum class Tail {
   kNone,  // the teacher is dense
   kRenormalize,  // both sides are softmaxes over a row's entries
@@ -54,37 +34,81 @@ constexpr int kMaxTeachers = 8, kMaxTopK = 1024;
 // which the ranks add up what the passes leave in `state`.
 enum Stage { kMoments = 1, kMaxima = 2, kSums = 4, kTerms = 8, kGradient = 16, kAllStages = 31 };
 
-// Any divergence, teacher and layout, beyond what DistillationParams alone says. `teacher` is not used.
-struct DivergenceParams : DistillationParams {
-  math::Divergence divergence;
-  double beta, second;  // its parameters
-  // Of the student's and of a teacher's logits: soft_cap * tanh(logit_scale * x / soft_cap); soft_cap 0: none.
-  double logit_scale, soft_cap, teacher_logit_scale, teacher_soft_cap;
-  bool standardize;
-  int teachers;  // 1 to kMaxTeachers
-  // [rows, classes], dtype, row strides below; or of top-k one matrix of values [rows, entries], acc, contiguous
-  const void* teacher_data[kMaxTeachers];
-  int64_t teacher_strides[kMaxTeachers];
-  double teacher_weights[kMaxTeachers];  // sum 1
-  bool probs;  // teachers are probabilities, else logits or log-probabilities
-  bool log_mix;  // several are mixed as logarithms, else as probabilities
-  void* teacher_gradient;  // [rows, classes] of the only teacher, or null
-  int64_t teacher_gradient_stride;
-  void* statistics;  // [math::kStatistics, rows], acc, or null
+// What a loss and its gradient are divided by; 0 makes both 0.
+struct Denominator {
+  double number = 1;
+  // Instead of the number: the sum of the kept rows' weights, which a CUDA kernel finds on the device.
+  bool is_kept_weight = false;
+};
 
-  Tail tail;
-  int64_t entries;  // a row, at most kMaxTopK
-  const void* indices;  // [rows, entries] contiguous, int64 if wide_indices else int32; -1: none
-  bool wide_indices;
-  const void* teacher_logsumexp;  // [rows], acc, or null: 0
-  void* entry_gradient;  // [rows, entries], dtype, instead of `gradient`, or null
+constexpr double kLeastTemperature = 1e-15, kLargestTemperature = 1e15;
+using math::kLargestNumber;
+
+// Options that may differ from row to row: which of LossParams' numbers a tensor overrides.
+enum RowOption {
+  kTemperature,
+  kAlpha,
+  kDivergenceAlpha,
+  kBeta,
+  kLogitScale,
+  kSoftCap,
+  kTeacherLogitScale,
+  kTeacherSoftCap,
+  kRowOptions
+};
+
+// One distillation loss over a [rows, classes] matrix of student logits: any divergence, teacher and layout.
+struct LossParams {
+  Dtype dtype;
+  int64_t rows, classes;
+  const void* student = nullptr;  // [rows, classes], dtype, row stride below
+  void* gradient =
+      nullptr;  // [rows, classes], dtype, row stride below; null: only the loss is computed
+  int64_t student_stride = 0, gradient_stride = 0;
+  const int64_t* labels = nullptr;  // [rows] or null
+  const void* weight = nullptr;  // [rows], acc, or null
+  int64_t ignore_index = -100;
+  void* row_loss = nullptr;  // [rows], acc: weight * loss, or null
+  void* loss = nullptr;  // [], acc: sum of weight * loss over the denominator, or null
+  Denominator denominator = {};
+  double gradient_scale = 1;  // a further factor of the gradient, a power of two
+  double temperature = 1, alpha = 1, label_smoothing = 0;
+
+  math::Divergence divergence = math::Divergence::kForwardKL;
+  double beta = 0, second = 0;  // its parameters
+  // Of the student's and of a teacher's logits: soft_cap * tanh(logit_scale * x / soft_cap); soft_cap 0: none.
+  double logit_scale = 1, soft_cap = 0, teacher_logit_scale = 1, teacher_soft_cap = 0;
+  // [rows] each, acc: what a row takes instead of the number, or null.
+  const void* row_options[kRowOptions] = {};
+  bool standardize = false;
+
+  int teachers = 1;  // 1 to kMaxTeachers
+  // [rows, classes], dtype, row strides below; or of top-k one matrix of values [rows, entries], acc, contiguous
+  const void* teacher_data[kMaxTeachers] = {};
+  int64_t teacher_strides[kMaxTeachers] = {};
+  double teacher_weights[kMaxTeachers] = {1};  // sum 1
+  bool probs = false;  // teachers are probabilities, else logits or log-probabilities
+  bool log_mix = false;  // several are mixed as logarithms, else as probabilities
+  void* teacher_gradient = nullptr;  // [rows, classes] of the only teacher, or null
+  int64_t teacher_gradient_stride = 0;
+  void* statistics = nullptr;  // [math::kStatistics, rows], acc, or null
+
+  Tail tail = Tail::kNone;
+  int64_t entries = 0;  // a row, at most kMaxTopK
+  const void* indices =
+      nullptr;  // [rows, entries] contiguous, int64 if wide_indices else int32; -1: none
+  bool wide_indices = false;
+  const void* teacher_logsumexp = nullptr;  // [rows], acc, or null: 0
+  void* entry_gradient = nullptr;  // [rows, entries], dtype, instead of `gradient`, or null
 
   // A slice of the vocabulary: columns [first_class, first_class + classes) of all_classes. Labels and
   // indices are of the whole.
-  int64_t first_class, all_classes;
-  int stages;
-  double* state;  // [math::kRowState, rows]; null: all stages in one call
-  const uint8_t* only;  // [rows]: rows to visit, or null: all. CUDA.
+  int64_t first_class = 0, all_classes = 0;
+  int stages = kAllStages;
+  double* state = nullptr;  // [math::kRowState, rows]; null: all stages in one call
+
+  double* workspace = nullptr;  // CUDA: loss_workspace(rows) doubles
+  const uint8_t* only = nullptr;  // CUDA, [rows]: rows to visit, or null: all
 };
 
 // data[r, i] *= factor[r], or *= factor[0]; nothing is touched where the factor is 1.

@@ -1,4 +1,4 @@
-// How a call is told to others: to math/row.h, and by the one-pass kernels to the walkers of any divergence.
+// What a call's parameters say of its rows: to math/row.h, and to who chooses a kernel.
 #pragma once
 
 #include "math/row.h"
@@ -6,7 +6,7 @@
 
 namespace kdkernels {
 
-KD_FN math::RowTask row_task(const DivergenceParams& p) {
+KD_FN math::RowTask row_task(const LossParams& p) {
   math::RowTask task = {};
   task.divergence = p.divergence;
   task.beta = p.beta;
@@ -30,19 +30,85 @@ KD_FN math::RowTask row_task(const DivergenceParams& p) {
   return task;
 }
 
-// A call of the one-pass kernels for the walkers of any divergence.
-KD_FN DivergenceParams forward_kl(const DistillationParams& p) {
-  DivergenceParams general = {};
-  static_cast<DistillationParams&>(general) = p;
-  general.divergence = math::Divergence::kForwardKL;
-  general.logit_scale = general.teacher_logit_scale = 1;
-  general.teachers = 1;
-  general.teacher_data[0] = p.teacher;
-  general.teacher_strides[0] = p.teacher_stride;
-  general.teacher_weights[0] = 1;
-  general.all_classes = p.classes;
-  general.stages = kAllStages;
-  return general;
+KD_FN bool has_row_options(const LossParams& p) {
+  for (int i = 0; i < kRowOptions; ++i) {
+    if (p.row_options[i] != nullptr) return true;
+  }
+  return false;
+}
+
+// Whether a call's loss and gradient are of two matrices of logits as they are, whole rows of them: what the kernels
+// made for one divergence take.
+KD_FN bool is_of_plain_logits(const LossParams& p) {
+  return !has_row_options(p) && p.teachers == 1 && p.tail == Tail::kNone && !p.probs &&
+         !p.standardize && p.logit_scale == 1 && p.soft_cap == 0 && p.teacher_logit_scale == 1 &&
+         p.teacher_soft_cap == 0 && p.teacher_gradient == nullptr && p.statistics == nullptr &&
+         p.state == nullptr;
+}
+
+// The divergence of a call and its parameters, by its name's. At the limits of a parameter another one is exact.
+// False: it has no such parameters.
+KD_FN bool set_divergence(math::Divergence named, double alpha, double beta, LossParams& out) {
+  using math::Divergence;
+  const bool two = math::has_two_parameters(named);
+  out.divergence = named;
+  out.beta = two ? alpha : beta;
+  out.second = two ? beta : 0;
+  bool forward = false, reverse = false;
+  switch (named) {
+    case Divergence::kJS:
+      forward = beta == 0;
+      reverse = beta == 1;
+      break;
+    case Divergence::kSkewForwardKL: forward = beta == 0; break;
+    case Divergence::kSkewReverseKL: reverse = beta == 0; break;
+    case Divergence::kAlphaBeta:
+      forward = alpha == 1 && beta == 0;
+      reverse = alpha == 0 && beta == 1;
+      break;
+    default: break;
+  }
+  if (forward) out.divergence = Divergence::kForwardKL;
+  if (reverse) out.divergence = Divergence::kReverseKL;
+  return named != Divergence::kAlphaBeta || alpha > 0 || beta > 0;
+}
+
+// Whether a number that a tensor has for an option may stand there; the ops check numbers that are none of a tensor's.
+KD_FN bool in_range(RowOption option, math::Divergence divergence, double value) {
+  switch (option) {
+    case kTemperature: return value >= kLeastTemperature && value <= kLargestTemperature;
+    case kAlpha: return value >= 0 && value <= 1;
+    case kDivergenceAlpha:
+    case kBeta: return value >= 0 && value <= math::largest_parameter(divergence);
+    default: return value > 0 && value <= kLargestNumber;
+  }
+}
+
+// The call of one row, with that row's options where the call has tensors of them. False: one is out of range.
+template <class Real>
+KD_FN bool options_of_row(const LossParams& call, int64_t row, LossParams& out) {
+  const math::Divergence named = call.divergence;
+  double alpha = call.beta, beta = math::has_two_parameters(named) ? call.second : call.beta;
+  double* const numbers[kRowOptions] = {
+      &out.temperature,
+      &out.alpha,
+      &alpha,
+      &beta,
+      &out.logit_scale,
+      &out.soft_cap,
+      &out.teacher_logit_scale,
+      &out.teacher_soft_cap,
+  };
+  out = call;
+  bool valid = true;
+  for (int i = 0; i < kRowOptions; ++i) {
+    out.row_options[i] = nullptr;
+    if (call.row_options[i] == nullptr) continue;
+    *numbers[i] = static_cast<double>(static_cast<const Real*>(call.row_options[i])[row]);
+    valid &= in_range(static_cast<RowOption>(i), named, *numbers[i]);
+  }
+  valid &= set_divergence(named, alpha, beta, out);
+  return valid;
 }
 
 }  // namespace kdkernels

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from typing import Any
 
 from kdkernels import divergences
 
@@ -616,7 +617,7 @@ def _resumed(command: str, given: dict):
     return folder
 
 
-def _config(command: str, given: dict) -> dict:
+def _config(command: str, given: dict) -> dict[str, Any]:
     """What config.json of a new run says: a part an experiment, and what they ran on."""
     from kdkernels.train import TrainError, distillation, report, soft_regularization
 
@@ -624,7 +625,7 @@ def _config(command: str, given: dict) -> dict:
         names = {field.name for field in dataclasses.fields(settings)}
         return dataclasses.asdict(settings(**{k: v for k, v in given.items() if k in names}))
 
-    config = {"command": command}
+    config: dict[str, Any] = {"command": command}
     if command == "soft-reg":
         linear = given.get("model", "linear") == "linear"
         for option in given:
@@ -733,7 +734,7 @@ def _predict_teacher(**given) -> int:
                 f"--teacher-weights {weights}: this teacher has not learnt these {train.classes} "
                 "classes; distill trains one and leaves checkpoints/teacher.safetensors"
             )
-        model = model.to(device, memory_format=torch.channels_last)
+        model = model.to(device).to(memory_format=torch.channels_last)
         return train, predictions.write(
             out, model, train, batch_size=batch_size, memory_format=torch.channels_last,
             on_step=on_step, **kept,

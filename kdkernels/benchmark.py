@@ -20,8 +20,10 @@ spared: such an op can be faster than the triad.
 
 import contextlib
 import datetime
+import functools
 import gc
 import importlib
+import itertools
 import json
 import math
 import os
@@ -32,6 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,9 +45,9 @@ import kdkernels
 from kdkernels import info
 
 __all__ = [
-    "OURS", "Comparison", "dense", "disturbed", "duration", "experiment_1", "gpt2", "interval",
-    "lines", "machine", "measure", "noise", "optimizer", "plain_loss", "quick", "ratio", "record",
-    "resnet18", "slug", "summary", "take_turns", "top_k",
+    "IGNORED", "OURS", "Comparison", "Logits", "dense", "disturbed", "duration", "experiment_1",
+    "gpt2", "interval", "lines", "machine", "measure", "noise", "optimizer", "plain_loss", "quick",
+    "ratio", "record", "resnet18", "slug", "summary", "take_turns", "top_k", "training_logits",
 ]  # fmt: skip
 
 OURS = "kdkernels"
@@ -54,6 +57,9 @@ SAMPLE_SECONDS = 0.02
 MAX_ROUNDS = 101
 LIMITS = ("memcpy", "triad")
 """Cases that do less than the op: what the machine allows."""
+
+COPIES_BYTES = 1 << 26
+"""Of logits that calls in a row overwrite, each its own, as far as these bytes last."""
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -75,7 +81,7 @@ def ratio(result: dict, over: str, under: str) -> tuple[float, float, float]:
     return interval([a / b for a, b in zip(*pair, strict=True)])
 
 
-def summary(rounds: dict[str, list[float]], bytes: int = 0) -> dict[str, dict]:
+def summary(rounds: dict[str, list[float]], bytes: int = 0) -> dict[str, dict[str, Any]]:
     """What the rounds say of each case.
 
     Args:
@@ -88,7 +94,7 @@ def summary(rounds: dict[str, list[float]], bytes: int = 0) -> dict[str, dict]:
         ``bytes_per_second`` and ``of_triad`` (the share of its speed: median, ends).
     """
     kept = {name: [float(f"{s:.5g}") for s in own] for name, own in rounds.items()}
-    cases = {name: {"seconds": own} for name, own in kept.items()}
+    cases: dict[str, dict[str, Any]] = {name: {"seconds": own} for name, own in kept.items()}
     base = next(iter(cases))
     for name, case in cases.items():
         low, median, high = np.quantile(case["seconds"], (0.25, 0.5, 0.75)).tolist()
@@ -111,7 +117,10 @@ def _timed(call, loops):
 
 
 def take_turns(
-    calls: dict[str, Callable], seconds: float, least: int = 7
+    calls: dict[str, Callable],
+    seconds: float,
+    least: int = 7,
+    before: dict[str, tuple[Callable, int]] | None = None,
 ) -> dict[str, list[float]]:
     """Time calls in turns; see the module.
 
@@ -119,13 +128,17 @@ def take_turns(
         calls: case -> what is timed.
         seconds: until no new round begins.
         least: rounds, however long they take.
+        before: case -> what is called before each of its samples, and how many calls one then has.
 
     Returns:
         Case -> seconds of a call in each round.
     """
-    loops = {}
+    loops, before = {}, before or {}
     for name, call in calls.items():
         call()
+        if name in before:
+            loops[name] = before[name][1]
+            continue
         once = _timed(call, 1)
         if once < SAMPLE_SECONDS:  # the first calls in a row are slower than those after them
             once = _timed(call, max(1, int(SAMPLE_SECONDS / once / 4)))
@@ -140,6 +153,8 @@ def take_turns(
             if done >= least and time.perf_counter() > end:
                 break
             for name in random.permutation(names).tolist():
+                if name in before:
+                    before[name][0]()
                 rounds[name].append(_timed(calls[name], loops[name]))
     finally:
         if collecting:
@@ -176,7 +191,8 @@ def allocations(call: Callable) -> tuple[int, int]:
     cpu = torch.profiler.ProfilerActivity.CPU
     with _silent_stderr(), torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         call()
-    events = profile.profiler.kineto_results.events()
+    profiler: Any = profile.profiler
+    events = profiler.kineto_results.events()
     sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
     return sum(size > 0 for size in sizes), sum(size for size in sizes if size > 0)
 
@@ -203,11 +219,14 @@ class Comparison:
 
     Attributes:
         title: over its table.
+        check: ``check(call)`` raises AssertionError where what a case gives is wrong.
         bytes: the fewest that a call must move; 0 where memory is not what limits the op. Where
             there are any, :func:`measure` adds a triad.
         growth: the plot that this is a point of, its axis and the value there; None: of none.
         calls: case -> call; the first is the one that the others are compared with.
         per: case -> how many units of work a call does, where it is not one.
+        before: case -> what is called before a sample of it, where a call needs what others spoilt,
+            and the calls of a sample.
         missing: case -> why it could not take part.
         inputs: for whoever adds peers.
     """
@@ -215,32 +234,44 @@ class Comparison:
     def __init__(
         self,
         title: str,
-        check: Callable[[Callable], None],
+        check: Callable[[Callable], object] | None,
         *,
         bytes: int = 0,
         growth=None,
         **inputs,
     ):
         self.title, self.check, self.bytes, self.growth = title, check, bytes, growth
-        self.calls, self.per, self.missing = {}, {}, {}
+        self.calls, self.per, self.before, self.missing = {}, {}, {}, {}
         self.inputs = inputs
 
-    def add(self, name: str, call: Callable, *, check: bool = True, per: int = 1) -> None:
+    def add(
+        self,
+        name: str,
+        call: Callable,
+        *,
+        check: bool | Callable = True,
+        per: int = 1,
+        before: tuple[Callable, int] | None = None,
+    ) -> None:
         """Let a case take part.
 
         Args:
             name: of the case; those of kdkernels begin with ``OURS``.
             call: what is timed.
-            check: False where ``call`` is not the op, but a limit.
+            check: in place of the comparison's; False where ``call`` is not the op, but a limit.
             per: the units of work in a call: times are of one.
+            before: what is called before each sample, and how many calls a sample has.
 
         Raises:
             AssertionError: what the call gives is wrong.
         """
-        if check:
-            self.check(call)
+        checks = self.check if check is True else check
+        if checks:
+            checks(call)
         self.calls[name] = call
         self.per[name] = per
+        if before is not None:
+            self.before[name] = before
 
     def add_peer(self, name: str, module: str, make: Callable) -> None:
         """Let a package take part where it can be imported: ``make(module)`` gives its call."""
@@ -275,9 +306,10 @@ def measure(comparison: Comparison, seconds: float = 8.0, least: int = 7) -> dic
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     began = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     before, start = _others(), time.perf_counter()
-    rounds = take_turns(calls, seconds, least)
-    processors = os.cpu_count() * (time.perf_counter() - start)
-    others = None if before is None else max(0.0, (_others() - before) / processors)
+    rounds = take_turns(calls, seconds, least, comparison.before)
+    processors = (os.cpu_count() or 1) * (time.perf_counter() - start)
+    after = _others()
+    others = None if before is None or after is None else max(0.0, (after - before) / processors)
     if torch.get_num_threads() != threads:
         raise RuntimeError(f"{comparison.title}: a case has changed the number of threads")
     cases = summary(
@@ -380,6 +412,67 @@ def lines(result: dict) -> list[str]:
     return shown
 
 
+# ---- inputs --------------------------------------------------------------------------------------
+
+IGNORED = -100
+"""The label of a row that does not count, as in torch.nn.functional.cross_entropy."""
+
+
+class Logits(NamedTuple):
+    """Inputs of a loss: see :func:`training_logits`."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+
+
+def training_logits(
+    rows: int,
+    classes: int,
+    gap: float = 0.1,
+    *,
+    dtype: torch.dtype = torch.float32,
+    prompts: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Logits:
+    """Logits as training has them: of a trained teacher, and of a student that follows it.
+
+    What a trained model predicts is peaked, and its probabilities fall as a power of their rank.
+    Logits with an exponential distribution of mean m give that: k^-m at rank k, and two draws from
+    a row agree with probability 1 - 1/m, however many classes there are (Pitman and Yor, "The
+    two-parameter Poisson-Dirichlet distribution", 1997). Here m is 2.
+
+    Args:
+        rows: rows.
+        classes: classes of a row.
+        gap: standard deviation of the student's logits less the teacher's. Infinite: the student's
+            are independent of the teacher's, and as peaked.
+        dtype: of the logits, which are drawn in fp32, or in fp64 for fp64.
+        prompts: share of the rows that do not count; these come first, and are labelled
+            :data:`IGNORED`.
+        seed: another seed draws other logits.
+        device: where they are.
+
+    Returns:
+        Student and teacher ``[rows, classes]`` and labels ``[rows]``, drawn from the teacher.
+    """
+    g = torch.Generator(device).manual_seed(seed)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def drawn():
+        return torch.empty(rows, classes, dtype=acc, device=device)
+
+    teacher = drawn().exponential_(0.5, generator=g)
+    if math.isinf(gap):
+        student = drawn().exponential_(0.5, generator=g)
+    else:
+        student = drawn().normal_(0, gap, generator=g).add_(teacher)
+    labels = (teacher - drawn().exponential_(generator=g).log_()).argmax(-1)  # Gumbel's trick
+    labels[: int(prompts * rows)] = IGNORED
+    return Logits(student.to(dtype), teacher.to(dtype), labels)
+
+
 # ---- what people write in plain PyTorch ----------------------------------------------------------
 
 
@@ -412,8 +505,8 @@ def plain_divergence(log_q: Tensor, log_p: Tensor, name: str) -> Tensor:
     if name == "reverse_kl":
         return F.kl_div(log_p, log_q, reduction="sum", log_target=True)
     log_m = torch.logsumexp(torch.stack((log_p, log_q)), 0) - math.log(2)
-    to_middle = (F.kl_div(log_m, x, reduction="sum", log_target=True) for x in (log_p, log_q))
-    return sum(to_middle) / 2
+    p, q = (F.kl_div(log_m, x, reduction="sum", log_target=True) for x in (log_p, log_q))
+    return (p + q) / 2
 
 
 def plain_loss(z, t, labels, temperature, alpha, divergence="forward_kl"):
@@ -450,44 +543,91 @@ def dense(
     dtype: torch.dtype = torch.float32,
     divergence: str = "forward_kl",
     labels: bool = False,
+    *,
+    gaps: tuple[float, ...] = (),
+    prompts: float = 0.0,
+    temperature: float | None = None,
     growth=None,
 ) -> Comparison:
     """A loss and the logits' gradient: eager PyTorch, ours, ours in place.
 
+    The student is far from its teacher: independent of it. ``gaps``: in place, too, where it is
+    near, for each such standard deviation of its logits less the teacher's. ``prompts``: a share
+    of the rows, with labels, that do not count.
+
     ``inputs``: z, a leaf, and t ``[rows, classes]``, and ``options``, plain_loss' other arguments.
     """
-    g = torch.Generator().manual_seed(0)
-    z, t = ((3 * torch.randn(rows, classes, generator=g)).to(dtype) for _ in range(2))
-    hard = torch.randint(classes, (rows,), generator=g) if labels else None
-    temperature, alpha = (3.0, 0.5) if labels else (2.0, None)
-    leaf, exact = z.clone().requires_grad_(), z.float().requires_grad_()
-    # Logits are a layer's output, which may be overwritten; a leaf may not. From the second call on
-    # they are what the last call wrote, which takes as long.
-    output = leaf * 1
-    options = (hard, temperature, alpha, divergence)
-    want = backward(plain_loss(exact, t.float(), *options), exact)
+    temperature, alpha = temperature or (3.0 if labels else 2.0), 0.5 if labels else None
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
 
-    def check(call):
-        with torch.no_grad():
-            output.copy_(z)
-        for got, right, scale in zip(call(), want, (1, 1 / rows), strict=True):
-            torch.testing.assert_close(got.float(), right, rtol=tolerance, atol=tolerance * scale)
-
-    def fused(logits, inplace):
+    def fused(logits, t, hard, inplace):
         return kdkernels.distillation_loss(
             logits, t, hard, temperature=temperature, alpha=alpha, divergence=divergence,
             inplace=inplace,
         )  # fmt: skip
 
+    def checked(leaf, outputs, t, hard):
+        exact = leaf.detach().double().requires_grad_()
+        loss: Any = kdkernels.reference.distillation_loss(
+            exact, t.double(), hard, temperature=temperature, alpha=alpha, divergence=divergence
+        )
+        want = backward(loss, exact)
+
+        def check(call):
+            restore(leaf, outputs)
+            for got, right, scale in zip(call(), want, (1, 1 / rows), strict=True):
+                torch.testing.assert_close(
+                    got.double(), right, rtol=tolerance, atol=tolerance * scale
+                )
+
+        return check
+
+    z, t, given_labels = training_logits(rows, classes, math.inf, dtype=dtype, prompts=prompts)
+    hard = given_labels if labels else None
+    leaf, options = z.clone().requires_grad_(), (hard, temperature, alpha, divergence)
+    output = leaf * 1
     title = f"{divergence} {rows}x{classes} {short(dtype)}{', labels' * labels}"
+    title += f", {prompts:.0%} prompts" * bool(prompts)
     found = Comparison(
-        title, check, bytes=3 * z.nbytes, growth=growth, z=leaf, t=t, options=options
+        title, checked(leaf, [output], t, hard), growth=growth, z=leaf, t=t, options=options,
+        bytes=round((3 - 2 * prompts) * t.nbytes),
     )  # fmt: skip
-    found.add("eager", lambda: backward(plain_loss(leaf, t, *options), leaf))
-    found.add(OURS, lambda: backward(fused(leaf, False), leaf))
-    found.add(f"{OURS} in place", lambda: backward(fused(output, True), output))
+
+    def eager():
+        if not prompts:
+            return backward(plain_loss(leaf, t, *options), leaf)
+        counts = given_labels != IGNORED
+        kept = (leaf[counts], t[counts], given_labels[counts])
+        return backward(plain_loss(*kept, *options[1:]), leaf)
+
+    found.add("eager", eager)
+    found.add(OURS, lambda: backward(fused(leaf, t, hard, False), leaf))
+    # From the second call on the logits are what the last call wrote, which is as far.
+    found.add(f"{OURS} in place", lambda: backward(fused(output, t, hard, True), output))
+    for gap in gaps:
+        student, teacher, label = training_logits(rows, classes, gap, dtype=dtype, prompts=prompts)
+        label, student = label if labels else None, student.requires_grad_()
+        copies = [student * 1 for _ in range(max(1, min(1000, COPIES_BYTES // student.nbytes)))]
+        turns = itertools.cycle(copies)
+
+        def near(turns=turns, teacher=teacher, label=label):
+            logits = next(turns)
+            return backward(fused(logits, teacher, label, True), logits)
+
+        found.add(
+            f"{OURS} in place, gap {gap:g}",
+            near,
+            check=checked(student, copies, teacher, label),
+            before=(functools.partial(restore, student, copies), len(copies)),
+        )
     return found
+
+
+def restore(leaf: Tensor, outputs: list[Tensor]) -> None:
+    """Logits as they were before a call wrote its gradient over them."""
+    with torch.no_grad():
+        for output in outputs:
+            output.copy_(leaf)
 
 
 def top_k(rows: int, classes: int, k: int) -> Comparison:
@@ -565,10 +705,10 @@ def optimizer(kind: str, name: str, sizes: list[int]) -> Comparison:
 
     def make(optimizer, noisy, **more):
         params = [torch.nn.Parameter(torch.ones(n)) for n in sizes]
-        for p in params:
-            p.grad = torch.full_like(p, 0.01)
+        grads = [torch.full((n,), 0.01) for n in sizes]
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
         made = optimizer(params, **options, **more)
-        grads = [p.grad for p in params]
 
         def step():
             plain_noise(grads, std)
@@ -646,11 +786,12 @@ def _quick(largest: int | None) -> Iterator[Comparison]:
     def elements(sizes):
         return [min(n, largest or n) for n in sizes]
 
-    yield dense(rows(512, 32000), 32000)
-    yield dense(rows(512, 32000), 32000, torch.bfloat16)
-    yield dense(rows(128, 1000), 1000)
-    yield dense(64, 10)
-    yield dense(rows(128, 32000), 32000, divergence="js")
+    near: dict[str, Any] = {"gaps": (0.1,)}
+    yield dense(rows(512, 32000), 32000, **near)
+    yield dense(rows(512, 32000), 32000, torch.bfloat16, **near)
+    yield dense(rows(128, 1000), 1000, **near)
+    yield dense(64, 10, **near)
+    yield dense(rows(128, 32000), 32000, divergence="js", **near)
     yield top_k(rows(64, 128256), 128256, 64)
     yield noise("20M elements", elements([20_000_000]))
     yield noise("ResNet-18's 62 tensors", elements(resnet18()))

@@ -27,10 +27,13 @@ From 16-bit hidden states the logits are rounded to 16 bits as a linear layer's 
 Nothing of the other libraries is imported here.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from kdkernels.distill import distillation_loss, linear_distillation_loss
+from kdkernels.errors import TENSOR, check
 
 __all__ = [
     "KDLoss",
@@ -57,7 +60,7 @@ def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.to(dtype), teacher.to(dtype)
 
 
-def _heads(student: tuple, teacher: tuple) -> dict[str, Tensor | None]:
+def _heads(student: tuple, teacher: tuple) -> dict[str, Any]:
     """Hidden states, weight and bias of both sides as the fused linear loss takes them: whole, all
     in the dtype of the student's hidden states, the teacher's without gradient.
     """
@@ -140,6 +143,8 @@ def kl_div(
     """
     if size_average is not None or reduce is not None:
         raise ValueError("size_average and reduce are deprecated in PyTorch; pass reduction")
+    check("input", input, TENSOR)
+    check("target", target, TENSOR)
     if dim is None:
         if input.dim() > 2:
             raise ValueError(
@@ -553,12 +558,13 @@ class KDLoss(nn.Module):
         """The loss of one batch, as torchdistill's boxes call it."""
         student = student_io_dict[self.student_module_path][self.student_module_io]
         teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
-        if self.alpha is None or self.alpha == 0 or targets is None:
+        alpha, beta = self.alpha, self.beta
+        if alpha is None or beta is None or alpha == 0 or targets is None:
             return _kl(student, teacher, self.reduction, 1, self.temperature)
         if not self.one_pass or student.dim() != 2 or targets.dim() != 1:
             divergence = _kl(student, teacher, self.reduction, 1, self.temperature)
             hard = self.cross_entropy_loss(student, targets)
-            return self.alpha * hard + self.beta * self.temperature**2 * divergence
+            return alpha * hard + beta * self.temperature**2 * divergence
         student, teacher = _alike(student, teacher)
 
         def loss(alpha: float) -> Tensor:
@@ -574,4 +580,4 @@ class KDLoss(nn.Module):
 
         # "mean" is one over N C elements in the divergence and over N rows in the cross-entropy.
         classes = student.shape[1] if self.reduction == "mean" else 1
-        return _weighted(loss, self.alpha, self.beta / classes)
+        return _weighted(loss, alpha, beta / classes)

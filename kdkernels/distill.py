@@ -1,7 +1,8 @@
 """Distillation losses."""
 
+import inspect
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -9,17 +10,7 @@ from torch.compiler import is_compiling
 from torch.distributed import ProcessGroup
 
 from kdkernels import _C, reference
-from kdkernels.errors import (
-    BOOL,
-    INT,
-    NUMBER,
-    NUMBERS,
-    OPTIONAL_NUMBER,
-    OPTIONAL_TENSOR,
-    STRING,
-    TENSOR,
-    explain,
-)
+from kdkernels.errors import INT, NUMBER, TENSOR, check
 from kdkernels.reference import Divergence, RowStatistics
 
 
@@ -38,13 +29,13 @@ def divergences() -> dict[str, Divergence]:
 class CommonOptions(TypedDict, total=False):
     """What all losses take."""
 
-    temperature: float
-    alpha: float | None
+    temperature: float | Tensor
+    alpha: float | Tensor | None
     divergence: str
-    beta: float | None
+    beta: float | Tensor | None
     teacher_kind: str
-    logit_scale: float
-    soft_cap: float | None
+    logit_scale: float | Tensor
+    soft_cap: float | Tensor | None
     label_smoothing: float
     ignore_index: int
     weight: Tensor | None
@@ -57,12 +48,12 @@ class CommonOptions(TypedDict, total=False):
 class DenseTeacherOptions(CommonOptions, total=False):
     """What goes with a teacher of all classes."""
 
-    divergence_alpha: float | None
+    divergence_alpha: float | Tensor | None
     teacher_weights: Sequence[float] | None
     teacher_mixture: str
     standardize: bool
-    teacher_logit_scale: float
-    teacher_soft_cap: float | None
+    teacher_logit_scale: float | Tensor
+    teacher_soft_cap: float | Tensor | None
 
 
 class TopKTeacherOptions(CommonOptions, total=False):
@@ -122,19 +113,19 @@ def distillation_loss(
     teacher_logits: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
-    temperature: float = 1.0,
-    alpha: float | None = None,
+    temperature: float | Tensor = 1.0,
+    alpha: float | Tensor | None = None,
     divergence: str = "forward_kl",
-    divergence_alpha: float | None = None,
-    beta: float | None = None,
+    divergence_alpha: float | Tensor | None = None,
+    beta: float | Tensor | None = None,
     teacher_kind: str = "logits",
     teacher_weights: Sequence[float] | None = None,
     teacher_mixture: str = "probs",
     standardize: bool = False,
-    logit_scale: float = 1.0,
-    soft_cap: float | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_soft_cap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    soft_cap: float | Tensor | None = None,
+    teacher_logit_scale: float | Tensor = 1.0,
+    teacher_soft_cap: float | Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     weight: Tensor | None = None,
@@ -166,7 +157,10 @@ def distillation_loss(
             one of them requires grad.
         labels: ``[*]``, int64 classes in [0, V) or ``ignore_index``. A row that is ignored has loss
             and gradient 0 and its logits are not read. None: the divergence alone.
-        temperature: T > 0, from 1e-15 to 1e15.
+        temperature: T > 0, from 1e-15 to 1e15. Like ``alpha``, the divergence's parameters, the
+            scales and the caps it is a number or a tensor, ``[*]`` for a number per row or ``[]``
+            for all, of any real dtype. A tensor that requires grad gets its gradient (a learnable
+            temperature or scale); the loss is then made by plain PyTorch.
         alpha: share of the divergence, in [0, 1]. Default 0.5 with labels, 1 without (and no other
             then). With 1 the labels only say which rows are ignored (and the target class of
             "decoupled"); with 0 the teacher is not read.
@@ -230,61 +224,34 @@ def distillation_loss(
     PyTorch gains as much. Else ``inplace``, or ``linear_distillation_loss`` in row blocks.
 
     The same bits come out for any number of threads. Differentiable twice and more, and through
-    ``torch.compile``. On CUDA a label out of range gives NaN loss and zero gradient for its row.
+    ``torch.compile``. On CUDA a label, or a number of a tensor option, that is out of range gives
+    NaN loss and zero gradient for its row.
 
     Raises:
         ValueError: shapes or devices differ, V is 0, a number or (on CPU) a label is out of range,
             a parameter does not belong to the divergence, or ``inplace`` is not possible.
-        TypeError: a dtype is not supported or differs.
+        TypeError: a dtype is not supported or differs, or a tensor is of a subclass without memory
+            of its own (a sharded DTensor beside a plain tensor).
+        NotImplementedError: forward-mode differentiation, which ``backend="reference"`` has.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
+        >>> teacher, labels = torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([0])
+        >>> loss = kdkernels.distillation_loss(student, teacher, labels, temperature=2.0, alpha=0.5)
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}", student.grad)
+        0.4031 tensor([[ 0.0319, -0.0769,  0.0450]])
     """
+    call = locals()
     teachers, several = _listed(teacher_logits, student_logits)
     if teacher_weights is not None and not several:
         raise ValueError("teacher_weights goes with several teachers only")
-    arguments = (  # of the op, in its order
-        student_logits,
-        teachers,
-        labels,
-        None,
-        None,
-        weight,
-        temperature,
-        alpha,
-        divergence,
-        divergence_alpha,
-        beta,
-        "none",
-        teacher_kind,
-        () if teacher_weights is None else teacher_weights,
-        teacher_mixture,
-        standardize,
-        logit_scale,
-        soft_cap,
-        teacher_logit_scale,
-        teacher_soft_cap,
-        label_smoothing,
-        ignore_index,
-        num_items,
-        reduction,
-        inplace,
-        False,
-        return_statistics,
-        "",
-        0,
-        0,
-    )
+    if several:
+        call["teacher_logits"] = teachers
     # The kernels make the gradient of one teacher.
-    if (several or backend != "fused") and _plain(backend, process_group, teachers):
-        named = _named(arguments) | {"teacher_weights": teacher_weights}
-        del named["tail"]
-        return reference.distillation_loss(
-            student_logits,
-            teachers if several else teacher_logits,
-            labels,
-            weight=weight,
-            **named,
-            return_statistics=return_statistics,
-        )
-    return _loss(arguments, process_group)
+    if _plain(call, teachers if several else ()):
+        return _by_reference(reference.distillation_loss, call)
+    return _loss(call, teachers, reference.distillation_loss)
 
 
 @overload
@@ -313,15 +280,15 @@ def topk_distillation_loss(
     teacher_indices: Tensor,
     labels: Tensor | None = None,
     *,
-    temperature: float = 1.0,
-    alpha: float | None = None,
+    temperature: float | Tensor = 1.0,
+    alpha: float | Tensor | None = None,
     divergence: str = "forward_kl",
-    beta: float | None = None,
+    beta: float | Tensor | None = None,
     tail: str = "renormalize",
     teacher_kind: str = "logits",
     teacher_logsumexp: Tensor | None = None,
-    logit_scale: float = 1.0,
-    soft_cap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    soft_cap: float | Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     weight: Tensor | None = None,
@@ -379,96 +346,78 @@ def topk_distillation_loss(
     Raises:
         ValueError, TypeError: as ``distillation_loss``; K or ``teacher_logsumexp`` is not as said,
             or (on CPU) an index is out of range or twice in a row.
+
+    Example:
+        >>> student = torch.tensor([[2.0, 1.0, 0.5, 0.0]], requires_grad=True)
+        >>> top = kdkernels.topk_teacher(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 2)
+        >>> loss = kdkernels.topk_distillation_loss(student, top.values, top.indices)
+        >>> loss.backward()
+        >>> student.grad
+        tensor([[ 0.0000, -0.1086,  0.1086,  0.0000]])
     """
-    arguments = (  # of the op, in its order
-        student_logits,
-        [teacher_values],
-        labels,
-        teacher_indices,
-        teacher_logsumexp,
-        weight,
-        temperature,
-        alpha,
-        divergence,
-        None,
-        beta,
-        tail,
-        teacher_kind,
-        (),
-        "probs",
-        False,
-        logit_scale,
-        soft_cap,
-        1.0,
-        None,
-        label_smoothing,
-        ignore_index,
-        num_items,
-        reduction,
-        inplace,
-        sparse_gradient,
-        return_statistics,
-        "",
-        0,
-        0,
+    call = locals()
+    if _plain(call, (teacher_values,)):
+        return _by_reference(reference.topk_distillation_loss, call)
+    return _loss(call, [teacher_values], reference.topk_distillation_loss)
+
+
+# ---- from arguments by name to the ops -----------------------------------------------------------
+
+_OPTIONS = tuple(_C.loss_options())  # (name, default, choices, rows may differ, public)
+_ROW_OPTIONS = tuple(name for name, _, _, rows_may_differ, _ in _OPTIONS if rows_may_differ)
+_ROW_TENSORS = ("labels", "weight", "teacher_indices", "teacher_logsumexp")
+_WISHES = {"inplace": 1, "sparse_gradient": 2, "return_statistics": 4}
+
+
+_TAKES = {
+    function: frozenset(inspect.signature(function).parameters)
+    for function in (
+        reference.distillation_loss,
+        reference.topk_distillation_loss,
+        reference.linear_distillation_loss,
     )
-    if _plain(backend, process_group, (teacher_values,)):
-        named = _named(arguments)
-        return reference.topk_distillation_loss(
-            student_logits,
-            teacher_values,
-            teacher_indices,
-            labels,
-            weight=weight,
-            teacher_logsumexp=teacher_logsumexp,
-            **{name: named[name] for name in named if name not in _OF_DENSE_TEACHERS},
-            return_statistics=return_statistics,
-        )
-    return _loss(arguments, process_group)
+}
 
 
-def _plain(backend: str, process_group: ProcessGroup | None, teachers: Sequence[Tensor]) -> bool:
+def _taken_by(function, call: dict) -> dict:
+    """The arguments that a function of ``reference`` takes."""
+    return {name: value for name, value in call.items() if name in _TAKES[function]}
+
+
+def _plain(call: dict, teachers: Sequence[Tensor]) -> bool:
     """Whether plain PyTorch makes the loss: asked for, or for the gradient of `teachers`."""
+    backend, process_group = call["backend"], call["process_group"]
     if backend not in ("fused", "reference"):
         raise ValueError(f'backend is "{backend}"; it takes "fused" or "reference"')
     plain = backend == "reference" or (
         torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in teachers)
     )
-    if plain and process_group is not None:
+    if not plain and is_compiling():
+        plain = _needs_option_gradient(call)
+    if process_group is None:
+        return plain
+    if not isinstance(process_group, ProcessGroup):
+        kind = type(process_group).__name__
+        raise TypeError(f"process_group is a {kind}; it takes a ProcessGroup")
+    if plain:
         raise ValueError("process_group goes with kernels only, which need a teacher detached")
-    return plain
+    return False
 
 
-# The numbers and names that the ops take, in their order: what each is unless given, and its kind.
-_OPTIONS = {
-    "temperature": (1.0, NUMBER),
-    "alpha": (None, OPTIONAL_NUMBER),
-    "divergence": ("forward_kl", STRING),
-    "divergence_alpha": (None, OPTIONAL_NUMBER),
-    "beta": (None, OPTIONAL_NUMBER),
-    "tail": ("none", STRING),
-    "teacher_kind": ("logits", STRING),
-    "teacher_weights": ([], NUMBERS),
-    "teacher_mixture": ("probs", STRING),
-    "standardize": (False, BOOL),
-    "logit_scale": (1.0, NUMBER),
-    "soft_cap": (None, OPTIONAL_NUMBER),
-    "teacher_logit_scale": (1.0, NUMBER),
-    "teacher_soft_cap": (None, OPTIONAL_NUMBER),
-    "label_smoothing": (0.0, NUMBER),
-    "ignore_index": (-100, INT),
-    "num_items": (None, OPTIONAL_NUMBER),
-    "reduction": ("mean", STRING),
-}
-_DEFAULTS = {name: default for name, (default, _) in _OPTIONS.items()}
-# Where they are among the arguments of the op distillation_loss.
-_OF_OPTIONS = slice(6, 6 + len(_OPTIONS))
-_NUM_ITEMS = 6 + [*_OPTIONS].index("num_items")
+def _needs_option_gradient(call: dict) -> bool:
+    """Whether an option is a tensor that requires grad, which eager calls see in C++."""
+    options = [call[name] for name in _ROW_OPTIONS if isinstance(call.get(name), Tensor)]
+    return torch.is_grad_enabled() and any(option.requires_grad for option in options)
 
 
-def _ops():
-    """The registered ops for a tracer; the same as plain functions, which cost less, for others."""
-    return torch.ops.kdkernels if is_compiling() else _C
+def _by_reference(loss_of, call: dict):
+    """The loss by plain PyTorch, which gives every option its gradient."""
+    if call["process_group"] is not None:
+        raise ValueError(
+            "process_group goes with kernels only, which make no gradient of an option; pass it "
+            "detached"
+        )
+    return loss_of(**_taken_by(loss_of, call))
 
 
 def _listed(teachers, leading: Tensor) -> tuple[list, bool]:
@@ -481,67 +430,98 @@ def _listed(teachers, leading: Tensor) -> tuple[list, bool]:
     return list(teachers) if several else [teachers], several
 
 
-def _named(arguments: tuple) -> dict:
-    """The options among an op's arguments, by name."""
-    return dict(zip(_OPTIONS, arguments[_OF_OPTIONS], strict=True))
+def _wishes(call: dict) -> int:
+    """What is asked for beside the loss, as the ops take it."""
+    bits = 0
+    for name, bit in _WISHES.items():
+        value = call.get(name, False)
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is a {type(value).__name__}; it takes a bool")
+        bits |= bit if value else 0
+    return bits
 
 
-def _explained(options: Sequence) -> dict[str, tuple[object, str]]:
-    """What ``explain`` wants to know of options."""
-    kinds = [kind for _, kind in _OPTIONS.values()]
-    return dict(zip(_OPTIONS, zip(options, kinds, strict=True), strict=True))
-
-
-def _numbers(options: tuple) -> tuple[tuple, Tensor | None]:
-    """Options as the ops take them, and what the sum is divided by, where that is a tensor."""
-    num_items = options[-2]
+def _divisor(call: dict) -> Tensor | None:
+    """num_items where it is a tensor, which divides the kernels' sum; taken out of the call."""
+    num_items = call["num_items"]
     if not isinstance(num_items, Tensor):
-        return options, None
-    if options[-1] != "mean":
-        raise ValueError(f'num_items goes with reduction="mean" only, not "{options[-1]}"')
-    return (*options[:-2], None, "sum"), num_items
+        return None
+    if num_items.numel() != 1 or num_items.is_complex():
+        raise ValueError(
+            f"num_items is a tensor of shape {list(num_items.shape)} and dtype {num_items.dtype}; "
+            "it takes a number or a real scalar tensor"
+        )
+    if call["reduction"] != "mean":
+        raise ValueError(f'num_items goes with reduction="mean" only, not "{call["reduction"]}"')
+    call |= {"num_items": None, "reduction": "sum"}
+    return num_items.reshape(())
 
 
-def _returned(outputs: list[Tensor], total: Tensor | None):
+def _packed(call: dict) -> tuple[list, list]:
+    """The rows' tensors and the options as the registered ops take them, for a tracer."""
+    rows = [call.get(name) for name in _ROW_TENSORS]
+    options = []
+    for name, default, choices, rows_may_differ, _ in _OPTIONS:
+        value = call.get(name, default)
+        row_tensor = rows_may_differ and isinstance(value, Tensor)
+        if rows_may_differ:
+            rows.append(value if row_tensor else None)
+        if choices:
+            if value not in choices:
+                raise ValueError(f'{name} is "{value}"; it takes one of {", ".join(choices)}')
+            value = choices.index(value)
+        options.append(None if row_tensor else value)
+    return rows, options + list(call.get("teacher_weights") or ())
+
+
+def _result(outputs: list[Tensor], divisor: Tensor | None):
     """What a loss returns: of the op's loss and, where asked for, statistics."""
-    loss = outputs[0] if total is None else outputs[0] / total
+    loss = outputs[0] if divisor is None else outputs[0] / divisor
     return loss if len(outputs) == 1 else (loss, RowStatistics(*outputs[1].unbind()))
 
 
-def _loss(arguments: tuple, process_group) -> Tensor | tuple[Tensor, RowStatistics]:
-    """The kernels' loss, by the arguments of the op distillation_loss for a whole vocabulary."""
-    total = None
-    if arguments[_NUM_ITEMS] is not None:
-        options, total = _numbers(arguments[_OF_OPTIONS])
-        arguments = (*arguments[: _OF_OPTIONS.start], *options, *arguments[_OF_OPTIONS.stop :])
-    if process_group is not None or type(arguments[0]) is not Tensor:
-        student_logits, teachers, *group = vocabulary_shard(*arguments[:2], process_group)
-        arguments = (student_logits, teachers, *arguments[2:-3], *group)
-    try:
-        outputs = _ops().distillation_loss(*arguments)
-    except TypeError as error:
-        student_logits, teachers, labels, indices, teacher_logsumexp, weight, *_ = arguments
-        inplace, sparse_gradient, return_statistics = arguments[_OF_OPTIONS.stop : -3]
-        raise explain(
-            error,
-            student_logits=(student_logits, TENSOR),
-            **_teacher_arguments(teachers, indices),
-            labels=(labels, OPTIONAL_TENSOR),
-            teacher_logsumexp=(teacher_logsumexp, OPTIONAL_TENSOR),
-            weight=(weight, OPTIONAL_TENSOR),
-            **_explained(arguments[_OF_OPTIONS]),
-            inplace=(inplace, BOOL),
-            sparse_gradient=(sparse_gradient, BOOL),
-            return_statistics=(return_statistics, BOOL),
-        ) from None
-    return outputs[0] if len(outputs) == 1 and total is None else _returned(outputs, total)
+def _loss(call: dict, teachers: list, loss_of) -> Tensor | tuple[Tensor, RowStatistics]:
+    """The kernels' loss of a call: the arguments of one of the functions on logits, by name.
+    `loss_of`: the same function of ``reference``.
+    """
+    given = call
+    if isinstance(call["num_items"], Tensor):
+        call = dict(call)
+    divisor, group = _divisor(call), ""
+    if call["process_group"] is not None or type(call["student_logits"]) is not Tensor:
+        student_logits, teachers, group, first, classes = vocabulary_shard(
+            call["student_logits"], teachers, call["process_group"]
+        )
+        call = call | {
+            "student_logits": student_logits,
+            "first_class": first,
+            "all_classes": classes,
+        }
+    if is_compiling():
+        op = torch.ops.kdkernels.distillation_loss
+        outputs = op(call["student_logits"], teachers, *_packed(call), _wishes(call), group)
+    else:
+        outputs = _C.distillation_loss(call, teachers, group)
+        if outputs is None:
+            return _by_reference(loss_of, given)
+    return _result(outputs, divisor)
 
 
-def _teacher_arguments(teachers: list, indices: Tensor | None) -> dict[str, tuple[object, str]]:
-    if indices is not None:
-        return {"teacher_values": (teachers[0], TENSOR), "teacher_indices": (indices, TENSOR)}
-    odd = [t for t in teachers if not isinstance(t, Tensor)]
-    return {"teacher_logits": (odd[0] if odd else teachers[0], TENSOR)} if teachers else {}
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The plain tensor that a wrapper of torch.distributed stands for, if this rank has all of it;
+    else the tensor itself.
+    """
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(tensor, AsyncCollectiveTensor):
+        return tensor.trigger_wait()
+    if isinstance(tensor, DTensor) and all(p.is_replicate() for p in tensor.placements):
+        return _unwrapped(tensor.to_local())
+    return tensor
+
+
+_C.set_unwrap(_unwrapped)
 
 
 def vocabulary_shard(
@@ -595,34 +575,23 @@ def vocabulary_shard(
 
 
 def _differentiable_gradients(
-    student, teachers, labels, weight, indices, teacher_logsumexp, options, grad_output
+    student, teachers, call, grad_output
 ) -> tuple[Tensor | None, Tensor | None]:
     """A loss's gradients in the student and in its one teacher, in plain PyTorch."""
-    options = options | {"weight": weight}
-    if indices is None:
-        several = len(teachers) > 1
-        teacher_weights = options.pop("teacher_weights")
-        loss = reference.distillation_loss(
-            student,
-            teachers if several else teachers[0],
-            labels,
-            **options,
-            teacher_weights=teacher_weights if several else None,
-        )
+    if call["teacher_indices"] is None:
+        loss_of, teacher = reference.distillation_loss, teachers
+        if len(teachers) == 1:
+            teacher, call["teacher_weights"] = teachers[0], None
     else:
-        del options["divergence_alpha"]
-        options["teacher_kind"] = "log_probs"  # which may lack a logsumexp, and else are the same
-        loss = reference.topk_distillation_loss(
-            student,
-            teachers[0],
-            indices,
-            labels,
-            **options,
-            teacher_logsumexp=teacher_logsumexp,
-        )
+        loss_of, teacher = reference.topk_distillation_loss, teachers[0]
+        call["teacher_kind"] = "log_probs"  # which may lack a logsumexp, and else are the same
+    loss: Any = loss_of(student, teacher, **_taken_by(loss_of, call))
     inputs = [x for x in (student, teachers[0]) if x.requires_grad]
     gradients = iter(torch.autograd.grad(loss, inputs, grad_output, create_graph=True))
-    return tuple(next(gradients) if x.requires_grad else None for x in (student, teachers[0]))
+    of_student, of_teacher = (
+        next(gradients) if x.requires_grad else None for x in (student, teachers[0])
+    )
+    return of_student, of_teacher
 
 
 _C.set_differentiable_gradients(_differentiable_gradients)
@@ -650,7 +619,8 @@ def topk_teacher(
     Args:
         teacher_logits: ``[*, V]``.
         k: classes a row, from 1 to min(V, 1024).
-        temperature: T of the loss that will use it; ``logsumexp`` depends on it.
+        temperature: T of the loss that will use it, a number or ``[*]``; ``logsumexp`` depends on
+            it.
         by: ``[*, V]``, whose k largest classes are taken instead of the teacher's own: the
             student's logits, for a reverse KL on the student's support.
 
@@ -659,7 +629,15 @@ def topk_teacher(
 
     Raises:
         ValueError: k or a shape is not as said.
+
+    Example:
+        >>> top = kdkernels.topk_teacher(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 2)
+        >>> top.values, top.indices
+        (tensor([[3., 2.]]), tensor([[1, 2]], dtype=torch.int32))
     """
+    check("teacher_logits", teacher_logits, TENSOR)
+    check("k", k, INT)
+    _check_temperature(temperature)
     classes = teacher_logits.shape[-1]
     if not 1 <= k <= min(classes, reference.MAX_TOP_K):
         raise ValueError(f"k is {k}; it takes from 1 to {min(classes, reference.MAX_TOP_K)}")
@@ -672,7 +650,7 @@ def topk_teacher(
     return TopK(
         teacher_logits.gather(-1, indices),
         indices.int(),
-        _logsumexp(teacher_logits, temperature),
+        _tempered(teacher_logits, temperature).logsumexp(-1),
     )
 
 
@@ -680,7 +658,7 @@ def sample_teacher(
     teacher_logits: Tensor,
     k: int,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     proposal_power: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> TopK:
@@ -694,7 +672,7 @@ def sample_teacher(
     Args:
         teacher_logits: t, ``[*, V]``.
         k: draws a row, from 1 to 1024.
-        temperature: T, that of the loss.
+        temperature: T, that of the loss, a number or ``[*]``.
         proposal_power: 1 draws from the teacher itself, 0 from all classes alike.
         generator: of the draws; None: PyTorch's own.
 
@@ -706,12 +684,15 @@ def sample_teacher(
     Raises:
         ValueError: k or ``proposal_power`` is not as said.
     """
+    check("teacher_logits", teacher_logits, TENSOR)
+    check("k", k, INT)
+    _check_temperature(temperature)
+    check("proposal_power", proposal_power, NUMBER)
     if not 1 <= k <= reference.MAX_TOP_K:
         raise ValueError(f"k is {k}; it takes from 1 to {reference.MAX_TOP_K}")
     if not 0 <= proposal_power < float("inf"):
         raise ValueError(f"proposal_power is {proposal_power}; it takes a number of at least 0")
-    acc = torch.float64 if teacher_logits.dtype == torch.float64 else torch.float32
-    log_p = torch.log_softmax(teacher_logits.detach().to(acc) / temperature, -1)
+    log_p = torch.log_softmax(_tempered(teacher_logits.detach(), temperature), -1)
     log_p = log_p.reshape(-1, log_p.shape[-1])
     proposal = torch.softmax(log_p * proposal_power, -1).masked_fill(log_p == -torch.inf, 0)
     drawn = torch.multinomial(proposal, k, replacement=True, generator=generator).sort(-1).values
@@ -723,6 +704,8 @@ def sample_teacher(
     place = new.cumsum(-1) - 1
     weights = torch.zeros_like(weight).scatter_add_(-1, place, weight)
     indices = torch.full_like(drawn, -1).scatter_(-1, place, drawn)
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        temperature = temperature.reshape(-1, 1)
     values = temperature * (weights / weights.sum(-1, keepdim=True)).log()
     shape = (*teacher_logits.shape[:-1], k)
     return TopK(
@@ -732,9 +715,20 @@ def sample_teacher(
     )
 
 
-def _logsumexp(logits: Tensor, temperature: float) -> Tensor:
+def _check_temperature(temperature: float | Tensor) -> None:
+    if isinstance(temperature, Tensor):  # the loss checks a tensor's numbers
+        return
+    check("temperature", temperature, NUMBER)
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it takes a finite number above 0")
+
+
+def _tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """logits / temperature, in fp32 also of 16 bits; a tensor has a temperature per row."""
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.logsumexp(logits.to(acc) / temperature, -1)
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        temperature = temperature.unsqueeze(-1)
+    return logits.to(acc) / temperature
 
 
 # ---- the module ----------------------------------------------------------------------------------
@@ -758,6 +752,10 @@ class DistillationLoss(nn.Module):
     Raises:
         ValueError: the divergence, or a parameter of it, is not one there is.
         TypeError: an option is none.
+
+    Example:
+        >>> kdkernels.DistillationLoss(temperature=4.0, divergence="js")
+        DistillationLoss(divergence='js', temperature=4.0, beta=0.5)
     """
 
     def __init__(self, **options: Unpack[ModuleOptions]):
@@ -770,7 +768,7 @@ class DistillationLoss(nn.Module):
             options.get("divergence_alpha"),
             options.get("beta"),
         )
-        self.options = options
+        self.options: dict[str, Any] = {**options}
 
     def forward(
         self,
@@ -793,7 +791,7 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The divergence with its parameters, then the other options, as nn.Module prints them."""
-        shown = {"divergence": "forward_kl"} | self.options
+        shown: dict[str, Any] = {"divergence": "forward_kl"} | self.options
         shown |= reference.divergence_parameters(
             shown["divergence"], shown.get("divergence_alpha"), shown.get("beta")
         )
@@ -837,21 +835,21 @@ def linear_distillation_loss(
     teacher_logits: Tensor | Sequence[Tensor] | None = None,
     teacher_values: Tensor | None = None,
     teacher_indices: Tensor | None = None,
-    temperature: float = 1.0,
-    alpha: float | None = None,
+    temperature: float | Tensor = 1.0,
+    alpha: float | Tensor | None = None,
     divergence: str = "forward_kl",
-    divergence_alpha: float | None = None,
-    beta: float | None = None,
+    divergence_alpha: float | Tensor | None = None,
+    beta: float | Tensor | None = None,
     teacher_kind: str = "logits",
     teacher_weights: Sequence[float] | None = None,
     teacher_mixture: str = "probs",
     tail: str = "renormalize",
     teacher_logsumexp: Tensor | None = None,
     standardize: bool = False,
-    logit_scale: float = 1.0,
-    soft_cap: float | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_soft_cap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    soft_cap: float | Tensor | None = None,
+    teacher_logit_scale: float | Tensor = 1.0,
+    teacher_soft_cap: float | Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     weight: Tensor | None = None,
@@ -913,53 +911,21 @@ def linear_distillation_loss(
         ValueError: none or several teachers; a shape or number is not as said; a tensor of the
             teacher requires grad; as ``distillation_loss``.
         TypeError: a dtype is not supported or differs.
+
+    Example:
+        >>> hidden, head = torch.randn(8, 16, requires_grad=True), torch.nn.Linear(16, 1000)
+        >>> teacher_hidden, teacher_head = torch.randn(8, 32), torch.randn(1000, 32)
+        >>> loss = kdkernels.linear_distillation_loss(
+        ...     hidden, head.weight, teacher_hidden, teacher_head, temperature=2.0
+        ... )
+        >>> loss.backward()
+        >>> hidden.grad.shape, head.weight.grad.shape
+        (torch.Size([8, 16]), torch.Size([1000, 16]))
     """
-    if backend not in ("fused", "reference"):
-        raise ValueError(f'backend is "{backend}"; it takes "fused" or "reference"')
-    student = {
-        "student_hidden": student_hidden,
-        "student_weight": student_weight,
-        "student_bias": student_bias,
-    }
-    tensors = {
-        "teacher_weight": teacher_weight,
-        "teacher_bias": teacher_bias,
-        "labels": labels,
-        "teacher_indices": teacher_indices,
-        "teacher_logsumexp": teacher_logsumexp,
-        "weight": weight,
-    }
-    options = {
-        "temperature": temperature,
-        "alpha": alpha,
-        "divergence": divergence,
-        "divergence_alpha": divergence_alpha,
-        "beta": beta,
-        "tail": tail,
-        "teacher_kind": teacher_kind,
-        "teacher_weights": teacher_weights,
-        "teacher_mixture": teacher_mixture,
-        "standardize": standardize,
-        "logit_scale": logit_scale,
-        "soft_cap": soft_cap,
-        "teacher_logit_scale": teacher_logit_scale,
-        "teacher_soft_cap": teacher_soft_cap,
-        "label_smoothing": label_smoothing,
-        "ignore_index": ignore_index,
-        "num_items": num_items,
-        "reduction": reduction,
-    }
-    forms = {"hidden": teacher_hidden, "logits": teacher_logits, "values": teacher_values}
-    if backend == "reference":
-        if process_group is not None:
-            raise ValueError('process_group does not go with backend="reference"')
-        return reference.linear_distillation_loss(
-            **student,
-            **tensors,
-            **{f"teacher_{form}": teacher for form, teacher in forms.items()},
-            **options,
-            return_statistics=return_statistics,
-        )
+    call = locals()
+    if _plain(call, ()):
+        return _by_reference(reference.linear_distillation_loss, call)
+    given = call | {}
     form = reference.teacher_form(
         teacher_hidden,
         teacher_weight,
@@ -969,45 +935,31 @@ def linear_distillation_loss(
         teacher_indices,
     )
     others = _OF_DENSE_TEACHERS if form == "values" else ("tail", "teacher_logsumexp")
-    given = options | tensors
-    reference.refuse_others({name: given[name] for name in others}, "teacher_" + form)
+    reference.refuse_others(call, others, "teacher_" + form)
     if form == "hidden" and teacher_kind != "logits":
         raise ValueError(f'teacher_kind is "{teacher_kind}"; with teacher_hidden it takes "logits"')
-    teachers, several = [forms[form]], False
+    teachers, several = [call["teacher_" + form]], False
     if form == "logits":
         teachers, several = _listed(teacher_logits, student_hidden)
     if not several and teacher_weights is not None:
         raise ValueError("teacher_weights goes with several teachers only")
-    tails = {"tail": tail if form == "values" else "none"}
-    options["teacher_weights"] = () if teacher_weights is None else teacher_weights
-    options, total = _numbers(tuple((_DEFAULTS | options | tails).values()))
-    group = ("", 0, 0)
+    if form != "values":
+        call["tail"] = "none"
+    divisor, group = _divisor(call), ""
     if process_group is not None:
-        own = student_weight.shape[0]
-        group = (process_group.group_name, process_group.rank() * own, process_group.size() * own)
-    try:
-        loss, statistics = _ops().linear_distillation_loss(
-            *student.values(),
-            teachers,
-            *tensors.values(),
-            *options,
-            return_statistics,
-            *group,
-            memory_budget,
-        )
-    except TypeError as error:
-        odd = [t for t in teachers if not isinstance(t, Tensor)]
-        kinds = dict.fromkeys(student | tensors, OPTIONAL_TENSOR)
-        kinds |= {"student_hidden": TENSOR, "student_weight": TENSOR}
-        raise explain(
-            error,
-            **{name: (value, kinds[name]) for name, value in (student | tensors).items()},
-            **{f"teacher_{form}": ((odd or teachers or [None])[0], TENSOR)},
-            **_explained(options),
-            return_statistics=(return_statistics, BOOL),
-            memory_budget=(1 if memory_budget is None else memory_budget, INT),
-        ) from None
-    return _returned([loss, statistics] if return_statistics else [loss], total)
+        classes, group = student_weight.shape[0], process_group.group_name
+        call["first_class"] = process_group.rank() * classes
+        call["all_classes"] = process_group.size() * classes
+    if is_compiling():
+        biases = [student_bias, teacher_weight, teacher_bias]
+        op = torch.ops.kdkernels.linear_distillation_loss
+        packed = (*_packed(call), _wishes(call), group)
+        outputs = op(student_hidden, student_weight, biases, teachers, *packed)
+    else:
+        outputs = _C.linear_distillation_loss(call, "teacher_" + form, teachers, group)
+        if outputs is None:
+            return _by_reference(reference.linear_distillation_loss, given)
+    return _result(outputs, divisor)
 
 
 _OF_DENSE_TEACHERS = (

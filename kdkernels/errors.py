@@ -1,5 +1,7 @@
 """Arguments that C++ cannot even take, named in Python."""
 
+from typing import Any
+
 from torch import Tensor
 
 TENSOR, OPTIONAL_TENSOR, NUMBER, INT = "a tensor", "a tensor or None", "a number", "an int"
@@ -21,10 +23,28 @@ def fits(value, kind: str) -> bool:
     if kind == OPTIONAL_NUMBER and value is None:
         return True
     if kind in (NUMBER, OPTIONAL_NUMBER):
-        return hasattr(value, "__float__") or hasattr(value, "__index__")
+        return (hasattr(value, "__float__") or hasattr(value, "__index__")) and _is_one(value)
     if kind == INT:
-        return hasattr(value, "__index__")
+        return hasattr(value, "__index__") and _is_one(value) and not _is_float(value)
     return isinstance(value, Tensor) or (kind == OPTIONAL_TENSOR and value is None)
+
+
+def _is_one(value) -> bool:
+    """Whether a value is one real number that can be read: arrays say that they have __float__."""
+    if isinstance(value, (int, float)):
+        return True
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and not value.is_meta
+    return getattr(value, "ndim", 0) == 0
+
+
+def _is_float(value) -> bool:
+    """Whether a value of a type with a dtype is a float, whose __index__ would raise."""
+    if isinstance(value, int):
+        return False
+    if isinstance(value, Tensor):
+        return value.is_floating_point()
+    return getattr(getattr(value, "dtype", None), "kind", "") == "f"
 
 
 def check(name: str, value, kind: str):
@@ -43,7 +63,8 @@ def explain(error: TypeError, **arguments: tuple[object, str]) -> Exception:
     if "incompatible function arguments" not in str(error):
         return error
     for name, (value, kind) in arguments.items():
-        for item in value if kind == INTS else [value]:
+        items: Any = value if kind == INTS else [value]
+        for item in items:
             if not fits(item, INT if kind == INTS else kind):
                 return TypeError(f"{name} is a {type(item).__name__}; it takes {kind}")
             if kind in (INT, INTS) and not -(2**63) <= item.__index__() < 2**63:

@@ -37,8 +37,9 @@ fp64, bf16 and fp16 on CPU and CUDA. 16-bit tensors are added to in fp32 and rou
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,9 @@ def _noise(seed, step, stream, offset, distribution) -> tuple:
 
 
 def _tensors(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    if not isinstance(tensors, Tensor) and not hasattr(tensors, "__iter__"):
+        kind = type(tensors).__name__
+        raise TypeError(f"{name} is a {kind}; it takes a tensor or a sequence of tensors")
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
@@ -203,7 +207,7 @@ def _stds(std) -> tuple:
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def shard_of(tensor: Tensor) -> tuple[Tensor, int, int, int]:
+def shard_of(tensor: Any) -> tuple[Tensor, int, int, int]:
     """A tensor's elements on this rank and their place in the whole tensor's row-major order.
 
     Returns:
@@ -298,7 +302,7 @@ def _regular(x: Tensor) -> list[tuple[int, int]]:
     raise ValueError("a DTensor is cut unevenly by _StridedShard; shard it in another order")
 
 
-def _like(local: Tensor, tensor: Tensor) -> Tensor:
+def _like(local: Tensor, tensor: Any) -> Tensor:
     """A local tensor as the shard of a DTensor like `tensor`."""
     from torch.distributed.tensor import DTensor
 
@@ -331,7 +335,10 @@ def randn_like(
         seed, step, stream, offset, distribution: see the module.
 
     Example:
-        >>> kdkernels.randn_like(torch.empty(2), seed=0)
+        >>> kdkernels.randn_like(torch.empty(4), seed=0)
+        tensor([ 0.9911, -0.9247, -0.6176, -0.4821])
+        >>> kdkernels.randn_like(torch.empty(2), seed=0, offset=2)  # a shard of it
+        tensor([-0.6176, -0.4821])
     """
     noise = _noise(seed, step, stream, offset, distribution)
     if isinstance(x, Tensor) and type(x) not in _PLAIN and hasattr(x, "placements"):
@@ -365,6 +372,12 @@ def add_noise_(
             values are not checked.
         multiplicative: multiply each tensor by 1 + std * eps instead.
         seed, step, stream, offset, distribution: see the module.
+
+    Example:
+        >>> tensors = [torch.zeros(2), torch.ones(3)]
+        >>> kdkernels.add_noise_(tensors, [0.1, 0.2], seed=0, distribution="rademacher")
+        >>> tensors
+        [tensor([ 0.1000, -0.1000]), tensor([0.8000, 0.8000, 1.2000])]
     """
     tensors = _tensors("tensors", tensors)
     stds, std_tensor = _stds(std)
@@ -416,6 +429,12 @@ def input_noise(
         multiplicative: x * (1 + std * eps) instead, Gaussian dropout for the normal (Srivastava et
             al., JMLR 2014, section 10); backward multiplies alike.
         seed, step, stream, offset, distribution: see the module.
+
+    Example:
+        >>> images, std = torch.rand(8, 3, 4, 4), torch.full((3, 1, 1), 0.1, requires_grad=True)
+        >>> kdkernels.input_noise(images, std, seed=0).mean().backward()
+        >>> std.grad.shape
+        torch.Size([3, 1, 1])
     """
     std_tensor = None
     if isinstance(std, Tensor):
@@ -496,7 +515,7 @@ def noise_dot(
     return total if wide else total.float()
 
 
-def _sum_over_meshes(tensors: list[Tensor], sums: Tensor) -> Tensor:
+def _sum_over_meshes(tensors: list, sums: Tensor) -> Tensor:
     """The sum of numbers that ranks hold parts of, each as its tensor is sharded."""
     groups = {}
     for tensor, part in zip(tensors, sums.unbind(), strict=True):
@@ -589,7 +608,7 @@ def perturbed_parameters(
     offset: int | Sequence[int] = 0,
     distribution: str = "normal",
     restore: str = "copy",
-) -> Iterator[None]:
+) -> Generator[None]:
     """A context in which params are theta + scale * eps; on leaving they are theta again.
 
     That is so also when the body raises. A backward pass through what the body computed belongs
@@ -669,7 +688,7 @@ def soft_regularization(
 
     Example:
         >>> loss = kdkernels.soft_regularization(
-        ...     lambda: loss_fn(model(x), y), model.parameters(), 1e-2, seed=0, step=step
+        ...     lambda: loss_fn(model(x), y), model.parameters(), 1e-2, seed=0, step=3
         ... )
         >>> loss.backward()
     """
@@ -716,6 +735,10 @@ def _streams(stream, count: int) -> list[int]:
 class _NoiseLayer(nn.Module):
     """What the modules share: which noise, and their own count of steps."""
 
+    _op: Callable[..., Tensor]
+    std: float | Tensor
+    step: Tensor
+
     def __init__(self, seed, stream, distribution, multiplicative):
         super().__init__()
         check("stream", stream, INT)
@@ -750,7 +773,7 @@ class _NoiseLayer(nn.Module):
         self.seed = int(state)
 
     def extra_repr(self):
-        std = self.std if isinstance(self.std, float) else list(self.std.shape)
+        std = list(self.std.shape) if isinstance(self.std, Tensor) else self.std
         more = ", multiplicative=True" if self.multiplicative else ""
         return f"std={std}, distribution={self.distribution}, seed={self.seed}{more}"
 
@@ -782,7 +805,9 @@ class InputNoise(_NoiseLayer):
         seed: an int in [-2^63, 2^64). None draws one from torch's default generator, once, here.
 
     Example:
-        >>> nn.Sequential(kdkernels.InputNoise(0.1), nn.Linear(64, 10))
+        >>> model = nn.Sequential(kdkernels.InputNoise(0.1, seed=0), nn.Linear(64, 10))
+        >>> model[0]
+        InputNoise(std=0.1, distribution=normal, seed=0)
     """
 
     _op = staticmethod(input_noise)
@@ -811,7 +836,7 @@ class InputNoise(_NoiseLayer):
             if learnable or tuple(shape) != ():
                 std = torch.full(tuple(shape), std)
         if learnable:
-            self.std = nn.Parameter(std)
+            self.std = nn.Parameter(torch.as_tensor(std))
         elif isinstance(std, Tensor):
             self.register_buffer("std", std)
         else:
@@ -881,11 +906,23 @@ def noisy_linear_regression(
     Returns:
         theta after the last step, in x's dtype: ``[]``, or ``[R]`` where any argument has replicas.
         With ``trajectory`` a leading dimension of ``steps + 1``.
+
+    Example:
+        >>> x = torch.linspace(-1, 1, 100, dtype=torch.float64)
+        >>> theta = kdkernels.noisy_linear_regression(
+        ...     x, 2 * x, 0.0, steps=1000, sigma=0.5, seed=torch.arange(1000)
+        ... )
+        >>> ridge = 2 * x.square().mean() / (x.square().mean() + 0.5**2 + 0.01 / 2)
+        >>> print(f"{theta.mean().item():.2f} {ridge.item():.2f}")
+        1.14 1.14
     """
     if noise not in ("per-step", "per-sample"):
         raise ValueError(f'noise is "{noise}"; it takes "per-step" or "per-sample"')
-    for name, value, kind in (("x", x, TENSOR), ("y", y, TENSOR), ("steps", steps, INT)):
-        check(name, value, kind)
+    check("x", x, TENSOR)
+    check("y", y, TENSOR)
+    if not fits(steps, INT):
+        kind = type(steps).__name__
+        raise TypeError(f"steps is a {kind}; it takes {INT}: how many steps of the seed's noise")
     if isinstance(seed, int):
         seed = _signed(seed)
     elif not isinstance(seed, Tensor) or seed.dtype != torch.int64:
@@ -893,7 +930,7 @@ def noisy_linear_regression(
         raise TypeError(f"seed is {kind}; it takes an int or an int64 tensor")
     named = {"theta": theta, "lr": lr, "lam": lam, "sigma": sigma}
     for name, value in named.items():
-        if not fits(value, NUMBER):
+        if not isinstance(value, Tensor) and not fits(value, NUMBER):
             raise TypeError(f"{name} is a {type(value).__name__}; it takes {NUMBER} or a tensor")
     numbers = [torch.as_tensor(v, dtype=torch.float64, device=x.device) for v in named.values()]
     numbers.append(torch.as_tensor(seed, device=x.device))

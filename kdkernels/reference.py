@@ -6,7 +6,7 @@ dtype's precision. Losses are differentiable to any order in everything that req
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdkernels import _C
 from kdkernels.errors import NUMBER, OPTIONAL_TENSOR, TENSOR, fits
 
 # ---- distillation: the divergences ---------------------------------------------------------------
@@ -29,61 +30,44 @@ class Divergence(NamedTuple):
     parameters: dict[str, float]  # name -> default
 
 
-DIVERGENCES = {
-    "forward_kl": Divergence(
-        "sum p (log p - log q)", "Hinton, Vinyals and Dean, arXiv 1503.02531", {}
-    ),
-    "reverse_kl": Divergence("sum q (log q - log p)", "MiniLLM, arXiv 2306.08543", {}),
-    "js": Divergence(
-        "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; "
-        "beta 0 is forward_kl, beta 1 is reverse_kl",
-        "GKD, arXiv 2306.13649",
-        {"beta": 0.5},
-    ),
-    "skew_forward_kl": Divergence(
-        "KL(p || beta p + (1 - beta) q)", "DistiLLM, arXiv 2402.03898", {"beta": 0.1}
-    ),
-    "skew_reverse_kl": Divergence(
-        "KL(q || beta q + (1 - beta) p)", "DistiLLM, arXiv 2402.03898", {"beta": 0.1}
-    ),
-    "total_variation": Divergence("1/2 sum |p - q|", "f-distill, arXiv 2307.15190", {}),
-    "alpha_beta": Divergence(
-        "-1/(a b) sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a = divergence_alpha, "
-        "b = beta, continued to a = 0 or b = 0; (1, 0) is forward_kl, (0, 1) is reverse_kl",
-        "ABKD, arXiv 2505.04560",
-        {"divergence_alpha": 0.2, "beta": 0.7},
-    ),
-    "decoupled": Divergence(
-        "divergence_alpha KL(b_t || b_s) + beta KL(p' || q'), b = (probability of the label, of "
-        "all others), p' and q' the distributions over the others",
-        "DKD, arXiv 2203.08679, equation 7",
-        {"divergence_alpha": 1.0, "beta": 8.0},
-    ),
-}
+DIVERGENCES = {name: Divergence(*entry) for name, *entry in _C.divergences()}
 TOP_K_DIVERGENCES = ("forward_kl", "reverse_kl", "js")
 
 
 def divergence_parameters(
-    divergence: str, divergence_alpha: float | None = None, beta: float | None = None
-) -> dict[str, float]:
+    divergence: str,
+    divergence_alpha: float | Tensor | None = None,
+    beta: float | Tensor | None = None,
+) -> dict[str, float | Tensor]:
     """A divergence's parameters, the defaults where None is given; checked."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence is {divergence!r}; it takes one of {', '.join(DIVERGENCES)}")
-    parameters = dict(DIVERGENCES[divergence].parameters)
+    parameters: dict[str, float | Tensor] = dict(DIVERGENCES[divergence].parameters)
     largest = math.inf if "divergence_alpha" in parameters else 1
     for name, value in (("divergence_alpha", divergence_alpha), ("beta", beta)):
         if value is None:
             continue
-        _take(name, value, NUMBER)
         if name not in parameters:
             raise ValueError(f"{name} is {value}, but {divergence} takes none")
-        if not 0 <= value <= largest or value == math.inf:
-            what = "in [0, 1]" if largest == 1 else "of at least 0"
-            raise ValueError(f"{name} is {value}; {divergence} takes a number {what}")
-        parameters[name] = float(value)
-    if divergence == "alpha_beta" and not any(parameters.values()):
+        what = "a number in [0, 1]" if largest == 1 else "a finite number of at least 0"
+        _check_range(name, value, what, 0, largest)
+        parameters[name] = value if isinstance(value, Tensor) else float(value)
+    numbers = [x for x in parameters.values() if not isinstance(x, Tensor)]
+    if divergence == "alpha_beta" and len(numbers) == 2 and not any(numbers):
         raise ValueError("divergence_alpha and beta are 0; alpha_beta takes at most one that is 0")
     return parameters
+
+
+def _check_range(name, value, what, least, largest, open_=False):
+    """A number, or a tensor of numbers a row, within limits; infinity never is."""
+    if not isinstance(value, Tensor):
+        _take(name, value, NUMBER)
+    elif value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {value.dtype}; it takes a real dtype")
+    x = torch.as_tensor(value)
+    fits = ((least < x) if open_ else (least <= x)) & (x <= largest) & (x < math.inf)
+    if not fits.all():
+        raise ValueError(f"{name} is {value}; it takes {what}")
 
 
 # Below, log_p and log_q may hold -inf. What torch.where does not choose is finite, and so are its
@@ -97,8 +81,11 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (a * (torch.where(some, log_a, 0.0) - torch.where(some, log_b, 0.0))).sum(-1)
 
 
-def _log_mixture(log_a: Tensor, log_b: Tensor, of_a: float) -> Tensor:
-    """log(of_a a + (1 - of_a) b)."""
+def _log_mixture(log_a: Tensor, log_b: Tensor, of_a: float | Tensor) -> Tensor:
+    """log(of_a a + (1 - of_a) b); of_a may be a tensor of a number a row, in (0, 1)."""
+    if isinstance(of_a, Tensor):
+        shares = of_a.log()[:, None], (-of_a).log1p()[:, None]
+        return _logsumexp(torch.stack((log_a + shares[0], log_b + shares[1])), 0)
     if of_a in (0, 1):
         return log_a if of_a else log_b
     return _logsumexp(torch.stack((log_a + math.log(of_a), log_b + math.log1p(-of_a))), 0)
@@ -111,13 +98,18 @@ def _logsumexp(x: Tensor, dim: int) -> Tensor:
 
 
 def _js(log_p, log_q, beta):
-    if beta in (0, 1):
+    if not isinstance(beta, Tensor) and beta in (0, 1):
         return _kl(log_q, log_p) if beta else _kl(log_p, log_q)
     log_m = _log_mixture(log_p, log_q, beta)
     return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
 
 def _alpha_beta(log_p, log_q, a, b):
+    if isinstance(a, Tensor):
+        of_p, of_q = ((a + b)[:, None] * log_p).exp(), ((a + b)[:, None] * log_q).exp()
+        product = (a[:, None] * log_p + b[:, None] * log_q).exp()
+        terms = (a / (a + b))[:, None] * of_p + (b / (a + b))[:, None] * of_q - product
+        return terms.sum(-1) / (a * b)
     if b == 0:
         return (_kl(a * log_p, a * log_q) + ((a * log_q).exp() - (a * log_p).exp()).sum(-1)) / a**2
     if a == 0:
@@ -138,10 +130,14 @@ def _decoupled(log_p, log_q, labels, of_target, of_others):
         log_label = log_side.gather(-1, labels[:, None]).squeeze(-1)
         binary.append(torch.stack((log_label, log_rest), -1))
         others.append(beside - torch.where(log_rest == -math.inf, 0.0, log_rest)[:, None])
-    return of_target * _kl(*binary) + (of_others * _kl(*others) if of_others else 0.0)
+    if not isinstance(of_others, Tensor) and of_others == 0:
+        return of_target * _kl(*binary)
+    return of_target * _kl(*binary) + of_others * _kl(*others)
 
 
 def _divergence(name, log_p, log_q, parameters, labels=None):
+    if any(isinstance(x, Tensor) for x in parameters.values()) and name != "decoupled":
+        return _divergence_by_row(name, log_p, log_q, parameters)
     a, b = parameters.get("divergence_alpha"), parameters.get("beta")
     if name == "forward_kl":
         return _kl(log_p, log_q)
@@ -160,11 +156,47 @@ def _divergence(name, log_p, log_q, parameters, labels=None):
     return _decoupled(log_p, log_q, labels, a, b)
 
 
+def _divergence_by_row(name, log_p, log_q, parameters):
+    """With parameters that are a number a row: the formula inside their range, and each limit of
+    the range where a row's parameter is one. Both are finite where they are not chosen.
+    """
+    ones = torch.ones_like(log_p[:, 0])
+    parameters = {name: x * ones for name, x in parameters.items()}
+    inside = {name: torch.where(x > 0, x, 0.5) for name, x in parameters.items()}
+    if name != "alpha_beta":
+        inside["beta"] = torch.where(parameters["beta"] < 1, inside["beta"], 0.5)
+    formulas = {
+        "js": _js,
+        "skew_forward_kl": lambda p, q, beta: _kl(p, _log_mixture(p, q, beta)),
+        "skew_reverse_kl": lambda p, q, beta: _kl(q, _log_mixture(q, p, beta)),
+        "alpha_beta": _alpha_beta,
+    }
+    out = formulas[name](log_p, log_q, *inside.values())
+    if name != "alpha_beta":
+        for limit in (0.0, 1.0):
+            at_limit = _divergence(name, log_p, log_q, {"beta": limit})
+            out = torch.where(parameters["beta"] == limit, at_limit, out)
+        return out
+    a, b = parameters.values()
+    for x, sides, other in ((b, (log_p, log_q), a), (a, (log_q, log_p), b)):
+        power = torch.where(x == 0, other, 1.0)[:, None]
+        log_a, log_b = (power * side for side in sides)
+        at_limit = (_kl(log_a, log_b) + (log_b.exp() - log_a.exp()).sum(-1)) / power[:, 0] ** 2
+        out = torch.where(x == 0, at_limit, out)
+    return out
+
+
 # ---- distillation: from logits to distributions --------------------------------------------------
 
 
-def _transform(z: Tensor, scale: float, cap: float | None) -> Tensor:
+def _column(x):
+    """A number a row, to go with a matrix of rows; a number for all rows as it is."""
+    return x[:, None] if isinstance(x, Tensor) else x
+
+
+def _transform(z: Tensor, scale: float | Tensor, cap: float | Tensor | None) -> Tensor:
     """The logits as the losses take them; -inf stays."""
+    scale, cap = _column(scale), _column(cap)
     if cap is None:
         return scale * z
     excluded = z == -math.inf
@@ -200,7 +232,8 @@ def _mixed(log_probs: Sequence[Tensor], weights: Sequence[float], mixture: str) 
     if mixture == "probs":
         shares = [x + math.log(w) for x, w in zip(log_probs, weights, strict=True)]
         return _logsumexp(torch.stack(shares), 0)
-    return sum(w * x for x, w in zip(log_probs, weights, strict=True)).log_softmax(-1)
+    weighted = (w * x for x, w in zip(log_probs, weights, strict=True))
+    return sum(weighted, log_probs[0].new_zeros(())).log_softmax(-1)
 
 
 def _broken(logits: Tensor) -> Tensor:
@@ -215,10 +248,10 @@ def _poison(rows: Tensor, broken: Tensor) -> Tensor:
 
 def _nothing_of(*logits: Tensor) -> Tensor:
     """A loss of 0 a row, which depends on the logits with gradient 0."""
-    return sum(x[:, :0].sum(-1) for x in logits)
+    return sum((x[:, :0].sum(-1) for x in logits), logits[0].new_zeros(()))
 
 
-def _cross_entropy(u: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+def _cross_entropy(u: Tensor, labels, smoothing: float) -> Tensor:
     log_q = u.log_softmax(-1)
     loss = _nothing_of(u)
     if smoothing < 1:
@@ -226,6 +259,20 @@ def _cross_entropy(u: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     if smoothing > 0:
         loss = loss - smoothing * log_q.mean(-1)
     return loss
+
+
+def _shares(alpha: float | Tensor) -> tuple[bool, bool]:
+    """Whether any row has a share of the divergence, and of cross-entropy."""
+    if isinstance(alpha, Tensor):
+        return True, True
+    return alpha > 0, alpha < 1
+
+
+def _of_share(share: float | Tensor, loss: Tensor) -> Tensor:
+    """share * loss, and 0 where a row's share is 0, whatever the loss."""
+    if isinstance(share, Tensor):
+        loss = torch.where(share.detach() == 0, torch.where(loss.isinf(), 0.0, loss), loss)
+    return share * loss
 
 
 # ---- distillation: rows and their reduction ------------------------------------------------------
@@ -288,6 +335,17 @@ class _Rows:
         x = x.reshape(self.keep.shape[0], x.shape[-1])[self.keep]
         return x.to(self.acc) if x.is_floating_point() else x
 
+    def number(self, x):
+        """An option of the kept rows: a number for all, or a tensor of one a row."""
+        if not isinstance(x, Tensor):
+            return x
+        if x.shape not in ((), self.leading):
+            raise ValueError(
+                f"an option is a tensor of shape {list(x.shape)}; it takes [] or "
+                f"{list(self.leading)}, a number a row"
+            )
+        return x.to(self.weight).expand(self.leading).reshape(-1)[self.keep]
+
     def spread(self, values: Tensor) -> Tensor:
         """One value a kept row to one a row, 0 for the others."""
         out = torch.zeros(self.keep.shape[0], dtype=self.acc, device=values.device)
@@ -318,19 +376,19 @@ def distillation_loss(
     teacher_logits: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
-    temperature: float = 1.0,
-    alpha: float | None = None,
+    temperature: float | Tensor = 1.0,
+    alpha: float | Tensor | None = None,
     divergence: str = "forward_kl",
-    divergence_alpha: float | None = None,
-    beta: float | None = None,
+    divergence_alpha: float | Tensor | None = None,
+    beta: float | Tensor | None = None,
     teacher_kind: str = "logits",
     teacher_weights: Sequence[float] | None = None,
     teacher_mixture: str = "probs",
     standardize: bool = False,
-    logit_scale: float = 1.0,
-    soft_cap: float | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_soft_cap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    soft_cap: float | Tensor | None = None,
+    teacher_logit_scale: float | Tensor = 1.0,
+    teacher_soft_cap: float | Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     weight: Tensor | None = None,
@@ -353,16 +411,22 @@ def distillation_loss(
             ("teacher_logit_scale", teacher_logit_scale, 1),
             ("teacher_soft_cap", teacher_soft_cap, None),
         ):
-            if value != default:
+            if isinstance(value, Tensor) or value != default:
                 raise ValueError(f'{name} is {value}, but teacher_kind is "{teacher_kind}"')
     _check_numbers(temperature, alpha, labels, label_smoothing, num_items, reduction)
     if alpha is None:
         alpha = 1.0 if labels is None else 0.5
 
     rows = _Rows(student_logits, labels, weight, ignore_index)
+    temperature, alpha, logit_scale, soft_cap, teacher_logit_scale, teacher_soft_cap = map(
+        rows.number,
+        (temperature, alpha, logit_scale, soft_cap, teacher_logit_scale, teacher_soft_cap),
+    )
+    parameters = {name: rows.number(x) for name, x in parameters.items()}
+    soft, hard = _shares(alpha)
     z, teachers = rows.of(student_logits), [rows.of(t) for t in teachers]
     broken = _broken(z)
-    if alpha > 0:
+    if soft:
         raw = [_as_logits(t.detach(), teacher_kind) for t in teachers]
         broken = broken | torch.stack([_broken(t) for t in raw]).any(0)
         excluded = torch.stack([t == -math.inf for t in raw])
@@ -372,26 +436,26 @@ def distillation_loss(
     u = _transform(_poison(z, broken), logit_scale, soft_cap)
 
     loss, statistics = _nothing_of(z, *teachers), None
-    if alpha > 0 or return_statistics:
+    if soft or return_statistics:
         compared = [u]
         for t in teachers:
             t = _as_logits(t, teacher_kind)
             compared.append(_transform(t, teacher_logit_scale, teacher_soft_cap))
         if standardize:
             compared = [_standardized(x) for x in compared]
-        compared = [x / temperature for x in compared]
+        compared = [x / _column(temperature) for x in compared]
         log_q, *log_ps = (x.log_softmax(-1) for x in compared)
         log_p = _mixed(log_ps, shares, teacher_mixture)
         d = _divergence(divergence, log_p, log_q, parameters, rows.labels)
-        if alpha > 0:
-            loss = loss + alpha * temperature**2 * d
+        if soft:
+            loss = loss + _of_share(alpha, temperature**2 * d)
         if return_statistics:
             # A mixture is one of probabilities; it has no logits.
             both = (compared[0], compared[1] if len(teachers) == 1 else log_p)
             logsumexps = [x.logsumexp(-1) for x in both]
             statistics = _statistics(both, (log_q, log_p), logsumexps, d)
-    if alpha < 1:
-        loss = loss + (1 - alpha) * _cross_entropy(u, rows.labels, label_smoothing)
+    if hard:
+        loss = loss + _of_share(1 - alpha, _cross_entropy(u, rows.labels, label_smoothing))
     return rows.result(loss, statistics, reduction, num_items)
 
 
@@ -401,15 +465,15 @@ def topk_distillation_loss(
     teacher_indices: Tensor,
     labels: Tensor | None = None,
     *,
-    temperature: float = 1.0,
-    alpha: float | None = None,
+    temperature: float | Tensor = 1.0,
+    alpha: float | Tensor | None = None,
     divergence: str = "forward_kl",
-    beta: float | None = None,
+    beta: float | Tensor | None = None,
     tail: str = "renormalize",
     teacher_kind: str = "logits",
     teacher_logsumexp: Tensor | None = None,
-    logit_scale: float = 1.0,
-    soft_cap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    soft_cap: float | Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     weight: Tensor | None = None,
@@ -431,6 +495,11 @@ def topk_distillation_loss(
         alpha = 1.0 if labels is None else 0.5
 
     rows = _Rows(student_logits, labels, weight, ignore_index)
+    temperature, alpha, logit_scale, soft_cap = map(
+        rows.number, (temperature, alpha, logit_scale, soft_cap)
+    )
+    parameters = {name: rows.number(x) for name, x in parameters.items()}
+    soft, hard = _shares(alpha)
     z, values = rows.of(student_logits), rows.of(teacher_values)
     index, classes = rows.of(teacher_indices).long(), z.shape[-1]
     outside = (index < -1) | (index >= classes)
@@ -454,22 +523,22 @@ def topk_distillation_loss(
 
     values = torch.where(is_entry, values, -math.inf)
     broken = torch.zeros_like(any_entry)
-    if alpha < 1 or tail != "renormalize":
+    if hard or tail != "renormalize":
         broken = _broken(z)
-    if alpha > 0 and tail == "renormalize":
+    if soft and tail == "renormalize":
         broken = broken | (any_entry & (_broken(entries_of(z)) | _broken(values)))
-    elif alpha > 0:
+    elif soft:
         broken = broken | ~((values < math.inf).all(-1) & logsumexp.isfinite())
     z, values = _poison(z, broken), _poison(values, broken)
     entries = _transform(entries_of(z), logit_scale, soft_cap)
 
     loss, statistics = _nothing_of(z, values), None
-    if alpha > 0 or return_statistics:
-        compared = [entries / temperature, values / temperature]
+    if soft or return_statistics:
+        compared = [entries / _column(temperature), values / _column(temperature)]
+        whole = _transform(z, logit_scale, soft_cap) / _column(temperature)
         if tail == "renormalize":
             logsumexps = [_logsumexp(x, -1) for x in compared]
         else:
-            whole = _transform(z, logit_scale, soft_cap) / temperature
             logsumexps = [whole.logsumexp(-1), logsumexp]
         log_q, log_p = (
             torch.where(is_entry, x - torch.where(any_entry, lse, 0.0)[:, None], -math.inf)
@@ -487,13 +556,13 @@ def topk_distillation_loss(
             log_q = torch.cat((log_q, log_rest_q[:, None]), -1)
             log_p = torch.cat((log_p, log_rest_p[:, None]), -1)
         d = _divergence(divergence, log_p, log_q, parameters)
-        if alpha > 0:
-            loss = loss + alpha * temperature**2 * d
+        if soft:
+            loss = loss + _of_share(alpha, temperature**2 * d)
         if return_statistics:
             statistics = _statistics(compared, (log_q, log_p), logsumexps, d)
-    if alpha < 1:
+    if hard:
         u = _transform(z, logit_scale, soft_cap)
-        loss = loss + (1 - alpha) * _cross_entropy(u, rows.labels, label_smoothing)
+        loss = loss + _of_share(1 - alpha, _cross_entropy(u, rows.labels, label_smoothing))
     return rows.result(loss, statistics, reduction, num_items)
 
 
@@ -509,21 +578,21 @@ def linear_distillation_loss(
     teacher_logits: Tensor | Sequence[Tensor] | None = None,
     teacher_values: Tensor | None = None,
     teacher_indices: Tensor | None = None,
-    temperature: float = 1.0,
-    alpha: float | None = None,
+    temperature: float | Tensor = 1.0,
+    alpha: float | Tensor | None = None,
     divergence: str = "forward_kl",
-    divergence_alpha: float | None = None,
-    beta: float | None = None,
+    divergence_alpha: float | Tensor | None = None,
+    beta: float | Tensor | None = None,
     teacher_kind: str = "logits",
     teacher_weights: Sequence[float] | None = None,
     teacher_mixture: str = "probs",
     tail: str = "renormalize",
     teacher_logsumexp: Tensor | None = None,
     standardize: bool = False,
-    logit_scale: float = 1.0,
-    soft_cap: float | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_soft_cap: float | None = None,
+    logit_scale: float | Tensor = 1.0,
+    soft_cap: float | Tensor | None = None,
+    teacher_logit_scale: float | Tensor = 1.0,
+    teacher_soft_cap: float | Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     weight: Tensor | None = None,
@@ -565,12 +634,12 @@ def linear_distillation_loss(
         teacher_values,
         teacher_indices,
     )
-    if form == "values":
-        refuse_others(of_dense, "teacher_values")
+    if teacher_values is not None and teacher_indices is not None:
+        refuse_others(of_dense, tuple(of_dense), "teacher_values")
         return topk_distillation_loss(
             student, teacher_values, teacher_indices, labels, **shared, **of_top_k
         )
-    refuse_others(of_top_k, "teacher_" + form)
+    refuse_others(of_top_k, tuple(of_top_k), "teacher_" + form)
     if form == "hidden":
         if teacher_kind != "logits":
             raise ValueError(
@@ -579,9 +648,10 @@ def linear_distillation_loss(
         teacher_logits = _linear(
             "teacher", teacher_hidden, teacher_weight, teacher_bias, student_hidden.dtype
         )
-    elif isinstance(teacher_logits, (list, tuple)):
+    elif isinstance(teacher_logits, Sequence):
         teacher_logits = [t.to(student.dtype) for t in teacher_logits]
     else:
+        assert teacher_logits is not None  # the form that is left
         teacher_logits = teacher_logits.to(student.dtype)
     return distillation_loss(student, teacher_logits, labels, **shared, **of_dense)
 
@@ -590,7 +660,7 @@ def _linear(side, hidden, weight, bias, dtype) -> Tensor:
     """Logits ``[*, V]``, in fp32 also from 16 bits."""
     for name, x, dims in (("hidden", hidden, None), ("weight", weight, 2), ("bias", bias, 1)):
         name = f"{side}_{name}"
-        if x is None and dims == 1:
+        if dims == 1 and x is None:
             continue
         _take(name, x, TENSOR)
         _check_floating(name, x)
@@ -646,11 +716,13 @@ def teacher_form(hidden, weight, bias, logits, values, indices) -> str:
     return given[0]
 
 
-def refuse_others(options: dict, teacher: str) -> None:
+def refuse_others(call: dict, names: Sequence[str], teacher: str) -> None:
     """Options that do not go with a form of teacher must be the defaults."""
-    for name, value in options.items():
-        default = _DEFAULTS[name]
-        if value is not default and (default is None or value != default):
+    for name in names:
+        value, default = call[name], _DEFAULTS[name]
+        if isinstance(value, Tensor) or (
+            value is not default and (default is None or value != default)
+        ):
             raise ValueError(f"{name} does not go with {teacher}")
 
 
@@ -780,7 +852,9 @@ def _check_logsumexp(student, logsumexp, tail, kind, temperature):
             raise ValueError('teacher_logsumexp does not go with tail="renormalize"')
         _check_floating("teacher_logsumexp", logsumexp)
         _check_rows("teacher_logsumexp", logsumexp, student)
-    elif tail != "renormalize" and (kind != "log_probs" or temperature != 1):
+    elif tail != "renormalize" and (
+        kind != "log_probs" or isinstance(temperature, Tensor) or temperature != 1
+    ):
         raise ValueError(
             f'teacher_logsumexp is None; tail="{tail}" needs it, but for teacher_kind="log_probs" '
             "at temperature 1"
@@ -788,25 +862,19 @@ def _check_logsumexp(student, logsumexp, tail, kind, temperature):
 
 
 def _check_transform(side, scale, cap):
-    _take(f"{side}logit_scale", scale, NUMBER)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"{side}logit_scale is {scale}; it takes a finite number above 0")
+    what = "a finite number above 0"
+    _check_range(f"{side}logit_scale", scale, what, 0, math.inf, open_=True)
     if cap is not None:
-        _take(f"{side}soft_cap", cap, NUMBER)
-        if not 0 < cap < math.inf:
-            raise ValueError(f"{side}soft_cap is {cap}; it takes a finite number above 0, or None")
+        _check_range(f"{side}soft_cap", cap, what, 0, math.inf, open_=True)
 
 
 def _check_numbers(temperature, alpha, labels, label_smoothing, num_items, reduction):
-    _take("temperature", temperature, NUMBER)
-    _take("alpha", 0 if alpha is None else alpha, NUMBER)
     _take("label_smoothing", label_smoothing, NUMBER)
     _take("num_items", 1 if num_items is None else num_items, NUMBER)
-    if not 1e-15 <= temperature <= 1e15:
-        raise ValueError(f"temperature is {temperature}; it takes a number from 1e-15 to 1e15")
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it takes a number in [0, 1]")
-    if labels is None and alpha not in (None, 1):
+    _check_range("temperature", temperature, "a number from 1e-15 to 1e15", 1e-15, 1e15)
+    if alpha is not None:
+        _check_range("alpha", alpha, "a number in [0, 1]", 0, 1)
+    if labels is None and alpha is not None and (isinstance(alpha, Tensor) or alpha != 1):
         raise ValueError(f"alpha is {alpha} without labels")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; it takes a number in [0, 1]")
@@ -814,6 +882,8 @@ def _check_numbers(temperature, alpha, labels, label_smoothing, num_items, reduc
         raise ValueError(f'reduction is "{reduction}"; it takes "mean", "sum" or "none"')
     if num_items is not None and reduction != "mean":
         raise ValueError(f'num_items goes with reduction="mean" only, not "{reduction}"')
+    if isinstance(num_items, Tensor) and (num_items.numel() != 1 or num_items.is_complex()):
+        raise ValueError("num_items is a tensor that is no real scalar; it takes a number")
     if num_items is not None and not isinstance(num_items, Tensor) and not 0 < num_items < math.inf:
         raise ValueError(f"num_items is {num_items}; it takes a finite number above 0")
 
@@ -896,9 +966,9 @@ def randn_like(
     """``kdkernels.randn_like``."""
     index = torch.arange(x.numel(), dtype=torch.int64, device=x.device) + offset
     seed = seed - 2**64 if seed >= 2**63 else seed
-    seed = torch.tensor(seed, dtype=torch.int64, device=x.device)
+    key = torch.tensor(seed, dtype=torch.int64, device=x.device)
     step = torch.as_tensor(step, dtype=torch.int64, device=x.device)
-    return _numbers(index, seed, step, stream, distribution).reshape(x.shape).to(x.dtype)
+    return _numbers(index, key, step, stream, distribution).reshape(x.shape).to(x.dtype)
 
 
 def _listed(tensors, stream, offset) -> list:
@@ -994,7 +1064,7 @@ def combine_noise_(
 
 
 @contextmanager
-def perturbed_parameters(params: Sequence[Tensor], scale: float, **noise) -> Iterator[None]:
+def perturbed_parameters(params: Sequence[Tensor], scale: float, **noise) -> Generator[None]:
     """``kdkernels.perturbed_parameters``."""
     params = list(params)
     kept = [param.detach().clone() for param in params]

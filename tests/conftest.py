@@ -1,10 +1,17 @@
-"""What the ops' tests share: hypothesis settings, ISA levels, threads, and the GPU's tests."""
+"""What tests share: hypothesis settings, workers, ISA levels, threads, and the GPU's tests."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
-import torch
+
+# pytest-xdist's workers share the cores; torch asks when it is imported.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
+if WORKERS:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // WORKERS)))
+
+import torch  # noqa: E402
 
 # The same examples on every run, and no timing limits: machines are busy.
 hypothesis.settings.register_profile(
@@ -17,7 +24,43 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("kdkernels")
 
 
+# A file's tests stay together, for what their fixtures make. But the tests of these share nothing
+# beyond a parameter.
+SHARED_OUT = ("test_cubin.py", "test_launchers.py", "test_ops_emulated.py")
+# What takes longest comes first, so that all workers end together.
+FIRST = ("test_ops_emulated.py", "test_cubin.py", "test_package.py", "test_launchers.py")
+
+# Of `make quick`: every op on the CPU, beside what is marked one by one.
+QUICK = (
+    "test_distillation.py",
+    "test_linear.py",
+    "test_noise.py",
+    "test_optim.py",
+    "test_regression.py",
+    "test_row_options.py",
+    "test_tensor_kinds.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            return f"{file}[{test.partition('[')[2]}" if Path(file).name in SHARED_OUT else file
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
+    for item in items:
+        if item.path.name in QUICK:
+            item.add_marker("quick")
     if torch.cuda.is_available():
         from kdkernels import _C
 

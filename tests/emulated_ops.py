@@ -19,18 +19,20 @@ ARCH = os.environ.get("KDKERNELS_EMULATED_ARCH", "90")
 
 def build():
     setup = ptx.setup_module()
-    sources = [ROOT / "csrc/bindings.cpp"]
-    for pattern in ("ops/*.cpp", "cpu/*.cpp", "cuda/*.cu"):
+    sources = []
+    for pattern in ("*.cpp", "ops/*.cpp", "cpu/*.cpp", "cuda/*.cu"):
         sources += sorted((ROOT / "csrc").glob(pattern))
+    # Without optimisation: the compiler takes minutes for kernels that run on no CPU here.
     host = [flag for flag in setup.CXX_FLAGS if not flag.startswith(("-O", "-std", "-W", "-fvis"))]
-    flags = [word for flag in host for word in ("-Xcompiler", flag)]
-    flags += ["-DKDKERNELS_WITH_CUDA", "-DKDKERNELS_EMULATED", "-DTORCH_EXTENSION_NAME=_C"]
-    flags += ['-DKDKERNELS_CUDA_VERSION="emulated"', f'-DKDKERNELS_CUDA_ARCHS="{ARCH}"']
+    host = [word for flag in [*host, "-O0"] for word in ("-Xcompiler", flag)]
+    host += ["-DKDKERNELS_WITH_CUDA", "-DKDKERNELS_EMULATED", "-DTORCH_EXTENSION_NAME=_C"]
+    host += ['-DKDKERNELS_CUDA_VERSION="emulated"', f'-DKDKERNELS_CUDA_ARCHS="{ARCH}"']
     for path in (*cpp_extension.include_paths(), f"{ptx.toolkit().home}/include"):
-        flags += ["-isystem", path]
+        host += ["-isystem", path]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-fopenmp"]
-    return ptx.build("_C", sources, ARCH, flags, [ROOT / "csrc"], libraries)
+    include = [ROOT / "csrc"]
+    return ptx.build("_C", sources, ARCH, include=include, host=host, link=libraries)
 
 
 if "kdkernels" in sys.modules:

@@ -14,7 +14,7 @@ namespace {
 // A struct with its fields: numbers as they are, pointers as addresses.
 template <class Struct>
 struct Fields : py::class_<Struct> {
-  Fields(py::module_& m, const char* name) : py::class_<Struct>(m, name) {
+  Fields(py::module_& m, const char* name) : py::class_<Struct>(m, name, py::module_local()) {
     this->def(py::init([] { return Struct{}; }));
   }
   template <class Value, class Owner>  // the struct, or its base
@@ -46,22 +46,17 @@ const Params& with_list(Params& p, const std::vector<Tensor>& tensors) {
 }  // namespace
 
 PYBIND11_MODULE(launchers, m) {
-  py::enum_<Dtype>(m, "Dtype")
+  py::enum_<Dtype>(m, "Dtype", py::module_local())
       .value("float32", Dtype::kFloat32)
       .value("float64", Dtype::kFloat64)
       .value("bfloat16", Dtype::kBFloat16)
       .value("float16", Dtype::kFloat16);
   {
-    using Struct = DistillationParams;
+    using Struct = Denominator;
     // clang-format off
-    Fields<Struct>(m, "DistillationParams")
-        FIELD(dtype) FIELD(rows) FIELD(classes) FIELD(student) FIELD(teacher) FIELD(gradient)
-        FIELD(labels) FIELD(weight) FIELD(row_loss) FIELD(loss) FIELD(student_stride)
-        FIELD(teacher_stride) FIELD(gradient_stride) FIELD(temperature) FIELD(alpha)
-        FIELD(label_smoothing) FIELD(ignore_index) FIELD(denominator) FIELD(gradient_scale)
-        FIELD(workspace);
+    Fields<Struct>(m, "Denominator") FIELD(number) FIELD(is_kept_weight);
   }
-  py::enum_<math::Divergence>(m, "Divergence")
+  py::enum_<math::Divergence>(m, "Divergence", py::module_local())
       .value("forward_kl", math::Divergence::kForwardKL)
       .value("reverse_kl", math::Divergence::kReverseKL)
       .value("js", math::Divergence::kJS)
@@ -70,14 +65,14 @@ PYBIND11_MODULE(launchers, m) {
       .value("total_variation", math::Divergence::kTotalVariation)
       .value("alpha_beta", math::Divergence::kAlphaBeta)
       .value("decoupled", math::Divergence::kDecoupled);
-  py::enum_<Tail>(m, "Tail")
+  py::enum_<Tail>(m, "Tail", py::module_local())
       .value("none", Tail::kNone)
       .value("renormalize", Tail::kRenormalize)
       .value("bucket", Tail::kBucket)
       .value("ignore", Tail::kIgnore);
   {
-    using Struct = DivergenceParams;
-    Fields<Struct> fields(m, "DivergenceParams");
+    using Struct = LossParams;
+    Fields<Struct> fields(m, "LossParams");
     fields FIELD(dtype) FIELD(rows) FIELD(classes) FIELD(student) FIELD(gradient) FIELD(labels)
         FIELD(weight) FIELD(row_loss) FIELD(loss) FIELD(student_stride) FIELD(gradient_stride)
         FIELD(temperature) FIELD(alpha) FIELD(label_smoothing) FIELD(ignore_index)
@@ -88,6 +83,9 @@ PYBIND11_MODULE(launchers, m) {
         FIELD(entries) FIELD(indices) FIELD(wide_indices) FIELD(teacher_logsumexp)
         FIELD(entry_gradient) FIELD(first_class) FIELD(all_classes) FIELD(stages) FIELD(state)
         FIELD(only);
+    fields.def("set_row_option", [](Struct& p, int option, uintptr_t data) {
+      p.row_options[option] = reinterpret_cast<const void*>(data);
+    });
     fields.def("set_teachers", [](Struct& p, const std::vector<uintptr_t>& data,
                                   const std::vector<int64_t>& strides,
                                   const std::vector<double>& weights) {
@@ -104,18 +102,18 @@ PYBIND11_MODULE(launchers, m) {
     Fields<Struct>(m, "ScaleParams")
         FIELD(dtype) FIELD(data) FIELD(rows) FIELD(classes) FIELD(stride) FIELD(factor) FIELD(per_row);
   }
-  py::enum_<math::Distribution>(m, "Distribution")
+  py::enum_<math::Distribution>(m, "Distribution", py::module_local())
       .value("normal", math::Distribution::kNormal)
       .value("uniform", math::Distribution::kUniform)
       .value("rademacher", math::Distribution::kRademacher)
       .value("truncated_normal", math::Distribution::kTruncatedNormal)
       .value("laplace", math::Distribution::kLaplace);
-  py::enum_<NoiseMode>(m, "NoiseMode")
+  py::enum_<NoiseMode>(m, "NoiseMode", py::module_local())
       .value("only", NoiseMode::kOnly)
       .value("add", NoiseMode::kAdd)
       .value("scale", NoiseMode::kScale)
       .value("times", NoiseMode::kTimes);
-  py::enum_<math::Update>(m, "Update")
+  py::enum_<math::Update>(m, "Update", py::module_local())
       .value("sgd", math::Update::kSgd)
       .value("adamw", math::Update::kAdamW)
       .value("sgld", math::Update::kSgld)
@@ -192,21 +190,17 @@ PYBIND11_MODULE(launchers, m) {
     Fields<Struct>(m, "RegressionPlan") FIELD(warp) FIELD(blocks);
     // clang-format on
   }
-  py::enum_<cuda::Walk>(m, "Walk")
+  py::enum_<cuda::Walk>(m, "Walk", py::module_local())
       .value("tile", cuda::Walk::kTile)
       .value("warp", cuda::Walk::kWarp)
       .value("held", cuda::Walk::kHeld)
       .value("stream", cuda::Walk::kStream);
 
   // Each launches on `stream`, an address, and raises if the launch fails.
-  m.def("distillation", [](const DistillationParams& p, uintptr_t stream) {
-    check(cuda::distillation(p, reinterpret_cast<cudaStream_t>(stream)));
+  m.def("loss", [](const LossParams& p, uintptr_t stream) {
+    check(cuda::loss(p, reinterpret_cast<cudaStream_t>(stream)));
   });
-  m.def("distillation_workspace", cuda::distillation_workspace);
-  m.def("divergence", [](const DivergenceParams& p, uintptr_t stream) {
-    check(cuda::divergence(p, reinterpret_cast<cudaStream_t>(stream)));
-  });
-  m.def("divergence_workspace", cuda::divergence_workspace);
+  m.def("loss_workspace", cuda::loss_workspace);
   m.attr("divergence_static") = cuda::kDivergenceStatic;
   m.attr("row_state") = math::kRowState;
   m.attr("statistics") = math::kStatistics;

@@ -4,6 +4,7 @@ An Op in OPS gets emulated tests and GPU tests (test_launchers.py) and can be co
 (bench/counts.py).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import ptx
 import torch
 
 from kdkernels import reference
+from kdkernels.benchmark import IGNORED, training_logits
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "tests/launchers.cpp"]
@@ -20,17 +22,22 @@ HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # relative
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-INCLUDE = [ROOT / "csrc", Path(torch.__path__[0]) / "include"]
+# Devices from Hopper on run the last library; each takes its time to build.
+PTX_ARCHS = [("75", "80"), ("90",)]
+INCLUDE = [ROOT / "csrc"]
+HOST = [f"-I{Path(torch.__path__[0]) / 'include'}"]
 
 
-def build(arch=("75", "80", "90")):
-    """The launchers on the emulator, with PTX for these architectures."""
-    return ptx.build("launchers", SOURCES, arch, include=INCLUDE)
+@functools.cache
+def build(older=False):
+    """The launchers on the emulator, for devices from Hopper on, or for older ones."""
+    archs = PTX_ARCHS[0 if older else 1]
+    return ptx.build("launchers", SOURCES, archs, include=INCLUDE, host=HOST)
 
 
 def build_native():
     """The launchers for the GPU of this machine, a Python module."""
-    return ptx.build_native("launchers", SOURCES, include=INCLUDE)
+    return ptx.build_native("launchers", SOURCES, HOST, INCLUDE)
 
 
 # ---- devices ------------------------------------------------------------------------------------
@@ -57,6 +64,13 @@ class Device:
         out.copy_(tensor)
         self._announce(out, True, name)
         return out
+
+    def put_rows(self, matrix, pad, offset, name):
+        """A copy of a matrix with `pad` elements of NaN behind each row."""
+        return self.put(padded(matrix, pad), offset, name)
+
+    def new_rows(self, shape, dtype, pad, offset, name):
+        return self.new((shape[0], shape[1] + pad), dtype, offset, name)
 
     def new(self, shape, dtype, offset=0, name=None):
         """Memory that counts as never written, full of NaN."""
@@ -133,9 +147,13 @@ class Distillation:
     inplace: bool = False
     pad: tuple = (0, 0, 0)  # elements between the rows of student, teacher, gradient
     offset: tuple = (0, 0, 0)  # elements past 256 aligned bytes
-    values: str = "normal"  # "masked", "nan", "near"
+    values: str = "normal"  # "masked", "nan", "training", "blank"
     scale: float = 3.0
-    near: float = 1e-3  # how far "near" teachers are
+    levels: tuple = (0.0, 0.0)  # what is added to all logits of student and teacher
+    # Standard deviation of the teacher's logits less the student's; the first row of "normal" ones
+    # is far.
+    gap: float = math.inf
+    prompts: float = 0.0  # share of the rows of "training" that do not count
 
     @property
     def torch_dtype(self):
@@ -145,22 +163,58 @@ class Distillation:
     def acc(self):
         return torch.float64 if self.dtype == "float64" else torch.float32
 
+    @property
+    def counting_rows(self):
+        return self.rows - int(self.prompts * self.rows)
+
+
+def training_inputs(case):
+    """Rows of a prompt have no label, or no weight where there are no labels."""
+    z, t, labels = training_logits(
+        case.rows, case.classes, case.gap, dtype=case.torch_dtype, prompts=case.prompts
+    )
+    weight = None
+    if case.weighted:
+        weight = 0.5 + torch.rand(case.rows, generator=generator(1)).to(case.acc)
+    if case.alpha is not None:
+        return z, t, labels, weight
+    if case.prompts:
+        weight = (labels != IGNORED) * (1 if weight is None else weight)
+    return z, t, None, None if weight is None else weight.to(case.acc)
+
+
+def blank_inputs(case):
+    """One element stands for all others, for launches that are noted and not run."""
+
+    def blank(*shape, dtype=case.torch_dtype):
+        return torch.zeros((), dtype=dtype).expand(shape)
+
+    z = blank(case.rows, case.classes)
+    labels = None if case.alpha is None else blank(case.rows, dtype=torch.long)
+    weighted = case.weighted or (case.alpha is None and case.prompts)
+    return z, z, labels, blank(case.rows, dtype=case.acc) if weighted else None
+
 
 def distillation_inputs(case):
+    if case.values == "training":
+        return training_inputs(case)
+    if case.values == "blank":
+        return blank_inputs(case)
     g = generator(case.rows * 1000003 + case.classes)
     shape = (case.rows, case.classes)
     z = case.scale * torch.randn(shape, generator=g, dtype=torch.float64)
     t = case.scale * torch.randn(shape, generator=g, dtype=torch.float64)
+    z, t = z + case.levels[0], t + case.levels[1]
     if case.values == "masked":  # some classes impossible, for both sides alike
         mask = torch.rand(shape, generator=g) < 0.3
         mask[:, 0] = False
         z[mask], t[mask] = -math.inf, -math.inf
     if case.values == "nan" and case.rows:
         z[0, case.classes // 2] = math.nan
-    if case.values == "near":  # all rows but the first
+    if case.gap < math.inf:
         z = z.to(case.torch_dtype).double()
         noise = torch.randn(shape, generator=g, dtype=torch.float64)
-        t[1:] = (z + case.near * noise)[1:]
+        t[1:] = (z + case.gap * noise)[1:]
     labels = weight = None
     if case.alpha is not None:
         labels = torch.randint(case.classes, (case.rows,), generator=g)
@@ -174,51 +228,61 @@ def distillation_inputs(case):
 
 
 def padded(matrix, pad):
+    if pad == 0:
+        return matrix
     return torch.nn.functional.pad(matrix, (0, pad), value=math.nan)
+
+
+def denominator(lib, case, counted):
+    """What the loss is divided by; `counted`: the kernel adds the kept rows' weights up."""
+    if counted:
+        return fill(lib.Denominator(), is_kept_weight=True)
+    return fill(lib.Denominator(), number=case.rows if case.reduction == "mean" else 1.0)
 
 
 def distillation_launch(device, case):
     z, t, labels, weight = distillation_inputs(case)
     dtype, rows, classes = case.torch_dtype, case.rows, case.classes
-    student = device.put(padded(z, case.pad[0]), case.offset[0], "student")
-    teacher = device.put(padded(t, case.pad[1]), case.offset[1], "teacher")
+    student = device.put_rows(z, case.pad[0], case.offset[0], "student")
+    teacher = device.put_rows(t, case.pad[1], case.offset[1], "teacher")
     gradient = None
     if case.gradient:
-        shape = (rows, classes + case.pad[2])
-        gradient = student if case.inplace else device.new(shape, dtype, case.offset[2], "gradient")
+        gradient = student
+        if not case.inplace:
+            gradient = device.new_rows(z.shape, dtype, case.pad[2], case.offset[2], "gradient")
     labels = None if labels is None else device.put(labels, name="labels")
     weight = None if weight is None else device.put(weight, name="weight")
     none = case.reduction == "none"
     row_loss = device.new((rows,), case.acc, name="row_loss") if none else None
     loss = None if none else device.new((1,), case.acc, name="loss")
     workspace = device.new(
-        (max(1, device.lib.distillation_workspace(rows)),), torch.float64, name="workspace"
+        (max(1, device.lib.loss_workspace(rows)),), torch.float64, name="workspace"
     )
     counted = case.reduction == "mean" and (labels is not None or weight is not None)
     p = fill(
-        device.lib.DistillationParams(),
+        device.lib.LossParams(),
         dtype=getattr(device.lib.Dtype, case.dtype),
         rows=rows,
         classes=classes,
         student=address(student),
-        teacher=address(teacher),
         gradient=address(gradient),
         labels=address(labels),
         weight=address(weight),
         row_loss=address(row_loss),
         loss=address(loss),
-        student_stride=classes + case.pad[0],
-        teacher_stride=classes + case.pad[1],
-        gradient_stride=classes + case.pad[0 if case.inplace else 2],
+        student_stride=student.stride(0),
+        all_classes=classes,
+        gradient_stride=0 if gradient is None else gradient.stride(0),
         temperature=case.temperature,
         alpha=1.0 if case.alpha is None else case.alpha,
         label_smoothing=case.smoothing,
         ignore_index=-100,
-        denominator=-1.0 if counted else (rows if case.reduction == "mean" else 1.0),
+        denominator=denominator(device.lib, case, counted),
         gradient_scale=1.0,
         workspace=address(workspace),
     )
-    device.lib.distillation(p, device.stream)
+    p.set_teachers([address(teacher)], [teacher.stride(0)], [1.0])
+    device.lib.loss(p, device.stream)
     return cpu(loss=loss if loss is not None else row_loss, gradient=gradient)
 
 
@@ -265,7 +329,7 @@ def distillation_compare(case, got, want):
         atol=(1e-13 if exact else 4e-7) * temperature**2 * total,
         equal_nan=True,
     )
-    if case.values == "near" and case.alpha is None:
+    if case.gap < math.inf and case.alpha is None:
         compare_near(case, got, want)
     if not case.gradient:
         return
@@ -281,6 +345,9 @@ def distillation_compare(case, got, want):
     torch.testing.assert_close(
         gradient.double(), want["gradient"], rtol=rtol, atol=atol, equal_nan=True
     )
+
+
+TRAINING_GAPS = (0.01, 0.1, 0.3, math.inf)
 
 
 def distillation_cases():
@@ -305,17 +372,29 @@ def distillation_cases():
             yield Distillation(dtype, 4, classes, values="masked", **hard)
             yield Distillation(dtype, 4, classes, values="nan", reduction="none")
             yield Distillation(dtype, 4, classes, scale=40.0)
-            yield Distillation(dtype, 4, classes, values="near", reduction="none")
-            yield Distillation(dtype, 4, classes, values="near", inplace=True, **hard)
+            yield Distillation(dtype, 4, classes, gap=1e-3, reduction="none")
+            yield Distillation(dtype, 4, classes, gap=1e-3, inplace=True, **hard)
             # Rows that start at any element, alike or not, apart or not.
             yield Distillation(dtype, 5, classes, offset=(1, 1, 1))
             yield Distillation(dtype, 5, classes, offset=(3, 3, 3), pad=(5, 5, 5))
             yield Distillation(dtype, 5, classes, offset=(0, 1, 2), pad=(3, 0, 1))
             yield Distillation(dtype, 5, classes, pad=(8, 16, 24), inplace=True)
+        for i, (rows, classes) in enumerate(((70, 10), (9, 127), (5, 1000), (4, 3001))):
+            of = {"values": "training", "prompts": 0.5}
+            gap, temperature = TRAINING_GAPS[i], (1.0, 2.0, 4.0, 1.0)[i]
+            yield Distillation(dtype, rows, classes, temperature, gap=gap, reduction="none", **of)
+            yield Distillation(dtype, rows, classes, temperature, alpha=0.5, gap=gap, **of)
         yield Distillation(dtype, 0, 10)
         yield Distillation(dtype, 1500, 10, reduction="mean", alpha=0.5, ignored=0.1)
-        yield Distillation(dtype, 2000, 10, alpha=0.5, values="near", weighted=True, ignored=0.5)
-    yield Distillation("float32", 40000, 5)
+        yield Distillation(dtype, 2000, 10, alpha=0.5, gap=1e-3, weighted=True, ignored=0.5)
+        at = 16 // size_of(dtype)  # of 32 bytes
+        yield Distillation(dtype, 3, 1024, offset=(at, at, at), inplace=True)
+    # More rows than one block adds up the weights of.
+    yield Distillation("float32", 70000, 5, alpha=0.5, ignored=0.3)
+    # Rounded products of logit and scale, whose errors one factor mends: in sums, in gradients.
+    for classes in (1100, 3001):
+        yield Distillation("float16", 3, classes, temperature=8.0, levels=(3e3, -9e3))
+        yield Distillation("float16", 3, classes, temperature=1.0, levels=(4e4, -3e4), scale=40.0)
     for scale in (1e5, 1e25):  # beyond what an exponent in one fma holds
         for options in ({}, {"alpha": 0.4, "smoothing": 0.1}, {"values": "masked"}):
             yield Distillation("bfloat16", 3, 3001, scale=scale, **options)
@@ -326,8 +405,8 @@ def distillation_cases():
     ]:
         yield Distillation(dtype, 2, classes, alpha=0.5, temperature=3.0)
         yield Distillation(dtype, 2, classes, alpha=None, offset=(1, 1, 1))
-    yield Distillation("bfloat16", 2, 50257, alpha=0.5, values="near", inplace=True)
-    yield Distillation("float32", 2, 200000, values="near", reduction="none")
+    yield Distillation("bfloat16", 2, 50257, alpha=0.5, values="training", gap=0.1, inplace=True)
+    yield Distillation("float32", 2, 200000, gap=1e-3, reduction="none")
 
 
 # ---- any divergence -----------------------------------------------------------------------------
@@ -355,13 +434,51 @@ class Divergence(Distillation):
     entry_gradient: bool = False
     teacher_gradient: bool = False
     statistics: bool = False
-    invalid: bool = False  # one row's label, or index
+    invalid: bool = False  # one row's label, or index, or option
+    by_row: tuple = ()  # options that differ from row to row
     slices: int = 0  # of the vocabulary, one pass a launch; 0: all passes in one
+
+    @property
+    def needs_logsumexp(self):
+        return self.tail != "renormalize" and (self.kind == "logits" or self.temperature != 1)
+
+
+def blank_divergence_inputs(case, z, labels, weight):
+    if case.tail is None:
+        return z, [z] * case.teachers, labels, weight, None, None
+    values, index = (
+        torch.zeros((), dtype=dtype).expand(case.rows, case.entries)
+        for dtype in (case.acc, torch.long)
+    )
+    return z, [values], labels, weight, index, values[:, 0] if case.needs_logsumexp else None
+
+
+# The options that may differ from row to row, in the order of RowOption, and their range here.
+ROW_OPTIONS = {
+    "temperature": (0.5, 4.0),
+    "alpha": (0.0, 1.0),
+    "divergence_alpha": (0.3, 1.0),
+    "beta": (0.2, 0.8),
+    "logit_scale": (0.5, 2.0),
+    "soft_cap": (3.0, 9.0),
+    "teacher_logit_scale": (0.5, 2.0),
+    "teacher_soft_cap": (3.0, 9.0),
+}
+
+
+def row_options(case):
+    """The numbers of case.by_row, [rows] each."""
+    return {
+        name: torch.linspace(*ROW_OPTIONS[name], case.rows, dtype=torch.float64).to(case.acc)
+        for name in case.by_row
+    }
 
 
 def divergence_inputs(case):
     """student, list of teachers (or of values), labels, weight, indices, logsumexp."""
     z, t, labels, weight = distillation_inputs(case)
+    if case.values == "blank":
+        return blank_divergence_inputs(case, z, labels, weight)
     g = generator(case.classes * 7 + case.entries)
     shape = (case.rows, case.classes)
     if case.values == "equal":
@@ -371,6 +488,8 @@ def divergence_inputs(case):
     teachers = [t.double()]
     for _ in range(case.teachers - 1):
         more = case.scale * torch.randn(shape, generator=g, dtype=torch.float64)
+        if case.values == "training" and case.gap < math.inf:
+            more = t + case.gap / case.scale * more
         teachers.append(torch.where(t == -math.inf, -math.inf, more))
     if case.kind != "logits":
         teachers = [x.log_softmax(-1) for x in teachers]
@@ -382,10 +501,11 @@ def divergence_inputs(case):
     shuffled = torch.rand(index.shape, generator=g).argsort(-1)
     values, index = values.gather(-1, shuffled), index.gather(-1, shuffled)
     logsumexp = None
-    if case.tail != "renormalize" and (case.kind == "logits" or case.temperature != 1):
+    if case.needs_logsumexp:
         logsumexp = (teachers[0] / case.temperature).logsumexp(-1).to(case.acc)
-    index[torch.rand(index.shape, generator=g) < 0.2] = -1
-    index[0] = -1  # a row without an entry
+    if case.values != "training":
+        index[torch.rand(index.shape, generator=g) < 0.2] = -1
+        index[0] = -1  # a row without an entry
     return z, [values.to(case.acc)], labels, weight, index, logsumexp
 
 
@@ -412,7 +532,7 @@ def together(states, stage, entries):
 def divergence_launch(device, case):
     z, teachers, labels, weight, index, logsumexp = divergence_inputs(case)
     lib, dtype, rows, classes = device.lib, case.torch_dtype, case.rows, case.classes
-    if case.invalid:
+    if case.invalid and not case.by_row:
         labels, index = (None if x is None else x.clone() for x in (labels, index))
         (labels if index is None else index[:, 0])[1] = classes
     student = device.put(padded(z, case.pad[0]), case.offset[0], "student")
@@ -446,7 +566,7 @@ def divergence_launch(device, case):
     alpha, beta = default.get("divergence_alpha"), default.get("beta", 0.0)
     first, second = (beta, 0.0) if alpha is None else (alpha, beta)
     p = fill(
-        lib.DivergenceParams(),
+        lib.LossParams(),
         dtype=getattr(lib.Dtype, case.dtype),
         rows=rows,
         labels=address(labels),
@@ -459,7 +579,7 @@ def divergence_launch(device, case):
         alpha=1.0 if case.alpha is None else case.alpha,
         label_smoothing=case.smoothing,
         ignore_index=-100,
-        denominator=-1.0 if counted else (rows if case.reduction == "mean" else 1.0),
+        denominator=denominator(lib, case, counted),
         gradient_scale=1.0,
         divergence=getattr(lib.Divergence, case.divergence),
         beta=first,
@@ -482,6 +602,12 @@ def divergence_launch(device, case):
         all_classes=classes,
         stages=31,
     )
+    numbers = {}
+    for name, of_rows in row_options(case).items():
+        if case.invalid:
+            of_rows[1] = -1.0
+        numbers[name] = device.put(of_rows, name=name)
+        p.set_row_option([*ROW_OPTIONS].index(name), address(numbers[name]))
     strides = [classes + case.pad[1] if case.tail is None else case.entries] * len(data)
     shares = torch.tensor(case.teacher_weights or [1.0] * len(data), dtype=torch.float64)
     shares = (shares / shares.sum()).tolist()
@@ -493,7 +619,7 @@ def divergence_launch(device, case):
         for i, begin in enumerate(cuts[:-1]):
             here = [0 if begin == 0 else begin * z.element_size()] * 3
             # A launch of its own: nothing of the last is left in the workspace.
-            size = max(1, lib.divergence_workspace(rows))
+            size = max(1, lib.loss_workspace(rows))
             workspace = device.new((size,), torch.float64, name="workspace")
             fill(
                 p,
@@ -510,7 +636,7 @@ def divergence_launch(device, case):
             )
             at = [address(t) + (here[0] if case.tail is None else 0) for t in data]
             p.set_teachers(at, strides, shares)
-            lib.divergence(p, device.stream)
+            lib.loss(p, device.stream)
         if case.slices:
             together(states, stage, case.tail is not None)
     return cpu(
@@ -538,22 +664,22 @@ def divergence_expected(case):
     }
     if labels is not None:
         options |= {"alpha": case.alpha, "label_smoothing": case.smoothing}
+    by_row = {name: numbers.double() for name, numbers in row_options(case).items()}
     if case.tail is None:
-        loss, statistics = reference.distillation_loss(
-            z, teachers, labels,
-            divergence_alpha=case.divergence_alpha,
-            standardize=case.standardize,
-            teacher_logit_scale=case.teacher_logit_scale,
-            teacher_soft_cap=case.teacher_soft_cap,
-            teacher_weights=case.teacher_weights,
-            teacher_mixture=case.mixture,
-            **options,
-        )  # fmt: skip
+        options |= {
+            "divergence_alpha": case.divergence_alpha,
+            "standardize": case.standardize,
+            "teacher_logit_scale": case.teacher_logit_scale,
+            "teacher_soft_cap": case.teacher_soft_cap,
+            "teacher_weights": case.teacher_weights,
+            "teacher_mixture": case.mixture,
+        }
+        loss, statistics = reference.distillation_loss(z, teachers, labels, **options | by_row)
     else:
         loss, statistics = reference.topk_distillation_loss(
             z, teachers[0], index, labels, tail=case.tail,
             teacher_logsumexp=None if logsumexp is None else logsumexp.double(),
-            **options,
+            **options | by_row,
         )  # fmt: skip
     wanted = [z, teachers[0]] if case.teacher_gradient else [z]
     gradient, *of_teacher = torch.autograd.grad(loss.sum(), wanted, materialize_grads=True)
@@ -576,7 +702,7 @@ def divergence_compare(case, got, want):
     total = largest if case.reduction == "none" else share.sum().item()
     # alpha and beta of DKD are factors; those of ABKD divide, by as much as they lessen.
     factor = 9.0 if case.divergence == "decoupled" else 1.0
-    near = case.values == "near"
+    near = case.gap < math.inf and case.alpha in (None, 1.0)
     torch.testing.assert_close(
         got["loss"].double(),
         want["loss"],
@@ -612,12 +738,15 @@ def divergence_compare(case, got, want):
 
 
 def divergence_bytes(case):
-    """Each tensor once; of a renormalised top-k teacher without cross-entropy, only the entries."""
+    """Each tensor once, of rows that do not count the gradients alone; of a renormalised top-k
+    teacher without cross-entropy, only the entries.
+    """
     size, acc = size_of(case.dtype), 8 if case.dtype == "float64" else 4
-    matrix = case.rows * case.classes * size
-    out = (case.gradient and not case.entry_gradient) * matrix
+    matrix = case.counting_rows * case.classes * size
+    gradients = (case.gradient and not case.entry_gradient) + case.teacher_gradient
+    out = gradients * case.rows * case.classes * size
     if case.tail is None:
-        return (1 + case.teachers + case.teacher_gradient) * matrix + out
+        return (1 + case.teachers) * matrix + out
     entry = acc + (8 if case.wide else 4) + size * case.entry_gradient
     read = case.tail != "renormalize" or case.alpha is not None
     return case.rows * case.entries * (entry + (0 if read else size)) + read * matrix + out
@@ -639,6 +768,24 @@ def divergence_cases():
             yield Divergence(dtype, 3, 100 + i, **of)
             yield Divergence(dtype, 3, 700 - i, **of, statistics=True, teacher_gradient=True)
         few = {"classes": 130, "dtype": dtype}
+        by_row = {"rows": 5, **few, **hard, "temperature": 4.0}
+        yield Divergence(**by_row, by_row=("temperature", "alpha"), divergence="forward_kl")
+        yield Divergence(
+            **by_row,
+            by_row=("temperature", "beta", "soft_cap", "logit_scale"),
+            divergence="js",
+            statistics=True,
+            teacher_gradient=True,
+        )
+        yield Divergence(
+            **by_row,
+            by_row=("divergence_alpha", "beta", "teacher_soft_cap", "teacher_logit_scale"),
+            divergence="alpha_beta" if d % 2 else "decoupled",
+            standardize=True,
+        )
+        yield Divergence(**by_row, by_row=("temperature",), invalid=True, reduction="none")
+        top = {"tail": "renormalize", "entries": 7}
+        yield Divergence(**by_row, by_row=("temperature", "alpha"), **top, inplace=True)
         for i, name in enumerate(DIVERGENCES):
             if i % 4 != d:  # the options, over divergences that take turns
                 continue
@@ -662,7 +809,9 @@ def divergence_cases():
             yield Divergence(rows=3, **of, teachers=2, values="masked", teacher_soft_cap=9.0)
             yield Divergence(rows=5, **of, values="masked", teacher_gradient=True, statistics=True)
             yield Divergence(rows=3, **of, values="nan", reduction="none", statistics=True)
-            yield Divergence(rows=3, **of, values="equal", reduction="none", standardize=True)
+            yield Divergence(
+                rows=3, **of, values="equal", reduction="none", standardize=True, statistics=True
+            )
             yield Divergence(rows=3, **of, values="excluded", reduction="none")
             yield Divergence(rows=5, **of, offset=(1, 1, 1), pad=(5, 5, 5), teacher_gradient=True)
             yield Divergence(rows=5, **of, offset=(0, 1, 2), pad=(3, 0, 1))
@@ -679,9 +828,15 @@ def divergence_cases():
             yield Divergence(rows=3, **of, gradient=False, statistics=True)
             yield Divergence(rows=3, **of, scale=40.0)
         for i, name in enumerate(DIVERGENCES[:-1]):
-            for near in (1e-2, 1e-4) if dtype in ("float32", "float64") else (0.3,):
-                of = {"divergence": name, "values": "near", "near": near, "reduction": "none"}
+            for gap in (1e-2, 1e-4) if dtype in ("float32", "float64") else (0.3,):
+                of = {"divergence": name, "gap": gap, "reduction": "none"}
                 yield Divergence(dtype, 2, 1000 + 100 * i, **of)
+        for i, name in enumerate(DIVERGENCES):
+            yield Divergence(
+                dtype, 4, (10, 100, 1000)[i % 3], (1.0, 2.0, 4.0)[(i + d) % 3], divergence=name,
+                alpha=1.0 if name == "decoupled" else None, values="training", prompts=0.5,
+                gap=TRAINING_GAPS[(i + d) % 4], statistics=True, reduction="none",
+            )  # fmt: skip
         yield Divergence(dtype, 0, 10)
         yield Divergence(dtype, 700, 10, **hard, ignored=0.1)
         yield from top_k_cases(dtype)
@@ -735,7 +890,8 @@ class Scale:
     rows: int
     classes: int
     per_row: bool = True
-    factor: float | None = None
+    factor: float | None = None  # of the rows, but for one in `sparse`
+    sparse: int = 2**63 - 1
     pad: int = 0
 
 
@@ -745,7 +901,7 @@ def scale_inputs(case):
     data = torch.randn((case.rows, case.classes), generator=g).to(getattr(torch, case.dtype))
     factor = torch.randn(case.rows if case.per_row else 1, generator=g).to(acc)
     if case.factor is not None:
-        factor[:] = case.factor
+        factor[torch.arange(len(factor)) % case.sparse != case.sparse - 1] = case.factor
     return data, factor
 
 
@@ -781,6 +937,8 @@ def scale_cases():
         yield Scale(dtype, 3, 1000)
         yield Scale(dtype, 5, 33, per_row=False, pad=3)
         yield Scale(dtype, 2, 40000, per_row=False, factor=1.0)
+    # More rows than a launch may have blocks in y.
+    yield Scale("bfloat16", 70000, 3, factor=1.0, sparse=1000)
 
 
 # ---- noise --------------------------------------------------------------------------------------
@@ -945,7 +1103,8 @@ def equal_but_norms(case, got, want):
 def noise_cases():
     sizes = (1000003, 0, 1, 3, 4, 5, 7, 8, 1024, 8191)
     for dtype in DTYPES:
-        yield Noise(dtype, sizes)
+        # A chunk of several steps, between which the counter's high word changes.
+        yield Noise(dtype, sizes, offsets=(2**34 - 400_000,))
         yield Noise(dtype, sizes[1:], misalign=(1, 2, 3, 5))
         yield Noise(dtype, (4097, 70000), offsets=(1, 2, 3), misalign=(0, 3, 1))
         yield Noise(dtype, (30001, 16), offsets=(2**34 - 5, 2**40 + 3), mode="only", std=1.0)
@@ -1337,6 +1496,7 @@ def regression_cases():
         yield Regression(1000, 5, 9, per_sample, trajectory=False)
         yield Regression(3, 700, 3, per_sample)
         yield Regression(5, 2, 0, per_sample)
+    yield Regression(5, 3, 70, trajectory=False)
     yield Regression(20000, 2, 3, True)
 
 
@@ -1365,7 +1525,7 @@ OPS = [
         distillation_launch,
         distillation_expected,
         distillation_compare,
-        lambda c: (2 + c.gradient) * c.rows * c.classes * size_of(c.dtype),
+        lambda c: (2 * c.counting_rows + c.gradient * c.rows) * c.classes * size_of(c.dtype),
         list(distillation_cases()),
     ),
     Op(
@@ -1384,6 +1544,7 @@ OPS = [
         equal,
         lambda c: 2 * c.rows * c.classes * size_of(c.dtype),
         list(scale_cases()),
+        everywhere=False,
     ),
     Op(
         "noise",

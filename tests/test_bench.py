@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from kdkernels import benchmark
 from kdkernels.__main__ import main
-from kdkernels.benchmark import OURS, Comparison
+from kdkernels.benchmark import IGNORED, OURS, Comparison, training_logits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import report  # noqa: E402
@@ -166,16 +167,32 @@ def test_the_command_names_what_is_wrong(capsys, tmp_path):
     assert "cannot write" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("classes", [1000, 32000])
+def test_training_logits_are_peaked_and_as_far_apart_as_asked(classes):
+    """Two draws from a row agree half of the time, and so do the label and the next draw."""
+    made = training_logits(200, classes, 0.1, prompts=0.25, dtype=torch.float64)
+    p = made.teacher.softmax(-1)
+    assert p.square().sum(-1).mean() == pytest.approx(0.5, abs=0.07)
+    assert (made.student - made.teacher).std() == pytest.approx(0.1, rel=0.01)
+    assert (made.labels[:50] == IGNORED).all() and (made.labels[50:] >= 0).all()
+    at_label = p[50:].gather(-1, made.labels[50:, None])
+    assert at_label.mean() == pytest.approx(0.5, abs=0.1)
+    far = training_logits(200, classes, math.inf, dtype=torch.bfloat16, seed=1)
+    assert far.student.dtype == torch.bfloat16
+    both = torch.stack((far.student.flatten(), far.teacher.flatten())).float()
+    assert abs(torch.corrcoef(both)[0, 1]) < 0.02 and both.std() == pytest.approx(2, rel=0.02)
+
+
 def made_up(title, suite, names, bytes=0, growth=None, missing=None):
     rounds = {name: [(n + 1) * 1e-3 + k * 1e-5 for k in range(9)] for n, name in enumerate(names)}
     cases = benchmark.summary(rounds, bytes)
     for case in cases.values():
         case |= {"allocations": 3, "allocated": 2**20}
-    return {
+    return report.kept({
         "title": title, "suite": suite, "bytes": bytes, "growth": growth, "missing": missing or {},
         "date": "2026-01-02T03:04:05+00:00", "threads": 2, "load": [0.5, 1.5],
         "others": 0.25, "cases": cases,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def test_the_page_shows_every_case(tmp_path):
@@ -201,6 +218,7 @@ def test_the_page_shows_every_case(tmp_path):
     json_path, html_path = report.write(record, tmp_path)
     assert json_path.name == "a-processor-2-cores.json"
     assert json.loads(json_path.read_text()) == json.loads(json.dumps(record))
+    assert json_path.read_text().count("\n") < 200 and '"seconds"' not in json_path.read_text()
     text = html_path.read_text()
     for result in results:
         assert result["title"] in text

@@ -1,6 +1,8 @@
-"""Static gates on the machine code that nvcc makes of csrc/cuda, for every architecture.
+"""Static gates on the machine code that ptxas makes of csrc/cuda, for every architecture.
 
-What was found is kept in build/cubin by content, so that only a change compiles again.
+The PTX is that of the launchers' libraries, which nvcc made with the flags of setup.py: an
+architecture takes the newest that it can, as a driver would. What was found is kept in build/cubin
+by content, so that only a change is assembled again.
 """
 
 import ctypes
@@ -13,10 +15,13 @@ import re
 import runpy
 import subprocess
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+import launchers
+import ptx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +29,6 @@ SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
 CACHE = ROOT / "build" / "cubin"
 build = SimpleNamespace(**runpy.run_path(str(ROOT / "setup.py")))
 
-ARCHS = "7.5;8.0;8.6;8.9;9.0a;10.0;12.0"
 VECTOR_LOAD = re.compile(r"(LDG|LDGSTS|UBLKCP)\b(?=.*\.(128|256))|UBLKCP")
 VECTOR_STORE = re.compile(r"STG\b.*\.(128|256)|UBLKCP")
 
@@ -59,7 +63,7 @@ MULTIPROCESSORS = {
     "80": Multiprocessor(64, 32, 164 << 10),
     "86": Multiprocessor(48, 16, 100 << 10),
     "89": Multiprocessor(48, 24, 100 << 10),
-    "90a": Multiprocessor(64, 32, 228 << 10),
+    "90": Multiprocessor(64, 32, 228 << 10),
     "100": Multiprocessor(64, 32, 228 << 10),
     "120": Multiprocessor(48, 24, 100 << 10),
 }
@@ -91,7 +95,7 @@ class Kernel:
     """What ptxas and cuobjdump say of a kernel on an architecture."""
 
     name: str  # mangled
-    arch: str  # "90a"
+    arch: str  # "90"
     registers: int
     stack: int
     shared: int  # bytes, static
@@ -122,110 +126,110 @@ def demangled(name):
     return text.removeprefix("void ")
 
 
-@functools.cache
-def nvcc():
-    """The first nvcc that makes code for all of ARCHS; skips where there is none."""
-    wanted = {flag.split(",code=")[1].rstrip("af") for flag in build.gencode(ARCHS)}
-    for candidate in build.nvcc_candidates():
-        toolkit = build.toolkit_of(candidate)
-        if toolkit and wanted <= set(build.output_of(toolkit.nvcc, "--list-gpu-code").split()):
-            return toolkit.nvcc
-    return pytest.skip(f"no nvcc makes code for {ARCHS}")
-
-
-@functools.cache
-def cuobjdump():
-    """The toolkit's, PATH's or PyPI's cuobjdump; it finds nvdisasm beside itself."""
-    folders = [Path(nvcc()).parent, *os.environ.get("PATH", "").split(os.pathsep)]
+def tool(name):
+    """The toolkit's, PATH's or PyPI's; a cuobjdump is one with nvdisasm beside it."""
+    if ptx.toolkit() is None:
+        pytest.skip("needs nvcc")
+    folders = [Path(ptx.toolkit().nvcc).parent, *os.environ.get("PATH", "").split(os.pathsep)]
     folders += [folder / "bin" for folder in build.nvidia_wheel_folders()]
+    wanted = (name, "nvdisasm") if name == "cuobjdump" else (name,)
     for folder in folders:
-        tool = Path(folder, "cuobjdump")
-        if os.access(tool, os.X_OK) and os.access(tool.with_name("nvdisasm"), os.X_OK):
-            return str(tool)
-    return pytest.skip(
-        "no cuobjdump and nvdisasm: `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`"
-    )
+        if all(os.access(Path(folder, program), os.X_OK) for program in wanted):
+            return str(Path(folder, name))
+    return pytest.skip(f"no {name}: `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`")
 
 
-def command(source, target):
-    """Compile as setup.py does, but for ARCHS, and with every warning an error."""
-    host = [flag for flag in build.CXX_FLAGS if flag.startswith("-W")] + ["-Werror"]
-    return [
-        *(nvcc(), *build.NVCC_FLAGS, *build.gencode(ARCHS)),
-        *("-Werror", "all-warnings", "-Xcompiler", ",".join(host), "-Xptxas", "-v"),
-        *("--threads", str(len(os.sched_getaffinity(0))), f"-I{ROOT / 'csrc'}"),
-        *("-c", str(source), "-o", str(target), "--keep", "--keep-dir", str(Path(target).parent)),
+def wrong_lines(said):
+    """What is no mere remark in what a compiler said."""
+    return [line for line in said.splitlines() if re.search(r"\b(warning|error|fatal)\b", line)]
+
+
+def compiled(source):
+    """The objects of a .cu file, oldest PTX first; the compilers must have no warning."""
+    include = launchers.INCLUDE
+    objects = [ptx.compiled([source], a, include=include)[0] for a in launchers.PTX_ARCHS]
+    wrong = [
+        line for path in objects for line in wrong_lines(path.with_suffix(".said").read_text())
     ]
+    assert not wrong, "\n".join(wrong)
+    return objects
 
 
-def compiled(source, folder):
-    """The kernels of a .cu file, or what the compilers said where they failed."""
-    done = subprocess.run(
-        command(source, folder / "kernels.o"), capture_output=True, text=True, check=False
-    )
+def assembled(objects, folder):
+    """The kernels of a .cu file on every architecture."""
+    texts = {}
+    for number, path in enumerate(objects):
+        (folder / str(number)).mkdir()
+        command = [tool("cuobjdump"), "-xptx", "all", path]
+        subprocess.run(command, cwd=folder / str(number), check=True, capture_output=True)
+        for text in (folder / str(number)).glob("*.ptx"):
+            texts[int(re.search(r"sm_(\d+)", text.name)[1])] = text
+
+    def on(arch):
+        text = texts[max(number for number in texts if number <= int(arch))]
+        return kernels_of(text, arch, folder / f"{arch}.cubin")
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return [kernel for found in pool.map(on, MULTIPROCESSORS) for kernel in found]
+
+
+def kernels_of(text, arch, cubin):
+    """The kernels of PTX on an architecture, with what ptxas says of them, and their opcodes."""
+    flags = [flag for flag in build.NVCC_FLAGS if "fmad" in flag]
+    command = [tool("ptxas"), f"-arch=sm_{arch}", *flags, "-v", text, "-o", cubin]
+    done = subprocess.run(command, capture_output=True, text=True)
     said = done.stdout + done.stderr
-    wrong = [line for line in said.splitlines() if re.search(r"\b(warning|error|fatal)\b", line)]
-    if done.returncode != 0 or wrong:
-        return "\n".join(wrong) or said
-    bounds = dict(launch_bounds(folder))
+    assert done.returncode == 0 and not wrong_lines(said), said
+    bounds, kernels = launch_bounds(text), {}
     pattern = (
-        r"entry function '(\S+)' for 'sm_(\w+)'.*?(\d+) bytes stack.*?(\d+) bytes spill stores, "
+        r"entry function '(\S+)' for 'sm_\w+'.*?(\d+) bytes stack.*?(\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
     )
-    kernels = {}
-    for name, arch, stack, stores, loads, registers, rest in re.findall(pattern, said, re.DOTALL):
+    for name, stack, stores, loads, registers, rest in re.findall(pattern, said, re.DOTALL):
         shared = re.search(r"(\d+) bytes smem", rest)
-        kernels[arch, name] = Kernel(
+        kernels[name] = Kernel(
             *(name, arch, int(registers), int(stack), int(shared[1]) if shared else 0),
-            *(int(stores) + int(loads), *bounds[arch, name]),
+            *(int(stores) + int(loads), *bounds[name]),
         )
-    for arch, name, opcodes in disassembled(folder / "kernels.o"):
-        kernels[arch, name].opcodes = opcodes
-    return list(kernels.values())
+    for name, opcodes in disassembled(cubin):
+        kernels[name].opcodes = opcodes
+    return kernels.values()
 
 
-def launch_bounds(folder):
-    """((arch, kernel), (threads, blocks)) of each kernel in the PTX that nvcc kept."""
-    for path in folder.glob("*.ptx"):
-        text = path.read_text()
-        arch = re.search(r"^\.target sm_(\w+)", text, re.MULTILINE)[1]
-        for name, directives in re.findall(r"\.entry (\S+?)\(.*?\)([^{]*)\{", text, re.DOTALL):
-            found = [
-                re.search(rf"\.{kind} (\d+)", directives) for kind in ("maxntid", "minnctapersm")
-            ]
-            yield (arch, name), tuple(int(match[1]) if match else 0 for match in found)
+def launch_bounds(path):
+    """{kernel: (threads, blocks)} in PTX."""
+    bounds = {}
+    text = path.read_text()
+    for name, directives in re.findall(r"\.entry (\S+?)\(.*?\)([^{]*)\{", text, re.DOTALL):
+        found = [re.search(rf"\.{kind} (\d+)", directives) for kind in ("maxntid", "minnctapersm")]
+        bounds[name] = tuple(int(match[1]) if match else 0 for match in found)
+    return bounds
 
 
-def disassembled(target):
-    """(arch, name, {opcode: count}) of each kernel in an object file."""
+def disassembled(cubin):
+    """(name, {opcode: count}) of each kernel in a cubin."""
     instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-    with subprocess.Popen(
-        [cuobjdump(), "-sass", target], stdout=subprocess.PIPE, text=True
-    ) as dump:
-        arch, opcodes = "", Counter()
+    command = [tool("cuobjdump"), "-sass", cubin]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as dump:
+        opcodes = Counter()
         for line in dump.stdout:
             if match := instruction.match(line):
                 opcodes[match[1]] += 1
-            elif line.startswith("arch = sm_"):
-                arch = line.split("_")[1].strip()
             elif "Function : " in line:
                 opcodes = Counter()
-                yield arch, line.split(" : ")[1].strip(), opcodes
+                yield line.split(" : ")[1].strip(), opcodes
     assert dump.returncode == 0
 
 
 @pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.name)
 def kernels(request, tmp_path_factory):
     """Every kernel of a file on every architecture."""
-    texts = [Path(__file__), request.param, *sorted(ROOT.glob("csrc/**/*.*h"))]
-    key = hashlib.sha256(" ".join(command("", "")).encode())
-    key.update((build.output_of(nvcc(), "--version") + cuobjdump()).encode())
-    for path in texts:
-        key.update(path.read_bytes())
-    kept = CACHE / f"{request.param.stem}-{key.hexdigest()[:16]}.json"
+    objects = compiled(request.param)  # their names tell their contents
+    words = [Path(__file__).read_text(), tool("ptxas"), tool("cuobjdump"), *map(str, objects)]
+    key = hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
+    kept = CACHE / f"{request.param.stem}-{key}.json"
     if not kept.exists():
-        found = compiled(request.param, tmp_path_factory.mktemp("cubin"))
-        assert not isinstance(found, str), found
+        found = assembled(objects, tmp_path_factory.mktemp("cubin"))
         CACHE.mkdir(parents=True, exist_ok=True)
         for old in CACHE.glob(f"{request.param.stem}-*.json"):
             old.unlink()
@@ -245,10 +249,16 @@ __global__ void local(int* x) {
 """
 
 
+def test_the_ptx_is_made_as_setup_makes_it():
+    """But for flags of the host's compiler, and for the types of 16 bits, which torch restricts."""
+    device = {flag for flag in build.NVCC_FLAGS if not flag.startswith(("-X", "-f", "-U"))}
+    assert {"-O3", "--fmad=false"} <= device == set(ptx.NVCC_FLAGS) - {"--no-compress"}
+
+
 def test_faults_would_be_found(tmp_path):
     source = tmp_path / "planted.cu"
     source.write_text(PLANTED)
-    found = {(k.function, k.arch): k for k in compiled(source, tmp_path)}
+    found = {(k.function, k.arch): k for k in assembled(compiled(source), tmp_path)}
     assert len(found) == 3 * len(MULTIPROCESSORS)
     for (function, _), kernel in found.items():
         vector = kernel.has(VECTOR_LOAD), kernel.has(VECTOR_STORE)
@@ -256,7 +266,8 @@ def test_faults_would_be_found(tmp_path):
         assert (kernel.stack > 0) == (function == "local")
         assert (kernel.threads, kernel.blocks) == ((256, 4) if function == "one" else (0, 0))
     source.write_text("__global__ void k(int* x) { int unused = 1; x[0] = 2; }")
-    assert "unused" in compiled(source, tmp_path)
+    with pytest.raises(AssertionError, match="unused"):
+        compiled(source)
 
 
 def none_of(kernels, said=""):
@@ -270,7 +281,7 @@ def test_every_architecture_has_every_kernel(kernels):
     names = {
         arch: {k.name for k in kernels if k.arch == arch} for arch in {k.arch for k in kernels}
     }
-    assert set(names) == {arch.replace(".", "") for arch in ARCHS.split(";")}
+    assert set(names) == set(MULTIPROCESSORS)
     assert len(set(map(frozenset, names.values()))) == 1
     assert all(kernel.opcodes for kernel in kernels)
 
@@ -395,12 +406,12 @@ def library(text, folder, *includes):
 
 
 def test_blocks_per_sm_is_what_nvidia_computes(tmp_path):
-    blocks = library(OCCUPANCY, tmp_path, Path(nvcc()).parent.parent / "include").blocks
+    blocks = library(OCCUPANCY, tmp_path, Path(ptx.toolkit().home, "include")).blocks
     blocks.argtypes = (
         [ctypes.c_int] * 3 + [ctypes.c_long] * 2 + [ctypes.c_int] * 2 + [ctypes.c_long]
     )
     for arch, sm in MULTIPROCESSORS.items():
-        major, minor = divmod(int(arch.rstrip("a")), 10)
+        major, minor = divmod(int(arch), 10)
         for threads in (32, 96, 128, 256, 384, 512, 1024):
             for registers in (16, 32, 33, 40, 56, 57, 64, 72, 80, 81, 96, 128, 168, 255):
                 for shared in (0, 1000, 8 << 10, 20000, 48 << 10, 63 << 10, 99 << 10, 200000):
@@ -423,7 +434,7 @@ def plans(tmp_path_factory):
         for classes in CLASSES:
             for size, own in itertools.product((2, 4, 8), (False, True)):
                 out = (ctypes.c_int * 4)()
-                number = int(arch.rstrip("a"))
+                number = int(arch)
                 plan(ctypes.c_long(classes), size, ctypes.c_bool(own), number, *shared, out)
                 found.setdefault((arch, size, out[0]), set()).add((out[1], out[2]))
                 found["busy"] = out[3]
@@ -447,7 +458,7 @@ def test_a_divergence_has_room_for_its_kernel(kernels, tmp_path):
             out = (ctypes.c_int * 3)()
             plan(
                 *(ctypes.c_long(classes), ctypes.c_long(entries), size, ctypes.c_bool(cooked)),
-                *(sides, int(kernel.arch.rstrip("a")), sm.shared - sm.reserved, sm.shared, out),
+                *(sides, int(kernel.arch), sm.shared - sm.reserved, sm.shared, out),
             )
             threads, shared, static = out
             assert kernel.shared <= static, str(kernel)

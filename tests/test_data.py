@@ -527,7 +527,7 @@ def test_killed_and_continued(tmp_path):
             **{"kill_at": None, "kill_after": None} | when,
         )  # fmt: skip
         done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=1000
         )
         assert done.returncode == -signal.SIGKILL, done.stderr
         return done.stdout.strip()

@@ -296,6 +296,18 @@ def test_more_than_2_to_the_31_elements():
         torch.testing.assert_close(loss, distillation_loss(z, t), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("classes", [10, 100])
+def test_rows_beyond_2_to_the_31_elements(classes):
+    z, t = pair(2, classes, dtype=torch.bfloat16)
+    apart = 2**31 + 64
+    memory = torch.empty(apart + classes, dtype=z.dtype)  # of which what is used takes memory
+    far = memory.as_strided(z.shape, (apart, 1)).copy_(z)
+    with torch.no_grad():
+        for a, b in ((far, t), (t, far)):
+            near = (x if x is t else z for x in (a, b))
+            assert torch.equal(distillation_loss(a, b), distillation_loss(*near))
+
+
 @pytest.mark.parametrize("factor", [1.0, 65536.0])
 def test_fp16_gradients_do_not_underflow(factor):
     """A mean over many rows makes gradients smaller than fp16 holds until GradScaler's factor."""

@@ -15,6 +15,7 @@ from kdkernels import (
     reference,
     topk_distillation_loss,
 )
+from kdkernels.benchmark import IGNORED, training_logits
 
 INF, NAN = math.inf, math.nan
 DIVERGENCES = list(reference.DIVERGENCES)
@@ -188,7 +189,9 @@ def calls(draw):
     shape = (*leading, classes)
     student = (scale * one.normal(*shape)).to(dtype)
     count = one(2, 3, 8) if form == "several" else 1
-    teachers = [(scale * one.normal(*shape)).to(dtype) for _ in range(count)]
+    gap = one(None, 0.3, 0.01)  # between student and teachers, relative to the scale
+    center, spread = (0, scale) if gap is None else (student.double(), gap * scale)
+    teachers = [(center + spread * one.normal(*shape)).to(dtype) for _ in range(count)]
     limit = max(1, classes // 2 if tail == "bucket" else classes)
     entries = one.uniform(*shape).argsort(-1)[..., : draw(st.integers(1, min(40, limit)))]
 
@@ -577,6 +580,49 @@ def test_frozen_teacher_from_near_to_far(divergence, dtype, classes):
         torch.testing.assert_close(loss.double(), want, rtol=2e-5, atol=1e-7)
         largest = right.abs().amax(-1, keepdim=True)
         allowed = 1e-4 * largest + HALF_ULP.get(dtype, 0) * right.abs() + 1e-7
+        assert ((got.double() - right).abs() <= allowed).all()
+
+
+@settings(max_examples=100)
+@given(
+    divergence=st.sampled_from(DIVERGENCES),
+    dtype=st.sampled_from(DTYPES),
+    shape=st.sampled_from(
+        [
+            *((1, 10), (200, 10), (33, 100), (9, 1000), (4, 5003), (2, 32_000)),
+            *((1, 50_257), (1, 128_256), (2, 151_936), (1, 262_144)),
+        ]
+    ),
+    gap=st.sampled_from([0.01, 0.1, 0.3, INF]),
+    temperature=st.sampled_from([1.0, 2.0, 4.0]),
+    by=st.sampled_from(["labels", "weight"]),
+    frozen=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_rows_of_training_keep_four_digits(
+    divergence, dtype, shape, gap, temperature, by, frozen, seed
+):
+    """Peaked predictions, a student near its teacher, and prompts, whose rows do not count."""
+    z, t, labels = training_logits(*shape, gap, dtype=dtype, prompts=0.5, seed=seed)
+    counts = labels != IGNORED
+    options = {"divergence": divergence, "temperature": temperature, "reduction": "none"}
+    if by == "labels" or divergence == "decoupled":
+        options |= {"labels": labels, "alpha": 1.0}
+    else:
+        options |= {"weight": counts}
+    want, *want_gradients = fp64(z, t, **options)
+    call = loss_and_students_gradient if frozen else loss_and_gradients
+    loss, *gradients = call(distillation_loss, z, t, **options)
+    assert not loss[~counts].any() and not any(g[~counts].any() for g in gradients)
+    rtol = 1e-8 if dtype == torch.float64 else 1e-4
+    atol = 1e-15 if dtype == torch.float64 else 3e-8 * temperature**2
+    torch.testing.assert_close(loss.double(), want, rtol=rtol, atol=atol)
+    for got, right in zip(gradients, want_gradients, strict=False):
+        largest = right.abs().amax(-1, keepdim=True)
+        allowed = rtol * largest + 1.001 * HALF_ULP.get(dtype, 0) * right.abs() + atol
+        # Terms as large as D cancel where one class has nearly all of the probability.
+        allowed += rtol * 3e-3 * want[:, None]
+        allowed += 2.0**-24 if dtype == torch.float16 else 0  # its smallest number
         assert ((got.double() - right).abs() <= allowed).all()
 
 
@@ -1018,3 +1064,35 @@ def test_bad_argument_is_named(case):
     with pytest.raises(error, match=rf"\b{name}\b") as raised:
         call()
     assert type(raised.value) is error
+
+
+# ---- a sampled teacher --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_samples_weigh_what_their_draw_was_worth(power, temperature):
+    """Over many rows alike they are the teacher, whatever they were drawn from."""
+    teacher = logits(1, 12, scale=2.0).expand(2000, 12)
+    p = (teacher[0].double() / temperature).softmax(-1)
+    sample = kdkernels.sample_teacher(
+        teacher, 256, temperature=temperature, proposal_power=power, generator=generator(3)
+    )
+    shares = (sample.values.double() / temperature).exp() * (sample.indices >= 0)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(2000).double(), rtol=0, atol=1e-5)
+    assert (sample.logsumexp == 0).all()
+    found = torch.zeros(2000, 12, dtype=torch.float64)
+    found.scatter_add_(-1, sample.indices.clamp(min=0).long(), shares)
+    # Weights that are scaled to sum 1 leave a bias of about one in the number of draws.
+    torch.testing.assert_close(found.mean(0), p, rtol=0, atol=0.01)
+
+
+def test_defaults_are_those_of_the_papers():
+    parameters = {name: entry.parameters for name, entry in reference.DIVERGENCES.items()}
+    assert {name: numbers for name, numbers in parameters.items() if numbers} == {
+        "js": {"beta": 0.5},
+        "skew_forward_kl": {"beta": 0.1},
+        "skew_reverse_kl": {"beta": 0.1},
+        "alpha_beta": {"divergence_alpha": 0.2, "beta": 0.7},
+        "decoupled": {"divergence_alpha": 1.0, "beta": 8.0},
+    }

@@ -60,7 +60,6 @@ def test_every_function_has_a_documented_error():
     assert set(documented_errors()) == set(NAMES)
 
 
-@pytest.mark.slow
 def test_exp_and_log_over_every_fp32_value(sweep):
     limit = documented_errors()
     for name, (error, _) in sweep("exp,log", 1, *best_flags()).items():

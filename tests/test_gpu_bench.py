@@ -104,11 +104,13 @@ def test_a_run_on_the_cpu(tmp_path, capsys):
     report = json.loads((tmp_path / "gpu-cpu.json").read_text())
     results = {result["title"]: result for result in report["results"]}
     assert set(results) == {title for title in gpu.CASES if re.search(only, title)}
-    assert len(results) == 11
+    assert len(results) == 11 + len(gpu.kdkernels.divergences())
     small = results["distillation 1048576 x 10 fp32"]
     assert list(small["cases"]) == ["kdkernels", "kdkernels in place", "eager", "copy"]
     assert small["bytes"] == 3 * 20000 * 4
     assert small["missing"].keys() == {"Liger", "QuACK"}
+    near = results["decoupled 1048576 x 10 fp32, gap 0.1"]
+    assert list(near["cases"]) == ["kdkernels", "copy"]
     for result in results.values():
         assert not result["notes"]
         for facts in result["cases"].values():

@@ -192,7 +192,6 @@ def test_loss_and_gradients_are_the_references(arm):
         torch.testing.assert_close(ours, theirs, **tolerance | {"atol": tolerance["atol"] * 10})
 
 
-@pytest.mark.slow
 def test_compiled_loss_is_the_references():
     settings = Settings(vocabulary=320)
     student, expert = models()

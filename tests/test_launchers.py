@@ -1,15 +1,29 @@
 """Every CUDA kernel, executed: by the emulator everywhere, on the GPU where there is one."""
 
+import ctypes
+import os
+
 import launchers
 import ptx
 import pytest
 import torch
 
+from kdkernels import reference
+
 needs_nvcc = pytest.mark.skipif(ptx.toolkit() is None, reason="needs nvcc")
 # The PTX for 75, 80 and 90 runs on all of them; shared memory and clusters differ.
-ARCHITECTURES = (90, 120, 86, 80, 75)
+ARCHITECTURES = [90, 120, 86, 80, 75]
+if "KDKERNELS_EMULATED_ARCH" in os.environ:  # no older ones
+    ARCHITECTURES = [a for a in ARCHITECTURES if a >= int(os.environ["KDKERNELS_EMULATED_ARCH"])]
+
+
+def name_of(op, i, case):
+    classes = f"-{case.classes}" if hasattr(case, "classes") else ""
+    return f"{op.name}-{i}{classes}"
+
+
 CASES = [
-    pytest.param(op, case, id=f"{op.name}-{i}")
+    pytest.param(op, case, id=name_of(op, i, case))
     for op in launchers.OPS
     for i, case in enumerate(op.cases)
 ]
@@ -25,8 +39,9 @@ def native():
     return launchers.build_native()
 
 
-def run_emulated(library, op, case, **options):
-    with library.run(**options) as run:
+def run_emulated(op, case, arch, **options):
+    library = launchers.build(older=arch < 90)
+    with library.run(arch=arch, **options) as run:
         got = op.launch(launchers.emulated(run, library), case)
     return got, run.launches
 
@@ -46,15 +61,91 @@ def architectures(op, case):
 
 @needs_nvcc
 @pytest.mark.parametrize(("op", "case"), CASES)
-def test_emulated(emulated_library, op, case):
+def test_emulated(op, case):
     """Right on every generation, and the same bits in whatever order blocks and warps run."""
     want = op.expected(case)
     for arch in architectures(op, case):
-        got, _ = run_emulated(emulated_library, op, case, arch=arch, seed=1)
+        got, _ = run_emulated(op, case, arch, seed=1)
         op.compare(case, got, want)
         if arch == ARCHITECTURES[0]:
-            again, _ = run_emulated(emulated_library, op, case, arch=arch, seed=2, resident=1)
+            again, _ = run_emulated(op, case, arch, seed=2, resident=1)
             same_bits(got, again)
+
+
+@needs_nvcc
+@pytest.mark.quick
+@pytest.mark.parametrize("op", launchers.OPS, ids=lambda op: op.name)
+def test_first_case(op):
+    """Of each family of kernels one launch, on one generation."""
+    got, _ = run_emulated(op, op.cases[0], 90, seed=3)
+    op.compare(op.cases[0], got, op.expected(op.cases[0]))
+
+
+class Far(launchers.Device):
+    """A device on which rows lie beyond 2^31 elements of each other, in memory that no one uses."""
+
+    def _rows(self, shape, dtype, written, name):
+        rows, classes = shape
+        apart = 2**31 + 64
+        memory = torch.empty((rows - 1) * apart + classes, dtype=dtype)
+        out = memory.as_strided(shape, (apart, 1))
+        out.fill_(float("nan"))
+        for row in out:
+            self._announce(row, written, name)
+        return out
+
+    def put_rows(self, matrix, pad, offset, name):
+        return self._rows(matrix.shape, matrix.dtype, True, name).copy_(matrix)
+
+    def new_rows(self, shape, dtype, pad, offset, name):
+        return self._rows(shape, dtype, False, name)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("classes", [100, 1000, 3000])
+def test_rows_beyond_2_to_the_31_elements(emulated_library, classes):
+    (op,) = (op for op in launchers.OPS if op.name == "distillation")
+    case = launchers.Distillation("float16", 2, classes, alpha=0.5)
+    with emulated_library.run() as run:
+        got = op.launch(Far(emulated_library.python, "cpu", run.buffer), case)
+    op.compare(case, got, op.expected(case))
+
+
+@pytest.fixture(scope="module")
+def few_blocks():
+    source = launchers.ROOT / "tests/few_blocks.cu"
+    return ptx.build("few_blocks", [source], "90", include=launchers.INCLUDE)
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("classes", "cluster", "blocks"),
+    [(100, 1, 1), (700, 1, 1), (1300, 1, 2), (1300, 2, 1), (1301, 4, 2), (1300, 0, 1)],
+    ids=["tile", "warp", "held", "cluster-of-2", "cluster-of-4", "stream"],
+)
+def test_more_rows_than_blocks(few_blocks, classes, cluster, blocks):
+    """One row after the other in a block, the last of them left out."""
+    rows = 70 if classes == 100 else 11
+    g = launchers.generator(classes)
+    z, t = (3 * torch.randn((rows, classes), generator=g) for _ in range(2))
+    labels = torch.randint(classes, (rows,), generator=g)
+    labels[[1, -2, -1]] = -100
+    x = z.double().requires_grad_()
+    want = reference.distillation_loss(
+        x, t.double(), labels, temperature=2.0, alpha=0.5, reduction="none"
+    )
+    want.sum().backward()
+    for seed in range(8):
+        with few_blocks.run(seed=seed) as run:
+            device = launchers.Device(None, "cpu", run.buffer)
+            outs = [device.new(z.shape, z.dtype), device.new((rows,), z.dtype)]
+            scratch = device.new((blocks,), torch.float64), device.new((rows,), torch.uint8)
+            tensors = [device.put(z), device.put(t), device.put(labels), *outs, *scratch]
+            pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+            sizes = ctypes.c_int64(rows), ctypes.c_int64(classes)
+            assert few_blocks.c.launch_few(cluster, blocks, *pointers, *sizes) == 0
+        torch.testing.assert_close(outs[0].double(), x.grad, rtol=0, atol=2e-6)
+        torch.testing.assert_close(outs[1].double(), want.detach(), rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from kdkernels import (
     reference,
     topk_distillation_loss,
 )
+from kdkernels.distill import _packed
 
 NAN = math.nan
 HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # relative
@@ -440,10 +441,11 @@ def test_compiles_with_other_teachers(form):
 def test_opcheck(requires_grad):
     h, w, b = (x.requires_grad_(requires_grad) for x in student())
     options = teacher("bias")
-    arguments = (h, w, b, [options["teacher_hidden"]])
-    arguments += (options["teacher_weight"], options["teacher_bias"], labels_of())
+    heads = [b, options["teacher_weight"], options["teacher_bias"]]
+    arguments = (h, w, heads, [options["teacher_hidden"]])
+    arguments += _packed({"labels": labels_of(), "memory_budget": 999})
     op = torch.ops.kdkernels.linear_distillation_loss.default
-    torch.library.opcheck(op, arguments, {"statistics": True, "memory_budget": 999})
+    torch.library.opcheck(op, arguments, {"wishes": 4})
 
 
 @pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])

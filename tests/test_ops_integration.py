@@ -26,6 +26,7 @@ from kdkernels import (
     topk_distillation_loss,
     topk_teacher,
 )
+from kdkernels.distill import _packed
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = torch.ops.kdkernels
@@ -52,50 +53,77 @@ def update_arguments(update, moments):
     return (update, *lists[:2], first, second if update in (1, 3) else [], *counted, [0, 0], rule)
 
 
+def loss_options(**options):
+    """The losses' options as their ops take them."""
+    return _packed(options)[1]
+
+
 def op_calls():
     z, t = randn(4, 7), randn(4, 7, seed=1)
     leaf = z.clone().requires_grad_()
     labels, weight = torch.tensor([0, -100, 6, 3]), torch.tensor([1.0, 2.0, 0.0, 0.5])
-    options = {"temperature": 2.0, "label_smoothing": 0.1, "weight": weight}
+    options = loss_options(temperature=2.0, label_smoothing=0.1)
     std = torch.tensor(0.2, requires_grad=True)
     numbers = [torch.rand(3, dtype=torch.float64) for _ in range(4)]
     top = topk_teacher(t, 3)
-    # The order of LossOptions in csrc/ops/distillation.h; js(0.5), T = 2, mean.
-    packed = [2, 0.5, 0, 2.0, 0.5, 0.0, 1.0, 0, 1.0, 0, 0, -100, 2, 0, 0, 0, 0, 0, 0, 1.0]
-    shard = [*packed[:17], 7, 14, 1.0]  # the second half of a vocabulary
+    packed = loss_options(temperature=2.0, divergence="js", beta=0.5)
+    shard = loss_options(
+        temperature=2.0, divergence="js", beta=0.5, first_class=7, all_classes=14
+    )  # the second half of a vocabulary
     state = torch.zeros(kdkernels._C.row_state, 4, dtype=torch.float64)
-    forward = (z, [t], labels, weight, None, None)
+    rows, default = [labels, weight], loss_options()
+    forward = (z, [t], rows)
+    by_row = [labels, None, None, None, torch.rand(4) + 1]  # a temperature a row
     hidden, head = (randn(n, 3, seed=n).requires_grad_() for n in (4, 7))
-    linear = (hidden.detach(), head.detach(), None, [t], None, None, labels, weight, None, None)
+    linear = (hidden.detach(), head.detach(), [None] * 3, [t], rows)
     regression = (z[0].clone(), t[0].clone(), *numbers, torch.arange(3), 4, 0)
     by_tensor = {"seed": 0, "seed_tensor": torch.tensor(5), "step_tensor": torch.tensor(6)}
     scaled = ADDRESS | {"multiplicative": True, "distribution": 4}
     terms = {name: LIST[name] for name in ("step", "offsets", "runs")}
     norms = torch.rand(2, 2, dtype=torch.float64)
     return [
-        (OPS.distillation_loss, (leaf, [t]), {}),
-        (OPS.distillation_loss, (leaf, [t], labels), options),
-        (OPS.distillation_loss, (leaf, [t], labels), {"reduction": "none", "statistics": True}),
-        (OPS.distillation_loss, (z, [t], labels), {"reduction": "sum"}),
-        (OPS.distillation_loss, (leaf.half(), [t.half()]), {"num_items": 3.0}),
+        (OPS.distillation_loss, (leaf, [t], [], default), {}),
+        (OPS.distillation_loss, (leaf, [t], rows, options), {}),
+        (OPS.distillation_loss, (leaf, [t], by_row, default), {}),
+        (OPS.distillation_loss, (leaf, [t], [labels], loss_options(reduction="none"), 4), {}),
+        (OPS.distillation_loss, (z, [t], [labels], loss_options(reduction="sum")), {}),
+        (OPS.distillation_loss, (leaf.half(), [t.half()], [], loss_options(num_items=3.0)), {}),
         (
             OPS.distillation_loss,
-            (leaf, [t.clone().requires_grad_()]),
-            {"divergence": "js", "standardize": True},
+            (
+                leaf,
+                [t.clone().requires_grad_()],
+                [],
+                loss_options(divergence="js", standardize=True),
+            ),
+            {},
         ),
-        (OPS.distillation_loss, (leaf, [t, z]), {"teacher_weights": [1.0, 2.0]}),
+        (OPS.distillation_loss, (leaf, [t, z], [], [*default, 1.0, 2.0]), {}),
         (
             OPS.distillation_loss,
-            (leaf, [top.values], labels, top.indices, top.logsumexp),
-            {"tail": "bucket"},
+            (
+                leaf,
+                [top.values],
+                [labels, None, top.indices, top.logsumexp],
+                loss_options(tail="bucket"),
+            ),
+            {},
         ),
         (OPS._distillation_forward, (*forward, None, packed, 7), {}),
         (OPS._distillation_forward, (*forward, None, packed, 0), {}),
         (OPS._distillation_forward, (*forward, state + 1, shard, 5), {}),
         (OPS._distillation_stage, (*forward, state, shard, 2), {}),
-        (OPS.linear_distillation_loss, (hidden, head, None, [hidden.detach()], head.detach()), {}),
-        (OPS.linear_distillation_loss, (hidden, head, head[:, 0], [t], None), {"statistics": True}),
-        (OPS._linear_distillation_forward, (*linear, packed, "", None, 15), {}),
+        (
+            OPS.linear_distillation_loss,
+            (hidden, head, [None, head.detach(), None], [hidden.detach()], [], default),
+            {},
+        ),
+        (
+            OPS.linear_distillation_loss,
+            (hidden, head, [head[:, 0], None, None], [t], [], default, 4),
+            {},
+        ),
+        (OPS._linear_distillation_forward, (*linear, packed, 15, ""), {}),
         (OPS.randn_like, (z,), ADDRESS),
         (OPS.randn_like, (z.t(),), by_tensor),
         (OPS.add_noise_, ([z.clone(), t.bfloat16(), z.t().clone()], [0.1]), LIST),
@@ -680,7 +708,7 @@ class NoisyImages(Dataset):
 def test_data_loader_workers():
     """A forked worker inherits the parent's OpenMP pool without its threads."""
     want = [NoisyImages()[k] for k in range(3)]
-    loader = DataLoader(NoisyImages(), num_workers=1, batch_size=None, timeout=60)
+    loader = DataLoader(NoisyImages(), num_workers=1, batch_size=None, timeout=1000)
     assert all(torch.equal(got, w) for got, w in zip(loader, want, strict=True))
 
 

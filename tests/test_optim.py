@@ -1,6 +1,7 @@
 """Optimizers with noise: torch.optim without it, noise where it belongs, in any loop, resumed."""
 
 import copy
+import inspect
 import io
 import itertools
 import math
@@ -117,6 +118,17 @@ def test_equals_torch_without_noise(ours, theirs, options, dtype, implementation
         train(a, mine, range(1, 50))
         train(b, other, range(1, 50))
         assert_close(mine, other, 4 if dtype == torch.float32 else 6)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(NoisySGD, torch.optim.SGD), (NoisyAdamW, torch.optim.AdamW)]
+)
+def test_defaults_are_torchs(ours, theirs):
+    mine, other = (inspect.signature(kind).parameters for kind in (ours, theirs))
+    shared = (mine.keys() & other.keys()) - {"params"}
+    assert {"lr", "weight_decay"} < shared
+    for name in shared:
+        assert mine[name].default == other[name].default, name
 
 
 def wide(tensors):

@@ -3,12 +3,11 @@
 import copy
 import functools
 import os
-import socket
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -544,10 +543,7 @@ def in_group(rank, world, port, function):
 
 def spawn(function, world):
     """function(rank, world) in `world` processes of one group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(in_group, (world, port, function), nprocs=world)
+    processes.ranks(in_group, world, function)
 
 
 NOISE_CHECKS = [

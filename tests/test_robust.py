@@ -4,14 +4,13 @@ import errno
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+import stopping
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -27,19 +26,6 @@ DISTILL = [
     "--epochs=2", "--teacher-epochs=1", "--threads=1", "--arms=full", "--noise=gradient",
     "--checkpoint-every=5",
 ]  # fmt: skip
-
-
-def process(*arguments, limit=None):
-    """The command in a process of its own; ``limit``: bytes a file may have."""
-
-    def confine():
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    call = [sys.executable, "-m", "kdkernels", *map(str, arguments)]
-    return subprocess.Popen(
-        call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=confine
-    )
 
 
 def lines(out, kind):
@@ -85,61 +71,61 @@ def assert_same_run(out, run):
     assert not list(out.rglob("*.tmp"))
 
 
-def test_kill_at_ten_random_moments(run, tmp_path):
-    """Each time from some steps after the last kill, and then a moment within a step."""
+def test_kill_at_any_moment(run, tmp_path):
+    """Each time some steps after the last kill, and then at a function that is called in a step."""
     out = tmp_path / "run"
     moments = random.Random(0)
-    total = len(lines(run, "step"))
     arguments = [*DISTILL, f"--out={out}"]
-    for number in range(10):
-        goal = total * (number + moments.random()) / 11
-        running = process(*arguments)
-        try:
-            while running.poll() is None and len(lines(out, "step")) < goal:
-                time.sleep(0.005)
-            time.sleep(0.1 * moments.random())
-            running.send_signal(signal.SIGKILL)
-            assert running.wait(60) == -signal.SIGKILL, running.stderr.read()
-        finally:
-            running.kill()
-            running.stderr.close()
-        if (out / "config.json").exists():
-            arguments = ["distill", f"--resume={out}"]
-        else:
-            shutil.rmtree(out, ignore_errors=True)
+    for _ in range(6):
+        moment = {"times": moments.randint(2, 9), "calls": moments.randint(0, 10_000)}
+        running = stopping.start(*arguments, at='"kind": "step"', **moment)
+        assert stopping.end(running, signal.SIGKILL)[0] == -signal.SIGKILL
+        arguments = ["distill", f"--resume={out}"]
     assert command.main(arguments) in (0, 1)
     assert_same_run(out, run)
 
 
 def test_sigterm_saves_and_says_where(run, tmp_path):
     out = tmp_path / "run"
-    running = process(*DISTILL, f"--out={out}")
-    try:
-        while running.poll() is None and not lines(out, "step"):
-            time.sleep(0.01)
-        # The folder is in use meanwhile.
-        with pytest.raises(TrainError, match="another process is training in"):
-            RunFolder.open(str(out)).hold()
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(60) == 143
-        assert f"saved: continue with --resume {out}" in one_sentence(running.stderr.read())
-    finally:
-        running.kill()
-        running.stderr.close()
+    running = stopping.start(*DISTILL, f"--out={out}", at='"kind": "step"')
+    # The folder is in use meanwhile.
+    with pytest.raises(TrainError, match="another process is training in"):
+        RunFolder.open(str(out)).hold()
+    status, said = stopping.end(running, signal.SIGTERM)
+    assert status == 143
+    assert f"saved: continue with --resume {out}" in one_sentence(said)
     assert command.main(["distill", f"--resume={out}"]) in (0, 1)
     assert_same_run(out, run)
 
 
-def test_full_disk_in_a_run(run, tmp_path):
-    """Files may have no more bytes than the teacher's last checkpoint lacks one of."""
+def confined(out, limit, handler):
+    """A run whose files may have so many bytes, in a process of its own: status, last words."""
+    code = (
+        "import resource, signal, sys; from kdkernels.__main__ import main;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        f"signal.signal(signal.SIGXFSZ, signal.{handler}); sys.exit(main(sys.argv[1:]))"
+    )
+    call = [sys.executable, "-c", code, *DISTILL, f"--out={out}"]
+    done = subprocess.run(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["full", "killed"])
+def test_within_a_checkpoint(run, tmp_path, kill):
+    """Files may have no more bytes than the teacher's last checkpoint lacks one of.
+
+    Beyond them the process is told so, as by a full disk, or killed in the middle of the write.
+    """
     out = tmp_path / "run"
     limit = (run / "checkpoints/teacher.safetensors").stat().st_size - 1
-    running = process(*DISTILL, f"--out={out}", limit=limit)
-    assert running.wait(100) == 1
-    said = one_sentence(running.stderr.read())
-    running.stderr.close()
-    assert "cannot write" in said and "teacher.safetensors: File too large" in said
-    assert not list(out.rglob("*.tmp"))
+    status, said = confined(out, limit, "SIG_DFL" if kill else "SIG_IGN")
+    if kill:
+        assert status == -signal.SIGXFSZ and list(out.rglob("*.tmp"))
+    else:
+        assert status == 1
+        assert "cannot write" in one_sentence(said)
+        assert "teacher.safetensors: File too large" in said
+        assert not list(out.rglob("*.tmp"))
     assert command.main(["distill", f"--resume={out}"]) in (0, 1)
     assert_same_run(out, run)
 
@@ -255,6 +241,15 @@ def test_a_disk_that_refuses_leaves_the_last_checkpoint(code, folder, monkeypatc
     assert after == before
     one = learner()
     assert one.load(folder) and one.step == 3
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    """Whoever holds the old one keeps it, to its last byte."""
+    path, old = tmp_path / "file", tmp_path / "old"
+    run_folder.write_bytes(path, b"what was there")
+    os.link(path, old)
+    run_folder.write_bytes(path, b"new")
+    assert path.read_bytes() == b"new" and old.read_bytes() == b"what was there"
 
 
 def test_metrics_that_cannot_be_written(folder, monkeypatch):

@@ -6,11 +6,11 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 
 import numpy as np
 import pytest
+import stopping
 import torch
 from safetensors.torch import load_file, save_file
 from torchvision import models as tv
@@ -25,6 +25,7 @@ from kdkernels.train import (
     soft_regression,
     soft_regularization,
 )
+from kdkernels.train.loop import epoch_batches
 from kdkernels.train.run_folder import RunFolder
 
 # One thread: two that spin on a busy machine's two cores wait for each other most of the time.
@@ -133,6 +134,20 @@ def test_distill_end_to_end(run):
     assert results["arms"]["full"]["phases"]["teacher"] > 0
 
 
+def test_epochs_have_an_order_each():
+    orders = [
+        torch.cat(epoch_batches(50, 16, seed, epoch, "cpu")).tolist()
+        for seed in (0, 1)
+        for epoch in (0, 1, 2)
+    ]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len(set(map(tuple, orders))) == len(orders)
+    again = epoch_batches(50, 16, 1, 2, "cpu")
+    assert torch.cat(again).tolist() == orders[-1] and [len(b) for b in again] == [16, 16, 16, 2]
+    # One image alone has no variance for BatchNorm.
+    assert [len(b) for b in epoch_batches(49, 16, 1, 2, "cpu")] == [16, 16, 16]
+
+
 def test_fused_follows_reference(run):
     follow = json.loads((run / "results.json").read_text())["distill"]["follow"]
     assert follow["same_logits"] <= 1e-5
@@ -145,31 +160,13 @@ def test_fused_follows_reference(run):
     assert losses["full"][0] == pytest.approx(losses["reference"][0], rel=1e-4)
 
 
-def stop_when(number, ready, *arguments):
-    """Run the command, send it signal ``number`` once ``ready()``; its status and last words."""
-    call = [sys.executable, "-m", "kdkernels", *arguments]
-    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        while process.poll() is None and not ready():
-            time.sleep(0.01)
-        process.send_signal(number)
-        return process.wait(60), process.stderr.read()
-    finally:
-        process.kill()
-        process.stderr.close()
-
-
-def seen(out, text):
-    metrics = out / "metrics.jsonl"
-    return lambda: metrics.exists() and text in metrics.read_text()
-
-
-def stop_twice(out, first, second, name, *arguments):
+def stop_twice(out, first, second, *arguments):
     """Start a run, stop it with Ctrl-C when it wrote ``first``, go on, kill it at ``second``."""
-    status, err = stop_when(signal.SIGINT, seen(out, first), name, *arguments, f"--out={out}")
+    process = stopping.start(*arguments, f"--out={out}", at=first)
+    status, err = stopping.end(process, signal.SIGINT)
     assert status == 130 and f"continue with --resume {out}" in err and err.count("\n") == 1
-    status, _ = stop_when(signal.SIGKILL, seen(out, second), name, f"--resume={out}")
-    assert status == -signal.SIGKILL
+    process = stopping.start(arguments[0], f"--resume={out}", at=second)
+    assert stopping.end(process, signal.SIGKILL)[0] == -signal.SIGKILL
     with (out / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"kind": "step", "lear')  # what a kill in the middle of a write leaves
 

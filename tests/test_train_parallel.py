@@ -11,13 +11,12 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import nn
 from torchvision import models as tv
@@ -265,10 +264,7 @@ def test_ranks_train_as_one_process(world, alone, tmp_path):
     begun.close()
     for parallel in distributed.PARALLEL:
         shutil.copytree(begun.path, tmp_path / f"from-one-{parallel}-{world}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(all_checks, (world, port, tmp_path), nprocs=world)
+    processes.ranks(all_checks, world, tmp_path)
 
     for parallel in distributed.PARALLEL:
         for case in cases(world):

@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import optuna
 import pytest
@@ -87,6 +89,7 @@ def test_a_search_in_words():
         ("temperature=1:8:2:3", {}, "give low:high"),
         ("temperature=warm", {}, "give low:high"),
         ("temperature=2|2", {}, "give low:high"),
+        ("temperature=1|3|3", {}, "give low:high"),
         ("divergence=js|jd", {}, "give some of forward_kl"),
         ("divergence=", {}, "give some of forward_kl"),
         ("beta=0.1:0.5", {}, "no divergence that is tried takes: forward_kl"),
@@ -239,12 +242,39 @@ def test_the_hopeless_trial_is_pruned(tmp_path):
     assert "6 trials by grid, 1 of them stopped early" in page
 
 
-def test_two_workers_killed_and_resumed_share_one_grid(tmp_path):
-    out = tmp_path / "run"
+def finished(out):
+    """Read beside the command: Optuna's own way would make tables that are not there yet."""
+    with contextlib.suppress(sqlite3.Error):
+        file = f"file:{out / 'study.sqlite'}?mode=ro"
+        with contextlib.closing(sqlite3.connect(file, uri=True)) as database:
+            count = "SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED')"
+            return database.execute(count).fetchone()[0]
+    return 0
+
+
+def held(num_classes):
+    """The network, once fewer trials are finished than the folder's file ``room`` lets pass.
+
+    So a command with two workers cannot finish more than one trial beyond that before its signal.
+    """
+    folder = Path(os.environ["ROOM"])
+    while finished(folder / "run") >= int((folder / "room").read_text()):
+        time.sleep(0.02)
+    return net(num_classes)
+
+
+def test_two_workers_killed_and_resumed_share_one_grid(tmp_path, monkeypatch):
+    out, points = tmp_path / "run", 24
+    monkeypatch.setenv("ROOM", str(tmp_path))
     options = arguments(
-        search="temperature=1:16:3,alpha=0:1:16", sampler="grid", workers=2, confirm=0, epochs=2
-    )
+        search=f"temperature=1:16:3,alpha=0:1:{points // 3}", sampler="grid", workers=2, confirm=0,
+        student="tests.test_tune:held",
+    )  # fmt: skip
     call = [sys.executable, "-m", "kdkernels", "tune"]
+
+    def let(trials):
+        (tmp_path / "new").write_text(str(trials))
+        (tmp_path / "new").replace(tmp_path / "room")
 
     def started(*arguments):
         shown = (tmp_path / "shown").open("w")
@@ -252,43 +282,37 @@ def test_two_workers_killed_and_resumed_share_one_grid(tmp_path):
             [*call, *arguments], stdout=shown, stderr=subprocess.PIPE, text=True
         )
 
-    def finished():
-        """Read beside the command: Optuna's own way would make tables that are not there yet."""
-        with contextlib.suppress(sqlite3.Error):
-            file = f"file:{out / 'study.sqlite'}?mode=ro"
-            with contextlib.closing(sqlite3.connect(file, uri=True)) as database:
-                count = "SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED')"
-                return database.execute(count).fetchone()[0]
-        return 0
+    def wait_for(process, condition):
+        while process.poll() is None and not condition():
+            time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
 
+    let(3)
     process = started(*options, f"--out={out}")
     try:
-        while process.poll() is None and finished() < 2:
-            time.sleep(0.05)
+        wait_for(process, lambda: finished(out) >= 2)
         process.send_signal(signal.SIGKILL)
-        process.wait(60)
-        assert 2 <= finished() < 48
+        process.wait()
         process.stderr.close()
 
+        let(10)
         process = started(f"--resume={out}", "--workers=2", "--threads=1")
         # The killed command's workers may still finish trials; this one has to be at work itself.
-        while process.poll() is None and not (tmp_path / "shown").read_text():
-            time.sleep(0.05)
-        least = finished() + 2
-        while process.poll() is None and finished() < least:
-            time.sleep(0.05)
+        wait_for(process, lambda: (tmp_path / "shown").read_text())
+        least = finished(out) + 2
+        wait_for(process, lambda: finished(out) >= least)
         process.send_signal(signal.SIGINT)
-        status, err = process.wait(60), process.stderr.read()
+        status, err = process.wait(), process.stderr.read()
         assert status == 130 and err.count("\n") == 1 and f"--resume {out}" in err
-        before = finished()
-        assert least <= before < 48
+        assert least <= finished(out) <= 11
     finally:
         process.kill()
         process.stderr.close()
+    let(points)
     assert command.main(["tune", f"--resume={out}", "--threads=1"]) == 0
-    points = [json.dumps(trial.params) for trial in done(out)]
-    assert len(points) == len(set(points)) == 48
-    assert len(study(out).trials) > 48  # those that were stopped halfway stand there as failed
+    found = [json.dumps(trial.params) for trial in done(out)]
+    assert len(found) == len(set(found)) == points
+    assert len(study(out).trials) > points  # those that were stopped halfway stand there as failed
 
 
 def test_bad_arguments(tmp_path, capsys):

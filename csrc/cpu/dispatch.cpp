@@ -8,7 +8,6 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "row_task.h"
 
 namespace kdkernels {
 namespace cpu {
@@ -117,8 +116,8 @@ void store(Dtype dtype, void* out, int64_t i, double value) {
 
 }  // namespace
 
-// All rows of a loss, shared among threads, and what the caller asked for of them.
-void divergence(const DivergenceParams& p, int threads) {
+// All rows of a loss, shared among threads, and their sum.
+void loss(const LossParams& p, int threads) {
   const Kernels& k = kernels();
   constexpr int64_t kOnStack = 256, kShortRows = 16;  // kernels take short rows so many at a time
   double on_stack[kOnStack];
@@ -127,18 +126,16 @@ void divergence(const DivergenceParams& p, int threads) {
   int64_t piece = std::max<int64_t>(1, kElementsPerPiece / std::max<int64_t>(p.classes, 1));
   if (piece > kShortRows) piece -= piece % kShortRows;
   parallel_for(p.rows, piece, worth(p.rows * p.classes, threads),
-               [&](int64_t begin, int64_t end) { k.divergence_rows(p, begin, end, row_loss); });
+               [&](int64_t begin, int64_t end) { k.loss_rows(p, begin, end, row_loss); });
   if (p.loss != nullptr) {
     double sum = 0;
     for (int64_t i = 0; i < p.rows; ++i) sum += row_loss[i];
-    store(p.dtype, p.loss, 0, p.denominator != 0 ? sum / p.denominator : 0.0);
+    store(p.dtype, p.loss, 0, p.denominator.number != 0 ? sum / p.denominator.number : 0.0);
   }
   for (int64_t i = 0; p.row_loss != nullptr && i < p.rows; ++i) {
     store(p.dtype, p.row_loss, i, row_loss[i]);
   }
 }
-
-void distillation(const DistillationParams& p, int threads) { divergence(forward_kl(p), threads); }
 
 namespace {
 

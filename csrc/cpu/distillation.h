@@ -27,9 +27,9 @@ constexpr int kFold = 128;
 constexpr int kAheadBytes = 4096;
 
 // Rows of any divergence; see cpu/divergence.h.
-void divergence_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss);
+void loss_rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss);
 template <class T>
-void divergence_rows_of(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss);
+void divergence_rows_of(const LossParams& p, int64_t begin, int64_t end, double* row_loss);
 
 KD_FN double exp2_fp64(double x) { return x == 0 ? 1.0 : __builtin_exp2(x); }
 
@@ -262,7 +262,7 @@ KD_FN void second_pass(const math::RowResult<double>& result, const Real* ex, co
 }
 
 template <class T, class Policy, math::CrossEntropy kHard>
-void rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
+void rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
   using Real = typename Compute<T>::type;
   static thread_local RowBuffer buffer;
   constexpr bool kOwn = kHard == math::CrossEntropy::kOwn,
@@ -281,7 +281,7 @@ void rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_los
 
   for (int64_t row = begin; row < end; ++row) {
     const T* z = static_cast<const T*>(p.student) + row * p.student_stride;
-    const T* t = static_cast<const T*>(p.teacher) + row * p.teacher_stride;
+    const T* t = static_cast<const T*>(p.teacher_data[0]) + row * p.teacher_strides[0];
     T* gradient = static_cast<T*>(p.gradient) + (keep ? row * p.gradient_stride : 0);
     const int64_t label = p.labels != nullptr ? p.labels[row] : -1;
     const double weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : 1.0;
@@ -297,7 +297,8 @@ void rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_los
                                                        ex, ey, eh, shift, sums)
                      : pass_over<T, kTerm, kOwn, false>(z, t, p.classes, scale_real,
                                                         scale_hard_real, ex, ey, eh, shift, sums);
-    double factor = p.denominator != 0 ? weight / p.denominator * p.gradient_scale : 0.0;
+    double factor =
+        p.denominator.number != 0 ? weight / p.denominator.number * p.gradient_scale : 0.0;
     math::RowResult<double> result = {};
     if (done) {
       const double zero = shift.hard / scale_hard;  // the logit that cross-entropy is relative to
@@ -346,7 +347,7 @@ void rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_los
 constexpr int kShortClasses = 32, kLanes = 16;
 
 template <class T, class Terms, math::CrossEntropy kHard>
-void short_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
+void short_rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
   using Real = typename Compute<T>::type;
   constexpr bool kOwn = kHard == math::CrossEntropy::kOwn,
                  kLabels = kHard != math::CrossEntropy::kNone;
@@ -375,7 +376,7 @@ void short_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* r
       kept[r] = r < n && weight[r] != 0 && (p.labels == nullptr || p.labels[row] != p.ignore_index);
       label[r] = kept[r] && p.labels != nullptr ? static_cast<int>(p.labels[row]) : 0;
       const T* z_row = static_cast<const T*>(p.student) + row * p.student_stride;
-      const T* t_row = static_cast<const T*>(p.teacher) + row * p.teacher_stride;
+      const T* t_row = static_cast<const T*>(p.teacher_data[0]) + row * p.teacher_strides[0];
       for (int c = 0; c < classes; ++c) {
         x[c][r] = kept[r] ? widen(z_row[c]) : Real(0);
         y[c][r] = kept[r] ? widen(t_row[c]) : Real(0);
@@ -436,8 +437,9 @@ void short_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* r
       }
     }
     alignas(64) Lanes of_a, of_q, of_hard, uniform, at_label;
-    const Real unit =
-        p.denominator != 0 ? static_cast<Real>(p.gradient_scale / p.denominator) : Real(0);
+    const Real unit = p.denominator.number != 0
+                          ? static_cast<Real>(p.gradient_scale / p.denominator.number)
+                          : Real(0);
 #pragma omp simd
     for (int r = 0; r < kLanes; ++r) {
       const Real factor = weight[r] * unit;
@@ -483,17 +485,9 @@ void short_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* r
   }
 }
 
-// Whether a whole row's loss and the student's gradient are wanted, of nothing but two matrices of logits as they are.
-KD_FN bool of_two_matrices(const DivergenceParams& p) {
-  return p.teachers == 1 && p.tail == Tail::kNone && !p.probs && !p.standardize &&
-         p.logit_scale == 1 && p.soft_cap == 0 && p.teacher_logit_scale == 1 &&
-         p.teacher_soft_cap == 0 && p.teacher_gradient == nullptr && p.statistics == nullptr &&
-         p.state == nullptr;
-}
-
-// The rows of such a call by the kernels that are made for it. False where none is.
+// The rows of a call that is of plain logits by the kernels that are made for its divergence. False where none is.
 template <class T, math::CrossEntropy kHard>
-bool plain_rows_with(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
+bool plain_rows_with(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
   using math::Divergence;
   const bool is_short = p.classes <= kShortClasses;
   if (p.divergence == Divergence::kForwardKL && is_short) {
@@ -513,9 +507,9 @@ bool plain_rows_with(const DivergenceParams& p, int64_t begin, int64_t end, doub
 }
 
 template <class T>
-bool plain_rows_of(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
+bool plain_rows_of(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
   using math::CrossEntropy;
-  if (!of_two_matrices(p)) return false;
+  if (!is_of_plain_logits(p)) return false;
   if (p.labels == nullptr || p.alpha == 1) {
     return plain_rows_with<T, CrossEntropy::kNone>(p, begin, end, row_loss);
   } else if (p.temperature == 1) {

@@ -49,7 +49,7 @@ struct RowWalk {
   using Real = typename Compute<T>::type;
   using Transform = math::Transform<Real>;
 
-  const DivergenceParams& p;
+  const LossParams& p;
   const math::RowTask task;
   const Transform of_student, of_teacher;
   const bool wants_teacher;  // what the teacher's gradient is made of
@@ -73,7 +73,7 @@ struct RowWalk {
   math::RowNorm exact;
   double total_u;
 
-  RowWalk(const DivergenceParams& params, RowBuffer& buffer)
+  RowWalk(const LossParams& params, RowBuffer& buffer)
       : p(params),
         task(row_task(params)),
         of_student(Transform::of(p.logit_scale, p.soft_cap)),
@@ -84,7 +84,7 @@ struct RowWalk {
         dense(!task.renormalize || task.cross_entropy),
         shares_hard(task.temperature == 1 && !task.standardize),
         watched(p.statistics != nullptr || p.state != nullptr),
-        may_be_plain(task.compares && !task.aside_label && of_two_matrices(p)),
+        may_be_plain(task.compares && !task.aside_label && is_of_plain_logits(p)),
         first_stage(p.stages & -p.stages) {
     const int64_t padded = padded_to_vectors(p.classes),
                   entries = task.entries ? padded_to_vectors(p.entries) : 0;
@@ -400,10 +400,10 @@ struct RowWalk {
     if (!done) return false;
     // A pass writes whole vectors; lanes are padded to kPad.
     for (int64_t i = own.n; i < own.padded; ++i) own.q[i] = own.p[i] = Real(0);
-    // Logits of type Real near those whose exponents are 0.
     const double exact_scale = scale;
-    x.max_s = static_cast<Real>(shift.s / exact_scale);
-    x.max_t = static_cast<Real>(shift.t / exact_scale);
+    // Not the logits whose exponents are 0: a class's logarithm would lose digits to how far those are off.
+    x.max_s = sums.max_s;
+    x.max_t = sums.max_t;
     lift_s = exp2_fp64(shift.s - x.max_s * exact_scale);
     lift_t = exp2_fp64(shift.t - x.max_t * exact_scale);
     x.sum_s = sums.sum_s * lift_s;
@@ -488,6 +488,10 @@ struct RowWalk {
     each_block([&](const Lane<Real>& lane, double inv_s, double inv_t) {
       terms(p, lane, norm, inv_s, inv_t, wants_teacher, far, sums);
     });
+    if (far) {
+      sums.f += (1 - p.beta) * lost(norm.log_sum_s, exact.log_sum_s) +
+                p.beta * lost(norm.log_sum_t, exact.log_sum_t);
+    }
     if (far && sums.f < kFarJS) {
       sums = {};
       lift_t = 1;
@@ -506,6 +510,11 @@ struct RowWalk {
     const Lane<Real>& lane = compared();
     x.az = times_z(lane.a, lane.u, lane.padded, exact.s);
     x.bz = wants_teacher ? times_z(lane.b, lane.t, lane.padded, exact.t) : 0.0;
+  }
+
+  // What rounding its sum's logarithm adds to the logarithm of every class.
+  static double lost(Real rounded, double log_sum) {
+    return log_sum == -kInfinity<double> ? 0.0 : rounded - log_sum;
   }
 
   // Sums that no divergence is needed for, before `a` takes the place of p.
@@ -547,7 +556,8 @@ struct RowWalk {
   // ---- loss and gradients ----
 
   void finish(int64_t label, double& loss) {
-    const double factor = p.denominator != 0 ? weight / p.denominator * p.gradient_scale : 0.0;
+    const double factor =
+        p.denominator.number != 0 ? weight / p.denominator.number * p.gradient_scale : 0.0;
     const math::RowGradient g = math::finish(task, x, exact, factor);
     loss = weight * g.loss;
     if (p.statistics != nullptr) {
@@ -675,23 +685,25 @@ struct RowWalk {
 };
 
 template <class T>
-void divergence_rows_of(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
+void divergence_rows_of(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
   static thread_local RowBuffer buffer;
-  RowWalk<T> walk(p, buffer);
-  for (int64_t row = begin; row < end; ++row) walk.walk(row, row_loss[row]);
+  if (!has_row_options(p)) {
+    RowWalk<T> walk(p, buffer);
+    for (int64_t row = begin; row < end; ++row) walk.walk(row, row_loss[row]);
+    return;
+  }
+  for (int64_t row = begin; row < end; ++row) {
+    LossParams of_row;
+    options_of_row<typename Compute<T>::type>(p, row, of_row);  // the ops have checked them
+    RowWalk<T>(of_row, buffer).walk(row, row_loss[row]);
+  }
 }
 
-void divergence_rows(const DivergenceParams& p, int64_t begin, int64_t end, double* row_loss) {
-  auto run = [&](auto element) {
+void loss_rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
+  by_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     if (!plain_rows_of<T>(p, begin, end, row_loss)) divergence_rows_of<T>(p, begin, end, row_loss);
-  };
-  switch (p.dtype) {
-    case Dtype::kFloat32: return run(float{});
-    case Dtype::kFloat64: return run(double{});
-    case Dtype::kBFloat16: return run(BFloat16{});
-    case Dtype::kFloat16: return run(Float16{});
-  }
+  });
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ namespace cpu {
 struct Kernels {
   const char* isa;
   // Rows [begin, end); row_loss is fp64 [rows].
-  void (*divergence_rows)(const DivergenceParams&, int64_t begin, int64_t end, double* row_loss);
+  void (*loss_rows)(const LossParams&, int64_t begin, int64_t end, double* row_loss);
   // Elements [begin, end) of one run; norms: [2], added to, or null.
   void (*noise)(const NoiseParams&, const NoiseTensor&, int64_t begin, int64_t end, double* norms);
   double (*noise_dot)(const NoiseDotParams&, const NoiseTensor&, int64_t begin, int64_t end);
@@ -36,8 +36,7 @@ std::vector<std::string> isa_supported();
 void set_isa(const std::string& name);
 
 // `threads` bounds the threads of a call; results do not depend on it.
-void distillation(const DistillationParams& params, int threads);
-void divergence(const DivergenceParams& params, int threads);
+void loss(const LossParams& params, int threads);
 void noise(const NoiseParams& params, int threads);
 void noise_dot(const NoiseDotParams& params, int threads);
 void combine(const CombineParams& params, int threads);

@@ -194,7 +194,7 @@ void far_js(const Lane<float>& x, const math::ElementNorm<float>& norm, float in
 
 // Added to `out`.
 template <class Real>
-void terms(const DivergenceParams& p, const Lane<Real>& x, const math::ElementNorm<Real>& norm,
+void terms(const LossParams& p, const Lane<Real>& x, const math::ElementNorm<Real>& norm,
            double inv_s, double inv_t, bool teacher, bool far, Terms& out) {
   Real of_q = static_cast<Real>(inv_s), of_p = static_cast<Real>(inv_t),
        beta = static_cast<Real>(p.beta), second = static_cast<Real>(p.second);

@@ -388,12 +388,9 @@ void noise_of(const NoiseParams& p, const NoiseTensor& tensor, int64_t begin, in
 
 void noise(const NoiseParams& p, const NoiseTensor& tensor, int64_t begin, int64_t end,
            double* norms) {
-  switch (p.dtype) {
-    case Dtype::kFloat32: return noise_of<float>(p, tensor, begin, end, norms);
-    case Dtype::kFloat64: return noise_of<double>(p, tensor, begin, end, norms);
-    case Dtype::kBFloat16: return noise_of<BFloat16>(p, tensor, begin, end, norms);
-    case Dtype::kFloat16: return noise_of<Float16>(p, tensor, begin, end, norms);
-  }
+  return by_dtype(p.dtype, [&](auto element) {
+    return noise_of<decltype(element)>(p, tensor, begin, end, norms);
+  });
 }
 
 template <class T>
@@ -413,13 +410,9 @@ double noise_dot_of(const NoiseDotParams& p, const NoiseTensor& tensor, int64_t 
 }
 
 double noise_dot(const NoiseDotParams& p, const NoiseTensor& tensor, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::kFloat32: return noise_dot_of<float>(p, tensor, begin, end);
-    case Dtype::kFloat64: return noise_dot_of<double>(p, tensor, begin, end);
-    case Dtype::kBFloat16: return noise_dot_of<BFloat16>(p, tensor, begin, end);
-    case Dtype::kFloat16: return noise_dot_of<Float16>(p, tensor, begin, end);
-  }
-  return 0;
+  return by_dtype(p.dtype, [&](auto element) {
+    return noise_dot_of<decltype(element)>(p, tensor, begin, end);
+  });
 }
 
 template <class T>
@@ -457,12 +450,8 @@ void combine_of(const CombineParams& p, const NoiseTensor& tensor, int64_t begin
 }
 
 void combine(const CombineParams& p, const NoiseTensor& tensor, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case Dtype::kFloat32: return combine_of<float>(p, tensor, begin, end);
-    case Dtype::kFloat64: return combine_of<double>(p, tensor, begin, end);
-    case Dtype::kBFloat16: return combine_of<BFloat16>(p, tensor, begin, end);
-    case Dtype::kFloat16: return combine_of<Float16>(p, tensor, begin, end);
-  }
+  return by_dtype(
+      p.dtype, [&](auto element) { return combine_of<decltype(element)>(p, tensor, begin, end); });
 }
 
 }  // namespace

@@ -18,6 +18,17 @@ struct Float16 {
   uint16_t bits;
 };
 
+// f(element), element being of the dtype.
+template <class F>
+auto by_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kFloat64: return f(double{});
+    case Dtype::kBFloat16: return f(BFloat16{});
+    case Dtype::kFloat16: return f(Float16{});
+    default: return f(float{});
+  }
+}
+
 KD_FN float widen(float x) { return x; }
 KD_FN double widen(double x) { return x; }
 KD_FN float widen(BFloat16 x) {

@@ -135,12 +135,9 @@ void update_of(const UpdateParams& p, const UpdateTensor& tensor, int64_t begin,
 
 void update(const UpdateParams& p, const UpdateTensor& tensor, int64_t begin, int64_t end,
             double* norms) {
-  switch (p.dtype) {
-    case Dtype::kFloat32: return update_of<float>(p, tensor, begin, end, norms);
-    case Dtype::kFloat64: return update_of<double>(p, tensor, begin, end, norms);
-    case Dtype::kBFloat16: return update_of<BFloat16>(p, tensor, begin, end, norms);
-    case Dtype::kFloat16: return update_of<Float16>(p, tensor, begin, end, norms);
-  }
+  return by_dtype(p.dtype, [&](auto element) {
+    return update_of<decltype(element)>(p, tensor, begin, end, norms);
+  });
 }
 
 }  // namespace

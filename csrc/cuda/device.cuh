@@ -17,6 +17,18 @@
 namespace kdkernels {
 namespace cuda {
 
+// launch(element), element being of the dtype.
+template <class Launch>
+cudaError_t by_dtype(Dtype dtype, Launch launch) {
+  switch (dtype) {
+    case Dtype::kFloat32: return launch(float{});
+    case Dtype::kFloat64: return launch(double{});
+    case Dtype::kBFloat16: return launch(__nv_bfloat16{});
+    case Dtype::kFloat16: return launch(__half{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 constexpr int kWarp = 32;
 
 __device__ __forceinline__ float widen(float x) { return x; }

@@ -33,7 +33,7 @@ __device__ __forceinline__ double block_sum(int64_t begin, int64_t end, int64_t 
 // The kept rows' weights: one sum a block, or of a single block the inverse.
 template <class Real>
 __global__ void __launch_bounds__(kSumThreads)
-    weight_kernel(const __grid_constant__ DistillationParams p, double* out) {
+    weight_kernel(const __grid_constant__ LossParams p, double* out) {
   double sum = block_sum(static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x, p.rows,
                          static_cast<int64_t>(gridDim.x) * kSumThreads, [&](int64_t row) {
     Real weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : Real(1);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kSumThreads)
 
 // ---- launches -----------------------------------------------------------------------------------
 
-CrossEntropy cross_entropy(const DistillationParams& p) {
+CrossEntropy cross_entropy(const LossParams& p) {
   if (p.labels == nullptr || p.alpha == 1) return CrossEntropy::kNone;
   return p.temperature == 1 ? CrossEntropy::kShared : CrossEntropy::kOwn;
 }
@@ -90,7 +90,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks,
 }
 
 template <class T, class Policy>
-cudaError_t launch_rows(const DistillationParams& p, const Task<typename Compute<T>::type>& task,
+cudaError_t launch_rows(const LossParams& p, const Task<typename Compute<T>::type>& task,
                         const DistillationPlan& plan, cudaStream_t stream) {
   int64_t blocks = plan.partials(p.rows);
   switch (plan.walk) {
@@ -113,14 +113,16 @@ cudaError_t launch_rows(const DistillationParams& p, const Task<typename Compute
 // The workspace: the inverse denominator, sums of weights, partial losses.
 constexpr int64_t kPartials = 1 + kMaxSumBlocks;
 
-struct Denominator {
-  double inverse;
-  const double* device_inverse;  // instead of it, or null
+// 1 / the denominator.
+struct Inverse {
+  double number;
+  const double* on_device;  // instead of it, or null
 };
 
 template <class Real>
-Denominator ask_denominator(const DistillationParams& p, cudaStream_t stream) {
-  if (p.denominator >= 0) return {p.denominator > 0 ? 1 / p.denominator : 0, nullptr};
+Inverse inverse_of_denominator(const LossParams& p, cudaStream_t stream) {
+  const double number = p.denominator.number;
+  if (!p.denominator.is_kept_weight) return {number > 0 ? 1 / number : 0, nullptr};
   double *inverse = p.workspace, *weights = inverse + 1;
   int64_t blocks = std::min(kMaxSumBlocks, (p.rows + kRowsPerSumBlock - 1) / kRowsPerSumBlock);
   blocks = std::max<int64_t>(blocks, 1);
@@ -132,12 +134,11 @@ Denominator ask_denominator(const DistillationParams& p, cudaStream_t stream) {
 
 // The loss from the workspace's partial ones.
 template <class Real>
-cudaError_t add_partials(const DistillationParams& p, int64_t count, const Denominator& denominator,
+cudaError_t add_partials(const LossParams& p, int64_t count, const Inverse& inverse,
                          cudaStream_t stream) {
   if (p.loss != nullptr) {
-    loss_kernel<Real>
-        <<<1, kSumThreads, 0, stream>>>(p.workspace + kPartials, count, denominator.inverse,
-                                        denominator.device_inverse, static_cast<Real*>(p.loss));
+    loss_kernel<Real><<<1, kSumThreads, 0, stream>>>(p.workspace + kPartials, count, inverse.number,
+                                                     inverse.on_device, static_cast<Real*>(p.loss));
   }
   return cudaGetLastError();
 }
@@ -145,15 +146,8 @@ cudaError_t add_partials(const DistillationParams& p, int64_t count, const Denom
 // Partial losses of both launches of a distillation, at most.
 int64_t most_partials(int64_t rows) { return std::min(rows, kMaxPartials) + marked_partials(rows); }
 
-// The same loss of the rows that the mask marks.
-DivergenceParams near_rows(const DistillationParams& p, const uint8_t* mask) {
-  DivergenceParams q = forward_kl(p);
-  q.only = mask;
-  return q;
-}
-
 template <class T>
-cudaError_t launch(const DistillationParams& p, cudaStream_t stream) {
+cudaError_t launch_one_pass(const LossParams& p, cudaStream_t stream) {
   using Real = typename Compute<T>::type;
   Device device;
   cudaError_t error =
@@ -163,7 +157,7 @@ cudaError_t launch(const DistillationParams& p, cudaStream_t stream) {
   DistillationPlan plan =
       plan_distillation(p.classes, sizeof(T), hard == CrossEntropy::kOwn, device);
 
-  const Denominator denominator = ask_denominator<Real>(p, stream);
+  const Inverse inverse = inverse_of_denominator<Real>(p, stream);
   double* partial = p.workspace + kPartials;
   uint8_t* near = reinterpret_cast<uint8_t*>(p.workspace + kPartials + most_partials(p.rows));
   Task<Real> task = {hard,
@@ -173,21 +167,33 @@ cudaError_t launch(const DistillationParams& p, cudaStream_t stream) {
                      static_cast<Real>(p.alpha),
                      static_cast<Real>(p.label_smoothing),
                      static_cast<Real>(1.0 / static_cast<double>(p.classes)),
-                     denominator.inverse,
-                     denominator.device_inverse,
+                     inverse.number,
+                     inverse.on_device,
                      p.loss != nullptr ? partial : nullptr,
                      near};
   if (p.rows > 0) error = launch_rows<T, OnePassKL>(p, task, plan, stream);
   if (error != cudaSuccess) return error;
   int64_t count = plan.partials(p.rows);
   if (p.alpha > 0) {
-    const DivergenceParams again = near_rows(p, near);
-    error = divergence_rows(again, denominator.inverse, denominator.device_inverse,
+    LossParams again = p;
+    again.only = near;
+    error = divergence_rows(again, inverse.number, inverse.on_device,
                             p.loss != nullptr ? partial + count : nullptr, stream);
     if (error != cudaSuccess) return error;
     count += divergence_partials(again);
   }
-  return add_partials<Real>(p, count, denominator, stream);
+  return add_partials<Real>(p, count, inverse, stream);
+}
+
+template <class T>
+cudaError_t launch_general(const LossParams& p, cudaStream_t stream) {
+  using Real = typename Compute<T>::type;
+  const Inverse inverse = inverse_of_denominator<Real>(p, stream);
+  cudaError_t error =
+      divergence_rows(p, inverse.number, inverse.on_device,
+                      p.loss != nullptr ? p.workspace + kPartials : nullptr, stream);
+  if (error != cudaSuccess) return error;
+  return add_partials<Real>(p, divergence_partials(p), inverse, stream);
 }
 
 // Multiplies rows by a factor that is on the device; a block looks at the factor before any data.
@@ -234,43 +240,21 @@ cudaError_t launch_scale(const ScaleParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t distillation_workspace(int64_t rows) {
-  return kPartials + most_partials(rows) + (rows + 7) / 8;
+int64_t loss_workspace(int64_t rows) {
+  return kPartials + most_partials(rows) + (rows + 7) / 8;  // the marks of near rows last
 }
 
-cudaError_t distillation(const DistillationParams& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case Dtype::kFloat32: return launch<float>(p, stream);
-    case Dtype::kFloat64: return launch<double>(p, stream);
-    case Dtype::kBFloat16: return launch<__nv_bfloat16>(p, stream);
-    case Dtype::kFloat16: return launch<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
-}
-
-int64_t divergence_workspace(int64_t rows) { return kPartials + std::min(rows, kMaxPartials); }
-
-cudaError_t divergence(const DivergenceParams& p, cudaStream_t stream) {
-  const bool wide = p.dtype == Dtype::kFloat64;
-  const Denominator denominator =
-      wide ? ask_denominator<double>(p, stream) : ask_denominator<float>(p, stream);
-  cudaError_t error =
-      divergence_rows(p, denominator.inverse, denominator.device_inverse,
-                      p.loss != nullptr ? p.workspace + kPartials : nullptr, stream);
-  if (error != cudaSuccess) return error;
-  const int64_t count = divergence_partials(p);
-  return wide ? add_partials<double>(p, count, denominator, stream)
-              : add_partials<float>(p, count, denominator, stream);
+cudaError_t loss(const LossParams& p, cudaStream_t stream) {
+  const bool one_pass = p.divergence == math::Divergence::kForwardKL && is_of_plain_logits(p);
+  return by_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    return one_pass ? launch_one_pass<T>(p, stream) : launch_general<T>(p, stream);
+  });
 }
 
 cudaError_t scale_rows(const ScaleParams& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case Dtype::kFloat32: return launch_scale<float>(p, stream);
-    case Dtype::kFloat64: return launch_scale<double>(p, stream);
-    case Dtype::kBFloat16: return launch_scale<__nv_bfloat16>(p, stream);
-    case Dtype::kFloat16: return launch_scale<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_dtype(p.dtype,
+                  [&](auto element) { return launch_scale<decltype(element)>(p, stream); });
 }
 
 }  // namespace cuda

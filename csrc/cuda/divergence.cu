@@ -8,18 +8,66 @@ namespace kdkernels {
 namespace cuda {
 namespace {
 
+// What of a task stands in a call's options.
+template <class Real>
+KD_FN void set_options(const LossParams& p, DivergenceTask<Real>& task) {
+  using Transform = math::Transform<Real>;
+  task.row = row_task(p);
+  task.student = Transform::of(p.logit_scale, p.soft_cap);
+  task.teacher = Transform::of(p.teacher_logit_scale, p.teacher_soft_cap);
+  task.beta = static_cast<Real>(p.beta);
+  task.second = static_cast<Real>(p.second);
+  task.temperature = static_cast<Real>(p.temperature);
+  // These two feel the last bit of the sums where student and teacher are close.
+  task.refine = task.row.compares && p.state == nullptr &&
+                (p.divergence == math::Divergence::kTotalVariation ||
+                 p.divergence == math::Divergence::kAlphaBeta);
+}
+
+// The task of one row, in shared memory, where options stand in tensors; else the call's.
+template <class Real, bool kPerRow>
+struct RowTaskMemory {
+  __device__ const DivergenceTask<Real>& task_or(const DivergenceTask<Real>& task) const {
+    return task;
+  }
+};
+template <class Real>
+struct RowTaskMemory<Real, true> {
+  // What the task is made of; as bytes, since shared memory has no constructors.
+  alignas(16) unsigned char params[sizeof(LossParams)];
+  DivergenceTask<Real> task;
+  bool valid;
+
+  __device__ const DivergenceTask<Real>& task_or(const DivergenceTask<Real>&) const { return task; }
+  __device__ void set(const LossParams& p, const DivergenceTask<Real>& of_call, int64_t row) {
+    LossParams& out = reinterpret_cast<LossParams&>(params);
+    valid = options_of_row<Real>(p, row, out);
+    task = of_call;
+    set_options(out, task);
+  }
+};
+
+template <class T, bool kPerRow>
+constexpr int row_threads() {
+  return divergence_threads(sizeof(T)) / (kPerRow && sizeof(T) == 2 ? 2 : 1);
+}
+
 // A block a row, which it goes over up to 5 times: moments, maxima, sums, terms, gradient. Bytes 1.00 times
 // the least where the row fits shared memory (16 bits: V up to 57,000 on an H100), 3 times where it does not and
 // L2 does not hold it. 32,000 classes in 16 bits: 5 special functions and 230 instructions an element of reverse
 // KL, 7 and 340 of JS, so instructions bind. Registers leave 16 warps an SM, 8 in fp64.
-template <class T>
-__global__ void __launch_bounds__(divergence_threads(sizeof(T)), 1)
-    divergence_kernel(const __grid_constant__ DivergenceParams p,
+//
+// kPerRow: options stand in tensors, so that the first thread makes each row a task of its own. A task in shared
+// memory takes registers that one among the parameters does not: 16 bits then have half the threads.
+template <class T, bool kPerRow>
+__global__ void __launch_bounds__(row_threads<T, kPerRow>(), 1)
+    divergence_kernel(const __grid_constant__ LossParams p,
                       const __grid_constant__ DivergenceTask<typename Compute<T>::type> task) {
   using Real = typename Compute<T>::type;
   __shared__ RowShared<Real> shared;
   const int thread = threadIdx.x;
-  RowWalk<T> walk{p, task, shared};
+  __shared__ RowTaskMemory<Real, kPerRow> of_row;
+  RowWalk<T> walk{p, of_row.task_or(task), shared};
   // Loops may read ahead what a later pass writes.
   for (int i = thread; i < static_cast<int>(sizeof shared / sizeof(int)); i += blockDim.x)
     reinterpret_cast<int*>(&shared)[i] = 0;
@@ -42,12 +90,17 @@ __global__ void __launch_bounds__(divergence_threads(sizeof(T)), 1)
       walk.label = label - p.first_class;
       walk.staged = false;
       walk.first_pass = true;
-      const bool ignored = walk.weight() == 0 || (p.labels != nullptr && label == p.ignore_index);
       __syncthreads();  // the last row no longer needs what is shared
+      bool invalid = p.labels != nullptr && (label < 0 || label >= p.all_classes);
+      if constexpr (kPerRow) {
+        if (thread == 0) of_row.set(p, task, row);
+        __syncthreads();
+        invalid |= !of_row.valid;
+      }
+      const bool ignored = walk.weight() == 0 || (p.labels != nullptr && label == p.ignore_index);
       if (thread == 0) shared.total_u = shared.label_u = shared.label_t = 0;
       for (int i = thread; i < math::kRowState; i += blockDim.x)
         fields[i] = p.state != nullptr && stages > kMoments ? p.state[i * p.rows + row] : 0.0;
-      bool invalid = p.labels != nullptr && (label < 0 || label >= p.all_classes);
       if (!ignored && task.row.entries) invalid |= walk.load_entries();
       __syncthreads();
       if (ignored || invalid) {
@@ -68,9 +121,9 @@ __global__ void __launch_bounds__(divergence_threads(sizeof(T)), 1)
                                                              : stage == kRefine ? kTerms
                                                                                 : 2 * stage) {
         if (stage == kRefine
-                ? !task.refine
+                ? !walk.task.refine
                 : (stages & stage) == 0 || (stage == kMoments && !task.row.standardize) ||
-                      (stage == kTerms && !task.row.compares))
+                      (stage == kTerms && !walk.task.row.compares))
           continue;
         walk.prepare(stage, normalized);
         normalized = stage > kSums;
@@ -90,37 +143,30 @@ __global__ void __launch_bounds__(divergence_threads(sizeof(T)), 1)
 }
 
 template <class Real>
-DivergenceTask<Real> task_of(const DivergenceParams& p) {
+DivergenceTask<Real> task_of(const LossParams& p) {
   using Transform = math::Transform<Real>;
   DivergenceTask<Real> task = {};
-  task.row = row_task(p);
-  task.student = Transform::of(p.logit_scale, p.soft_cap);
-  task.teacher = Transform::of(p.teacher_logit_scale, p.teacher_soft_cap);
-  task.beta = static_cast<Real>(p.beta);
-  task.second = static_cast<Real>(p.second);
-  task.temperature = static_cast<Real>(p.temperature);
+  set_options(p, task);
   task.own = !task.row.renormalize || task.row.cross_entropy;
   task.reads_teacher =
       p.tail == Tail::kNone && (task.row.compares || p.teacher_gradient != nullptr);
   task.cooked =
-      !Transform::nothing(task.student) ||
+      !Transform::nothing(task.student) || has_row_options(p) ||
       (task.reads_teacher && (p.teachers > 1 || p.probs || !Transform::nothing(task.teacher)));
   task.best = p.statistics != nullptr || p.state != nullptr;
-  // These two feel the last bit of the sums where student and teacher are close.
-  task.refine = task.row.compares && p.state == nullptr &&
-                (p.divergence == math::Divergence::kTotalVariation ||
-                 p.divergence == math::Divergence::kAlphaBeta);
   return task;
 }
 
-template <class T>
-cudaError_t launch(const DivergenceParams& p, double inv_denominator,
+template <class T, bool kPerRow>
+cudaError_t launch(const LossParams& p, double inv_denominator,
                    const double* device_inv_denominator, double* partial, cudaStream_t stream) {
   using Real = typename Compute<T>::type;
   Device device;
-  const void* kernel = reinterpret_cast<const void*>(divergence_kernel<T>);
+  const void* kernel = reinterpret_cast<const void*>(divergence_kernel<T, kPerRow>);
   cudaError_t error = device_of(kernel, device);
   if (error != cudaSuccess) return error;
+  const int of_rows = kPerRow ? static_cast<int>(sizeof(RowTaskMemory<Real, true>)) : 0;
+  device.shared_per_block -= of_rows;
   DivergenceTask<Real> task = task_of<Real>(p);
   task.inv_denominator = inv_denominator;
   task.device_inv_denominator = device_inv_denominator;
@@ -137,32 +183,28 @@ cudaError_t launch(const DivergenceParams& p, double inv_denominator,
   task.student_image = (task.entry_t + entries * acc + 15) / 16 * 16;
   task.teacher_image = task.student_image + side;
   task.raw = task.student_image + sides * side;
-  if (plan.shared > 48 * 1024 - kDivergenceStatic) {
+  if (plan.shared > 48 * 1024 - kDivergenceStatic - of_rows) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
     if (error != cudaSuccess) return error;
   }
-  divergence_kernel<T>
-      <<<static_cast<unsigned>(divergence_partials(p)), static_cast<unsigned>(plan.threads),
+  divergence_kernel<T, kPerRow>
+      <<<static_cast<unsigned>(divergence_partials(p)),
+         static_cast<unsigned>(std::min(plan.threads, row_threads<T, kPerRow>())),
          static_cast<size_t>(plan.shared), stream>>>(p, task);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t divergence_rows(const DivergenceParams& p, double inv_denominator,
+cudaError_t divergence_rows(const LossParams& p, double inv_denominator,
                             const double* device_inv_denominator, double* partial,
                             cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
-  auto run = [&](auto element) {
-    return launch<decltype(element)>(p, inv_denominator, device_inv_denominator, partial, stream);
-  };
-  switch (p.dtype) {
-    case Dtype::kFloat32: return run(float{});
-    case Dtype::kFloat64: return run(double{});
-    case Dtype::kBFloat16: return run(__nv_bfloat16{});
-    case Dtype::kFloat16: return run(__half{});
-  }
-  return cudaErrorInvalidValue;
+  return by_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    auto* run = has_row_options(p) ? launch<T, true> : launch<T, false>;
+    return run(p, inv_denominator, device_inv_denominator, partial, stream);
+  });
 }
 
 }  // namespace cuda

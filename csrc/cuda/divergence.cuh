@@ -176,7 +176,7 @@ struct RowWalk {
   using Transform = math::Transform<Real>;
   static constexpr int kCount = 16 / sizeof(T);
 
-  const DivergenceParams& p;
+  const LossParams& p;
   const DivergenceTask<Real>& task;
   RowShared<Real>& shared;
   int64_t row;
@@ -711,8 +711,8 @@ struct RowWalk {
         if (stage == kMaxima) add_maxima(acc, at_s, at_t);
         if (stage == kSums) add_sums(acc);
         if (stage == kRefine) add_excess(acc);
-        if (stage >= kTerms && compared && (stage == kTerms || p.alpha > 0)) {
-          math::with_policy(p.divergence, [&](auto policy) {
+        if (stage >= kTerms && compared && (stage == kTerms || task.row.alpha > 0)) {
+          math::with_policy(task.row.divergence, [&](auto policy) {
             using Policy = decltype(policy);
             if (p.teacher_gradient == nullptr) {
               stage == kTerms ? divergence<Policy, false, false>(acc)
@@ -748,7 +748,7 @@ struct RowWalk {
 
 // Zero gradients of a row.
 template <class T>
-__device__ __forceinline__ void blank(const DivergenceParams& p, int64_t row) {
+__device__ __forceinline__ void blank(const LossParams& p, int64_t row) {
   using Real = typename Compute<T>::type;
   if (p.gradient != nullptr)
     fill(static_cast<T*>(p.gradient) + row * p.gradient_stride, p.classes, Real(0));

@@ -1,4 +1,4 @@
-// The launch of the divergence kernel, which cuda::divergence and cuda::distillation share.
+// The launch of the divergence kernel, which cuda::loss makes.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -9,13 +9,13 @@ namespace cuda {
 // Partial sums of the loss that a launch leaves, one a block: over marked rows, each block looks at 32 marks at
 // a time.
 inline int64_t marked_partials(int64_t rows) { return std::min((rows + 31) / 32, kMarkedBlocks); }
-inline int64_t divergence_partials(const DivergenceParams& p) {
+inline int64_t divergence_partials(const LossParams& p) {
   return p.only != nullptr ? marked_partials(p.rows) : std::min(p.rows, kMaxPartials);
 }
 
 // Rows' losses, gradients and statistics. `device_inv_denominator`: instead of the number, or null;
 // `partial`: divergence_partials(p) sums, or null.
-cudaError_t divergence_rows(const DivergenceParams& p, double inv_denominator,
+cudaError_t divergence_rows(const LossParams& p, double inv_denominator,
                             const double* device_inv_denominator, double* partial,
                             cudaStream_t stream);
 

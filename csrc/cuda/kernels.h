@@ -9,13 +9,9 @@
 namespace kdkernels {
 namespace cuda {
 
-// A label out of range gives its row NaN loss and zero gradient.
-cudaError_t distillation(const DistillationParams& p, cudaStream_t stream);
-int64_t distillation_workspace(int64_t rows);  // doubles
-// Any divergence, teacher and layout; p.workspace holds divergence_workspace(rows) doubles. An index out of range
-// counts as such a label does.
-cudaError_t divergence(const DivergenceParams& p, cudaStream_t stream);
-int64_t divergence_workspace(int64_t rows);
+// A label, an index or a number of a row's options that is out of range gives its row NaN loss and zero gradient.
+cudaError_t loss(const LossParams& p, cudaStream_t stream);
+int64_t loss_workspace(int64_t rows);  // doubles
 cudaError_t scale_rows(const ScaleParams& p, cudaStream_t stream);
 cudaError_t noise(const NoiseParams& p, cudaStream_t stream);
 int64_t noise_workspace(const NoiseParams& p);  // doubles; 0 without norms

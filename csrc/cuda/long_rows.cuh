@@ -190,7 +190,7 @@ struct alignas(16) Part {
 template <class T, class Policy, bool kHeld>
 __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamThreads,
                                   row_blocks(kHeld, sizeof(T)))
-    row_kernel(const __grid_constant__ DistillationParams p,
+    row_kernel(const __grid_constant__ LossParams p,
                const __grid_constant__ Task<typename Compute<T>::type> task, int cluster,
                int capacity) {
   using Real = typename Compute<T>::type;
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
   for (int64_t r = first; r < p.rows; r += stride) {
     const Row<Real> row = read_row<Real>(p, r);
     const T* z_row = static_cast<const T*>(p.student) + r * p.student_stride;
-    const T* t_row = static_cast<const T*>(p.teacher) + r * p.teacher_stride;
+    const T* t_row = static_cast<const T*>(p.teacher_data[0]) + r * p.teacher_strides[0];
     T* g_row =
         p.gradient != nullptr ? static_cast<T*>(p.gradient) + r * p.gradient_stride : nullptr;
     const Span<T, Index> span(z_row, t_row, g_row, static_cast<Index>(p.classes));

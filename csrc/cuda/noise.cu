@@ -531,24 +531,23 @@ cudaError_t launch_combine(const CombineParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-#define KD_BY_DTYPE(launch) \
-  switch (p.dtype) { \
-    case Dtype::kFloat32: return launch<float>(p, stream); \
-    case Dtype::kFloat64: return launch<double>(p, stream); \
-    case Dtype::kBFloat16: return launch<__nv_bfloat16>(p, stream); \
-    case Dtype::kFloat16: return launch<__half>(p, stream); \
-  } \
-  return cudaErrorInvalidValue;
-
-cudaError_t noise(const NoiseParams& p, cudaStream_t stream){KD_BY_DTYPE(launch_noise)} int64_t
-    noise_workspace(const NoiseParams& p) {
+cudaError_t noise(const NoiseParams& p, cudaStream_t stream) {
+  return by_dtype(p.dtype,
+                  [&](auto element) { return launch_noise<decltype(element)>(p, stream); });
+}
+int64_t noise_workspace(const NoiseParams& p) {
   return p.norms != nullptr ? partials(p.count, 2) : 0;
 }
-cudaError_t noise_dot(const NoiseDotParams& p, cudaStream_t stream){KD_BY_DTYPE(launch_dot)} int64_t
-    noise_dot_workspace(const NoiseDotParams& p) {
-  return partials(p.count, 1);
+
+cudaError_t noise_dot(const NoiseDotParams& p, cudaStream_t stream) {
+  return by_dtype(p.dtype, [&](auto element) { return launch_dot<decltype(element)>(p, stream); });
 }
-cudaError_t combine(const CombineParams& p, cudaStream_t stream) { KD_BY_DTYPE(launch_combine) }
+int64_t noise_dot_workspace(const NoiseDotParams& p) { return partials(p.count, 1); }
+
+cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
+  return by_dtype(p.dtype,
+                  [&](auto element) { return launch_combine<decltype(element)>(p, stream); });
+}
 
 }  // namespace cuda
 }  // namespace kdkernels

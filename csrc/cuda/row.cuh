@@ -35,7 +35,7 @@ struct Task {
   double* partial;  // one sum of losses a block or cluster, or null
   uint8_t* near;  // [rows]: whether the general kernel is to do a row again
 
-  __device__ Real factor(const DistillationParams& p) const {
+  __device__ Real factor(const LossParams& p) const {
     double inverse = device_inv_denominator != nullptr ? *device_inv_denominator : inv_denominator;
     return static_cast<Real>(inverse * p.gradient_scale);
   }
@@ -54,8 +54,8 @@ struct Row {
     return !skipped() && result.divergence < Real(math::kNearRow);
   }
   // The row's share of the loss, noted where the caller wants rows.
-  __device__ __forceinline__ double emit(const DistillationParams& p, const Task<Real>& task,
-                                         int64_t row, Real loss, bool near = false) const {
+  __device__ __forceinline__ double emit(const LossParams& p, const Task<Real>& task, int64_t row,
+                                         Real loss, bool near = false) const {
     task.near[row] = near;
     if (near) return 0;
     loss = ignored ? Real(0) : invalid ? static_cast<Real>(nan("")) : weight * loss;
@@ -65,7 +65,7 @@ struct Row {
 };
 
 template <class Real>
-__device__ __forceinline__ Row<Real> read_row(const DistillationParams& p, int64_t row) {
+__device__ __forceinline__ Row<Real> read_row(const LossParams& p, int64_t row) {
   int64_t label = p.labels != nullptr ? p.labels[row] : -1;
   Real weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : Real(1);
   return {label, weight, weight == Real(0) || (p.labels != nullptr && label == p.ignore_index),

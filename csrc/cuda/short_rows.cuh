@@ -123,7 +123,7 @@ constexpr int tile_blocks(int element_size) {
 // row: memory binds in fp32, instructions by about a fifth in 16 bits.
 template <class T, class Policy>
 __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
-    tile_kernel(const __grid_constant__ DistillationParams p,
+    tile_kernel(const __grid_constant__ LossParams p,
                 const __grid_constant__ Task<typename Compute<T>::type> task, int lanes,
                 int tile_rows) {
   using Real = typename Compute<T>::type;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
   const int lane = thread & (lanes - 1), group = thread / lanes, groups = kTileThreads / lanes;
   const int chunks = (classes + lanes * kChunk - 1) / (lanes * kChunk);
   const bool want_gradient = p.gradient != nullptr;
-  const bool flat = p.student_stride == classes && p.teacher_stride == classes &&
+  const bool flat = p.student_stride == classes && p.teacher_strides[0] == classes &&
                     (!want_gradient || p.gradient_stride == classes);
   const Real factor = task.factor(p);
   // i / classes is i * reciprocal / 2^20: exact as long as i * classes is at most 2^20.
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
        first += static_cast<int64_t>(gridDim.x) * tile_rows) {
     const int rows = p.rows - first < tile_rows ? static_cast<int>(p.rows - first) : tile_rows;
     const T* z_tile = static_cast<const T*>(p.student) + first * p.student_stride;
-    const T* t_tile = static_cast<const T*>(p.teacher) + first * p.teacher_stride;
+    const T* t_tile = static_cast<const T*>(p.teacher_data[0]) + first * p.teacher_strides[0];
     T* g_tile = want_gradient ? static_cast<T*>(p.gradient) + first * p.gradient_stride : nullptr;
     const Span<T, int> span(z_tile, t_tile, g_tile, rows * classes);
     const bool vectors = flat && span.vectors;
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
         int row = static_cast<int>(static_cast<unsigned>(i) * reciprocal >> 20);
         int column = i - row * classes;
         z_image[i] = z_tile[row * p.student_stride + column];
-        t_image[i] = t_tile[row * p.teacher_stride + column];
+        t_image[i] = t_tile[row * p.teacher_strides[0] + column];
       }
     }
     __syncthreads();
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
 // about 30 instructions at 1000 classes.
 template <class T, class Policy>
 __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
-    warp_kernel(const __grid_constant__ DistillationParams p,
+    warp_kernel(const __grid_constant__ LossParams p,
                 const __grid_constant__ Task<typename Compute<T>::type> task) {
   using Real = typename Compute<T>::type;
   constexpr int kCount = 16 / sizeof(T), kSlots = kWarpClasses / kWarp / kCount;
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
        r < p.rows; r += warps) {
     const Row<Real> row = read_row<Real>(p, r);
     const T* z_row = static_cast<const T*>(p.student) + r * p.student_stride;
-    const T* t_row = static_cast<const T*>(p.teacher) + r * p.teacher_stride;
+    const T* t_row = static_cast<const T*>(p.teacher_data[0]) + r * p.teacher_strides[0];
     T* g_row =
         p.gradient != nullptr ? static_cast<T*>(p.gradient) + r * p.gradient_stride : nullptr;
     Span<T, int> span(z_row, t_row, g_row, classes);

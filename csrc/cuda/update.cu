@@ -316,13 +316,8 @@ cudaError_t launch_dtype(const UpdateParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t update(const UpdateParams& p, cudaStream_t stream) {
-  switch (p.dtype) {
-    case Dtype::kFloat32: return launch_dtype<float>(p, stream);
-    case Dtype::kFloat64: return launch_dtype<double>(p, stream);
-    case Dtype::kBFloat16: return launch_dtype<__nv_bfloat16>(p, stream);
-    case Dtype::kFloat16: return launch_dtype<__half>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_dtype(p.dtype,
+                  [&](auto element) { return launch_dtype<decltype(element)>(p, stream); });
 }
 
 int64_t update_workspace(const UpdateParams& p) {

@@ -11,6 +11,8 @@
 namespace kdkernels {
 namespace math {
 
+constexpr double kLargestNumber = 1.7976931348623157e308;
+
 enum class Divergence {
   kForwardKL,  // KL(p || q)
   kReverseKL,  // KL(q || p)
@@ -21,6 +23,14 @@ enum class Divergence {
   kAlphaBeta,  // alpha = beta, beta = second                          (ABKD, arXiv 2505.04560, eq. 4)
   kDecoupled,  // weights beta, second of target and non-target terms  (DKD, arXiv 2203.08679, eq. 7)
 };
+
+KD_FN bool has_two_parameters(Divergence divergence) {
+  return divergence == Divergence::kAlphaBeta || divergence == Divergence::kDecoupled;
+}
+// Parameters go from 0 to here.
+KD_FN double largest_parameter(Divergence divergence) {
+  return has_two_parameters(divergence) ? kLargestNumber : 1;
+}
 
 // ---- functions with an fp64 twin ----------------------------------------------------------------
 

@@ -6,7 +6,7 @@
 namespace kdkernels {
 namespace math {
 
-// u = cap tanh(scale z / cap), or scale z without a cap (0). -inf stays.
+// u = cap tanh(scale z / cap), or scale z without a cap (0). Infinities stay.
 template <class Real>
 struct Transform {
   Real scale, inner, cap, inv_cap;
@@ -19,7 +19,7 @@ struct Transform {
   KD_FN bool nothing(const Transform& x) { return x.cap == Real(0) && x.scale == Real(1); }
   KD_FN Real apply(const Transform& x, Real z) {
     Real u = x.cap > Real(0) ? x.cap * tanh_acc(z * x.inner) : z * x.scale;
-    return z == -Real(__builtin_inf()) ? z : u;
+    return magnitude(z) == Real(__builtin_inf()) ? z : u;  // a cap hides no infinity
   }
   // dL/dz of g = dL/du.
   KD_FN Real back(const Transform& x, Real u, Real g) {

@@ -6,16 +6,10 @@
 // before, is made once more in backward.
 #include "ops/linear_distillation.h"
 
-#include <ATen/Context.h>
-#include <ATen/Parallel.h>
-#include <ATen/ScalarOps.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
@@ -29,14 +23,14 @@
 #include "math/row.h"
 #include "ops/checks.h"
 #include "ops/devices.h"
-#include "ops/distillation.h"
+#include "ops/linear_products.h"
+#include "ops/loss.h"
 #include "ops/pages.h"
 
 namespace kdkernels {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
@@ -46,10 +40,9 @@ struct LinearCall {
   std::vector<Tensor>
       teachers;  // one [*, Ht] where there is a teacher_head, else as LossCall has them
   OptionalTensor teacher_head, teacher_bias;
-  OptionalTensor labels, weight, indices, teacher_logsumexp;
+  RowTensors rows;
   LossOptions options;
   std::string group;
-  std::optional<int64_t> memory_budget;  // bytes
 };
 
 enum WantBits : int64_t { kHidden = 1, kHead = 2, kBias = 4, kGradients = 7, kRowStatistics = 8 };
@@ -89,173 +82,11 @@ LinearResult outputs(const LinearCall& c, int64_t want) {
   return out;
 }
 
-// ---- matrix products ----------------------------------------------------------------------------
-
-// On CPUs products of a few hundred rows with a whole head are made in blocks of classes, which stay in cache.
-constexpr int64_t kBlock = 2048;
-// Rows of a product that is made before it is added to others.
-constexpr int64_t kPart = 512;
-const c10::OperatorName kOneDnnLinear("mkldnn::_linear_pointwise", "");
-
-bool has_bf16_products() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
-// The dtype of a chunk's logits. CPUs multiply 16 bits in fp32, a block of the head at a time, unless they have
-// instructions for it: torch has no fast product for those.
-at::ScalarType work_type(const Tensor& hidden) {
-  at::ScalarType type = hidden.scalar_type();
-  bool wide =
-      hidden.is_cpu() && (type == at::kHalf || (type == at::kBFloat16 && !has_bf16_products()));
-  return wide ? at::kFloat : type;
-}
-
-// into = beta * into + alpha * x, both contiguous and beta 0 or 1; torch's own would first make a copy of x in fp32.
-void add(const Tensor& into, const Tensor& x, double beta, float alpha) {
-  auto* out = into.mutable_data_ptr<float>();
-  const auto* in = x.const_data_ptr<at::BFloat16>();
-  at::parallel_for(0, into.numel(), 1 << 15, [=](int64_t begin, int64_t end) {
-    if (beta == 0) {
-      for (int64_t i = begin; i < end; ++i) out[i] = alpha * static_cast<float>(in[i]);
-    } else {
-      for (int64_t i = begin; i < end; ++i) out[i] += alpha * static_cast<float>(in[i]);
-    }
-  });
-}
-
-// Whether a product of fp32 on a CPU is for oneDNN: torch takes MKL, which keeps to AVX2 on CPUs that are not Intel's,
-// and makes half as many in a second. Not for small ones, of which oneDNN compiles a kernel for each new shape.
-bool for_onednn(const Tensor& out, int64_t inner) {
-#if defined(__x86_64__)
-  static const bool faster = __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f") &&
-                             c10::Dispatcher::singleton().findSchema(kOneDnnLinear).has_value();
-  return faster && out.is_cpu() && out.scalar_type() == at::kFloat &&
-         out.numel() * inner >= int64_t{1} << 26 && at::globalContext().userEnabledMkldnn();
-#else
-  return false;
-#endif
-}
-
-// a @ b by oneDNN, which torch has for torch.compile's linear layers only.
-Tensor onednn_product(const Tensor& a, const Tensor& b) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
-      kOneDnnLinear.name.c_str(), kOneDnnLinear.overload_name.c_str());
-  torch::jit::Stack stack = {
-      a, b.t(), c10::IValue(), "none", c10::List<std::optional<at::Scalar>>(), c10::IValue()};
-  op.callBoxed(stack);
-  return stack[0].toTensor();
-}
-
-// out = beta * out + alpha * a @ b with beta 0 or 1, summed in acc; out is in the dtype of a or in acc.
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
-  Tensor into = out;
-  bool same = out.scalar_type() == a.scalar_type(), onednn = same && for_onednn(out, a.size(1));
-  if (same && !onednn) {
-    at::addmm_out(into, into, a, b, beta, alpha);
-    return;
-  }
-  // CUDA sums in fp32 and rounds nothing; addmm with such an output is refused by some versions of torch.
-  bool cuda = out.is_cuda();
-  int64_t most = std::min(cuda ? 16 * kPart : kPart, out.size(0));
-  Tensor part;
-  if (!onednn) part = at::empty({most, out.size(1)}, cuda ? out.options() : a.options());
-  for (int64_t r = 0; r < out.size(0); r += most) {
-    int64_t n = std::min(most, out.size(0) - r);
-    Tensor rows = out.narrow(0, r, n), of_a = a.narrow(0, r, n);
-    Tensor product = onednn ? onednn_product(of_a, b) : part.narrow(0, 0, n);
-    if (onednn && beta == 0) {
-      at::mul_out(rows, product, c10::scalar_to_tensor(alpha));
-    } else if (onednn) {
-      rows.add_(product, alpha);
-    } else if (cuda) {
-      at::mm_out(product, of_a, b, out.scalar_type());
-      if (beta == 0) rows.zero_();
-      rows.add_(product, alpha);
-    } else {
-      at::mm_out(product, of_a, b);
-      add(rows, product, beta, static_cast<float>(alpha));
-    }
-  }
-}
-
-// One side's head.
-class Head {
- public:
-  Head(const Tensor& weight, const OptionalTensor& bias, at::ScalarType work)
-      : weight_(weight),
-        classes_(weight.size(0)),
-        block_(weight.is_cpu() && (work == at::kFloat || work == at::kDouble)
-                   ? std::min(kBlock, classes_)
-                   : classes_) {
-    if (bias.has_value()) bias_ = bias->to(work);
-    if (weight.scalar_type() != work) {
-      widened_ = at::empty({block_, weight.size(1)}, weight.options().dtype(work));
-    }
-  }
-
-  // logits [n, V] = hidden [n, H] @ weight^T + bias
-  void logits(const Tensor& hidden, const Tensor& out) {
-    for (int64_t v = 0; v < classes_; v += block_) {
-      int64_t n = std::min(block_, classes_ - v);
-      Tensor into = out.narrow(1, v, n), w = rows(v, n).t();
-      if (for_onednn(into, hidden.size(1))) {
-        if (bias_.defined()) into.copy_(bias_.narrow(0, v, n));
-        multiply(into, hidden, w, bias_.defined() ? 1 : 0, 1);
-      } else if (bias_.defined()) {
-        at::addmm_out(into, bias_.narrow(0, v, n), hidden, w);
-      } else {
-        at::mm_out(into, hidden, w);
-      }
-    }
-  }
-
-  // grad_hidden [n, H] = alpha * gradient [n, V] @ weight
-  void hidden_gradient(const Tensor& gradient, double alpha, const Tensor& grad_hidden) {
-    for (int64_t v = 0; v < classes_; v += block_) {
-      int64_t n = std::min(block_, classes_ - v);
-      multiply(grad_hidden, gradient.narrow(1, v, n), rows(v, n), v == 0 ? 0 : 1, alpha);
-    }
-  }
-
-  // grad_weight [V, H] = beta * grad_weight + alpha * gradient^T [V, n] @ hidden [n, H]
-  void weight_gradient(const Tensor& gradient, const Tensor& hidden, double beta, double alpha,
-                       const Tensor& grad_weight) {
-    for (int64_t v = 0; v < classes_; v += block_) {
-      int64_t n = std::min(block_, classes_ - v);
-      multiply(grad_weight.narrow(0, v, n), gradient.narrow(1, v, n).t(), hidden, beta, alpha);
-    }
-  }
-
-  // grad_bias [V] += alpha * sum of gradient [n, V] over rows
-  void bias_gradient(const Tensor& gradient, double alpha, const Tensor& grad_bias) {
-    int64_t step = gradient.is_cpu() ? kBlock : classes_;  // a sum in fp32 of 16 bits makes a copy
-    for (int64_t v = 0; v < classes_; v += step) {
-      int64_t n = std::min(step, classes_ - v);
-      grad_bias.narrow(0, v, n).add_(
-          gradient.narrow(1, v, n).sum(0, false, grad_bias.scalar_type()), alpha);
-    }
-  }
-
- private:
-  // Rows [from, from + n) of the weight, in the dtype that is multiplied.
-  Tensor rows(int64_t from, int64_t n) {
-    Tensor w = weight_.narrow(0, from, n);
-    return widened_.defined() ? widened_.narrow(0, 0, n).copy_(w) : w;
-  }
-
-  Tensor weight_, bias_, widened_;
-  int64_t classes_, block_;
-};
-
 // ---- rows ---------------------------------------------------------------------------------------
 
 // The rows that count. Those that do not are not touched, whatever they hold: on the CPU they are left out; on CUDA,
 // where counting would wait for the device, their hidden states are read as 0.
-struct Rows {
+struct KeptRows {
   int64_t all, count;
   Tensor index;  // [count], int64; undefined: all of them
   Tensor keep;  // [all, 1], bool; undefined: all of them
@@ -266,8 +97,11 @@ struct Rows {
   Tensor of(const Tensor& x, int64_t from, int64_t n) const {
     return index.defined() ? x.index_select(0, index.narrow(0, from, n)) : x.narrow(0, from, n);
   }
-  OptionalTensor of(const OptionalTensor& x, int64_t from, int64_t n) const {
-    return x.has_value() ? OptionalTensor(of(*x, from, n)) : std::nullopt;
+  RowTensors of(RowTensors x, int64_t from, int64_t n) const {
+    RowTensors::each(x, [&](const char*, OptionalTensor& tensor) {
+      if (tensor.has_value()) tensor = of(*tensor, from, n);
+    });
+    return x;
   }
   // The same of hidden states, without what rows hold that do not count.
   Tensor hidden(const Tensor& x, int64_t from, int64_t n, at::ScalarType work) const {
@@ -287,11 +121,22 @@ struct Rows {
   }
 };
 
-Rows rows_of(const LinearCall& c, const OptionalTensor& labels, const OptionalTensor& weight,
-             int64_t all) {
-  Rows out = {all, all, {}, {}, static_cast<double>(all), {}};
-  bool mean = c.options.reduction == Reduction::kMean && c.options.num_items == 0;
-  if (!mean) out.divisor = c.options.num_items > 0 ? c.options.num_items : 1;
+// The tensors of rows with one dimension for all rows; labels and indices as they are, numbers in acc.
+RowTensors flat_rows(RowTensors rows, int64_t all, at::ScalarType acc) {
+  RowTensors::each(rows, [&](const char*, OptionalTensor& x) {
+    if (!x.has_value()) return;
+    bool integers = &x == &rows.labels || &x == &rows.indices;
+    Tensor flat = &x == &rows.indices ? x->reshape({all, x->size(-1)}) : x->reshape({all});
+    x = (integers ? flat : flat.to(acc)).contiguous();
+  });
+  return rows;
+}
+
+KeptRows kept_rows(const LinearCall& c, const OptionalTensor& labels, const OptionalTensor& weight,
+                   int64_t all) {
+  KeptRows out = {all, all, {}, {}, static_cast<double>(all), {}};
+  bool mean = c.options.reduction == Reduction::kMean && !c.options.num_items.has_value();
+  if (!mean) out.divisor = c.options.num_items.value_or(1);
   if (!labels.has_value() && !weight.has_value()) return out;
   if (on_cuda(c.hidden.device())) {
     Tensor factor = weight.has_value()
@@ -324,12 +169,13 @@ Rows rows_of(const LinearCall& c, const OptionalTensor& labels, const OptionalTe
 }
 
 // Rows at a time, alike for all chunks: as many as the budget has room for the logits of.
-int64_t chunk_rows(const LinearCall& c, const Rows& rows, int64_t copies, at::ScalarType work) {
+int64_t chunk_rows(const LinearCall& c, const KeptRows& rows, int64_t copies, at::ScalarType work) {
   double row = static_cast<double>(c.head.size(0));
   double all = row * static_cast<double>(rows.all * (c.teacher_head.has_value() ? 2 : 1)) *
                static_cast<double>(c.hidden.element_size());
-  double budget = c.memory_budget.has_value() ? static_cast<double>(*c.memory_budget)
-                                              : std::max(all / 25, 32.0 * (1 << 20));
+  const std::optional<int64_t>& asked = c.options.memory_budget;
+  double budget =
+      asked.has_value() ? static_cast<double>(*asked) : std::max(all / 25, 32.0 * (1 << 20));
   row *= static_cast<double>(copies) * static_cast<double>(c10::elementSize(work));
   int64_t most = std::clamp<int64_t>(static_cast<int64_t>(std::min(budget / row, 1e15)), 1,
                                      std::max<int64_t>(rows.count, 1));
@@ -345,25 +191,20 @@ LinearResult run(const LinearCall& c, int64_t want) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   int64_t width = c.hidden.size(-1), all = c.hidden.numel() / width, classes = c.head.size(0);
   auto flat = [&](const Tensor& x) { return x.reshape({all, x.size(-1)}); };
-  auto flat_rows = [&](const OptionalTensor& x, at::ScalarType type) {
-    return x.has_value() ? OptionalTensor(x->to(type).reshape({all}).contiguous()) : std::nullopt;
-  };
   at::ScalarType acc = acc_type(c.hidden), work = work_type(c.hidden);
   Tensor hidden = flat(c.hidden);
-  OptionalTensor labels = flat_rows(c.labels, at::kLong), weight = flat_rows(c.weight, acc);
-  OptionalTensor logsumexp = flat_rows(c.teacher_logsumexp, acc);
-  OptionalTensor indices =
-      c.indices.has_value() ? OptionalTensor(flat(*c.indices).contiguous()) : std::nullopt;
-  bool topk = indices.has_value();
-  Rows rows = rows_of(c, labels, weight, all);
+  RowTensors flat_of = flat_rows(c.rows, all, acc);
+  bool topk = flat_of.indices.has_value();
+  KeptRows rows = kept_rows(c, flat_of.labels, flat_of.weight, all);
 
   // fp16 keeps large weights from overflow and small ones from underflow by their maximum.
   Tensor device_factor;
-  if (work == at::kHalf && weight.has_value() && all > 0) {
+  if (work == at::kHalf && flat_of.weight.has_value() && all > 0) {
+    Tensor& weight = *flat_of.weight;
     Tensor largest =
-        at::where(rows.keep.squeeze(-1), weight->abs(), at::zeros({}, weight->options())).max();
+        at::where(rows.keep.squeeze(-1), weight.abs(), at::zeros({}, weight.options())).max();
     device_factor = at::where(largest == 0, at::ones({}, largest.options()), largest);
-    weight = *weight / device_factor;
+    weight = weight / device_factor;
   }
 
   Head head(c.head, c.bias, work);
@@ -395,10 +236,11 @@ LinearResult run(const LinearCall& c, int64_t want) {
   call.student = logits;
   call.options = c.options;
   call.options.reduction = Reduction::kNone;
-  call.options.num_items = 0;
+  call.options.num_items = std::nullopt;
   call.group = c.group;
   if (!on_cuda(c.hidden.device())) {
-    check_classes(call, labels.value_or(Tensor()), indices.value_or(Tensor()));
+    call.rows = flat_of;
+    check_row_values(call, flat_of.labels.value_or(Tensor()), flat_of.indices.value_or(Tensor()));
   }
   if (out.hidden.defined() && rows.index.defined()) out.hidden.zero_();
   if (out.head.defined() && rows.count == 0) out.head.zero_();
@@ -417,15 +259,9 @@ LinearResult run(const LinearCall& c, int64_t want) {
         call.teachers.push_back(topk ? part : part.to(work));
       }
     }
-    call.labels = rows.of(labels, from, n);
-    call.weight = rows.of(weight, from, n);
-    call.indices = rows.of(indices, from, n);
-    call.teacher_logsumexp = rows.of(logsumexp, from, n);
-    LossResult loss = run_loss(call, {.gradient = gradients,
-                                      .teacher_gradient = false,
-                                      .statistics = statistics.defined(),
-                                      .entries_only = false,
-                                      .inplace = gradients});
+    call.rows = rows.of(flat_of, from, n);
+    LossResult loss = run_loss(
+        call, {.gradient = gradients, .statistics = statistics.defined(), .inplace = gradients});
     rows.put(row_loss, 0, from, loss.loss);
     if (statistics.defined()) rows.put(statistics, 1, from, loss.statistics);
     if (!gradients) continue;
@@ -458,17 +294,15 @@ LinearResult run(const LinearCall& c, int64_t want) {
   return out;
 }
 
-// The op behind autograd. Outputs that were not asked for are empty.
+// The op behind autograd. `others`: the head's bias, the teacher's head and its bias. Outputs that were not asked for
+// are empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
-    const Tensor& hidden, const Tensor& head, const OptionalTensor& bias, at::TensorList teachers,
-    const OptionalTensor& teacher_head, const OptionalTensor& teacher_bias,
-    const OptionalTensor& labels, const OptionalTensor& weight, const OptionalTensor& indices,
-    const OptionalTensor& teacher_logsumexp, at::ArrayRef<double> options, std::string_view group,
-    std::optional<int64_t> memory_budget, int64_t want) {
-  LinearResult out =
-      run({hidden, head, bias, teachers.vec(), teacher_head, teacher_bias, labels, weight, indices,
-           teacher_logsumexp, LossOptions::unpacked(options), std::string(group), memory_budget},
-          want);
+    const Tensor& hidden, const Tensor& head, const TensorOptionals& others,
+    at::TensorList teachers, const TensorOptionals& rows, const PackedOptions& options,
+    int64_t want, std::string_view group) {
+  LinearResult out = run({hidden, head, others.get(0), teachers.vec(), others.get(1), others.get(2),
+                          unpack(rows), unpack(options), std::string(group)},
+                         want);
   auto or_empty = [&](const Tensor& x) {
     return x.defined() ? x : at::empty({0}, hidden.options());
   };
@@ -479,10 +313,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(
 LinearResult dispatch_forward(const LinearCall& c, int64_t want) {
   static auto op = dispatched<decltype(linear_forward)>("kdkernels::_linear_distillation_forward");
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  std::vector<double> options = c.options.packed();
   auto [loss, hidden, head, bias, statistics] =
-      op.call(c.hidden, c.head, c.bias, c.teachers, c.teacher_head, c.teacher_bias, c.labels,
-              c.weight, c.indices, c.teacher_logsumexp, options, c.group, c.memory_budget, want);
+      op.call(c.hidden, c.head, TensorOptionals({c.bias, c.teacher_head, c.teacher_bias}),
+              c.teachers, pack(c.rows), pack(c.options), want, c.group);
   LinearResult out;
   out.loss = loss;
   if (want & kHidden) out.hidden = hidden;
@@ -513,6 +346,7 @@ struct SavedLinear : torch::CustomClassHolder {
   int64_t want;
   at::ScalarType computed;
   at::ScalarType types[3];  // of the gradients
+  variable_list kept;  // tensors of inference mode, in the saved ones' places
 };
 
 struct LinearLoss : torch::autograd::Function<LinearLoss> {
@@ -522,7 +356,6 @@ struct LinearLoss : torch::autograd::Function<LinearLoss> {
     auto holder = c10::make_intrusive<SavedLinear>();
     holder->call.options = call.options;
     holder->call.group = call.group;
-    holder->call.memory_budget = call.memory_budget;
     holder->want = want;
     holder->computed = computed;
     holder->types[0] = hidden.scalar_type();
@@ -533,16 +366,16 @@ struct LinearLoss : torch::autograd::Function<LinearLoss> {
         dispatch_forward(in_dtype(call, computed), redo ? want & kRowStatistics : want);
     if (redo) {
       auto or_none = [](const OptionalTensor& x) { return x.value_or(Tensor()); };
-      variable_list saved = {hidden,
-                             head,
-                             or_none(bias),
-                             or_none(call.teacher_head),
-                             or_none(call.teacher_bias),
-                             or_none(call.labels),
-                             or_none(call.weight),
-                             or_none(call.indices),
-                             or_none(call.teacher_logsumexp)};
+      variable_list saved = {hidden, head, or_none(bias), or_none(call.teacher_head),
+                             or_none(call.teacher_bias)};
+      RowTensors::each(call.rows,
+                       [&](const char*, const OptionalTensor& x) { saved.push_back(or_none(x)); });
       saved.insert(saved.end(), call.teachers.begin(), call.teachers.end());
+      // Inference mode's tensors cannot be saved, and nothing writes to them.
+      holder->kept.assign(saved.size(), Tensor());
+      for (size_t i = 0; i < saved.size(); ++i) {
+        if (saved[i].defined() && saved[i].is_inference()) std::swap(holder->kept[i], saved[i]);
+      }
       ctx->save_for_backward(std::move(saved));
     } else {
       // Once rounded; but fp16 waits for backward's factor.
@@ -591,21 +424,25 @@ struct LinearLoss : torch::autograd::Function<LinearLoss> {
   // The gradients of a loss a row: those of the sum that weighs rows by what comes in.
   static variable_list redone(const SavedLinear& holder, const variable_list& saved,
                               const Tensor& grad_output) {
+    size_t place = 0;
+    auto next = [&] {
+      const Tensor& kept = holder.kept[place];
+      return kept.defined() ? (++place, kept) : saved[place++];
+    };
     auto optional = [](const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; };
     LinearCall c = holder.call;
-    c.hidden = saved[0];
-    c.head = saved[1];
-    c.bias = optional(saved[2]);
-    c.teacher_head = optional(saved[3]);
-    c.teacher_bias = optional(saved[4]);
-    c.labels = optional(saved[5]);
-    c.indices = optional(saved[7]);
-    c.teacher_logsumexp = optional(saved[8]);
-    c.teachers = {saved.begin() + 9, saved.end()};
-    c.weight = grad_output;
-    if (saved[6].defined()) {
-      Tensor weight = saved[6].to(grad_output.scalar_type());
-      c.weight = at::where(weight == 0, weight, weight * grad_output);
+    c.hidden = next();
+    c.head = next();
+    c.bias = optional(next());
+    c.teacher_head = optional(next());
+    c.teacher_bias = optional(next());
+    RowTensors::each(c.rows, [&](const char*, OptionalTensor& x) { x = optional(next()); });
+    while (place < saved.size()) c.teachers.push_back(next());
+    OptionalTensor weight = c.rows.weight;
+    c.rows.weight = grad_output;
+    if (weight.has_value()) {
+      Tensor w = weight->to(grad_output.scalar_type());
+      c.rows.weight = at::where(w == 0, w, w * grad_output);
     }
     c.options.reduction = Reduction::kSum;
     LinearResult out = dispatch_forward(in_dtype(c, holder.computed), holder.want & kGradients);
@@ -647,37 +484,46 @@ void check_head(const std::string& side, const Tensor& hidden, const Tensor& wei
                     " has shape ", bias->sym_sizes(), "; it takes [", weight.sym_size(0), "]");
 }
 
-void check(const LinearCall& c, std::string_view teacher_kind, bool autocast,
-           at::ScalarType computed) {
-  check_head("student", c.hidden, c.head, c.bias, c.hidden, autocast);
-  if (c.memory_budget.has_value()) {
-    TORCH_CHECK_VALUE(*c.memory_budget > 0, "memory_budget is ", *c.memory_budget,
-                      "; it takes a number of bytes above 0");
+void check_teacher_head(const LinearCall& c, bool autocast) {
+  const Tensor& hidden = c.teachers[0];
+  check_head("teacher", hidden, *c.teacher_head, c.teacher_bias, c.hidden, autocast);
+  TORCH_CHECK_VALUE(
+      hidden.dim() == c.hidden.dim() && hidden.sym_sizes().slice(0, hidden.dim() - 1) ==
+                                            c.hidden.sym_sizes().slice(0, hidden.dim() - 1),
+      "teacher_hidden has shape ", hidden.sym_sizes(),
+      "; it takes [*, H] with the leading shape of student_hidden, ", c.hidden.sym_sizes());
+  TORCH_CHECK_VALUE(c.teacher_head->sym_size(0) == c.head.sym_size(0), "teacher_weight has ",
+                    c.teacher_head->sym_size(0), " classes and student_weight ", c.head.sym_size(0),
+                    "; they must be equal");
+  check_frozen("teacher_hidden", hidden);
+  check_frozen("teacher_weight", *c.teacher_head);
+  if (c.teacher_bias.has_value()) check_frozen("teacher_bias", *c.teacher_bias);
+}
+
+void check(LinearCall& c, bool autocast, at::ScalarType computed) {
+  c.hidden = readable("student_hidden", c.hidden, c.hidden);
+  c.head = readable("student_weight", c.head, c.hidden);
+  for (auto [name, tensor] : {std::pair<const char*, OptionalTensor*>{"student_bias", &c.bias},
+                              {"teacher_weight", &c.teacher_head},
+                              {"teacher_bias", &c.teacher_bias}}) {
+    if (tensor->has_value()) *tensor = readable(name, **tensor, c.hidden);
   }
-  // Logits that take no memory, for what is asked of all losses.
+  const char* teacher_name = c.teacher_head.has_value()   ? "teacher_hidden"
+                             : c.rows.indices.has_value() ? "teacher_values"
+                                                          : "teacher_logits";
+  for (Tensor& teacher : c.teachers) teacher = readable(teacher_name, teacher, c.hidden);
+  check_head("student", c.hidden, c.head, c.bias, c.hidden, autocast);
+  // Logits that take no memory, for what is required of all losses.
   auto like = [&](c10::SymIntArrayRef shape) {
-    return at::empty({1}, c.hidden.options().dtype(computed)).expand_symint(shape);
+    return at::empty({}, c.hidden.options().dtype(computed)).expand_symint(shape);
   };
   std::vector<c10::SymInt> shape = c.hidden.sym_sizes().vec();
   shape.back() = c.head.sym_size(0);
-  LossCall call = {like(shape), c.teachers,          c.labels,  c.weight,
-                   c.indices,   c.teacher_logsumexp, c.options, c.group};
+  LossCall call = {like(shape), c.teachers, c.rows, c.options, c.group};
   if (c.teacher_head.has_value()) {
-    const Tensor& hidden = c.teachers[0];
-    check_head("teacher", hidden, *c.teacher_head, c.teacher_bias, c.hidden, autocast);
-    TORCH_CHECK_VALUE(
-        hidden.dim() == c.hidden.dim() && hidden.sym_sizes().slice(0, hidden.dim() - 1) ==
-                                              c.hidden.sym_sizes().slice(0, hidden.dim() - 1),
-        "teacher_hidden has shape ", hidden.sym_sizes(),
-        "; it takes [*, H] with the leading shape of student_hidden, ", c.hidden.sym_sizes());
-    TORCH_CHECK_VALUE(c.teacher_head->sym_size(0) == c.head.sym_size(0), "teacher_weight has ",
-                      c.teacher_head->sym_size(0), " classes and student_weight ",
-                      c.head.sym_size(0), "; they must be equal");
-    check_frozen("teacher_hidden", hidden);
-    check_frozen("teacher_weight", *c.teacher_head);
-    if (c.teacher_bias.has_value()) check_frozen("teacher_bias", *c.teacher_bias);
+    check_teacher_head(c, autocast);
     call.teachers = {call.student};
-  } else if (!c.indices.has_value()) {
+  } else if (!c.rows.indices.has_value()) {
     for (Tensor& teacher : call.teachers) {
       check_tensor("teacher_logits", teacher);
       check_device("teacher_logits", teacher, "student_hidden", c.hidden);
@@ -686,92 +532,51 @@ void check(const LinearCall& c, std::string_view teacher_kind, bool autocast,
     }
   }
   check_call(call);
-  check_logsumexp(call, teacher_kind);
+  c.rows = call.rows;
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> linear_distillation_loss(
-    const Tensor& student_hidden, const Tensor& student_weight, const OptionalTensor& student_bias,
-    at::TensorList teacher, const OptionalTensor& teacher_weight,
-    const OptionalTensor& teacher_bias, const OptionalTensor& labels, const OptionalTensor& indices,
-    const OptionalTensor& teacher_logsumexp, const OptionalTensor& weight, double temperature,
-    std::optional<double> alpha, std::string_view divergence,
-    std::optional<double> divergence_alpha, std::optional<double> beta, std::string_view tail,
-    std::string_view teacher_kind, at::ArrayRef<double> teacher_weights,
-    std::string_view teacher_mixture, bool standardize, double logit_scale,
-    std::optional<double> soft_cap, double teacher_logit_scale,
-    std::optional<double> teacher_soft_cap, double label_smoothing, int64_t ignore_index,
-    std::optional<double> num_items, std::string_view reduction, bool statistics,
-    std::string_view group, int64_t first_class, int64_t all_classes,
-    std::optional<int64_t> memory_budget) {
-  LinearCall call = {
-      student_hidden,
-      student_weight,
-      student_bias,
-      teacher.vec(),
-      teacher_weight,
-      teacher_bias,
-      labels,
-      weight,
-      indices,
-      teacher_logsumexp,
-      loss_options(labels.has_value(), static_cast<int64_t>(teacher.size()), temperature, alpha,
-                   divergence, divergence_alpha, beta, tail, teacher_kind, teacher_weights,
-                   teacher_mixture, standardize, logit_scale, soft_cap, teacher_logit_scale,
-                   teacher_soft_cap, label_smoothing, ignore_index, num_items, reduction,
-                   first_class, all_classes),
-      std::string(group),
-      memory_budget};
+std::vector<Tensor> linear_distillation_loss(const Tensor& student_hidden,
+                                             const Tensor& student_weight,
+                                             const TensorOptionals& others, at::TensorList teachers,
+                                             const TensorOptionals& rows,
+                                             const PackedOptions& options, int64_t wishes,
+                                             std::string_view group) {
+  LinearCall call = {student_hidden, student_weight,  others.get(0),
+                     teachers.vec(), others.get(1),   others.get(2),
+                     unpack(rows),   unpack(options), std::string(group)};
   at::ScalarType computed = student_hidden.scalar_type();
   c10::DeviceType device = student_hidden.device().type();
-  bool autocast = at::autocast::is_autocast_enabled(device) && is_floating_dtype(computed) &&
+  bool autocast = at::autocast::is_autocast_available(device) &&
+                  at::autocast::is_autocast_enabled(device) && is_floating_dtype(computed) &&
                   computed != at::kDouble;
   if (autocast) computed = at::autocast::get_autocast_dtype(device);
-  check(call, teacher_kind, autocast, computed);
+  check(call, autocast, computed);
 
   int64_t want = 0;
-  if (statistics) want |= kRowStatistics;
+  if ((wishes & kReturnStatistics) != 0) want |= kRowStatistics;
   if (at::GradMode::is_enabled()) {
-    if (student_hidden.requires_grad()) want |= kHidden;
-    if (student_weight.requires_grad()) want |= kHead;
-    if (student_bias.has_value() && student_bias->requires_grad()) want |= kBias;
+    if (call.hidden.requires_grad()) want |= kHidden;
+    if (call.head.requires_grad()) want |= kHead;
+    if (call.bias.has_value() && call.bias->requires_grad()) want |= kBias;
   }
-  Tensor loss, rows;
   if (want & kGradients) {
-    variable_list out =
-        LinearLoss::apply(student_hidden, student_weight, student_bias, call, computed, want);
-    loss = out[0];
-    if (statistics) rows = out[1];
-  } else {
-    LinearResult out = dispatch_forward(in_dtype(call, computed), want);
-    loss = out.loss;
-    rows = out.statistics;
+    return LinearLoss::apply(call.hidden, call.head, call.bias, call, computed, want);
   }
-  // Only a tracer needs a tensor for it.
-  if (!rows.defined()) rows = at::empty({0}, student_hidden.options());
-  return {loss, rows};
+  LinearResult out = dispatch_forward(in_dtype(call, computed), want);
+  if (!out.statistics.defined()) return {out.loss};
+  return {out.loss, out.statistics};
 }
 
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def(
-      "linear_distillation_loss(Tensor student_hidden, Tensor student_weight, Tensor? "
-      "student_bias, "
-      "Tensor[] teacher, Tensor? teacher_weight=None, Tensor? teacher_bias=None, Tensor? "
-      "labels=None, "
-      "Tensor? indices=None, Tensor? teacher_logsumexp=None, Tensor? weight=None, float "
-      "temperature=1.0, float? alpha=None, str divergence=\"forward_kl\", float? "
-      "divergence_alpha=None, float? beta=None, str tail=\"none\", str teacher_kind=\"logits\", "
-      "float[] teacher_weights=[], str teacher_mixture=\"probs\", bool standardize=False, float "
-      "logit_scale=1.0, float? soft_cap=None, float teacher_logit_scale=1.0, float? "
-      "teacher_soft_cap=None, float label_smoothing=0.0, int ignore_index=-100, float? "
-      "num_items=None, str reduction=\"mean\", bool statistics=False, str group=\"\", int "
-      "first_class=0, int all_classes=0, int? memory_budget=None) -> (Tensor, Tensor)");
+      "linear_distillation_loss(Tensor student_hidden, Tensor student_weight, Tensor?[] others, "
+      "Tensor[] teachers, Tensor?[] rows, Scalar?[] options, int wishes=0, str group=\"\") -> "
+      "Tensor[]");
   m.def(
-      "_linear_distillation_forward(Tensor hidden, Tensor head, Tensor? bias, Tensor[] teachers, "
-      "Tensor? teacher_head, Tensor? teacher_bias, Tensor? labels, Tensor? weight, Tensor? "
-      "indices, "
-      "Tensor? teacher_logsumexp, float[] options, str group, int? memory_budget, int want) -> "
+      "_linear_distillation_forward(Tensor hidden, Tensor head, Tensor?[] others, "
+      "Tensor[] teachers, Tensor?[] rows, Scalar?[] options, int want, str group) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {

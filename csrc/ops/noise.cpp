@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -89,6 +90,7 @@ void check_std(double std) {
 
 void check_each(const char* name, const Tensor& tensor, const char* one, size_t count,
                 const Tensor& like) {
+  check_plain(name, tensor, like);
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kDouble, name, " has dtype ", tensor.scalar_type(),
                    "; it takes float64");
   TORCH_CHECK_VALUE(tensor.dim() == 1 && (tensor.sym_numel() == 1 ||
@@ -100,6 +102,7 @@ void check_each(const char* name, const Tensor& tensor, const char* one, size_t 
 
 void check_list(const char* name, at::TensorList tensors) {
   for (const Tensor& tensor : tensors) {
+    check_plain(name, tensor, tensors[0]);
     check_tensor(name, tensor);
     check_device(name, tensor, "the first of them", tensors[0]);
   }
@@ -124,6 +127,7 @@ void check_no_gradient(const char* op, const char* name, at::TensorList tensors)
 
 void check_norms(const OptionalTensor& norms, size_t count, const Tensor& like) {
   if (!norms.has_value()) return;
+  check_plain("norms", *norms, like);
   TORCH_CHECK_TYPE(norms->scalar_type() == at::kDouble, "norms has dtype ", norms->scalar_type(),
                    "; it takes float64");
   TORCH_CHECK_VALUE(norms->dim() == 2 && norms->sym_size(0) == static_cast<int64_t>(count) &&
@@ -191,19 +195,43 @@ void* InPlace::data(const Tensor& tensor, const char* name, size_t index) {
   Tensor dense = tensor.contiguous();
   if (!tensor.is_contiguous()) copies_.emplace_back(tensor, dense);
   written_.push_back(tensor);
-  void* data = dense.mutable_data_ptr();
-  const char* begin = static_cast<const char*>(data);
-  if (dense.numel() > 0) ranges_.push_back({begin, begin + dense.nbytes(), name, index});
-  return data;
+  if (dense.numel() > 0) {
+    const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+    int64_t last = 0;  // element, by strides, which are never negative
+    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+    const char* end = begin + (last + 1) * static_cast<int64_t>(tensor.element_size());
+    ranges_.push_back({begin, end, name, index, tensor});
+  }
+  return dense.mutable_data_ptr();
+}
+
+// Whether tensors whose ranges overlap have an element in common; views of every other column do not.
+bool InPlace::shares_elements(const Range& a, const Range& b) {
+  if (a.tensor.is_contiguous() && b.tensor.is_contiguous()) return true;
+  int64_t size = static_cast<int64_t>(a.tensor.element_size());
+  const char *begin = std::min(a.begin, b.begin), *end = std::max(a.end, b.end);
+  if (size != static_cast<int64_t>(b.tensor.element_size()) || (a.begin - b.begin) % size != 0) {
+    return true;
+  }
+  // A flag an element of the memory that both lie in.
+  Tensor seen = at::zeros({(end - begin) / size}, at::kBool);
+  auto view = [&](const Range& range) {
+    return seen.as_strided(range.tensor.sizes(), range.tensor.strides(),
+                           (range.begin - begin) / size);
+  };
+  view(a).fill_(true);
+  return view(b).any().item<bool>();
 }
 
 void InPlace::check_apart(const char* op) {
   std::sort(ranges_.begin(), ranges_.end(),
             [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < ranges_.size(); ++i) {
-    const Range &a = ranges_[i - 1], &b = ranges_[i];
-    TORCH_CHECK_VALUE(a.end <= b.begin, b.name, "[", b.index, "] shares memory with ", a.name, "[",
-                      a.index, "]; call ", op, " for one after the other");
+  for (size_t i = 0; i < ranges_.size(); ++i) {
+    for (size_t j = i + 1; j < ranges_.size() && ranges_[j].begin < ranges_[i].end; ++j) {
+      const Range &a = ranges_[i], &b = ranges_[j];
+      TORCH_CHECK_VALUE(!shares_elements(a, b), b.name, "[", b.index, "] shares memory with ",
+                        a.name, "[", a.index, "]; call ", op, " for one after the other");
+    }
   }
 }
 
@@ -214,7 +242,7 @@ void InPlace::write_back() {
   }
 }
 
-std::vector<DtypeGroup> by_dtype(at::TensorList tensors) {
+std::vector<DtypeGroup> grouped_by_dtype(at::TensorList tensors) {
   std::vector<DtypeGroup> groups;
   for (size_t i = 0; i < tensors.size(); ++i) {
     Dtype dtype = dtype_of(tensors[i]);
@@ -295,6 +323,7 @@ void check_args(const NoiseArgs& noise) {
 
 void check_std_tensor(const OptionalTensor& std, const Tensor& x) {
   if (!std.has_value()) return;
+  check_plain("std", *std, x);
   TORCH_CHECK_TYPE(is_floating_dtype(std->scalar_type()), "std has dtype ", std->scalar_type(),
                    "; as a tensor it takes float32, float64, bfloat16 or float16");
   check_device("std", *std, "x", x);
@@ -309,6 +338,7 @@ void check_std_tensor(const OptionalTensor& std, const Tensor& x) {
 
 void check_input(const Tensor& x, const OptionalTensor& std_tensor, double std,
                  const NoiseArgs& noise) {
+  check_plain("x", x, x);
   check_tensor("x", x);
   check_std(std);
   check_args(noise);
@@ -419,7 +449,7 @@ void add_noise_forward(at::TensorList tensors, at::ArrayRef<double> std, KD_NOIS
   in_place.check_apart("add_noise_");
   std::vector<const void*> in(out.begin(), out.end());
   Rows rows(norms.value_or(Tensor()), count);
-  for (const DtypeGroup& group : by_dtype(tensors)) {
+  for (const DtypeGroup& group : grouped_by_dtype(tensors)) {
     std::vector<NoiseTensor> runs = runs_of(group, tensors, places, out, in, std);
     Tensor stds;
     if (std_tensor.has_value()) {
@@ -454,7 +484,7 @@ Tensor noise_dot_forward(at::TensorList tensors, KD_NOISE_LIST_PARAMS) {
     in.push_back(dense.back().const_data_ptr());
   }
   Rows rows(result, count);
-  for (const DtypeGroup& group : by_dtype(tensors)) {
+  for (const DtypeGroup& group : grouped_by_dtype(tensors)) {
     std::vector<NoiseTensor> runs = runs_of(group, tensors, places, {}, in, {});
     rows.fill(group, runs.empty(), [&](double* at) {
       p.result = at;
@@ -474,6 +504,8 @@ void combine_forward(at::TensorList tensors, const Tensor& coefficients, const T
   NoiseListArgs noise = KD_NOISE_LIST_ARGS;
   size_t count = tensors.size();
   check_list("tensors", tensors);
+  check_plain("coefficients", coefficients, count > 0 ? tensors[0] : coefficients);
+  check_plain("seeds", seeds, count > 0 ? tensors[0] : seeds);
   TORCH_CHECK_TYPE(coefficients.scalar_type() == at::kDouble, "coefficients has dtype ",
                    coefficients.scalar_type(), "; it takes float64");
   TORCH_CHECK_TYPE(seeds.scalar_type() == at::kLong, "seeds has dtype ", seeds.scalar_type(),
@@ -504,7 +536,7 @@ void combine_forward(at::TensorList tensors, const Tensor& coefficients, const T
   std::vector<void*> out(count);
   for (size_t i = 0; i < count; ++i) out[i] = in_place.data(tensors[i], "tensors", i);
   in_place.check_apart("combine_noise_");
-  for (const DtypeGroup& group : by_dtype(tensors)) {
+  for (const DtypeGroup& group : grouped_by_dtype(tensors)) {
     std::vector<NoiseTensor> list = runs_of(group, tensors, places, out, {}, {});
     if (list.empty()) continue;
     set_runs(p, group, list);
@@ -766,7 +798,7 @@ std::vector<Tensor> scaled_noise(at::TensorList tensors, const Tensor& scales,
   std::vector<Place> places = places_of(noise, tensors);
   std::vector<void*> out(count);
   for (size_t i = 0; i < count; ++i) out[i] = outputs[i].mutable_data_ptr();
-  for (const DtypeGroup& group : by_dtype(tensors)) {
+  for (const DtypeGroup& group : grouped_by_dtype(tensors)) {
     std::vector<NoiseTensor> runs = runs_of(group, tensors, places, out, {}, {});
     if (runs.empty()) continue;
     Tensor stds = each_of(scales, group, count, acc_type(group.dtype));

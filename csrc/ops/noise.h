@@ -125,21 +125,23 @@ class InPlace {
 
  private:
   struct Range {
-    const char *begin, *end;
+    const char *begin, *end;  // of the first element and after the last
     const char* name;
     size_t index;
+    at::Tensor tensor;
   };
+  static bool shares_elements(const Range& a, const Range& b);
   std::vector<Range> ranges_;
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;
   std::vector<at::Tensor> written_;
 };
 
-// The indices of the tensors of each dtype, for dtypes that there are.
+// The indices of a list's tensors of each dtype that it has.
 struct DtypeGroup {
   Dtype dtype;
   std::vector<size_t> members;
 };
-std::vector<DtypeGroup> by_dtype(at::TensorList tensors);
+std::vector<DtypeGroup> grouped_by_dtype(at::TensorList tensors);
 
 // [count, 2] or [count] fp64 numbers of a list, of which kernels write those of one dtype at a time.
 class Rows {

@@ -45,6 +45,7 @@ void check_like(const char* name, at::TensorList tensors, at::TensorList params)
 }
 
 void check_like(const char* name, size_t i, const Tensor& tensor, const Tensor& param) {
+  check_plain(name, tensor, param);
   check_tensor(name, tensor);
   TORCH_CHECK_TYPE(tensor.scalar_type() == param.scalar_type(), name, "[", i, "] has dtype ",
                    tensor.scalar_type(), "; it takes params[", i, "]'s, ", param.scalar_type());
@@ -63,6 +64,7 @@ bool needs_second(math::Update update) {
 
 void check_scaler(const char* name, const OptionalTensor& tensor, const Tensor& like) {
   if (!tensor.has_value()) return;
+  check_plain(name, *tensor, like);
   TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat, name, " has dtype ", tensor->scalar_type(),
                    "; it takes float32");
   TORCH_CHECK_VALUE(tensor->sym_numel() == 1, name, " has shape ", tensor->sym_sizes(),
@@ -185,7 +187,7 @@ void update_forward(int64_t update, at::TensorList params, at::TensorList grads,
   in_place.check_apart("noisy_update_");
 
   Rows rows(norms.value_or(Tensor()), count);
-  for (const DtypeGroup& group : by_dtype(params)) {
+  for (const DtypeGroup& group : grouped_by_dtype(params)) {
     std::vector<UpdateTensor> list;
     list.reserve(group.members.size());
     for (size_t j = 0; j < group.members.size(); ++j) {

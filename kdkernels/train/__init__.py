@@ -18,6 +18,13 @@ modules here only join them:
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kdkernels.train.data import Images
+    from kdkernels.train.data import folder as image_folder
+    from kdkernels.train.data import load as load_images
+    from kdkernels.train.distillation import Distilled, distill
 
 __all__ = ["Distilled", "Images", "TrainError", "distill", "image_folder", "load_images"]
 

@@ -10,6 +10,7 @@ import functools
 import os
 import statistics
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -103,7 +104,7 @@ def _read(path: str) -> tuple[dict, int, dict]:
         )
     found = distillation_report.results(folder)
     students = {} if found is None else {n: a for n, a in found["arms"].items() if n != "teacher"}
-    if not students:
+    if found is None or not students:
         raise TrainError(f"{path} has no finished epoch of a student yet; leave it out")
     if config.get("target_accuracy") is None and config.get("budget") is None:
         for name, arm in students.items():
@@ -267,7 +268,7 @@ def _plot_accuracy(found: list[Group]) -> Figure:
                 continue
             accuracy = list(group.values(arm, "accuracy").values())
             seconds = list(group.values(arm, "seconds").values())
-            look = {"color": colour(arm), "marker": marker}
+            look: dict[str, Any] = {"color": colour(arm), "marker": marker}
             axes.plot(seconds, accuracy, ls="", ms=3.5, alpha=0.35, mew=0, **look)
             spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in (seconds, accuracy)]
             axes.errorbar(
@@ -293,9 +294,10 @@ def _plot_accuracy(found: list[Group]) -> Figure:
 
 def _headline(found: list[Group]) -> tuple[str, list[tuple[str, str]]]:
     runs = sum(len(group.runs) for group in found)
-    name = next((name for name in reversed(LADDER) if any(name in g.arms() for g in found)), None)
+    arms = {name for group in found for name in group.arms()}
+    name = next((name for name in reversed(LADDER) if name in arms), "reference")
     shown = [group for group in found if group.values(name, "speedup")]
-    if name in (None, "reference") or not shown:
+    if name == "reference" or not shown:
         return f"{runs} runs in {len(found)} settings", []
     speeds = [statistics.fmean(group.values(name, "speedup").values()) for group in shown]
     ends = sorted({f"{value:.2f}" for value in speeds}, key=float)
@@ -304,9 +306,8 @@ def _headline(found: list[Group]) -> tuple[str, list[tuple[str, str]]]:
         sentence = f"{NAMES[name]}: {ends[0]} to {ends[-1]} times the speed of plain PyTorch"
     clear = []
     for group in shown:
-        apart = group.less_reference(name)
-        away = apart["standard_errors"]
-        if away is not None and abs(away) > CLEAR:
+        apart = group.less_reference(name) or {}
+        if abs(apart.get("standard_errors") or 0.0) > CLEAR:
             clear.append(apart["mean"])
     known = all(len(group.values(name, "speedup")) > 1 for group in shown)
     if known and not clear and len(shown) == 1:

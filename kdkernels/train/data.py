@@ -16,9 +16,10 @@ import shutil
 import socket
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,6 +45,9 @@ _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _MOVED = 2**31
 """Pixels of more bytes than this stay in host memory, and batches go to the device one by one."""
 
+_MADE_LATER = cast(torch.Tensor, None)
+"""A field that __post_init__ makes of the others."""
+
 Augment = str | Callable[[torch.Tensor], torch.Tensor]
 OnStep = Callable[[str, int, int], None]
 
@@ -62,7 +66,7 @@ class Images:
         mean, std: ``[1, 3, 1, 1]`` or ``[1, 1, 1, 1]`` fp32, of intensities in 0..1.
         channels: of the images that :meth:`batch` gives: those of ``pixels``, or 3, for which
             grey ones are repeated.
-        ids: ``[n]`` int64, the images' numbers in the whole set; None: all of it, in order.
+        ids: ``[n]`` int64, the images' numbers in the whole set; left out: all of it, in order.
         names: of the classes, in order; empty where they have none.
         augment: ``"none"``; ``"crop"``: an eighth of the side is padded in black and a square of
             the old side cropped at random; ``"crop-flip"``: and half of them flipped left to
@@ -85,13 +89,13 @@ class Images:
     mean: torch.Tensor
     std: torch.Tensor
     channels: int = 3
-    ids: torch.Tensor | None = None
+    ids: torch.Tensor = _MADE_LATER
     names: tuple[str, ...] = ()
     augment: Augment = "none"
     views: int | None = None
     seed: int = 0
     flips: bool = True
-    _whole_labels: torch.Tensor | None = dataclasses.field(default=None, repr=False)
+    _whole_labels: torch.Tensor = dataclasses.field(default=_MADE_LATER, repr=False)
     _pixels_sha256: str | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self):
@@ -258,11 +262,11 @@ class Images:
         if self._pixels_sha256 is None:
             pixels = hashlib.sha256()
             for part in self.pixels.split(1024):
-                pixels.update(part.cpu().contiguous().numpy())
+                pixels.update(part.cpu().contiguous().numpy().data)
             self._pixels_sha256 = pixels.hexdigest()
         shape = (list(self.pixels.shape), self._pixels_sha256)
         whole = hashlib.sha256(json.dumps(shape).encode())
-        whole.update(self._whole_labels.cpu().contiguous().numpy())
+        whole.update(self._whole_labels.cpu().contiguous().numpy().data)
         return whole.hexdigest()
 
 
@@ -277,8 +281,8 @@ def _held_out(labels: torch.Tensor, classes: int, share: float, seed: int) -> to
     return held
 
 
-def _statistics(values):
-    return tuple(torch.tensor(v).view(1, -1, 1, 1) for v in values)
+def _statistics(mean, std) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
 
 
 def _digits(size: int) -> tuple[Images, Images]:
@@ -303,7 +307,7 @@ def _digits(size: int) -> tuple[Images, Images]:
 
 
 @contextlib.contextmanager
-def _reading(name: str, place: Path, missing: list[str], advice: str) -> Iterator[None]:
+def _reading(name: str, place: Path, missing: list[str], advice: str) -> Generator[None]:
     """Says in one sentence what went wrong inside, where torchvision reads or downloads."""
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
@@ -342,7 +346,7 @@ def _cifar(base: type, own, size: int, data_dir: str, imagenet: bool) -> tuple[I
         parts = [Cifar(data_dir, train=t, download=t and bool(missing)) for t in (True, False)]
 
     # Pretrained weights expect the statistics that they were trained with.
-    mean, std = _statistics(_IMAGENET if imagenet else own)
+    mean, std = _statistics(*(_IMAGENET if imagenet else own))
 
     def images(part):
         pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
@@ -390,14 +394,15 @@ def _fashion(size: int, data_dir: str, imagenet: bool) -> tuple[Images, Images]:
             if len(part.data) != len(part.targets):
                 raise ValueError(f"{len(part.data)} images have {len(part.targets)} labels")
 
-    mean, std = _statistics(_IMAGENET if imagenet else _FASHION)
-    return tuple(
+    mean, std = _statistics(*(_IMAGENET if imagenet else _FASHION))
+    train, test = (
         Images(
             part.data[:, None].contiguous(), part.targets, 10, size, 255.0, mean, std,
             names=tuple(FashionMNIST.classes),
         )
         for part in parts
     )  # fmt: skip
+    return train, test
 
 
 def _cache() -> Path:
@@ -412,7 +417,7 @@ def _decode(path: str, size: int) -> np.ndarray:
     with Image.open(path) as opened:
         # JPEG can be decoded at a fraction of its size; twice the wanted size loses nothing.
         opened.draft("RGB", (2 * size, 2 * size))
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+        image: Any = ImageOps.exif_transpose(opened).convert("RGB")
     image = functional.center_crop(functional.resize(image, [size]), [size, size])
     return np.asarray(image).transpose(2, 0, 1)
 
@@ -495,7 +500,7 @@ def _decode_into(target: Path, shape, files: list[str], on_step: OnStep | None) 
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[OnStep]:
+def _bar() -> Generator[OnStep]:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -588,11 +593,11 @@ def folder(
 
     pixels, known = _decoded(root, files, size, on_step)
     test_pixels, test_known = _decoded(root, test_files, size, on_step)
-    statistics = _statistics(_IMAGENET if imagenet else (known["mean"], known["std"]))
+    mean, std = _statistics(*(_IMAGENET if imagenet else (known["mean"], known["std"])))
 
     def images(pixels, labels, known):
         return Images(
-            pixels, labels, len(names), size, 255.0, *statistics, names=tuple(names), flips=flips,
+            pixels, labels, len(names), size, 255.0, mean, std, names=tuple(names), flips=flips,
             _pixels_sha256=known["sha256"],
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -188,9 +189,9 @@ class Settings:
         if self.teacher_predictions is not None:
             barred["each step"] = "with --teacher-predictions there is no teacher to ask"
         possible = tuple(name for name, arm in ARMS.items() if arm.teacher not in barred)
-        if self.arms is None:
-            object.__setattr__(self, "arms", possible)
-        for name in (*self.arms, *(["full"] if self.noise else [])):
+        arms = possible if self.arms is None else self.arms
+        object.__setattr__(self, "arms", arms)
+        for name in (*arms, *(["full"] if self.noise else [])):
             if name not in possible:
                 reason = barred[ARMS[name].teacher]
                 raise TrainError(f"the arm {name} asks its teacher {ARMS[name].teacher}: {reason}")
@@ -224,7 +225,7 @@ def plain_loss(
 def _loss(arm: Arm, settings: Settings, regularized: bool = False) -> Loss:
     if arm.loss == "cross-entropy":
         return lambda logits, _, labels: F.cross_entropy(logits, labels)
-    soft = {"temperature": settings.temperature, "alpha": settings.alpha}
+    soft: dict[str, Any] = {"temperature": settings.temperature, "alpha": settings.alpha}
     if arm.loss == "plain" and settings.divergence == "forward_kl":
         return lambda logits, taught, labels: plain_loss(logits, taught, labels, **soft)
     soft |= {"divergence": settings.divergence}
@@ -239,7 +240,7 @@ def _loss(arm: Arm, settings: Settings, regularized: bool = False) -> Loss:
         if isinstance(taught, torch.Tensor):
             return kdkernels.distillation_loss(logits, taught, labels, **soft)
         # The kept logsumexp is of temperature 1; of another nobody knows what the rest has.
-        tail = {"tail": "renormalize"}
+        tail: dict[str, Any] = {"tail": "renormalize"}
         if settings.temperature == 1:
             tail = {"tail": "bucket", "teacher_logsumexp": taught.logsumexp}
         return kdkernels.topk_distillation_loss(
@@ -377,7 +378,7 @@ class _Run:
         """The teacher, trained and frozen; None where its predictions are given and it is not."""
         settings = self.settings
         if model is not None:
-            model = model.to(self.device, memory_format=torch.channels_last)
+            model = model.to(self.device).to(memory_format=torch.channels_last)
             return model.eval().requires_grad_(False)
         if settings.teacher_predictions is not None and settings.teacher_weights == "none":
             return None
@@ -409,8 +410,9 @@ class _Run:
             rows.check(self.train, None if expert is None else model_hash(expert))
             return rows, 0.0
         path = self.folder.path / "predictions" / name
+        assert expert is not None  # only given predictions do without
 
-        def ask():
+        def ask() -> float:
             began = time.perf_counter()
             write(
                 path, expert, self.whole.to(self.device), dtype="float32",

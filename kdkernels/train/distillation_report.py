@@ -555,8 +555,9 @@ def _plot_confusion(confusion: dict) -> Figure:
                     axes.text(guess + 0.5, true + 0.5, f"{count:,}", ha="center", va="center",
                               fontsize=8 if classes <= 10 else 6)  # fmt: skip
         ticks = [place + 0.5 for place in range(classes)]
-        axes.set_xticks(ticks, range(classes))
-        axes.set_yticks(ticks, range(classes))
+        labels = [str(place) for place in range(classes)]
+        axes.set_xticks(ticks, labels)
+        axes.set_yticks(ticks, labels)
         axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -619,13 +620,14 @@ def _headline(found: dict, config: dict) -> tuple[str, list[tuple[str, str]]]:
     students = [name for name in arms if name != "teacher"]
     name = next((name for name in reversed(LADDER) if name in arms), students[-1])
     arm, base = arms[name], arms.get("reference")
-    against = base is not None and name != "reference"
+    if name == "reference":
+        base = None
 
     def beside(text, cell):
-        return text + (f"; reference {cell(base)}" if against else "")
+        return text if base is None else f"{text}; reference {cell(base)}"
 
     cards = []
-    if against:
+    if base is not None:
         ratio = rungs[-1]["speedup"] if name in LADDER else arm["speedup"]
         sentence = f"{NAMES.get(name, name)}: {speed(ratio)} plain PyTorch "
         sentence += _accuracy_words(arm, base)
@@ -644,7 +646,7 @@ def _headline(found: dict, config: dict) -> tuple[str, list[tuple[str, str]]]:
         (f"{arm['seconds']:.3g} s",
          beside(f"of training, {arm['epochs']} epochs", lambda one: f"{one['seconds']:.3g} s")),
     ]  # fmt: skip
-    if "ece" in arm and (not against or "ece" in base):
+    if "ece" in arm and (base is None or "ece" in base):
         text = beside("expected calibration error", lambda one: f"{one['ece']:.1%}")
         cards.append((f"{arm['ece']:.1%}", text))
     if "teacher" in arms:

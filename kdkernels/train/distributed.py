@@ -17,6 +17,7 @@ import datetime
 import functools
 import os
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,8 @@ PARALLEL = ("ddp", "fsdp2")
 """DistributedDataParallel, or fully_shard: each rank keeps its share of weights and moments."""
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_Found = TypeVar("_Found")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,21 +63,21 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
-    def first(self, function: Callable):
+    def first(self, function: Callable[[], _Found]) -> _Found:
         """What ``function()`` gives on rank 0, or its TrainError, on every rank."""
         if self.world == 1:
             return function()
-        found = error = None
+        sent: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                found = function()
-            except TrainError as raised:
-                error = raised
-        sent = [found, error]
+                sent[0] = function()
+            except TrainError as error:
+                sent[1] = error
         dist.broadcast_object_list(sent, src=0, device=torch.device("cpu"))
-        if sent[1] is not None:
-            raise error or sent[1]
-        return found if self.rank == 0 else sent[0]
+        found, error = sent
+        if error is not None:
+            raise error
+        return found
 
     def gather(self, rows: torch.Tensor, count: int) -> torch.Tensor:
         """All ``count`` rows in order, of which each rank has its :meth:`share`."""
@@ -178,15 +181,16 @@ def engine(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
             for block in part:
                 if any(True for _ in block.parameters()):
                     fully_shard(block, mesh=mesh)
-    return fully_shard(sharded, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    return sharded
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Any) -> torch.Tensor:
     """A tensor as one process would have it; all ranks must ask for a DTensor's together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def like(tensor: torch.Tensor, other: Any) -> torch.Tensor:
     """A new tensor with a whole tensor's values, placed and laid out as ``other`` is."""
     if not hasattr(other, "placements"):
         return torch.empty_like(other).copy_(tensor)

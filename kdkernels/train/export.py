@@ -225,7 +225,7 @@ def _trained(folder, home, run, settings, interrupt, on_step, say):
             f"{learner.measures['accuracy']:.1%}"
         )
     accuracy(learner.model, run.test.first(2))  # brings the weights' ranges up to the last step
-    return learner.model.graph
+    return model.graph
 
 
 @contextlib.contextmanager
@@ -260,6 +260,7 @@ def _onnx(model: nn.Module, run: _Finished) -> bytes:
         model, (example,), dynamo=True, verbose=False, input_names=["images"],
         output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
     )  # fmt: skip
+    assert program is not None  # with dynamo
     made = program.model_proto
     onnx.helper.set_model_props(made, {"preprocessing": json.dumps(_input(run.test))})
     # The exporter's notes on where each node came from are a third of a small int8 file.
@@ -278,7 +279,7 @@ def _session(content: bytes, threads: int) -> Callable[[np.ndarray], np.ndarray]
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
-    return lambda images: session.run(["logits"], {"images": images})[0]
+    return lambda images: np.asarray(session.run(["logits"], {"images": images})[0])
 
 
 def _logits(model: Callable, images: data.Images) -> torch.Tensor:
@@ -478,5 +479,5 @@ def sections(folder: RunFolder) -> list:
     """What was exported, for :func:`kdkernels.train.report.write`."""
     from kdkernels.train.report import Section
 
-    found = folder.read_json(f"{FOLDER}/results.json")
+    found = folder.read_json(f"{FOLDER}/results.json") or {"arms": {}}
     return [Section("Export", tables(found), results=found)]

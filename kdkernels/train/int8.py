@@ -78,7 +78,7 @@ class _Everywhere(Quantizer):
         pass
 
 
-def _prepared(model: nn.Module, example: torch.Tensor, activation, weight):
+def _prepared(model: nn.Module, example: torch.Tensor, activation, weight) -> torch.fx.GraphModule:
     """The model's graph in eval mode, batch size free, with observers or fake quantisers."""
     shapes = ({0: torch.export.Dim("batch")},)
     # A copy: the program shares its tensors, and training must not reach the caller's.

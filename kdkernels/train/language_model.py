@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -212,7 +213,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(weight)
 
     @property
-    def head(self) -> nn.Parameter:
+    def head(self) -> torch.Tensor:
         """``[V, d]``."""
         return self.tokens.weight
 
@@ -282,10 +283,10 @@ class _Peak:
 
     def read(self) -> None:
         """Called after a step."""
-        if self._cuda is not None:
-            self.bytes = torch.cuda.max_memory_allocated(self._cuda) - self._before
-        elif self._before is not None:
-            self.bytes = _resident("VmHWM:") - self._before
+        if self._before is not None:
+            cuda = self._cuda is not None
+            peak = torch.cuda.max_memory_allocated(self._cuda) if cuda else _resident("VmHWM:")
+            self.bytes = peak - self._before
 
 
 # ---- how much work a step is ---------------------------------------------------------------------
@@ -350,7 +351,7 @@ def traffic(settings: Settings, vocabulary: int) -> int:
 
 
 def _loss(arm: Arm, student: GPT, expert: GPT, settings: Settings) -> Loss:
-    soft = {"temperature": settings.temperature, "alpha": settings.alpha}
+    soft: dict[str, Any] = {"temperature": settings.temperature, "alpha": settings.alpha}
     if arm.loss in ("plain", "compiled"):
         plain = torch.compile(plain_loss, dynamic=False) if arm.loss == "compiled" else plain_loss
         return lambda logits, taught, labels: plain(
@@ -525,13 +526,14 @@ def _run(settings, folder, device, interrupt, on_step, say):
         teacher.measures = teacher.evaluate(teacher.model)
         line(teacher, "as it is")
     teacher.save(folder, optimizer=False)
-    expert = teacher.model.eval().requires_grad_(False)
+    expert = model.eval().requires_grad_(False)
     teacher.optimizer.state.clear()
 
     def kept(arm: Arm) -> tuple[dict[str, torch.Tensor], float]:
         """What the teacher says of all windows, made once, and the seconds that took."""
         name = "teacher-" + ("topk" if arm.loss == "top k" else "hidden")
-        if folder.load(name) is None:
+        found = folder.load(name)
+        if found is None:
             ask, parts = _asked(arm, expert, settings), []
             began = time.perf_counter()
             for index in torch.arange(len(train), device=device).split(settings.batch_size):
@@ -542,8 +544,8 @@ def _run(settings, folder, device, interrupt, on_step, say):
                 inside = (rows["values"].float() / settings.temperature).logsumexp(-1)
                 state["share"] = (inside - rows["logsumexp"]).exp().mean().item()
             folder.save(name, rows, state)
-        rows, state = folder.load(name)
-        return rows, state["seconds"]
+            found = rows, state
+        return found[0], found[1]["seconds"]
 
     batches = [
         epoch_batches(len(train), settings.batch_size, settings.seed, number, device)
@@ -595,7 +597,7 @@ def _asked_once(learner: Learner, train: text.Text, index: torch.Tensor):
     """The loss of the windows ``index``, and its gradients in all parameters."""
     tokens, labels = train.batch(index)
     learner.model.train()
-    taught = learner.predict(tokens, index, None)
+    taught = None if learner.predict is None else learner.predict(tokens, index, None)
     loss = learner.loss(learner.model(tokens), taught, labels)
     return loss.detach().double(), torch.autograd.grad(loss, learner.parameters)
 
@@ -648,10 +650,10 @@ def results(folder: RunFolder) -> dict | None:
             losses.setdefault(line["learner"], []).append(line["loss"])
         elif line["kind"] == "epoch":
             epochs.setdefault(line["learner"], []).append(line)
-    if not epochs.keys() - {"teacher"}:
+    work = folder.read_json("language_model.json")
+    if work is None or not epochs.keys() - {"teacher"}:
         return None
     config = folder.config["language_model"]
-    work = folder.read_json("language_model.json")
     # In fp32: both models, and Adam's two moments of the student's.
     models = 4 * (3 * work["student_parameters"] + work["teacher_parameters"])
     logits = 4 * config["batch_size"] * config["context"] * work["vocabulary"]  # bytes, fp32

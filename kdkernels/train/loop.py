@@ -7,7 +7,7 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +26,7 @@ __all__ = [
 PHASES = ("data", "teacher", "student forward", "loss", "backward", "optimizer")
 """What a training step spends its time on, in order; "student" is whichever model learns."""
 
-Predict = Callable[[torch.Tensor, torch.Tensor, int], Any]
+Predict = Callable[[torch.Tensor, torch.Tensor, int | None], Any]
 Loss = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 
 
@@ -35,29 +35,33 @@ class Samples(Protocol):
 
     def __len__(self) -> int:
         """Number of samples."""
+        ...
 
     def view_of(self, epoch: int) -> int | None:
         """Which view of the samples this epoch sees, None where they have but one."""
+        ...
 
     def batch(
         self, index: torch.Tensor, memory_format: torch.memory_format, view: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs ``[b, ...]`` and labels ``[b, ...]`` of the samples ``index`` (``[b]`` int64)."""
+        ...
 
 
 @contextlib.contextmanager
-def reproducible(seed: int, threads: int | None) -> Iterator[None]:
+def reproducible(seed: int, threads: int | None) -> Generator[None]:
     """Inside, torch gives the same bits for the same seed, device and number of threads.
 
     Args:
         seed: of torch's generators.
         threads: CPU threads; None leaves torch's own choice.
     """
+    deterministic: Any = torch.utils.deterministic  # a module with a property
     before = (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        deterministic.fill_uninitialized_memory,
         torch.backends.cudnn.benchmark,
     )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -65,7 +69,7 @@ def reproducible(seed: int, threads: int | None) -> Iterator[None]:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling fresh memory helps to find bugs, not to repeat a run, and would be timed.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     torch.manual_seed(seed)
     try:
@@ -73,7 +77,7 @@ def reproducible(seed: int, threads: int | None) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1], warn_only=before[2])
-        torch.utils.deterministic.fill_uninitialized_memory = before[3]
+        deterministic.fill_uninitialized_memory = before[3]
         torch.backends.cudnn.benchmark = before[4]
 
 
@@ -235,14 +239,14 @@ class Noise:
         offset = first * images[0].numel()
         return kdkernels.input_noise(images, self.std, seed=self.seed, step=step, offset=offset)
 
-    def on_parameters(self, parameters: list[torch.Tensor], step: int):
+    def on_parameters(self, parameters: Sequence[torch.Tensor], step: int):
         """A context in which the weights have noise, if that is its place."""
         if self.place != "parameter":
             return contextlib.nullcontext()
         return kdkernels.perturbed_parameters(parameters, self.std, seed=self.seed, step=step)
 
     def on_loss(
-        self, loss: Callable[[], torch.Tensor], parameters: list[torch.Tensor], step: int
+        self, loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor], step: int
     ) -> torch.Tensor:
         """What is minimised: the loss, or the regularised loss if that is its place."""
         if self.place != "regularizer":
@@ -472,7 +476,7 @@ class Learner:
             clock.lap("data")
             taught = None if self.predict is None else self.predict(clean, own, view)
             clock.lap("teacher")
-            outputs = None
+            outputs: Any = None
 
             def objective(inputs=inputs, taught=taught, labels=labels, index=index, weight=weight):
                 nonlocal outputs
@@ -509,7 +513,7 @@ class Learner:
                 line["twin"] = twin
             folder.log(**line)
             # What the step made would otherwise lie beside what the next one makes.
-            outputs = taught = loss = objective = None
+            del outputs, taught, loss, objective
             on_step()
             if not finite:
                 kept = folder.path / "checkpoints" / f"{self.name}.safetensors"

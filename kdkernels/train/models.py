@@ -22,7 +22,7 @@ SMALL = 64
 
 def _read(name: str, weights: str) -> dict[str, torch.Tensor]:
     if weights == "DEFAULT":
-        published = models.get_model_weights(name).DEFAULT
+        published = models.get_model_weights(name)["DEFAULT"]
         try:
             return published.get_state_dict(progress=False, check_hash=True)
         except (OSError, RuntimeError) as error:
@@ -67,9 +67,9 @@ def _small_stem(model: nn.Module) -> None:
         width = model.conv1.out_channels
         model.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = nn.Identity()
-    elif isinstance(first, nn.Sequential) and isinstance(first[0], nn.Conv2d):
-        first[0].stride = (1, 1)
+        model.add_module("maxpool", nn.Identity())
+    elif isinstance(first, nn.Sequential) and isinstance(convolution := first[0], nn.Conv2d):
+        convolution.stride = (1, 1)
 
 
 def build(name: str, classes: int, size: int, weights: str = "none") -> tuple[nn.Module, bool]:

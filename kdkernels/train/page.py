@@ -6,6 +6,7 @@ stays text and whose colours become the page's, so that they turn with a dark sc
 
 import io
 import re
+from typing import Any
 
 import jinja2
 import markupsafe
@@ -40,7 +41,7 @@ SIZE = (4.8, 3.3)
 """Inches of a figure that keeps its letters' size on a phone; two stand beside each other on a
 desk. A wider one is scrolled on a phone."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.5, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.6, "grid.linewidth": 0.6,
     "grid.color": GRID, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,

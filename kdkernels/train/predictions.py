@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def write(
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _alone(path: Path) -> Generator[None]:
     """Inside, no other process writes to the folder; says in one sentence why it cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -298,7 +298,7 @@ class Predictions:
     def __init__(self, path: Path, manifest: dict, shards: list[dict[str, torch.Tensor]]):
         self.path = path
         self.manifest = manifest
-        self._ids = None
+        self._ids: torch.Tensor | None = None
         self._views = {}
         for shard, content in zip(manifest["shards"], shards, strict=True):
             self._views.setdefault(shard["view"], []).append(content)

@@ -210,8 +210,7 @@ class RunFolder:
         if distributed.current().rank != 0:
             return self.path / "checkpoints" / f"{name}.safetensors"
         self.hold()
-        if self._metrics is not None:  # no checkpoint is on the disk before the steps it counts
-            self._sync()
+        self._sync()  # no checkpoint is on the disk before the steps it counts
         # safetensors stores row-major bytes only, so channels_last tensors are copied here.
         packed = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         content = save(packed, metadata={"state": json.dumps(state)})
@@ -267,7 +266,7 @@ class RunFolder:
         except OSError as error:
             if before is not None:  # part of a line is none
                 with contextlib.suppress(OSError):
-                    os.ftruncate(self._metrics.fileno(), before)
+                    os.truncate(path, before)
             raise _unwritten(path, error) from None
         if sync:
             self._sync()
@@ -275,7 +274,9 @@ class RunFolder:
         self._events.add(record)
 
     def _sync(self) -> None:
-        """Wait until metrics.jsonl is on the disk."""
+        """Wait until metrics.jsonl, if it is open, is on the disk."""
+        if self._metrics is None:
+            return
         try:
             os.fsync(self._metrics.fileno())
         except OSError as error:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -140,8 +141,10 @@ def reliability(
     right = (guess == labels.cpu()).double()
     place = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
     empty = torch.zeros(bins, dtype=torch.float64)
-    sums = (torch.ones_like(right), right, confidence)
-    return tuple(empty.index_add(0, place, values) for values in sums)
+    count, hits, sure = (
+        empty.index_add(0, place, x) for x in (torch.ones_like(right), right, confidence)
+    )
+    return count, hits, sure
 
 
 def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = BINS) -> float:
@@ -154,7 +157,7 @@ def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = BI
     return ((right - confidence).abs().sum() / len(labels)).item()
 
 
-def difference(values: list[float], base: list[float]) -> dict[str, float | None]:
+def difference(values: list[float], base: list[float]) -> dict[str, Any]:
     """The paired difference ``values - base`` over seeds.
 
     Returns:
@@ -275,8 +278,9 @@ def results(folder: RunFolder) -> dict:
         values = {measure: [] for measure in MEASURES}
         bins = torch.zeros(3, BINS, dtype=torch.float64)
         for seed in _seeds(settings):
-            found, _ = folder.load(_finished(_name(seed, arm)))
-            logits, labels = found["logits"], found["labels"]
+            found = folder.load(_finished(_name(seed, arm)))
+            assert found is not None, "the run is not finished"
+            logits, labels = found[0]["logits"], found[0]["labels"]
             right = logits.argmax(1) == labels
             values["accuracy"].append(right.double().mean().item())
             values["ece"].append(calibration_error(logits, labels))

@@ -236,9 +236,8 @@ def _plot_noise(found: dict) -> Figure:
     arms = found["arms"]
     figure = Figure(figsize=(10, 1.1 + 0.4 * len(arms)), layout="constrained")
     titles = soft_regularization.MEASURES
-    for axes, (measure, title) in zip(
-        figure.subplots(1, len(titles), sharey=True), titles.items(), strict=True
-    ):
+    every = figure.subplots(1, len(titles), sharey=True)
+    for axes, (measure, title) in zip(every, titles.items(), strict=True):
         for row, (name, arm) in enumerate(arms.items()):
             values, mean = arm[measure]["values"], arm[measure]["mean"]
             error = (arm[measure]["spread"] or 0.0) / math.sqrt(len(values))
@@ -255,7 +254,7 @@ def _plot_noise(found: dict) -> Figure:
         axes.set(title=title[0].upper() + title[1:], yticks=range(len(arms)))
         axes.set_yticklabels(list(arms))
         axes.margins(y=0.15)
-    axes.invert_yaxis()
+    every[0].invert_yaxis()
     return figure
 
 

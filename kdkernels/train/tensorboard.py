@@ -10,6 +10,7 @@ not, and a learner that goes on from a checkpoint writes its file anew from ther
 import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Events"]
 
@@ -31,7 +32,7 @@ class Events:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # it is not installed, or too old
             SummaryWriter = None
-        self._make = SummaryWriter
+        self._make: Any = SummaryWriter
 
     def add(self, record: dict) -> None:
         """Write a line of metrics.jsonl, which holds it already."""

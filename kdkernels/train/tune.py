@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 import torch
@@ -135,8 +136,9 @@ def _dimension(name: str, text: str) -> Range | tuple:
         if fits and ":" not in text and len(set(numbers)) == len(numbers):
             return tuple(numbers)
         count = int(parts[2]) if len(parts) > 2 else usual.count
-        if fits and 2 <= len(parts) <= 3 and numbers[0] < numbers[1] and count > 1:
-            return Range(*numbers, usual.log, count)
+        a_range = ":" in text and len(parts) <= 3 and count > 1
+        if fits and a_range and numbers[0] < numbers[1]:
+            return Range(numbers[0], numbers[1], usual.log, count)
     raise TrainError(
         f"--search {name}={text}: give low:high, such as {usual.low:g}:{usual.high:g}, or numbers "
         f"separated by |, each {f'in {least:g}..{most:g}' if name in _LIMITS else 'above 0'}"
@@ -226,7 +228,8 @@ class Space:
 
     def defaults(self) -> list[dict]:
         """The values of the trial with the defaults; an empty list where they are outside."""
-        own = self.fixed | {name: distillation.NOISE_STD[place] for name, place in NOISE.items()}
+        own: dict[str, Any] = dict(self.fixed)
+        own |= {name: distillation.NOISE_STD[place] for name, place in NOISE.items()}
         own |= kdkernels.divergences()[own["divergence"]].parameters
         chosen = {name: own[name] for name in self.dimensions if self.needs(name, {})}
         return [chosen] if all(v in self.dimensions[n] for n, v in chosen.items()) else []
@@ -342,8 +345,9 @@ class Study:
         )
         screen.print(f"{self.name}: the teacher learns and predicts")
         console.progress(distillation.run, wanted, inner, screen)
-        found, _ = inner.load("teacher-test")
-        right = (found["logits"].argmax(1) == found["labels"]).double().mean().item()
+        found = inner.load("teacher-test")
+        assert found is not None  # what the run has written
+        right = (found[0]["logits"].argmax(1) == found[0]["labels"]).double().mean().item()
         inner.write_json("teacher.json", {"accuracy": right})
 
     def work(self, threads: int | None, parent: int = 0, after: Callable = lambda: None) -> None:
@@ -493,12 +497,19 @@ def text(value) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def accuracy(trial: FrozenTrial) -> float:
+    """Of a trial that is complete, or was stopped early."""
+    assert trial.value is not None, "the trial failed or is not over"
+    return trial.value
+
+
 def score(trial: FrozenTrial) -> str:
     """A finished trial's accuracy, with the standard deviation over its seeds."""
     if trial.state == TrialState.PRUNED:
-        return f"stopped early at {trial.value:.1%}"
+        return f"stopped early at {accuracy(trial):.1%}"
     found = trial.user_attrs["accuracies"]
-    return f"{trial.value:.1%}" + (f" ± {statistics.stdev(found):.1%}" if len(found) > 1 else "")
+    spread = f" ± {statistics.stdev(found):.1%}" if len(found) > 1 else ""
+    return f"{accuracy(trial):.1%}{spread}"
 
 
 def check(config: dict) -> None:

@@ -28,7 +28,8 @@ def _cells(params: dict, names: list[str]) -> list[str]:
 
 def _search_table(search: tune.Study) -> Table:
     settings, plain, usual = search.settings, search.plain, search.space.defaults()
-    complete = sorted(search.trials(TrialState.COMPLETE), key=lambda t: (-t.value, t.number))
+    complete = search.trials(TrialState.COMPLETE)
+    complete = sorted(complete, key=lambda trial: (-tune.accuracy(trial), trial.number))
     shown = complete[:10] + [t for t in complete[10:] if [t.params] == usual]
     dimensions = search.space.dimensions
     parents = {"beta": "divergence"} | dict.fromkeys(tune.NOISE, "noise")
@@ -65,7 +66,7 @@ def _confirm_table(confirm: tune.Study) -> tuple[Table, str]:
     """The comparison, and the difference in points."""
     values = {which: [] for which in (tune.DEFAULTS, tune.BEST)}
     for trial in sorted(confirm.trials(TrialState.COMPLETE), key=lambda t: t.params["seed"]):
-        values[trial.params["settings"]].append(trial.value)
+        values[trial.params["settings"]].append(tune.accuracy(trial))
     apart = difference(values[tune.BEST], values[tune.DEFAULTS])
     error = apart["standard_error"]
     bought = f"{apart['mean'] * 100:+.2f}" + (f" ± {error * 100:.2f}" if error is not None else "")
@@ -91,17 +92,18 @@ def _plot_history(search: tune.Study) -> Figure:
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
     trials, stopped = search.trials(TrialState.COMPLETE), search.trials(TrialState.PRUNED)
-    numbers, values = [t.number for t in trials], [t.value for t in trials]
-    look = {"color": COLOURS["fused"], "alpha": 0.55, "ms": 5, "mew": 0}
-    axes.plot(numbers, values, "o", label="a trial", **look)
+    numbers, values = [t.number for t in trials], [tune.accuracy(t) for t in trials]
+    axes.plot(
+        numbers, values, "o", color=COLOURS["fused"], alpha=0.55, ms=5, mew=0, label="a trial"
+    )
     if stopped:
-        x, y = [t.number for t in stopped], [t.value for t in stopped]
+        x, y = [t.number for t in stopped], [tune.accuracy(t) for t in stopped]
         axes.plot(x, y, "x", color=COLOURS["none"], ms=5, label="stopped early")
     best = [max(values[: i + 1]) for i in range(len(values))]
     axes.step(numbers, best, where="post", color=COLOURS["full"], lw=1.5, label="best so far")
     for trial in trials:
         if [trial.params] == search.space.defaults():
-            axes.axhline(trial.value, color=INK, lw=1, ls=":", label="the defaults")
+            axes.axhline(tune.accuracy(trial), color=INK, lw=1, ls=":", label="the defaults")
             break
     axes.set(xlabel="trial", ylabel="held-out accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -117,7 +119,7 @@ def _plot_settings(search: tune.Study) -> Figure:
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(3.2 * columns + 0.8, 2.9 * rows + 0.3), layout="constrained")
     # A few hopeless trials must not press all others into one line: they lie on the lower edge.
-    values = sorted(trial.value for trial in trials)
+    values = sorted(map(tune.accuracy, trials))
     floor = values[len(values) // 5] - 0.5 * (values[-1] - values[len(values) // 5])
     every = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for axes, name in zip(every, names, strict=False):
@@ -136,8 +138,8 @@ def _plot_settings(search: tune.Study) -> Figure:
             axes.set_xticks(list(dimension), [f"{value:.2g}" for value in dimension], fontsize=8)
             axes.xaxis.set_minor_locator(NullLocator())
             axes.axvspan(dimension.low, dimension.high, alpha=0)  # all of the range is shown
-        dots = axes.scatter(
-            x, [max(t.value, floor) for t in those], c=[t.number for t in those],
+        axes.scatter(
+            x, [max(tune.accuracy(t), floor) for t in those], c=[t.number for t in those],
             cmap="viridis_r", s=22, alpha=0.8, lw=0, vmin=0,
             vmax=max(t.number for t in trials) or 1,
         )  # fmt: skip
@@ -145,7 +147,7 @@ def _plot_settings(search: tune.Study) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in every[len(names) :]:
         axes.set_visible(False)
-    figure.colorbar(dots, ax=every, label="trial", shrink=0.6)
+    figure.colorbar(every[0].collections[0], ax=every, label="trial", shrink=0.6)
     figure.supylabel("held-out accuracy", fontsize=10)
     return figure
 
@@ -200,7 +202,8 @@ def write(search: tune.Study, confirm: tune.Study | None) -> list[Table]:
                 "A dot a trial, later ones darker; those far below others lie on the lower edge.",
             ),
         },
-        headline=f"The best of {len(complete)} trials has {best.value:.1%} on held-out images",
+        headline=f"The best of {len(complete)} trials has {tune.accuracy(best):.1%} on held-out "
+        "images",
         lead=[_words(best.params)],
     )
     if confirm is not None:

@@ -9,14 +9,17 @@ run.launches[0].counts["memory"]["global load"]["bytes"]
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.machinery
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +30,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "ptx"
 CXX = os.environ.get("CXX", "c++")
-# --fmad=false as in setup.py; the fat binary holds PTX as text.
+# As in setup.py, with the PTX as text in the fat binary. Warnings are kept: see `compiled`.
 NVCC_FLAGS = ("-O3", "-std=c++20", "--fmad=false", "-lineinfo", "--no-compress")
+WARNINGS = ("-Xcompiler", "-Wall,-Wextra,-Wno-unknown-pragmas")
 
 # Shared memory a block (opt-in) and a multiprocessor in bytes, multiprocessors, largest portable
 # cluster, L2 in bytes. Source: CUDA C++ Programming Guide 13.0, table "Technical Specifications per
@@ -95,29 +99,69 @@ def toolkit():
 
 
 def _run(command):
+    """What a command said; it must succeed."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"[:6000])
+    return done.stdout + done.stderr
 
 
-def _objects(command, sources, objects):
-    """Compile what was not yet, a source to an object each, side by side."""
+@contextlib.contextmanager
+def locked(path):
+    """What is kept at `path` is made by one process at a time; the others find it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
-    def make(source, out):
-        if not out.exists():
-            partial = out.with_suffix(f".{os.getpid()}.o")
-            _run([*command, source, "-o", partial])
-            partial.rename(out)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(make, sources, objects))
+def _pool():
+    return ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count()))
+
+
+@functools.lru_cache(None)
+def _content(path, size, changed):
+    return hashlib.sha256(Path(path).read_bytes()).digest()
 
 
 def _digest(paths, *words):
     digest = hashlib.sha256(repr(words).encode())
     for path in paths:
-        digest.update(Path(path).read_bytes())
+        status = os.stat(path)
+        digest.update(_content(path, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()[:16]
+
+
+def _object(command, source):
+    """A source's object, cached by the content of every file that the compiler reads for it."""
+    folder, name = CACHE / "objects", Path(source).name
+    words = (*map(str, command), str(source), toolkit().version)
+
+    def read(listing):  # a rule for make
+        return shlex.split(listing.read_text().replace("\\\n", " ").split(": ", 1)[1])
+
+    def place(listing):
+        return folder / f"{name}-{_digest(read(listing), *words)}.o"
+
+    listing = folder / f"{name}-{_digest([], *words)}.d"
+    with locked(listing):
+        try:
+            if (known := place(listing)).exists():
+                return known
+        except FileNotFoundError:  # the source is new, or one of its headers is gone
+            pass
+        partial = listing.with_suffix(f".{os.getpid()}.d")
+        out = partial.with_suffix(".o")
+        for _ in range(3):
+            begin = time.time()
+            said = _run([*command, source, "-o", out, "-MD", "-MF", partial])
+            if all(os.stat(file).st_mtime < begin for file in read(partial)):
+                break  # else a file was edited meanwhile
+        known = place(partial)
+        known.with_suffix(".said").write_text(said)
+        out.rename(known)
+        partial.rename(listing)
+    return known
 
 
 @functools.cache
@@ -130,15 +174,16 @@ def _emulator():
     flags += ("-Wall", "-Wextra", f"-I{headers}")
     with open("/proc/cpuinfo") as cpu:  # -march=native is for this machine only
         model = next((line for line in cpu if line.startswith("flags")), "")
-    folder = CACHE / ("emulator-" + _digest([*sources, *sorted(HERE.glob("*.h"))], flags, model))
+    command = [CXX, *flags, f"-DHOST_{_digest([], model)}", "-c"]
+    with _pool() as pool:
+        objects = list(pool.map(lambda source: _object(command, source), sources))
+    folder = CACHE / ("emulator-" + _digest([], *map(str, objects)))
     archive = folder / "libptx.a"
-    if not archive.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = [folder / f"{source.stem}.o" for source in sources]
-        _objects([CXX, *flags, "-c"], sources, objects)
-        partial = folder / f"{os.getpid()}.a"
-        _run(["ar", "rcs", partial, *objects])
-        partial.rename(archive)
+    with locked(archive):
+        if not archive.exists():
+            partial = folder / f"{os.getpid()}.a"
+            _run(["ar", "rcs", partial, *objects])
+            partial.rename(archive)
     return archive
 
 
@@ -155,32 +200,42 @@ def _installed(include):
     return [(str(path), os.stat(path).st_mtime_ns) for path in include if Path(path).exists()]
 
 
-def build(name, sources, arch="90", flags=(), include=(), link=()):
-    """Compile .cu and .cpp files to PTX and host code, cached by content.
+def compiled(sources, archs=("90",), flags=(), include=(), host=()):
+    """Objects of .cu files, with PTX for these architectures, and of .cpp files, in their order.
+
+    Each is cached by its content, and beside it, with the suffix .said, is what the compiler said.
+    host: flags for .cpp files alone, so that objects of .cu files serve several libraries.
+    """
+    targets = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs]
+    flags = (*NVCC_FLAGS, *targets, *flags, *(f"-I{path}" for path in include))
+    nvcc = [toolkit().nvcc, *flags, *WARNINGS, "-Xcompiler", "-fPIC", "-c"]
+    host = (*host, f"-I{sysconfig.get_path('include')}")
+
+    def one(source):
+        return _object([*nvcc, *(host if Path(source).suffix == ".cpp" else ())], source)
+
+    with _pool() as pool:
+        return list(pool.map(one, sources))
+
+
+def build(name, sources, arch="90", flags=(), include=(), host=(), link=()):
+    """Compile .cu and .cpp files to PTX and host code: a library, cached as its objects are.
 
     arch: one compute capability or several, of which a run takes the highest that its device has.
     """
-    home = toolkit()
     archs = [arch] if isinstance(arch, str) else list(arch)
-    python = f"-I{sysconfig.get_path('include')}"
-    targets = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs]
-    flags = (*NVCC_FLAGS, *targets, *flags, *(f"-I{path}" for path in include), python)
     archive = _emulator()
-    files = [*sources, *_headers(sources, include)]
-    digest = _digest(files, flags, home.version, _installed(include))
-    compiled = CACHE / f"{name}-{digest}"
-    folder = compiled / _digest([], link, str(archive))
-    library = folder / f"{name}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = [compiled / f"{Path(source).name}.o" for source in sources]
-        _objects([home.nvcc, *flags, "-Xcompiler", "-fPIC", "-c"], sources, objects)
-        partial = folder / f"{os.getpid()}.so"
-        # Its own symbols first: torch brings the real CUDA runtime into the same process.
-        whole = ["-shared", "-Wl,-Bsymbolic-functions", "-Wl,--whole-archive", archive]
-        whole.append("-Wl,--no-whole-archive")
-        _run([CXX, *whole, *objects, *link, "-o", partial])
-        partial.rename(library)
+    objects = compiled(sources, archs, flags, include, host)
+    digest = _digest([], *map(str, [*objects, *link, archive]))  # their names tell their contents
+    library = CACHE / f"{name}-{digest}" / f"{name}.so"
+    with locked(library):
+        if not library.exists():
+            partial = library.with_name(f"{os.getpid()}.so")
+            # Its own symbols first: torch brings the real CUDA runtime into the same process.
+            whole = ["-shared", "-Wl,-Bsymbolic-functions", "-Wl,--whole-archive", archive]
+            whole.append("-Wl,--no-whole-archive")
+            _run([CXX, *whole, *objects, *link, "-o", partial])
+            partial.rename(library)
     return Library(library, name, int(archs[-1].rstrip("a")))
 
 
@@ -209,11 +264,12 @@ def _import(path, name):
 @functools.cache
 def _bare():
     library = _emulator().parent / "libptx.so"
-    if not library.exists():
-        partial = library.with_name(f"{os.getpid()}.so")
-        link = [CXX, "-shared", "-Wl,-Bsymbolic", "-Wl,--whole-archive", _emulator()]
-        _run([*link, "-Wl,--no-whole-archive", "-o", partial])
-        partial.rename(library)
+    with locked(library):
+        if not library.exists():
+            partial = library.with_name(f"{os.getpid()}.so")
+            link = [CXX, "-shared", "-Wl,-Bsymbolic", "-Wl,--whole-archive", _emulator()]
+            _run([*link, "-Wl,--no-whole-archive", "-o", partial])
+            partial.rename(library)
     return library
 
 
@@ -263,7 +319,7 @@ class Run:
     PTX ISA allows, and is no finding. same_values=True: a store of what shared memory holds already
     is no race. any_memory=True: kernels may touch memory of the process that
     is no buffer; nothing is known of it. limit: warp instructions of a launch, beyond which it
-    is found to make no progress.
+    is found to make no progress; with 0 launches are noted and not run.
     """
 
     def __init__(self, library, arch, seed, shuffle=True, resident=3, perturb=True, **more):

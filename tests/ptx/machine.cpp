@@ -410,6 +410,7 @@ void Machine::launch(Module& m, Function& kernel, Launch what, const std::vector
   what.static_shared = std::max(kernel.shared_bytes, m.shared_bytes);
   dynamic_offset = (what.static_shared + m.dynamic_align - 1) / m.dynamic_align * m.dynamic_align;
   launches.push_back(what);
+  if (options.limit == 0) return;
   current = &launches.back();
   ordering.begin_launch(current->programmatic);
   clock = 0;

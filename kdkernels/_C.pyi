@@ -1,0 +1,155 @@
+"""The extension module. `make stubs` writes this file."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+def _scaled_noise(
+    tensors: Sequence[Tensor],
+    scales: Tensor,
+    seed: int,
+    step: int,
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    runs: Sequence[int],
+    seed_tensor: Tensor | None,
+    step_tensor: Tensor | None,
+    distribution: int,
+    /,
+) -> list[Tensor]: ...
+def add_noise_(
+    tensors: Sequence[Tensor],
+    std: Sequence[float],
+    seed: int,
+    step: int,
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    runs: Sequence[int],
+    seed_tensor: Tensor | None,
+    step_tensor: Tensor | None,
+    distribution: int,
+    multiplicative: bool,
+    std_tensor: Tensor | None,
+    norms: Tensor | None,
+    /,
+) -> None: ...
+def build_info() -> dict[str, Any]: ...
+def combine_noise_(
+    tensors: Sequence[Tensor],
+    coefficients: Tensor,
+    seeds: Tensor,
+    step: int,
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    runs: Sequence[int],
+    step_tensor: Tensor | None,
+    distribution: int,
+    /,
+) -> None: ...
+def distillation_loss(
+    call: dict[str, Any], teachers: list[Tensor], group: str, /
+) -> list[Tensor] | None: ...
+def divergences() -> list[Any]: ...
+def elementary(arg0: str, arg1: Tensor, /) -> Tensor: ...
+def gradient_noise(
+    x: Tensor,
+    std_tensor: Tensor | None,
+    std: float,
+    seed: int,
+    step: int,
+    stream: int,
+    offset: int,
+    seed_tensor: Tensor | None,
+    step_tensor: Tensor | None,
+    distribution: int,
+    multiplicative: bool,
+    /,
+) -> Tensor: ...
+def input_noise(
+    x: Tensor,
+    std_tensor: Tensor | None,
+    std: float,
+    seed: int,
+    step: int,
+    stream: int,
+    offset: int,
+    seed_tensor: Tensor | None,
+    step_tensor: Tensor | None,
+    distribution: int,
+    multiplicative: bool,
+    /,
+) -> Tensor: ...
+def linear_distillation_loss(
+    call: dict[str, Any], teacher_name: str, teachers: list[Tensor], group: str, /
+) -> list[Tensor] | None: ...
+def loss_options() -> list[Any]: ...
+def noise_dot(
+    tensors: Sequence[Tensor],
+    seed: int,
+    step: int,
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    runs: Sequence[int],
+    seed_tensor: Tensor | None,
+    step_tensor: Tensor | None,
+    distribution: int,
+    /,
+) -> Tensor: ...
+def noisy_linear_regression(
+    arg0: Tensor,
+    arg1: Tensor,
+    arg2: Tensor,
+    arg3: Tensor,
+    arg4: Tensor,
+    arg5: Tensor,
+    arg6: Tensor,
+    arg7: int,
+    arg8: int,
+    arg9: bool,
+    arg10: bool,
+    /,
+) -> Tensor: ...
+def noisy_update_(
+    update: int,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    steps: Sequence[int],
+    step_tensors: Sequence[Tensor],
+    rule_of: Sequence[int],
+    rules: Sequence[float],
+    seed: int,
+    step: int,
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    runs: Sequence[int],
+    seed_tensor: Tensor | None,
+    step_tensor: Tensor | None,
+    distribution: int,
+    lr_tensor: Tensor | None,
+    std_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    norms: Tensor | None,
+    /,
+) -> None: ...
+def philox(arg0: Sequence[int], arg1: Sequence[int], /) -> list[int]: ...
+def randn_like(
+    x: Tensor,
+    seed: int,
+    step: int,
+    stream: int,
+    offset: int,
+    seed_tensor: Tensor | None,
+    step_tensor: Tensor | None,
+    distribution: int,
+    /,
+) -> Tensor: ...
+
+row_state: int
+
+def set_differentiable_gradients(arg0: Callable[..., Any], /) -> None: ...
+def set_isa(arg0: str, /) -> None: ...
+def set_unwrap(arg0: Callable[..., Any], /) -> None: ...

@@ -1,0 +1,79 @@
+// The kernels of whole rows in launches of few blocks, so that a block has many rows: cuda/plan.h bounds the number
+// of blocks only beyond 16,384 of them.
+#include "cuda/long_rows.cuh"
+#include "cuda/short_rows.cuh"
+
+namespace kdkernels {
+namespace cuda {
+namespace {
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int blocks, const DistillationPlan& plan,
+                   Arguments... arguments) {
+  cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks * plan.cluster));
+  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+}  // namespace
+
+// Losses a row and gradients of alpha = 0.5 and T = 2, in `blocks` blocks or clusters. cluster 0: rows too long for
+// shared memory. Scratch: a double a block, a byte a row.
+extern "C" int launch_few(int cluster, int blocks, const float* student, const float* teacher,
+                          const int64_t* labels, float* gradient, float* row_loss, double* partial,
+                          uint8_t* near, int64_t rows, int64_t classes) {
+  LossParams p = {};
+  p.rows = rows;
+  p.classes = p.all_classes = p.student_stride = p.gradient_stride = classes;
+  p.student = student;
+  p.teacher_data[0] = teacher;
+  p.teacher_strides[0] = classes;
+  p.labels = labels;
+  p.gradient = gradient;
+  p.row_loss = row_loss;
+  Task<float> task = {CrossEntropy::kOwn,
+                      false,
+                      static_cast<float>(math::kLog2E / 2),
+                      2,
+                      0.5f,
+                      0,
+                      1 / static_cast<float>(classes),
+                      1,
+                      nullptr,
+                      partial,
+                      near};
+  Device device;
+  cudaError_t error =
+      device_of(reinterpret_cast<const void*>(row_kernel<float, OnePassKL, true>), device);
+  if (error != cudaSuccess) return error;
+  DistillationPlan plan = plan_distillation(classes, sizeof(float), true, device);
+  int resident = 0;
+  if (cluster > 1) plan = held_plan(classes, sizeof(float), 2, cluster, device, resident);
+  if (cluster == 0) plan = {Walk::kStream, kStreamThreads, kStreamThreads, 1, 1, 0, 0};
+  switch (plan.walk) {
+    case Walk::kTile:
+      return launch(tile_kernel<float, OnePassKL>, blocks, plan, p, task, plan.lanes, plan.rows);
+    case Walk::kWarp: return launch(warp_kernel<float, OnePassKL>, blocks, plan, p, task);
+    case Walk::kHeld:
+      return launch(row_kernel<float, OnePassKL, true>, blocks, plan, p, task, plan.cluster,
+                    plan.slots);
+    case Walk::kStream:
+      return launch(row_kernel<float, OnePassKL, false>, blocks, plan, p, task, 1, 0);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace cuda
+}  // namespace kdkernels

@@ -1,0 +1,347 @@
+"""Faults in csrc/cuda."""
+
+from mutants.fault import Fault
+
+LAUNCHERS = "tests/test_launchers.py -k "
+
+FAULTS = [
+    Fault(
+        "tile-barrier-after-copy",
+        "csrc/cuda/short_rows.cuh",
+        """t_image[i] = t_tile[row * p.teacher_strides[0] + column];
+      }
+    }
+    __syncthreads();
+""",
+        """t_image[i] = t_tile[row * p.teacher_strides[0] + column];
+      }
+    }
+""",
+        LAUNCHERS + "distillation-",
+    ),
+    Fault(
+        "tile-label-read-after-write",
+        "csrc/cuda/short_rows.cuh",
+        "      __syncwarp();  // all lanes have read the label's logit\n",
+        "",
+        LAUNCHERS + "distillation-",
+    ),
+    Fault(
+        "tile-one-row-more",
+        "csrc/cuda/short_rows.cuh",
+        "const bool live = in_tile < rows;",
+        "const bool live = in_tile <= rows;",
+        LAUNCHERS + "distillation-",
+    ),
+    Fault(
+        "warp-last-slot-skipped",
+        "csrc/cuda/short_rows.cuh",
+        "const int slots = (span.body + kWarp - 1) / kWarp;",
+        "const int slots = span.body / kWarp;",
+        LAUNCHERS + "distillation-",
+    ),
+    Fault(
+        "warp-no-room-for-the-skew",
+        "csrc/cuda/short_rows.cuh",
+        "if (span.body > kSlots * kWarp) {",
+        "if (span.body > kSlots * kWarp + 1) {",
+        LAUNCHERS + "'distillation- and -1024]'",
+    ),
+    Fault(
+        "cluster-leaves-before-its-peers",
+        "csrc/cuda/long_rows.cuh",
+        """    if (!arrived) cluster_arrive();
+    cluster_wait();
+  }
+}
+""",
+        """    if (arrived) cluster_wait();
+  }
+}
+""",
+        LAUNCHERS + "more_rows_than_blocks",
+    ),
+    Fault(
+        "parts-have-one-turn",
+        "csrc/cuda/long_rows.cuh",
+        "    turn ^= 1;\n",
+        "",
+        LAUNCHERS + "more_rows_than_blocks",
+    ),
+    Fault(
+        "teachers-sum-by-the-students-error",
+        "csrc/cuda/long_rows.cuh",
+        "sums.sum_t = math::fma(of_t, part.sum_t, sums.sum_t);",
+        "sums.sum_t = math::fma(of_s, part.sum_t, sums.sum_t);",
+        LAUNCHERS + "'distillation- and -1100]'",
+    ),
+    Fault(
+        "students-shift-error-left-out-of-the-sums",
+        "csrc/cuda/long_rows.cuh",
+        "float of_s = shifts.s.factor(), of_t = shifts.t.factor();",
+        "float of_s = 1.0f, of_t = shifts.t.factor();",
+        LAUNCHERS + "'distillation- and -1100]'",
+    ),
+    Fault(
+        "teachers-shift-error-left-out-of-the-term",
+        "csrc/cuda/long_rows.cuh",
+        "Policy::moved(part, shifts.s.error, shifts.t.error, of_s, of_t)",
+        "Policy::moved(part, shifts.s.error, 0.0f, of_s, of_t)",
+        LAUNCHERS + "'distillation- and -1100]'",
+    ),
+    Fault(
+        "teachers-shift-error-left-out-of-the-gradient",
+        "csrc/cuda/long_rows.cuh",
+        "const Real of_ey = result.of_ey * shifts.t.factor();",
+        "const Real of_ey = result.of_ey;",
+        LAUNCHERS + "'distillation- and -1100]'",
+    ),
+    Fault(
+        "rows-in-32-bits",
+        "csrc/cuda/long_rows.cuh",
+        "static_cast<const T*>(p.student) + r * p.student_stride;",
+        "static_cast<const T*>(p.student) + static_cast<int>(r * p.student_stride);",
+        LAUNCHERS + "beyond",
+    ),
+    Fault(
+        "gradients-rows-in-32-bits",
+        "csrc/cuda/short_rows.cuh",
+        "g_tile[row * p.gradient_stride + i - row * classes]",
+        "g_tile[static_cast<int>(row * p.gradient_stride) + i - row * classes]",
+        LAUNCHERS + "beyond",
+    ),
+    Fault(
+        "gradient-by-the-students-stride",
+        "csrc/cuda/long_rows.cuh",
+        "static_cast<T*>(p.gradient) + r * p.gradient_stride : nullptr;",
+        "static_cast<T*>(p.gradient) + r * p.student_stride : nullptr;",
+        LAUNCHERS + "distillation-",
+    ),
+    Fault(
+        "tile-overwritten-by-the-next",
+        "csrc/cuda/short_rows.cuh",
+        """        g_tile[row * p.gradient_stride + i - row * classes] = z_image[i];
+      }
+    }
+    __syncthreads();
+""",
+        """        g_tile[row * p.gradient_stride + i - row * classes] = z_image[i];
+      }
+    }
+""",
+        LAUNCHERS + "more_rows_than_blocks",
+    ),
+    Fault(
+        "held-waits-for-an-older-copy",
+        "csrc/cuda/long_rows.cuh",
+        "if (g == kGroups - 2) wait_copies<1>();",
+        "if (g == kGroups - 2) wait_copies<2>();",
+        LAUNCHERS + "distillation-",
+    ),
+    Fault(
+        "held-last-slot-skipped",
+        "csrc/cuda/long_rows.cuh",
+        "const int from = max(skip, g * group_slots), to = min(slots, (g + 1) * group_slots);",
+        "const int from = max(skip, g * group_slots), to = min(slots - 1, (g + 1) * group_slots);",
+        LAUNCHERS + "distillation-",
+    ),
+    Fault(
+        "peers-first-bytes-four-times",
+        "csrc/cuda/device.cuh",
+        '"r"(address + 16 * i)',
+        '"r"(address)',
+        LAUNCHERS + "'distillation- and -128256]'",
+    ),
+    Fault(
+        "reduction-barrier",
+        "csrc/cuda/device.cuh",
+        """shared[v * kWarps + warp] = value[v];
+    }
+    __syncthreads();
+""",
+        """shared[v * kWarps + warp] = value[v];
+    }
+""",
+        LAUNCHERS + "distillation-",
+    ),
+    Fault(
+        "absent-logits-are-0",
+        "csrc/cuda/device.cuh",
+        "narrow(-INFINITY, x.value[j]);",
+        "narrow(0.0f, x.value[j]);",
+        LAUNCHERS + "distillation-",
+    ),
+    Fault(
+        "scale-rows-of-any-number",
+        "csrc/cuda/distillation.cu",
+        "std::min<int64_t>(32768, flat.rows)",
+        "std::min<int64_t>(flat.rows, flat.rows)",
+        LAUNCHERS + "scale_rows-",
+    ),
+    Fault(
+        "mean-counts-ignored-rows",
+        "csrc/cuda/distillation.cu",
+        "return ignored ? 0.0 : static_cast<double>(weight);",
+        "return static_cast<double>(weight);",
+        LAUNCHERS + "distillation-",
+    ),
+    Fault(
+        "sums-of-weights-not-inverted",
+        "csrc/cuda/distillation.cu",
+        "if (blocks > 1) inverse_kernel",
+        "if (blocks > 256) inverse_kernel",
+        LAUNCHERS + "'distillation- and -5]'",
+    ),
+    Fault(
+        "near-rows-over-the-others-sums",
+        "csrc/cuda/distillation.cu",
+        "p.loss != nullptr ? partial + count : nullptr",
+        "p.loss != nullptr ? partial : nullptr",
+        LAUNCHERS + "distillation-",
+    ),
+    Fault(
+        "divergence-barrier-between-rows",
+        "csrc/cuda/divergence.cu",
+        "      __syncthreads();  // the last row no longer needs what is shared\n",
+        "",
+        LAUNCHERS + "divergence-",
+    ),
+    Fault(
+        "sums-refined-while-they-are-read",
+        "csrc/cuda/divergence.cuh",
+        "      if (stage == kRefine) __syncthreads();  // all have read what this changes\n",
+        "",
+        LAUNCHERS + "divergence-",
+    ),
+    Fault(
+        "divergence-weight-ignored",
+        "csrc/cuda/divergence.cuh",
+        "emit(weight() * g.loss);",
+        "emit(g.loss);",
+        LAUNCHERS + "divergence-",
+    ),
+    Fault(
+        "divergence-chunk-overwritten",
+        "csrc/cuda/divergence.cuh",
+        "    __syncthreads();  // the last chunk is no longer needed\n",
+        "",
+        LAUNCHERS + "'divergence- and -200000]'",
+    ),
+    Fault(
+        "divergence-index-unchecked",
+        "csrc/cuda/divergence.cuh",
+        "bad |= at < -1 || at >= p.all_classes;",
+        "bad |= at < -1;",
+        LAUNCHERS + "divergence-",
+    ),
+    Fault(
+        "divergence-last-of-equal-logits",
+        "csrc/cuda/divergence.cuh",
+        "at_s = u > acc[0] ? lane.first + i : at_s;",
+        "at_s = u >= acc[0] ? lane.first + i : at_s;",
+        LAUNCHERS + "divergence-",
+    ),
+    Fault(
+        "counters-high-word",
+        "csrc/cuda/elements.cuh",
+        "    if (counter_at(begin) >> 32 != counter_at(chunk_steps) >> 32) end = 0;\n",
+        "",
+        LAUNCHERS + "noise-",
+    ),
+    Fault(
+        "staged-numbers-overwritten",
+        "csrc/cuda/elements.cuh",
+        """if (i >= 0 && i < numel) use(i, warp[j]);
+    }
+    __syncwarp();
+""",
+        """if (i >= 0 && i < numel) use(i, warp[j]);
+    }
+""",
+        LAUNCHERS + "noise-",
+    ),
+    Fault(
+        "last-tensors-last-chunk",
+        "csrc/cuda/elements.cuh",
+        "totals.first_chunk[tensors] = static_cast<uint32_t>(chunks);",
+        "totals.first_chunk[tensors] = static_cast<uint32_t>(chunks - 1);",
+        LAUNCHERS + "noise_dot-",
+    ),
+    Fault(
+        "std-pattern-without-carry",
+        "csrc/cuda/noise.cu",
+        "place += place_step + carry;",
+        "place += place_step;",
+        LAUNCHERS + "noise-",
+    ),
+    Fault(
+        "seeds-staged-too-early",
+        "csrc/cuda/noise.cu",
+        """const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    __syncwarp();
+    if (lane < kTermsStaged""",
+        """const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    if (lane < kTermsStaged""",
+        LAUNCHERS + "combine-",
+    ),
+    Fault(
+        "found-inf-passed-over",
+        "csrc/cuda/update.cu",
+        "  if (list.found_inf != nullptr && *list.found_inf != 0) return;\n",
+        "",
+        LAUNCHERS + "update-",
+    ),
+    Fault(
+        "unscaled-gradient-not-kept",
+        "csrc/cuda/update.cu",
+        """g /= scale;
+        narrow(g, grads[i]);
+""",
+        """g /= scale;
+""",
+        LAUNCHERS + "update-",
+    ),
+    Fault(
+        "steps-that-differ-share-numbers",
+        "csrc/cuda/update.cu",
+        "(device || step_of(",
+        "(true || step_of(",
+        LAUNCHERS + "update-",
+    ),
+    Fault(
+        "means-overwritten",
+        "csrc/cuda/regression.cu",
+        """path = lane == j ? replica.theta : path;
+      }
+      __syncwarp();
+""",
+        """path = lane == j ? replica.theta : path;
+      }
+""",
+        LAUNCHERS + "noisy_linear_regression-",
+    ),
+    Fault(
+        "paths-overwritten",
+        "csrc/cuda/regression.cu",
+        """p.trajectory[(first + 1 + row) * p.replicas + begin + column] = paths[row][column];
+      __syncthreads();
+""",
+        """p.trajectory[(first + 1 + row) * p.replicas + begin + column] = paths[row][column];
+""",
+        LAUNCHERS + "noisy_linear_regression-",
+    ),
+    Fault(
+        "noise-of-absent-samples",
+        "csrc/cuda/regression.cu",
+        "    if (i + j >= p.samples) continue;\n",
+        "",
+        LAUNCHERS + "noisy_linear_regression-",
+    ),
+    Fault(
+        "held-plan-without-the-tail",
+        "csrc/cuda/plan.h",
+        "int64_t vectors = classes / (16 / element_size) + 1;",
+        "int64_t vectors = classes / (16 / element_size);",
+        "tests/test_plan.py",
+    ),
+]
