@@ -26,6 +26,9 @@ inline bool on_cuda(const c10::Device& device) {
 #endif
 }
 
+// Whether what PyTorch has for CPUs alone may be used there.
+inline bool on_cpu(const c10::Device& device) { return device.is_cpu() && !on_cuda(device); }
+
 #if defined(KDKERNELS_WITH_CUDA)
 // launch(stream) on a device and its current stream.
 template <class Launch>

@@ -11,6 +11,8 @@
 
 #include <algorithm>
 
+#include "ops/devices.h"
+
 namespace kdkernels {
 
 using at::Tensor;
@@ -50,7 +52,7 @@ bool for_onednn(const Tensor& out, int64_t inner) {
 #if defined(__x86_64__)
   static const bool faster = __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f") &&
                              c10::Dispatcher::singleton().findSchema(kOneDnnLinear).has_value();
-  return faster && out.is_cpu() && out.scalar_type() == at::kFloat &&
+  return faster && on_cpu(out.device()) && out.scalar_type() == at::kFloat &&
          out.numel() * inner >= int64_t{1} << 26 && at::globalContext().userEnabledMkldnn();
 #else
   return false;
@@ -76,7 +78,7 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, 
     return;
   }
   // CUDA sums in fp32 and rounds nothing; addmm with such an output is refused by some versions of torch.
-  bool cuda = out.is_cuda();
+  bool cuda = on_cuda(out.device());
   int64_t most = std::min(cuda ? 16 * kPart : kPart, out.size(0));
   Tensor part;
   if (!onednn) part = at::empty({most, out.size(1)}, cuda ? out.options() : a.options());
@@ -103,15 +105,15 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, 
 
 at::ScalarType work_type(const Tensor& hidden) {
   at::ScalarType type = hidden.scalar_type();
-  bool wide =
-      hidden.is_cpu() && (type == at::kHalf || (type == at::kBFloat16 && !has_bf16_products()));
+  bool wide = on_cpu(hidden.device()) &&
+              (type == at::kHalf || (type == at::kBFloat16 && !has_bf16_products()));
   return wide ? at::kFloat : type;
 }
 
 Head::Head(const Tensor& weight, const std::optional<Tensor>& bias, at::ScalarType work)
     : weight_(weight),
       classes_(weight.size(0)),
-      block_(weight.is_cpu() && (work == at::kFloat || work == at::kDouble)
+      block_(on_cpu(weight.device()) && (work == at::kFloat || work == at::kDouble)
                  ? std::min(kBlock, classes_)
                  : classes_) {
   if (bias.has_value()) bias_ = bias->to(work);
@@ -151,7 +153,8 @@ void Head::weight_gradient(const Tensor& gradient, const Tensor& hidden, double 
 }
 
 void Head::bias_gradient(const Tensor& gradient, double alpha, const Tensor& grad_bias) {
-  int64_t step = gradient.is_cpu() ? kBlock : classes_;  // a sum in fp32 of 16 bits makes a copy
+  // A sum in fp32 of 16 bits makes a copy.
+  int64_t step = on_cpu(gradient.device()) ? kBlock : classes_;
   for (int64_t v = 0; v < classes_; v += step) {
     int64_t n = std::min(step, classes_ - v);
     grad_bias.narrow(0, v, n).add_(gradient.narrow(1, v, n).sum(0, false, grad_bias.scalar_type()),

@@ -283,7 +283,7 @@ Tensor scaled(const Tensor& gradient, const Tensor& grad_output, bool per_row, d
 }
 
 bool is_one(const Tensor& grad_output, bool per_row, double scale, bool last) {
-  if (!last || !grad_output.is_cpu() || on_cuda(grad_output.device()) || per_row || scale != 1) {
+  if (!last || !on_cpu(grad_output.device()) || per_row || scale != 1) {
     return false;
   }
   return grad_output.scalar_type() == at::kDouble ? *grad_output.const_data_ptr<double>() == 1

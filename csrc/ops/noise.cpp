@@ -153,7 +153,7 @@ NoiseSource source_of(const NoiseNumbers& noise, const at::Device& device) {
   if (noise.step_tensor.has_value()) {
     const Tensor& tensor = *noise.step_tensor;
     check_scalar("step", tensor);
-    if (tensor.is_cpu() && !on_cuda(tensor.device())) {
+    if (on_cpu(tensor.device())) {
       step = *tensor.const_data_ptr<int64_t>();
     } else {
       TORCH_CHECK_VALUE(tensor.device() == device, "step is on ", tensor.device(),

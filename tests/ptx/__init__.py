@@ -289,10 +289,10 @@ class Library:
         self.path, self.name, self.arch = path, name, arch
         self.module = None
         self.c = ctypes.CDLL(str(path))
-        for function in ("error", "output", "launches", "parameters", "kernels"):
+        for function in ("error", "take_error", "output", "launches", "parameters", "kernels"):
             getattr(self.c, f"ptx_{function}").restype = ctypes.c_char_p
         self.c.ptx_begin.argtypes = (
-            [ctypes.c_int] * 6 + [ctypes.c_uint64] + [ctypes.c_int] * 6 + [ctypes.c_uint64]
+            [ctypes.c_int] * 6 + [ctypes.c_uint64] + [ctypes.c_int] * 5 + [ctypes.c_uint64]
         )
         self.c.ptx_buffer.argtypes = [
             *(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int)
@@ -317,9 +317,8 @@ class Run:
     approximate functions are correctly rounded instead of as wrong as documented.
     undefined_shuffles=True: a shuffle from a lane that takes no part gives random bits, which the
     PTX ISA allows, and is no finding. same_values=True: a store of what shared memory holds already
-    is no race. any_memory=True: kernels may touch memory of the process that
-    is no buffer; nothing is known of it. limit: warp instructions of a launch, beyond which it
-    is found to make no progress; with 0 launches are noted and not run.
+    is no race. limit: warp instructions of a launch, beyond which it is found to make no progress;
+    with 0 launches are noted and not run.
     """
 
     def __init__(self, library, arch, seed, shuffle=True, resident=3, perturb=True, **more):
@@ -327,7 +326,6 @@ class Run:
         flags = {
             "undefined_shuffles": False,
             "same_values": False,
-            "any_memory": False,
             "limit": 2**28,
         }
         if more.keys() - flags.keys():
@@ -392,8 +390,8 @@ class Run:
             self.library.c.ptx_capture(ctypes.c_uint64(0))
 
     def check(self):
-        """Raise what a check found so far."""
-        error = self.library.c.ptx_error().decode()
+        """Raise what a check found since the last call."""
+        error = self.library.c.ptx_take_error().decode()
         if error:
             raise KernelError(error)
 

@@ -173,8 +173,12 @@ struct Allocation {
   uint64_t size = 0;
   std::string name;
   bool tracked = false;  // `written` says which bytes hold something
-  std::vector<uint8_t> written;
+  std::vector<uint8_t> written;  // made when a kernel first comes here
+  // Not 0: words that hold this pattern were not written by the host, either.
+  uint16_t pattern = 0;
 };
+
+uint8_t* written_bytes(Allocation& allocation);
 
 struct Module {
   std::string name;
@@ -329,7 +333,6 @@ struct Options {
   bool undefined_shuffles = false;
   // A store of what shared memory holds already races with nothing.
   bool same_values = false;
-  bool any_memory = false;  // global memory that was not announced may be touched, too
   uint64_t limit =
       uint64_t{1} << 28;  // warp instructions of a launch, against kernels that wait for ever
 };
@@ -359,6 +362,9 @@ class Machine {
   void cluster_barrier(Cluster& cluster);
   void exit_lanes(Warp& warp, uint32_t lanes);
   Allocation* find(uint64_t address, uint64_t& base);
+  void announce(uint64_t address, Allocation allocation);
+  void forget(uint64_t address);
+  void forget_all();
   std::array<uint32_t, 3> block_of(uint64_t cluster, uint64_t rank) const;  // its index in the grid
 
  private:

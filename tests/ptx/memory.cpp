@@ -140,9 +140,9 @@ bool is_written(Context& c, uint64_t address, uint64_t bytes) {
   uint64_t base = 0;
   Allocation* a = c.machine.find(address, base);
   if (a == nullptr || address + bytes > base + a->size) return false;
-  auto first = a->written.begin() + static_cast<std::ptrdiff_t>(address - base);
-  return !a->tracked || std::all_of(first, first + static_cast<std::ptrdiff_t>(bytes),
-                                    [](uint8_t w) { return w != 0; });
+  const uint8_t* written = written_bytes(*a) + (address - base);
+  return !a->tracked ||
+         std::count(written, written + bytes, 1) == static_cast<std::ptrdiff_t>(bytes);
 }
 
 bool is_peer(const Context& c, uint32_t address) {
@@ -576,7 +576,46 @@ Status no_policy(Context& c) {
   return Status::kNext;
 }
 
+// Whether the host wrote all the bytes that no kernel did, as far as 8 bytes at a time show it: in each 8, a byte that
+// no kernel wrote differs from the pattern.
+bool host_wrote(Allocation& a, uint64_t base, uint64_t offset, uint64_t bytes) {
+  if (a.pattern == 0) return false;
+  const uint8_t* memory = reinterpret_cast<const uint8_t*>(base);
+  for (uint64_t first = offset / 8 * 8; first < offset + bytes; first += 8) {
+    uint64_t last = std::min(first + 8, a.size);
+    bool wrote = false, open = false;
+    for (uint64_t i = first; i < last; ++i) {
+      if (a.written[i] == 1) continue;
+      open = open || (i >= offset && i < offset + bytes);
+      wrote = wrote || memory[i] != static_cast<uint8_t>(a.pattern >> i % 2 * 8);
+    }
+    if (open && !wrote) return false;
+    if (wrote) std::fill(a.written.begin() + first, a.written.begin() + last, 1);
+  }
+  return true;
+}
+
 }  // namespace
+
+uint8_t* written_bytes(Allocation& a) {
+  if (a.written.empty()) a.written.assign(a.size, 0);
+  return a.written.data();
+}
+
+void Machine::announce(uint64_t address, Allocation allocation) {
+  last_ = nullptr;
+  memory[address] = std::move(allocation);
+}
+
+void Machine::forget(uint64_t address) {
+  last_ = nullptr;
+  memory.erase(address);
+}
+
+void Machine::forget_all() {
+  last_ = nullptr;
+  memory.clear();
+}
 
 Allocation* Machine::find(uint64_t address, uint64_t& base) {
   if (last_ == nullptr || address < last_->first || address >= last_->first + last_->second.size) {
@@ -591,7 +630,6 @@ Allocation* Machine::find(uint64_t address, uint64_t& base) {
 uint8_t* global_bytes(Context& c, int lane, uint64_t address, int bytes, Access access) {
   uint64_t base = 0;
   Allocation* a = c.machine.find(address, base);
-  if (c.machine.options.any_memory && address > 65535) return reinterpret_cast<uint8_t*>(address);
   if (a == nullptr || address + static_cast<uint64_t>(bytes) > base + a->size) {
     std::string where = "global address " + hex(address);
     if (a != nullptr)
@@ -605,14 +643,13 @@ uint8_t* global_bytes(Context& c, int lane, uint64_t address, int bytes, Access 
     fault(c, lane, "out of bounds", where);
   }
   if (a->tracked) {
-    uint8_t* written = a->written.data() + (address - base);
-    for (int i = 0; i < bytes; ++i) {
-      if (access != Access::kWrite && !written[i])
-        fault(c, lane, "never written",
-              "global address " + hex(address) + ", byte " + std::to_string(address - base) +
-                  " of " + a->name);
-      if (access != Access::kRead) written[i] = 1;
-    }
+    uint8_t* written = written_bytes(*a) + (address - base);
+    if (access != Access::kWrite && std::count(written, written + bytes, 1) != bytes &&
+        !host_wrote(*a, base, address - base, static_cast<uint64_t>(bytes)))
+      fault(c, lane, "never written",
+            "global address " + hex(address) + ", byte " + std::to_string(address - base) + " of " +
+                a->name);
+    if (access != Access::kRead) std::fill_n(written, bytes, 1);
   }
   return reinterpret_cast<uint8_t*>(address);
 }

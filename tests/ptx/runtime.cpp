@@ -50,8 +50,9 @@ struct State {
 };
 thread_local std::vector<State::Configuration> State::configurations;
 
+// It outlives whoever frees memory when the process ends.
 State& state() {
-  static State s;
+  static State& s = *new State;
   return s;
 }
 
@@ -65,12 +66,7 @@ cudaError_t failed(cudaError_t code, const std::string& what) {
 }
 
 void announce(uint64_t address, uint64_t size, const std::string& name, bool written) {
-  Allocation a;
-  a.size = size;
-  a.name = name;
-  a.tracked = !written;
-  if (!written) a.written.assign(size, 0);
-  state().machine.memory[address] = std::move(a);
+  state().machine.announce(address, {size, name, !written, {}, 0});
 }
 
 // The parts of a fat binary that are PTX, by the architecture in their .target. nvcc has to be told --no-compress.
@@ -414,50 +410,48 @@ cudaError_t cudaMalloc(void** pointer, size_t size) {
 }
 cudaError_t cudaFree(void* pointer) {
   if (cudaError_t code = refuse_in_capture("cudaFree")) return code;
-  state().machine.memory.erase(reinterpret_cast<uint64_t>(pointer));
+  state().machine.forget(reinterpret_cast<uint64_t>(pointer));
   state().mallocs.erase(reinterpret_cast<uint64_t>(pointer));
   return cudaSuccess;
 }
-static void mark(void* pointer, size_t size) {
-  // Not by Machine::find: between launches what it remembers may be gone.
-  auto& memory = state().machine.memory;
+// What the host has the device write.
+static cudaError_t device_writes(const char* call, void* pointer, size_t size) {
   const uint64_t address = reinterpret_cast<uint64_t>(pointer);
-  auto after = memory.upper_bound(address);
-  if (after == memory.begin()) return;
-  auto& [base, a] = *std::prev(after);
-  if (a.tracked && address + size <= base + a.size)
-    std::fill_n(a.written.begin() + static_cast<std::ptrdiff_t>(address - base), size, uint8_t{1});
+  uint64_t base = 0;
+  Allocation* a = state().machine.find(address, base);
+  if (size > 0 && (a == nullptr || address + size > base + a->size))
+    return failed(cudaErrorInvalidValue, std::string(call) + " of " + std::to_string(size) +
+                                             " bytes beyond the device's buffers");
+  if (size > 0 && a->tracked) std::fill_n(ptx::written_bytes(*a) + (address - base), size, 1);
+  return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* pointer, int value, size_t size, cudaStream_t stream) {
   if (cudaError_t code = refuse_legacy_stream("cudaMemsetAsync", stream)) return code;
-  std::memset(pointer, value, size);
-  mark(pointer, size);
-  return cudaSuccess;
+  Lock lock(mutex);
+  cudaError_t code = device_writes("cudaMemsetAsync", pointer, size);
+  if (code == cudaSuccess) std::memset(pointer, value, size);
+  return code;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind,
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind,
                             cudaStream_t stream) {
   if (cudaError_t code = refuse_legacy_stream("cudaMemcpyAsync", stream)) return code;
-  std::memcpy(to, from, size);
-  mark(to, size);
-  return cudaSuccess;
+  Lock lock(mutex);
+  cudaError_t code =
+      kind == cudaMemcpyDeviceToHost ? cudaSuccess : device_writes("cudaMemcpyAsync", to, size);
+  if (code == cudaSuccess) std::memcpy(to, from, size);
+  return code;
 }
 
 // ---- What Python calls -------------------------------------------------------------------------------------------------
 
 void ptx_begin(int arch, int sms, int shared_per_block, int shared_per_sm, int max_cluster, int l2,
                uint64_t seed, int shuffle, int resident, int perturb, int undefined_shuffles,
-               int same_values, int any_memory, uint64_t limit) {
+               int same_values, uint64_t limit) {
   State& s = state();
   s.machine.device = {arch, sms, shared_per_block, shared_per_sm, max_cluster, l2};
-  s.machine.options = {seed,
-                       shuffle != 0,
-                       resident,
-                       perturb != 0,
-                       undefined_shuffles != 0,
-                       same_values != 0,
-                       any_memory != 0,
-                       limit};
-  s.machine.memory.clear();
+  s.machine.options = {
+      seed, shuffle != 0, resident, perturb != 0, undefined_shuffles != 0, same_values != 0, limit};
+  s.machine.forget_all();
   s.machine.launches.clear();
   s.machine.output.clear();
   s.machine.ordering.clear();
@@ -475,6 +469,23 @@ void ptx_buffer(uint64_t address, uint64_t size, const char* name, int written) 
 }
 // A stream that is being captured from here on; 0: none.
 void ptx_capture(uint64_t stream) { state().captured_stream = stream; }
+// Memory that the host may write without the device's knowledge: where it did, the pattern is gone.
+void ptx_allocated(uint64_t address, uint64_t size, const char* name, uint16_t pattern) {
+  Lock lock(mutex);
+  state().machine.announce(address, {size, name, true, {}, pattern});
+}
+void ptx_freed(uint64_t address) {
+  Lock lock(mutex);
+  state().machine.forget(address);
+}
+// What a check found since the last call.
+const char* ptx_take_error() {
+  State& s = state();
+  s.text = std::move(s.error);
+  s.error.clear();
+  s.last = cudaSuccess;
+  return s.text.c_str();
+}
 const char* ptx_error() { return state().error.c_str(); }
 const char* ptx_output() { return state().machine.output.c_str(); }
 const char* ptx_launches() {

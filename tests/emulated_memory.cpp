@@ -1,0 +1,65 @@
+// What PyTorch needs for its CPU tensors to stand for a device's in the tests of the emulated ops.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+extern "C" {
+void ptx_allocated(uint64_t address, uint64_t size, const char* name, uint16_t pattern);
+void ptx_freed(uint64_t address);
+}
+
+namespace {
+
+// Every CPU tensor is a buffer of the device with its extent, between two gaps that belong to none. Memory that
+// nothing was written to, by a kernel or by the CPU, holds a pattern: NaN in every floating-point format.
+class DeviceMemory final : public c10::Allocator {
+ public:
+  explicit DeviceMemory(c10::Allocator* host) : host_(host) {}
+
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes == 0) return host_->allocate(0);
+    auto* block = new Block{host_->allocate(bytes + 2 * kGap), 0};
+    auto* data = static_cast<uint8_t*>(block->memory.mutable_get()) + kGap;
+    auto* words = reinterpret_cast<uint16_t*>(data);
+    std::fill(words, words + (bytes + 1) / 2, kPattern);
+    block->address = reinterpret_cast<uint64_t>(data);
+    ptx_allocated(block->address, bytes, "a tensor", kPattern);
+    return {data, block, release, c10::Device(c10::kCPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+
+ private:
+  static constexpr size_t kGap = 256;
+  static constexpr uint16_t kPattern = 0xFFA5;
+  struct Block {
+    c10::DataPtr memory;
+    uint64_t address;
+  };
+  static void release(void* context) {
+    auto* block = static_cast<Block*>(context);
+    ptx_freed(block->address);
+    delete block;
+  }
+
+  c10::Allocator* host_;
+};
+
+// torch has it for CUDA alone.
+at::Tensor& mm_dtype_out(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
+                         at::Tensor& out) {
+  return at::mm_out(out, a.to(dtype), b.to(dtype));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("mm.dtype_out", mm_dtype_out); }
+
+extern "C" void track_tensors() {
+  c10::SetCPUAllocator(new DeviceMemory(c10::GetCPUAllocator()), /*priority=*/255);
+}
