@@ -80,11 +80,11 @@ class Device:
         return out
 
 
-def emulated(run, lib):
+def emulated(run, lib, stream=0):
     def announce(tensor, written, name):
         run.buffer(tensor, written, name)
 
-    return Device(lib.python, "cpu", announce)
+    return Device(lib.python, "cpu", announce, stream)
 
 
 def gpu(module):

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import ptx
@@ -49,3 +50,40 @@ def test_on_emulated_device(file):
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 50
+
+
+UNWRITTEN, BEYOND = "never written", "out of bounds"
+FINDINGS = [
+    ("add_noise_(torch.empty(1000), 0.5, seed=1)", f"{UNWRITTEN}.*byte 0 of a tensor"),
+    ("x[:500] = 1; add_noise_(x, 0.5, seed=1)", f"{UNWRITTEN}.*of a tensor"),
+    ("x.fill_(1); x.untyped_storage().resize_(2000); add_noise_(x, 0.5, seed=1)", BEYOND),
+    ("x.fill_(1); add_noise_(x, 0.5, seed=1)", None),
+]
+
+
+@pytest.mark.skipif(ptx.toolkit() is None, reason="needs nvcc")
+def test_emulated_tensors_have_extents_and_are_written():
+    """Each statement alone, in one process: what its op raises."""
+    code = f"""
+        import emulated_ops, torch
+        from kdkernels import add_noise_
+        for statement, _ in {FINDINGS!r}:
+            x = torch.empty(1000)
+            try:
+                exec(statement)
+                print("nothing")
+            except RuntimeError as error:
+                print(str(error).splitlines()[0])
+            emulated_ops.device.library.c.ptx_take_error()
+        """
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=HERE.parent,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for (statement, finding), said in zip(FINDINGS, done.stdout.splitlines(), strict=True):
+        assert re.search(finding or "^nothing$", said), f"{statement}: {said}"

@@ -325,5 +325,14 @@ inline cudaError_t device_of(const void* kernel, Device& device) {
   return cudaSuccess;
 }
 
+// Before a launch with `dynamic` bytes of shared memory, of a kernel with at most `fixed` bytes of static ones. It always
+// allows the same number: to lower what is allowed would fail a launch that another thread is about to make.
+inline cudaError_t allow_shared(const void* kernel, int dynamic, int fixed, const Device& device) {
+  constexpr int kAlwaysAllowed = 48 * 1024;  // static and dynamic together
+  if (dynamic <= kAlwaysAllowed - fixed) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              device.shared_per_block - fixed);
+}
+
 }  // namespace cuda
 }  // namespace kdkernels

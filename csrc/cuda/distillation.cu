@@ -67,14 +67,11 @@ CrossEntropy cross_entropy(const LossParams& p) {
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks,
-                          const DistillationPlan& plan, cudaStream_t stream,
+                          const DistillationPlan& plan, const Device& device, cudaStream_t stream,
                           Arguments... arguments) {
-  if (plan.shared > 48 * 1024) {
-    cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
-    if (error != cudaSuccess) return error;
-  }
+  cudaError_t error =
+      allow_shared(reinterpret_cast<const void*>(kernel), plan.shared, kRowStatic, device);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster);
@@ -91,21 +88,22 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks,
 
 template <class T, class Policy>
 cudaError_t launch_rows(const LossParams& p, const Task<typename Compute<T>::type>& task,
-                        const DistillationPlan& plan, cudaStream_t stream) {
+                        const DistillationPlan& plan, const Device& device, cudaStream_t stream) {
   int64_t blocks = plan.partials(p.rows);
   switch (plan.walk) {
     case Walk::kTile:
-      return launch_kernel(tile_kernel<T, Policy>, blocks, plan, stream, p, task, plan.lanes,
-                           plan.rows);
+      return launch_kernel(tile_kernel<T, Policy>, blocks, plan, device, stream, p, task,
+                           plan.lanes, plan.rows);
     case Walk::kWarp:
       if constexpr (sizeof(T) < 8)
-        return launch_kernel(warp_kernel<T, Policy>, blocks, plan, stream, p, task);
+        return launch_kernel(warp_kernel<T, Policy>, blocks, plan, device, stream, p, task);
       break;
     case Walk::kHeld:
-      return launch_kernel(row_kernel<T, Policy, true>, blocks, plan, stream, p, task, plan.cluster,
-                           plan.slots);
+      return launch_kernel(row_kernel<T, Policy, true>, blocks, plan, device, stream, p, task,
+                           plan.cluster, plan.slots);
     case Walk::kStream:
-      return launch_kernel(row_kernel<T, Policy, false>, blocks, plan, stream, p, task, 1, 0);
+      return launch_kernel(row_kernel<T, Policy, false>, blocks, plan, device, stream, p, task, 1,
+                           0);
   }
   return cudaErrorInvalidValue;
 }
@@ -171,7 +169,7 @@ cudaError_t launch_one_pass(const LossParams& p, cudaStream_t stream) {
                      inverse.on_device,
                      p.loss != nullptr ? partial : nullptr,
                      near};
-  if (p.rows > 0) error = launch_rows<T, OnePassKL>(p, task, plan, stream);
+  if (p.rows > 0) error = launch_rows<T, OnePassKL>(p, task, plan, device, stream);
   if (error != cudaSuccess) return error;
   int64_t count = plan.partials(p.rows);
   if (p.alpha > 0) {

@@ -166,7 +166,8 @@ cudaError_t launch(const LossParams& p, double inv_denominator,
   cudaError_t error = device_of(kernel, device);
   if (error != cudaSuccess) return error;
   const int of_rows = kPerRow ? static_cast<int>(sizeof(RowTaskMemory<Real, true>)) : 0;
-  device.shared_per_block -= of_rows;
+  Device remaining = device;  // without the task of the row
+  remaining.shared_per_block -= of_rows;
   DivergenceTask<Real> task = task_of<Real>(p);
   task.inv_denominator = inv_denominator;
   task.device_inv_denominator = device_inv_denominator;
@@ -174,7 +175,7 @@ cudaError_t launch(const LossParams& p, double inv_denominator,
 
   const int sides = task.own + task.reads_teacher;
   const DivergencePlan plan =
-      plan_divergence(p.classes, p.entries, sizeof(T), task.cooked, sides, device);
+      plan_divergence(p.classes, p.entries, sizeof(T), task.cooked, sides, remaining);
   const int entries = static_cast<int>(p.entries), acc = sizeof(Real);
   const int side = plan.capacity * (task.cooked ? acc : static_cast<int>(sizeof(T))) + 16;
   task.capacity = plan.capacity;
@@ -183,10 +184,8 @@ cudaError_t launch(const LossParams& p, double inv_denominator,
   task.student_image = (task.entry_t + entries * acc + 15) / 16 * 16;
   task.teacher_image = task.student_image + side;
   task.raw = task.student_image + sides * side;
-  if (plan.shared > 48 * 1024 - kDivergenceStatic - of_rows) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
-    if (error != cudaSuccess) return error;
-  }
+  error = allow_shared(kernel, plan.shared, kDivergenceStatic + of_rows, device);
+  if (error != cudaSuccess) return error;
   divergence_kernel<T, kPerRow>
       <<<static_cast<unsigned>(divergence_partials(p)),
          static_cast<unsigned>(std::min(plan.threads, row_threads<T, kPerRow>())),

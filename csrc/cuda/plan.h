@@ -39,7 +39,8 @@ constexpr int kStreamThreads = 256, kMaxCluster = 8;
 constexpr int kEdges =
     16;  // slots of one element: up to 8 before a row's first 16 bytes, up to 8 after
 constexpr int kBusyThreads = 512;  // an SM
-constexpr int kBlockReserve = 3072;  // static shared memory and what CUDA takes of each block
+constexpr int kRowStatic = 2048;  // bytes of static shared memory, at most
+constexpr int kBlockReserve = 1024 + kRowStatic;  // CUDA takes 1 KB of each block
 // Blocks or clusters of a launch; each leaves one partial sum of the loss, so one block adds them quickly.
 constexpr int64_t kMaxPartials = 16384;
 
