@@ -16,6 +16,8 @@ from kdkernels import (
     topk_distillation_loss,
 )
 
+pytestmark = pytest.mark.quick
+
 INF, NAN = math.inf, math.nan
 DIVERGENCES = list(reference.DIVERGENCES)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -19,6 +19,8 @@ from kdkernels import (
     topk_distillation_loss,
 )
 
+pytestmark = pytest.mark.quick
+
 NAN = math.nan
 HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # relative
 ROWS, CLASSES, WIDTH, TEACHER_WIDTH = 11, 37, 8, 5
