@@ -60,7 +60,7 @@ reproduce: setup
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 quick: setup
-	@$(PYTEST) -m quick
+	@KDKERNELS_EMULATED_ARCH=90 $(PYTEST) -m quick $(shell grep -l "mark\.quick" tests/test_*.py)
 
 test: setup
 	@$(PYTEST) --durations=25

@@ -26,7 +26,7 @@ hypothesis.settings.load_profile("kdkernels")
 
 # A file's tests stay together, for what their fixtures make. But the tests of these share nothing
 # beyond a parameter.
-SHARED_OUT = ("test_cubin.py", "test_launchers.py", "test_ops_emulated.py")
+SHARED_OUT = ("test_cubin.py", "test_isa_levels.py", "test_launchers.py", "test_ops_emulated.py")
 # What takes longest comes first, so that all workers end together.
 FIRST = ("test_ops_emulated.py", "test_cubin.py", "test_package.py", "test_launchers.py")
 

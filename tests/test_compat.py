@@ -11,6 +11,8 @@ from torch.nn import functional as F
 import kdkernels
 from kdkernels import compat
 
+pytestmark = pytest.mark.quick
+
 N, V = 6, 33
 BETAS = (0.0, 0.1, 0.5, 1.0)
 IGNORED = -100

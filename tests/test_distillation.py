@@ -12,6 +12,8 @@ from torch.nn import functional as F
 import kdkernels
 from kdkernels import DistillationLoss, distillation_loss, reference
 
+pytestmark = pytest.mark.quick
+
 INF, NAN = math.inf, math.nan
 HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # relative
 

@@ -17,6 +17,8 @@ from kdkernels import (
 )
 from kdkernels.benchmark import IGNORED, training_logits
 
+pytestmark = pytest.mark.quick
+
 INF, NAN = math.inf, math.nan
 DIVERGENCES = list(reference.DIVERGENCES)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -20,6 +20,8 @@ from kdkernels import (
 )
 from kdkernels.distill import _packed
 
+pytestmark = pytest.mark.quick
+
 NAN = math.nan
 HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # relative
 ROWS, CLASSES, WIDTH, TEACHER_WIDTH = 11, 37, 8, 5

@@ -34,6 +34,8 @@ from kdkernels import (
 )
 from kdkernels.noise import DISTRIBUTIONS, shard_of
 
+pytestmark = pytest.mark.quick
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 MILLION = 2**20
 # Of the 2^20 fp32 normals of seed 0, step 0, stream 0, little-endian, on every machine.

@@ -28,6 +28,8 @@ from kdkernels import (
     reference,
 )
 
+pytestmark = pytest.mark.quick
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(7, 5), (300,), (), (0, 3), (2, 3, 4, 5)]
 DISTRIBUTIONS = kdkernels.noise.DISTRIBUTIONS
@@ -1089,21 +1091,21 @@ def batches(data, steps):
 
 
 @pytest.mark.parametrize(
-    ("options", "least"),
+    "options",
     [
-        ({"population": 64, "lr": 0.03}, 0.92),
-        ({"population": 64, "lr": 0.1, "shaping": "ranks", "distribution": "rademacher"}, 0.9),
-        ({"population": 63, "lr": 0.03, "antithetic": False}, 0.9),
+        {"population": 64, "lr": 0.03},
+        {"population": 64, "lr": 0.1, "shaping": "ranks", "distribution": "rademacher"},
+        {"population": 63, "lr": 0.03, "antithetic": False},
     ],
 )
-def test_evolution_trains_on_digits(options, least, set_threads):
+def test_evolution_trains_on_digits(options, set_threads):
     """A network of two layers: accuracy on 397 digits that it has not seen."""
     set_threads(1)
     data, held_out = digits()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
-    lr = kdkernels.cosine(options.pop("lr"), 400)
-    for step, x, y in batches(data, 400):
+    lr = kdkernels.cosine(options.pop("lr"), 120)
+    for step, x, y in batches(data, 120):
 
         def score(x=x, y=y):
             assert not torch.is_grad_enabled()
@@ -1113,7 +1115,7 @@ def test_evolution_trains_on_digits(options, least, set_threads):
             model.parameters(), score, std=0.05, lr=lr(step), seed=1, step=step, **options
         )
         assert scores.shape == (options["population"],) and scores.dtype == torch.float64
-    assert accuracy(model, held_out) > least
+    assert accuracy(model, held_out) > 0.88
 
 
 @pytest.mark.parametrize("options", [{}, {"restore": "regenerate", "distribution": "uniform"}])

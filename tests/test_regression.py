@@ -8,6 +8,8 @@ import torch
 
 from kdkernels import noisy_linear_regression, reference
 
+pytestmark = pytest.mark.quick
+
 MODES = ["per-step", "per-sample"]
 
 
