@@ -30,17 +30,6 @@ SHARED_OUT = ("test_cubin.py", "test_isa_levels.py", "test_launchers.py", "test_
 # What takes longest comes first, so that all workers end together.
 FIRST = ("test_ops_emulated.py", "test_cubin.py", "test_package.py", "test_launchers.py")
 
-# Of `make quick`: every op on the CPU, beside what is marked one by one.
-QUICK = (
-    "test_distillation.py",
-    "test_linear.py",
-    "test_noise.py",
-    "test_optim.py",
-    "test_regression.py",
-    "test_row_options.py",
-    "test_tensor_kinds.py",
-)
-
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
@@ -58,9 +47,6 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
-    for item in items:
-        if item.path.name in QUICK:
-            item.add_marker("quick")
     if torch.cuda.is_available():
         from kdkernels import _C
 

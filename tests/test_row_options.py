@@ -10,6 +10,8 @@ from kdkernels import (
     topk_teacher,
 )
 
+pytestmark = pytest.mark.quick
+
 ROWS, CLASSES = 6, 11
 LABELS = torch.tensor([0, 3, -100, 10, 7, 2])
 

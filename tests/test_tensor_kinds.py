@@ -17,6 +17,8 @@ from kdkernels import (
     topk_teacher,
 )
 
+pytestmark = pytest.mark.quick
+
 Z, T = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LABELS = torch.tensor([0, 5, 2, 2])
 HEAD = torch.eye(6, dtype=torch.float64)
