@@ -88,6 +88,48 @@ def test_emulated(op, case):
             same_bits(got, again)
 
 
+@needs_nvcc
+@pytest.mark.parametrize("op", launchers.OPS, ids=lambda op: op.name)
+def test_all_work_is_in_the_stream_that_is_captured(emulated_library, op):
+    for case in {0: op.cases[0], 1: op.cases[len(op.cases) // 2]}.values():
+        with emulated_library.run(seed=1) as run, run.capture() as stream:
+            got = op.launch(launchers.emulated(run, emulated_library, stream), case)
+        op.compare(case, got, op.expected(case))
+
+
+def planned_shared(library, op, classes):
+    """Bytes of dynamic shared memory of a float32 row of so many classes on an H100."""
+    sms, block, multiprocessor, _, _ = ptx.DEVICES[90]
+    device = launchers.fill(
+        library.Device(), arch=90, sms=sms, shared_per_block=block, shared_per_sm=multiprocessor
+    )
+    if op == "distillation":
+        return library.plan_distillation(classes, 4, False, device).shared
+    return library.plan_divergence(classes, 0, 4, False, 2, device).shared
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", ["distillation", "divergence"])
+def test_shared_memory_that_a_block_has_to_opt_in_to(emulated_library, name):
+    """Static shared memory counts, and no thread lowers what another one needs."""
+    (op,) = (op for op in launchers.OPS if op.name == name)
+    make = {"distillation": launchers.Distillation, "divergence": launchers.Divergence}[name]
+    shared = {v: planned_shared(emulated_library.python, name, v) for v in range(600, 40000, 8)}
+    most = 48 * 1024
+    edge = [v for v, size in shared.items() if most - 1024 < size <= most]
+    large = max(shared, key=shared.get)
+    assert edge and shared[large] > most
+    with emulated_library.run(seed=1) as run:
+        device = launchers.emulated(run, emulated_library)
+        for classes in (large, edge[0], edge[-1]):
+            case = make("float32", 1, classes)
+            got = []
+            thread = threading.Thread(target=lambda c=case: got.append(op.launch(device, c)))  # noqa: B023
+            thread.start()
+            thread.join()
+            op.compare(case, *got, op.expected(case))
+
+
 class Far(launchers.Device):
     """A device on which rows lie beyond 2^31 elements of each other, in memory that no one uses."""
 
