@@ -6,7 +6,8 @@
 # make peers       the losses against TRL's, Liger-Kernel's and others, installed beside .venv
 # make docs        the site of documentation, into build/docs; its code is run and its pictures drawn
 # make wheel       sdist and manylinux wheel for this Python and torch, into dist
-# make counts      what the CUDA kernels and their peers cost on an H100, counted without one
+# make counts      what the CUDA kernels and their peers cost on an H100, counted without one; of any loss
+#                  ARGS="--losses js --classes 1000 --gap 0.1 far" and others: ARGS=--help
 # make gpu-test    the tests that need a GPU; SANITIZE=1 runs them under each tool of compute-sanitizer
 # make gpu-bench   the benchmarks on a GPU, into bench/results; ARGS="--only noise" and others: ARGS=--help
 #
