@@ -11,7 +11,8 @@
 # make wheel       sdist and manylinux wheel for this Python and torch, into dist
 # make stubs       kdkernels/_C.pyi, for type checkers, after a change of the bindings
 # make compile-commands   compile_commands.json, for clangd and others
-# make counts      what the CUDA kernels and their peers cost on an H100, counted without one
+# make counts      what the CUDA kernels and their peers cost on an H100, counted without one; of any loss
+#                  ARGS="--losses js --classes 1000 --gap 0.1 far" and others: ARGS=--help
 # make gpu-test    the tests that need a GPU; SANITIZE=1 runs them under each tool of compute-sanitizer
 # make gpu-bench   the benchmarks on a GPU, into bench/results; ARGS="--only noise" and others: ARGS=--help
 #

@@ -60,18 +60,20 @@ class Grid:
                 )
 
 
-# The whole table. Options at one size, over near and far rows.
+# The whole table: what most people use at all sizes, the rest at that of a language model.
+COMMON = ("forward_kl", "reverse_kl", "js")
 LANGUAGE = {"classes": (32000,), "dtypes": ("bfloat16",)}
 STANDARD = [
-    Grid(("forward_kl", "reverse_kl", "js")),
+    Grid(COMMON),
     Grid(("forward_kl",), labels=True),
-    Grid(tuple(n for n in reference.DIVERGENCES if n not in ("forward_kl", "reverse_kl", "js")),
-         **LANGUAGE),
-    Grid(("forward_kl",), rows=(1, 64, 512), **LANGUAGE),
-    Grid(("forward_kl", "js"), gaps=(0.01, 0.3), temperatures=(1.0,), **LANGUAGE),
-    Grid(("forward_kl",), options=tuple((name,) for name in ours.OPTIONS
+    Grid(("forward_kl",), classes=(100, 50257, 151936, 262144), dtypes=("bfloat16",)),
+    Grid(tuple(name for name in reference.DIVERGENCES if name not in COMMON), **LANGUAGE),
+    Grid(COMMON, rows=(1, 64, 512, 16384), **LANGUAGE),
+    Grid(COMMON[:1], classes=(10, 1000), dtypes=("bfloat16",), rows=(128,)),
+    Grid(COMMON, gaps=(0.01, 0.3), temperatures=(1.0, 4.0), **LANGUAGE),
+    Grid(COMMON[:1], options=tuple((name,) for name in ours.OPTIONS
          if name not in ("label_smoothing", "top_k", "row_losses")), **LANGUAGE),
-    Grid(("forward_kl",), classes=(128256,), options=(("top_k",),)),
+    Grid(COMMON[:1], classes=(128256,), options=(("top_k",),)),
 ]  # fmt: skip
 
 

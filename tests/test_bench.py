@@ -79,6 +79,21 @@ def test_a_short_call_is_timed_many_times_in_a_row(monkeypatch):
     assert len(calls) == 2 + 5 + 3 * 20
 
 
+def test_what_a_call_spoils_is_made_again_before_each_sample(monkeypatch):
+    now, whole = [0.0], [0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+
+    def call():
+        now[0] += 1e-3 if whole[0] > 0 else 1.0
+        whole[0] -= 1
+
+    def make():
+        whole[0] = 4
+
+    rounds = benchmark.take_turns({"a": call}, 0, least=3, before={"a": (make, 4)})
+    assert rounds["a"] == pytest.approx([1e-3] * 3)
+
+
 def comparison():
     x = torch.zeros(300)
     found = Comparison("adding", lambda call: torch.testing.assert_close(call(), x + 1), bytes=2400)

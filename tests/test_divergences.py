@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_distillation import HALF_ULP, generator, logits, pair
+from test_distillation import HALF_ULP, generator, logits, on_emulator, pair
 
 import kdkernels
 from kdkernels import (
@@ -585,13 +585,14 @@ def test_frozen_teacher_from_near_to_far(divergence, dtype, classes):
         assert ((got.double() - right).abs() <= allowed).all()
 
 
+@pytest.mark.skipif(on_emulator(), reason="the launchers' own tests have such rows")
 @settings(max_examples=100)
 @given(
     divergence=st.sampled_from(DIVERGENCES),
     dtype=st.sampled_from(DTYPES),
     shape=st.sampled_from(
         [
-            *((1, 10), (200, 10), (33, 100), (9, 1000), (4, 5003), (2, 32_000)),
+            *((1, 10), (16_384, 10), (33, 100), (9, 1000), (4, 5003), (2, 32_000)),
             *((1, 50_257), (1, 128_256), (2, 151_936), (1, 262_144)),
         ]
     ),

@@ -7,6 +7,7 @@ import math
 
 from . import cost
 
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 HEADER = (
     "size | gap | kernels of | launches | moved / min | requested / min | sectors % | MUFU | FMA "
     "| ALU | memory | slots | ps | x floor | bytes and units | latency | bound by | registers "
@@ -123,8 +124,45 @@ def groups(rows):
     return grouped
 
 
+def summary(rows):
+    """Lines of a table of ours, near and far, beside torch.compile and Liger."""
+    names = ("torch.compile", "Liger")
+    peers = {
+        (r.op, r.dtype, r.classes, name): f"{r.of_floor:.2f}"
+        for r in rows
+        for name in names
+        if r.who.startswith(name)
+    }
+    ours = collections.defaultdict(dict)
+    for r in sorted(rows, key=lambda r: r.place):
+        if r.gap is not None:
+            title = f"{r.op}, {SHORT.get(r.dtype, r.dtype)}, {r.size}"
+            title += f", T = {r.temperature:g}" * (r.temperature != 2)
+            ours[title][r.gap] = r
+    gaps = sorted({gap for found in ours.values() for gap in found})
+    if not gaps:
+        return []
+    heads = [cell for gap in gaps for cell in (gap_text(gap), "bound by")]
+    lines = ["", "## Near and far: x floor", "", f"| | {' | '.join([*heads, *names])} |"]
+    lines.append("|" + "---|" * (len(heads) + len(names) + 1))
+    for title, found in ours.items():
+        cells = [title]
+        for gap in gaps:
+            r = found.get(gap)
+            cells += ["", ""] if r is None else [f"{r.of_floor:.2f}", next(iter(r.bound_by))]
+        some = next(iter(found.values()))
+        plain = some.temperature == 2
+        cells += [
+            peers.get((some.op, some.dtype, some.classes, name), "") if plain else ""
+            for name in names
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def markdown(rows, missing):
     lines = ["# Counted costs on an H100 SXM", "", cost.__doc__.strip(), "", ABOUT]
+    lines += summary(rows)
     for (op, dtype), group in groups(rows).items():
         lines += ["", f"## {op}, {dtype}: at least {group[0].minimum:g} bytes an element", ""]
         lines += [f"| {HEADER} |", "|" + "---|" * (HEADER.count("|") + 1)]
