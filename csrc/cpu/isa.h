@@ -46,8 +46,8 @@ bool elementary(const char* f, const float* x, float* y, int64_t n) {
 #define KD_STRING_(a) #a
 #define KD_STRING(a) KD_STRING_(a)
 extern const Kernels KD_JOIN(kernels_, KD_ISA);
-const Kernels KD_JOIN(kernels_, KD_ISA) = {
-    KD_STRING(KD_ISA), loss_rows, noise, noise_dot, combine, update, regression, elementary};
+const Kernels KD_JOIN(kernels_, KD_ISA) = {KD_STRING(KD_ISA), loss_rows, noise,      noise_dot,
+                                           combine,           update,    regression, elementary};
 
 }  // namespace cpu
 }  // namespace kdkernels
