@@ -172,7 +172,8 @@ constexpr int row_blocks(bool held, int element_size) {
   return (held ? 65536 / held_registers(element_size) : element_size == 8 ? 256 : 768) / threads;
 }
 
-constexpr int kHeldWarps = held_max_threads(2) / kWarp;
+template <class T>
+constexpr int kHeldWarps = held_max_threads(sizeof(T)) / kWarp;
 
 template <class Real>
 struct alignas(16) Part {
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
   constexpr int kGroups = kKeep ? 2 : kHeld ? 4 : 1;
   constexpr int kLeastSlots = 4;  // that pay for what is done once a group
   extern __shared__ uint4 slots_shared[];
-  __shared__ Part<Real> parts[2][kHeldWarps];
+  __shared__ Part<Real> parts[2][kHeldWarps<T>];
   // Kept by thread 0; the others read the factor after a row's barrier.
   __shared__ double total;
   __shared__ Real factor;

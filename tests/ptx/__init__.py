@@ -132,6 +132,9 @@ def _digest(paths, *words):
     return digest.hexdigest()[:16]
 
 
+_refused = {}  # what the compiler said of a source, for the life of this process
+
+
 def _object(command, source):
     """A source's object, cached by the content of every file that the compiler reads for it."""
     folder, name = CACHE / "objects", Path(source).name
@@ -144,6 +147,8 @@ def _object(command, source):
         return folder / f"{name}-{_digest(read(listing), *words)}.o"
 
     listing = folder / f"{name}-{_digest([], *words)}.d"
+    if listing in _refused:  # every test that needs it would compile it once more
+        raise _refused[listing]
     with locked(listing):
         try:
             if (known := place(listing)).exists():
@@ -154,7 +159,11 @@ def _object(command, source):
         out = partial.with_suffix(".o")
         for _ in range(3):
             begin = time.time()
-            said = _run([*command, source, "-o", out, "-MD", "-MF", partial])
+            try:
+                said = _run([*command, source, "-o", out, "-MD", "-MF", partial])
+            except RuntimeError as error:
+                _refused[listing] = error
+                raise
             if all(os.stat(file).st_mtime < begin for file in read(partial)):
                 break  # else a file was edited meanwhile
         known = place(partial)
@@ -254,6 +263,7 @@ def build_native(name, sources, flags=(), include=()):
 
 
 def _import(path, name):
+    name = f"{path.parent.name}.{name}"  # pybind11 returns a module of this name that is there already
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = importlib.util.module_from_spec(spec)
