@@ -1,6 +1,6 @@
 // What PyTorch needs for its CPU tensors to stand for a device's in the tests of the emulated ops.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ops/addmm.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
@@ -50,15 +50,18 @@ class DeviceMemory final : public c10::Allocator {
   c10::Allocator* host_;
 };
 
-// torch has it for CUDA alone.
-at::Tensor& mm_dtype_out(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype,
-                         at::Tensor& out) {
-  return at::mm_out(out, a.to(dtype), b.to(dtype));
+// torch has it for CUDA alone: a product of 16 bits that is summed in fp32 and rounded to nothing less.
+at::Tensor& addmm_dtype_out(const at::Tensor& self, const at::Tensor& a, const at::Tensor& b,
+                            at::ScalarType dtype, const at::Scalar& beta, const at::Scalar& alpha,
+                            at::Tensor& out) {
+  TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.element_size() == 2 && dtype == at::kFloat &&
+              self.scalar_type() == dtype && out.scalar_type() == dtype);
+  return at::addmm_out(out, self, a.to(dtype), b.to(dtype), beta, alpha);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("mm.dtype_out", mm_dtype_out); }
+TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("addmm.dtype_out", addmm_dtype_out); }
 
 extern "C" void track_tensors() {
   c10::SetCPUAllocator(new DeviceMemory(c10::GetCPUAllocator()), /*priority=*/255);

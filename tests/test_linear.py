@@ -196,9 +196,34 @@ def test_other_dtypes(dtype, form):
         )
         acc = torch.float32
         assert [x.dtype for x in got] == [acc, acc, dtype, dtype, dtype]
-        for a, b in zip(got, want, strict=True):
-            # Logits of size 4 are rounded, which the loss and all gradients feel.
-            torch.testing.assert_close(a.double(), b, rtol=0, atol=8 * unit * b.abs().max().item())
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            # The logits' gradients are rounded, and what they are summed up to once more.
+            atol = max(2 * unit if i >= 2 else 0, 2e-6) * b.abs().max().item()
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("std", [1, 3, 10])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
+def test_logits_of_16_bits_are_not_rounded(divergence, std, dtype):
+    """Where student and teacher are close, 16 bits of a logit are most of their difference."""
+    rows, classes, width = 32, 1500, 64
+    h, w = randn(rows, width, seed=1), randn(classes, width, seed=2) * std / width**0.5
+    th = h + 0.05 * randn(rows, width, seed=3)
+    tw = w * (1 + 0.02 * randn(classes, width, seed=4))
+    tensors = [x.to(dtype) for x in (h, w, th, tw)]
+
+    def run(h, w, th, tw):
+        h, w = leaves((h, w))
+        loss = linear_distillation_loss(h, w, th, tw, divergence=divergence)
+        loss = 2.0**12 * loss  # gradients of fp16 would be subnormal
+        return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+    want = run(*(x.double() for x in tensors))
+    got = run(*tensors)
+    assert abs(got[0] / want[0] - 1) < 1e-5
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert ((a.double() - b).norm() / b.norm()).item() < 3e-3
 
 
 @pytest.mark.filterwarnings("ignore:TF32")
@@ -364,16 +389,9 @@ def test_gradients_in_16_bits_are_added_up_in_fp32(chunks, dtype):
         lambda h, w: linear_distillation_loss(h, w, teacher_logits=t, memory_budget=budget)
     )(h, w)
     whole = gradients_of(lambda h, w: distillation_loss(h @ w.T, t.double()))
-    wants = [whole(h.double(), w.double())]
-    # Where logits and their gradients are in 16 bits, exact is what follows from those.
-    z = (h @ w.T).requires_grad_()
-    (g,) = torch.autograd.grad(distillation_loss(z, t, reduction="sum"), z)
-    g = g.double() / rows
-    wants.append((g @ w.double(), g.T @ h.double()))
-    for i in range(2):
-        errors = [(got[i].double() - want[i]).norm() for want in wants]
-        rounding = [(want[i].to(dtype).double() - want[i]).norm() for want in wants]
-        assert min(e / r for e, r in zip(errors, rounding, strict=True)) < 2
+    want = whole(h.double(), w.double())
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).norm() < 2 * (b.to(dtype).double() - b).norm()
 
 
 def test_gradients_in_fp16_do_not_underflow():

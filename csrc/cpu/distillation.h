@@ -1,9 +1,10 @@
 // The dense row walker. Included by one file an ISA level.
 //
-// One pass over a row makes every exponential once, relative to a maximum that was guessed from a few classes,
+// One sweep over a row makes every exponential once, relative to a maximum that was guessed from a few classes,
 // and keeps them in L2 while their sums grow; it also finds the row's largest logits, and the rare row whose
-// guess was far off is done again. A second pass makes the gradient of what was kept. So z and t are read once
-// and the gradient is written once; what is kept takes 2 (3 with cross-entropy's own) computed values a class.
+// guess was far off is done again. A second sweep reads z, t and what was kept from L2, adds the divergence's terms up
+// and writes the gradient. So z and t are read from memory once and the gradient is written once; what is kept takes 2
+// (3 with cross-entropy's own) computed values a class.
 #pragma once
 
 #include <cmath>
@@ -102,6 +103,13 @@ struct Exponents {
     late = V(far ? Real(0) : offset);
     rest = V(static_cast<Real>(offset * exact - (shift.t - shift.s)));
   }
+  // The same in natural logarithms and with `above` added.
+  Exponents natural(double above) const {
+    Exponents out = *this;
+    out.scale = scale * V(static_cast<Real>(math::kLn2));
+    out.rest = fma(rest, V(static_cast<Real>(math::kLn2)), V(static_cast<Real>(above)));
+    return out;
+  }
 
   // y - x, of any value where a logit is -inf.
   KD_INLINE_LAMBDA V difference(V u, V v) const { return fma(v - early - u - late, scale, rest); }
@@ -130,68 +138,55 @@ KD_FN void for_row(const T* z, const T* t, int64_t classes, Add add, Fold fold) 
   }
 }
 
-// With exponents x and y of student and teacher: what is added up beside the exponentials.
-enum class Term {
-  kForward,  // ey (y - x)
-  kReverse,  // ex (x - y), which is kept in the place of ey
-  kNone,
-};
-
-// Makes the row's exponentials, keeps what the gradient is made of, and finds all sums but that of the logits. The
-// maxima are the row's own; the exponentials are relative to the shifts.
-template <class T, Term kTerm, bool kOwn, bool kKeep, class Real>
-KD_FN math::RowSums<double> first_pass(const T* z, const T* t, int64_t classes,
-                                       const Exponents<Real>& by, Real* ex, Real* ey, Real* eh) {
+// Makes and keeps the row's exponentials, with exponents x and y of student and teacher, and finds all sums but that of
+// the logits. The maxima are the row's own; the exponentials are relative to the shifts. kCross: RowSums::cross too.
+template <class T, bool kCross, bool kOwn, class Real>
+KD_FN math::RowSums<double> first_sweep(const T* z, const T* t, int64_t classes,
+                                        const Exponents<Real>& by, Real* ex, Real* ey, Real* eh) {
   using V = Vector<Real>;
   V max_s(-std::numeric_limits<Real>::max()), max_t = max_s;
-  WideSum<Real> sum_s, sum_t, sum_hard, term;
-  V part_s(Real(0)), part_t = part_s, part_hard = part_s, part_term = part_s;
+  WideSum<Real> sum_s, sum_t, sum_hard, cross;
+  const V none(Real(0));
+  V part_s = none, part_t = none, part_hard = none, part_cross = none;
   auto add = [&](V u, V v, int64_t i) KD_INLINE_LAMBDA {
     max_s = larger(u, max_s);
     max_t = larger(v, max_t);
     V a = exp2_shifted(u, by.s), b = exp2_shifted(v, by.t);
     part_s = part_s + a;
     part_t = part_t + b;
-    V kept = b;
-    const V none(Real(0));
-    if constexpr (kTerm == Term::kForward) {
-      part_term = fma(b, select(b == none, none, by.difference(u, v)), part_term);
-    } else if constexpr (kTerm == Term::kReverse) {
-      kept = -(a * select(a == none, none, by.difference(u, v)));
-      part_term = part_term + kept;
-    }
-    if constexpr (kKeep) {
-      store(a, ex + i);
-      store(kept, ey + i);
+    store(a, ex + i);
+    store(b, ey + i);
+    if constexpr (kCross) {
+      part_cross = part_cross - a * select(a == none, none, by.difference(u, v));
     }
     if constexpr (kOwn) {
       V h = exp2_shifted(u, by.hard);
       part_hard = part_hard + h;
-      if constexpr (kKeep) store(h, eh + i);
+      store(h, eh + i);
     }
   };
   for_row(z, t, classes, add, [&]() KD_INLINE_LAMBDA {
     sum_s.add(part_s);
     sum_t.add(part_t);
-    term.add(part_term);
+    if constexpr (kCross) cross.add(part_cross);
     if constexpr (kOwn) sum_hard.add(part_hard);
-    part_s = part_t = part_hard = part_term = V(Real(0));
+    part_s = part_t = part_hard = part_cross = none;
   });
   return {static_cast<double>(largest(max_s)),
           static_cast<double>(largest(max_t)),
           sum_s.total(),
           sum_t.total(),
-          term.total(),
+          kCross ? cross.total() : 0.0,
           kOwn ? sum_hard.total() : 0.0,
           0.0,
           0.0};
 }
 
-// The first pass, from a guess of the shifts and, where the largest logits turn out to be far from it, once more.
+// The first sweep, from a guess of the shifts and, where the largest logits turn out to be far from it, once more.
 // False where the row has no such logits or they are too large.
-template <class T, Term kTerm, bool kOwn, bool kKeep, class Real>
-bool pass_over(const T* z, const T* t, int64_t classes, Real scale, Real scale_hard, Real* ex,
-               Real* ey, Real* eh, Shifts& shift, math::RowSums<double>& sums) {
+template <class T, bool kCross, bool kOwn, class Real>
+bool sweep_once(const T* z, const T* t, int64_t classes, Real scale, Real scale_hard, Real* ex,
+                Real* ey, Real* eh, Shifts& shift, math::RowSums<double>& sums) {
   double max_s = guess(z, classes), max_t = guess(t, classes);
   for (int tries = 0; tries < 2; ++tries) {
     shift = {__builtin_rint(max_s * scale), __builtin_rint(max_t * scale),
@@ -201,7 +196,7 @@ bool pass_over(const T* z, const T* t, int64_t classes, Real scale, Real scale_h
       return false;
     }
     const Exponents<Real> by(scale, scale_hard, shift);
-    sums = first_pass<T, kTerm, kOwn, kKeep>(z, t, classes, by, ex, ey, eh);
+    sums = first_sweep<T, kCross, kOwn>(z, t, classes, by, ex, ey, eh);
     max_s = sums.max_s;
     max_t = sums.max_t;
     if (near(max_s * scale - shift.s, kFar) && near(max_t * scale - shift.t, kFar) &&
@@ -212,53 +207,51 @@ bool pass_over(const T* z, const T* t, int64_t classes, Real scale, Real scale_h
   return false;
 }
 
-// For a row whose p and q are close: the sum of its terms, none of which is negative, and their a (of
-// math::ClassShare) in the place of ey, with its sum.
-struct NearTerms {
-  double f, a;
-};
-template <class T, class Policy, class Real>
-KD_FN NearTerms near_pass(const T* z, const T* t, int64_t classes, const Exponents<Real>& by,
-                          const math::RowSums<double>& sums, const Real* ex, Real* ey) {
+// The sum of the divergence's terms; and the gradient, which may be written over z. label: -1 where there is none.
+template <class T, class Policy, bool kOwn, bool kGradient, class Real>
+KD_FN double second_sweep(const T* z, const T* t, int64_t classes, const Exponents<Real>& by,
+                          const math::RowResult<double>& row, const Real* ex, const Real* ey,
+                          const Real* eh, int64_t label, T* gradient) {
   using V = Vector<Real>;
-  const V inv_s(static_cast<Real>(1 / sums.sum_s)), inv_t(static_cast<Real>(1 / sums.sum_t)),
-      nats(static_cast<Real>(math::kLn2)),
-      rest(static_cast<Real>(math::log_acc(sums.sum_s / sums.sum_t))), none(Real(0));
-  WideSum<Real> sum_f, sum_a;
-  V part_f = none, part_a = none;
+  const Exponents<Real> natural = by.natural(row.above);
+  const V inv_s(static_cast<Real>(row.inv_s)), inv_t(static_cast<Real>(row.inv_t)),
+      of_q(static_cast<Real>(row.of_q)), other(static_cast<Real>(row.other)),
+      of_hard(static_cast<Real>(row.of_hard)), uniform(static_cast<Real>(row.uniform)),
+      none(Real(0));
+  auto element = [&](V a, V b, V d, V h) KD_INLINE_LAMBDA {
+    math::TermAndGradient<V> x = Policy::element(of_q, other, b * inv_t, a * inv_s, d);
+    x.gradient = x.gradient - uniform;
+    if constexpr (kOwn) x.gradient = fma(of_hard, h, x.gradient);
+    return x;
+  };
+  Real at_label = 0;  // before its logit is written over
+  if (kGradient && label >= 0) {
+    const V d = natural.difference(V(Real(widen(z[label]))), V(Real(widen(t[label]))));
+    const V h(kOwn ? eh[label] : Real(0));
+    at_label = element(V(ex[label]), V(ey[label]), d, h).gradient.lanes[0] -
+               static_cast<Real>(row.at_label);
+  }
+  WideSum<Real> sum;
+  V part = none;
+  const int64_t whole = classes / V::kLanes * V::kLanes;
   auto add = [&](V u, V v, int64_t i) KD_INLINE_LAMBDA {
-    V d = fma(by.difference(u, v), nats, rest);  // log p - log q
-    V q = load(ex + i) * inv_s, p = exp2_shifted(v, by.t) * inv_t;
-    math::ClassShare<V> share = Policy::Terms::share(math::Element<V>{p, q, d, d, d}, none, none);
-    part_f = part_f + share.f;
-    part_a = part_a + share.a;
-    store(share.a, ey + i);
+    const math::TermAndGradient<V> x =
+        element(load(ex + i), load(ey + i), natural.difference(u, v), kOwn ? load(eh + i) : none);
+    part = part + x.term;
+    if constexpr (kGradient) {
+      if (i < whole) {
+        store(x.gradient, gradient + i);
+      } else {
+        store_part(x.gradient, static_cast<int>(classes - whole), gradient + whole);
+      }
+    }
   };
   for_row(z, t, classes, add, [&]() KD_INLINE_LAMBDA {
-    sum_f.add(part_f);
-    sum_a.add(part_a);
-    part_f = part_a = none;
+    sum.add(part);
+    part = none;
   });
-  return {sum_f.total(), sum_a.total()};
-}
-
-// of_ex ex + of_ey ey + of_hard eh - uniform.
-template <class T, bool kOwn, class Real>
-KD_FN void second_pass(const math::RowResult<double>& result, const Real* ex, const Real* ey,
-                       const Real* eh, int64_t classes, T* gradient) {
-  using V = Vector<Real>;
-  const V of_ex(static_cast<Real>(result.of_ex)), of_ey(static_cast<Real>(result.of_ey)),
-      of_hard(static_cast<Real>(result.of_hard)), rest(static_cast<Real>(-result.uniform));
-  auto make = [&](int64_t i) KD_INLINE_LAMBDA {
-    V g = fma(of_ey, load(ey + i), rest);
-    if constexpr (kOwn) g = fma(of_hard, load(eh + i), g);
-    return fma(of_ex, load(ex + i), g);
-  };
-  const int64_t whole = classes / V::kLanes * V::kLanes;
-  for (int64_t i = 0; i < whole; i += V::kLanes) store(make(i), gradient + i);
-  if (whole < classes) {
-    store_part(make(whole), static_cast<int>(classes - whole), gradient + whole);
-  }
+  if (kGradient && label >= 0) narrow(at_label, gradient[label]);
+  return sum.total();
 }
 
 template <class T, class Policy, math::CrossEntropy kHard>
@@ -267,7 +260,6 @@ void rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
   static thread_local RowBuffer buffer;
   constexpr bool kOwn = kHard == math::CrossEntropy::kOwn,
                  kLabels = kHard != math::CrossEntropy::kNone;
-  constexpr Term kTerm = Policy::kOfStudent ? Term::kReverse : Term::kForward;
 
   const bool keep = p.gradient != nullptr;
   const int64_t padded = (p.classes + kPad - 1) / kPad * kPad;
@@ -293,10 +285,8 @@ void rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
 
     Shifts shift;
     math::RowSums<double> sums;
-    bool done = keep ? pass_over<T, kTerm, kOwn, true>(z, t, p.classes, scale_real, scale_hard_real,
-                                                       ex, ey, eh, shift, sums)
-                     : pass_over<T, kTerm, kOwn, false>(z, t, p.classes, scale_real,
-                                                        scale_hard_real, ex, ey, eh, shift, sums);
+    bool done = sweep_once<T, Policy::kCross, kOwn>(z, t, p.classes, scale_real, scale_hard_real,
+                                                    ex, ey, eh, shift, sums);
     double factor =
         p.denominator.number != 0 ? weight / p.denominator.number * p.gradient_scale : 0.0;
     math::RowResult<double> result = {};
@@ -312,38 +302,25 @@ void rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
       result = math::finish_row<Policy, double>(kHard, sums, 1.0 / static_cast<double>(p.classes),
                                                 p.temperature, p.alpha, p.label_smoothing, label_z,
                                                 factor);
-      // Not so where a logit is NaN, or where q excludes a class that p has.
-      done = sums.sum_s + sums.sum_t + sums.sum_hard < kInfinite &&
-             (result.divergence < kInfinite || p.alpha == 0);
+      // Not so where a logit is NaN, or where p excludes a class that q has.
+      done = sums.sum_s + sums.sum_t + sums.sum_hard + math::magnitude(sums.cross) < kInfinite;
     }
     if (!done) {
       divergence_rows_of<T>(p, row, row + 1, row_loss);
       continue;
     }
-    if (result.divergence < math::kNearRow) {
-      const Exponents<Real> by(scale_real, scale_hard_real, shift);
-      if (!keep) first_pass<T, kTerm, kOwn, true>(z, t, p.classes, by, ex, ey, eh);
-      NearTerms terms = near_pass<T, Policy>(z, t, p.classes, by, sums, ex, ey);
-      result.loss += p.alpha * p.temperature * p.temperature * (terms.f - result.divergence);
-      // The gradient is a - q sum a, with a in the place of ey.
-      double of_ex, of_ey;
-      Policy::gradient(sums, 1 / sums.sum_s, 1 / sums.sum_t, p.temperature, of_ex, of_ey);
-      result.of_ey = p.alpha * p.temperature * factor;
-      result.of_ex -= p.alpha * factor * (of_ex + p.temperature * terms.a / sums.sum_s);
-    }
-    row_loss[row] = weight * result.loss;
-    if (!keep) continue;
-    second_pass<T, kOwn>(result, ex, ey, eh, p.classes, gradient);
-    if (kLabels) {
-      double g = result.of_ex * ex[label] + result.of_ey * ey[label] - result.uniform;
-      if (kOwn) g += result.of_hard * eh[label];
-      narrow(static_cast<Real>(g - result.at_label), gradient[label]);
-    }
+    const Exponents<Real> by(scale_real, scale_hard_real, shift);
+    const int64_t at = kLabels ? label : -1;
+    const double terms = keep ? second_sweep<T, Policy, kOwn, true>(z, t, p.classes, by, result, ex,
+                                                                    ey, eh, at, gradient)
+                              : second_sweep<T, Policy, kOwn, false>(z, t, p.classes, by, result,
+                                                                     ex, ey, eh, at, gradient);
+    row_loss[row] = weight * (result.loss + (p.alpha > 0 ? result.of_term * terms : 0.0));
   }
 }
 
 // Short rows, kLanes of them side by side: a vector holds one class of each, so that what is done once a row
-// costs a kLanes-th, and no vector is part empty. Their terms are always those that none is negative of.
+// costs a kLanes-th, and no vector is part empty.
 constexpr int kShortClasses = 32, kLanes = 16;
 
 template <class T, class Terms, math::CrossEntropy kHard>
@@ -493,11 +470,11 @@ bool plain_rows_with(const LossParams& p, int64_t begin, int64_t end, double* ro
   if (p.divergence == Divergence::kForwardKL && is_short) {
     short_rows<T, math::ForwardKL, kHard>(p, begin, end, row_loss);
   } else if (p.divergence == Divergence::kForwardKL) {
-    rows<T, math::OnePassKL, kHard>(p, begin, end, row_loss);
+    rows<T, math::ForwardSweeps, kHard>(p, begin, end, row_loss);
   } else if (p.divergence == Divergence::kReverseKL && is_short) {
     short_rows<T, math::ReverseKL, kHard>(p, begin, end, row_loss);
   } else if (p.divergence == Divergence::kReverseKL) {
-    rows<T, math::OnePassReverseKL, kHard>(p, begin, end, row_loss);
+    rows<T, math::ReverseSweeps, kHard>(p, begin, end, row_loss);
   } else if (p.divergence == Divergence::kJS && is_short) {
     short_rows<T, math::JS, kHard>(p, begin, end, row_loss);
   } else {

@@ -392,11 +392,10 @@ struct RowWalk {
     math::RowSums<double> sums = {};
     const T* t_row = teacher_row(0);
     // What cross-entropy's own exponentials are once added up nobody needs: they may lie over u.
-    const bool done =
-        own_hard ? pass_over<T, Term::kNone, true, true>(z_row, t_row, own.n, scale, scale_hard,
-                                                         own.q, own.p, u, shift, sums)
-                 : pass_over<T, Term::kNone, false, true>(z_row, t_row, own.n, scale, scale_hard,
-                                                          own.q, own.p, u, shift, sums);
+    const bool done = own_hard ? sweep_once<T, false, true>(z_row, t_row, own.n, scale, scale_hard,
+                                                            own.q, own.p, u, shift, sums)
+                               : sweep_once<T, false, false>(z_row, t_row, own.n, scale, scale_hard,
+                                                             own.q, own.p, u, shift, sums);
     if (!done) return false;
     // A pass writes whole vectors; lanes are padded to kPad.
     for (int64_t i = own.n; i < own.padded; ++i) own.q[i] = own.p[i] = Real(0);

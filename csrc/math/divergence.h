@@ -145,6 +145,20 @@ KD_FN F difference(F a, F b, F e) {
   return select(magnitude(e) < F(kSmall), series, a - b);
 }
 
+// excess(a, b, e), which is a (e - 1 + exp(-e)), and difference(a, b, e) from one series.
+template <class F>
+struct ExcessAndDifference {
+  F excess, difference;
+};
+template <class F>
+KD_FN ExcessAndDifference<F> excess_and_difference(F a, F b, F e) {
+  F series = e * e * exp_tail<2>(-e), direct = fma(a, e - F(1), b);
+  direct = select(direct < F(0), F(0), direct);
+  auto small = magnitude(e) < F(kSmall);
+  F excess = select(small, a * series, direct);
+  return {select(a == F(0), b, excess), select(small, a * (e - series), a - b)};
+}
+
 // a e; 0 where a is 0.
 template <class F>
 KD_FN F times(F a, F e) {

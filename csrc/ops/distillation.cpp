@@ -84,7 +84,7 @@ struct DistillationLoss : torch::autograd::Function<DistillationLoss> {
     saved.push_back(want.entries_only ? *call.rows.indices : Tensor());
     auto holder = c10::make_intrusive<SavedCall>();
     holder->want = want;
-    holder->scale = gradient_scale(call);
+    holder->scale = gradient_scale(call, call.student.scalar_type());
     holder->call.options = call.options;
     holder->call.group = call.group;
     if (want.inplace) {

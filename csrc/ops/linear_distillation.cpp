@@ -6,10 +6,12 @@
 // before, is made once more in backward.
 #include "ops/linear_distillation.h"
 
+#include <ATen/ScalarOps.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
@@ -168,21 +170,6 @@ KeptRows kept_rows(const LinearCall& c, const OptionalTensor& labels, const Opti
   return out;
 }
 
-// Rows at a time, alike for all chunks: as many as the budget has room for the logits of.
-int64_t chunk_rows(const LinearCall& c, const KeptRows& rows, int64_t copies, at::ScalarType work) {
-  double row = static_cast<double>(c.head.size(0));
-  double all = row * static_cast<double>(rows.all * (c.teacher_head.has_value() ? 2 : 1)) *
-               static_cast<double>(c.hidden.element_size());
-  const std::optional<int64_t>& asked = c.options.memory_budget;
-  double budget =
-      asked.has_value() ? static_cast<double>(*asked) : std::max(all / 25, 32.0 * (1 << 20));
-  row *= static_cast<double>(copies) * static_cast<double>(c10::elementSize(work));
-  int64_t most = std::clamp<int64_t>(static_cast<int64_t>(std::min(budget / row, 1e15)), 1,
-                                     std::max<int64_t>(rows.count, 1));
-  int64_t chunks = (rows.count + most - 1) / most;
-  return chunks > 0 ? (rows.count + chunks - 1) / chunks : 1;
-}
-
 // ---- the loss -----------------------------------------------------------------------------------
 
 LinearResult run(const LinearCall& c, int64_t want) {
@@ -191,7 +178,7 @@ LinearResult run(const LinearCall& c, int64_t want) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   int64_t width = c.hidden.size(-1), all = c.hidden.numel() / width, classes = c.head.size(0);
   auto flat = [&](const Tensor& x) { return x.reshape({all, x.size(-1)}); };
-  at::ScalarType acc = acc_type(c.hidden), work = work_type(c.hidden);
+  at::ScalarType acc = acc_type(c.hidden), product = product_type(c.hidden);
   Tensor hidden = flat(c.hidden);
   RowTensors flat_of = flat_rows(c.rows, all, acc);
   bool topk = flat_of.indices.has_value();
@@ -199,7 +186,7 @@ LinearResult run(const LinearCall& c, int64_t want) {
 
   // fp16 keeps large weights from overflow and small ones from underflow by their maximum.
   Tensor device_factor;
-  if (work == at::kHalf && flat_of.weight.has_value() && all > 0) {
+  if (product == at::kHalf && flat_of.weight.has_value() && all > 0) {
     Tensor& weight = *flat_of.weight;
     Tensor largest =
         at::where(rows.keep.squeeze(-1), weight.abs(), at::zeros({}, weight.options())).max();
@@ -207,17 +194,27 @@ LinearResult run(const LinearCall& c, int64_t want) {
     weight = weight / device_factor;
   }
 
-  Head head(c.head, c.bias, work);
+  Head head(c.head, c.bias, product);
   std::optional<Head> teacher_head;
-  if (c.teacher_head.has_value()) teacher_head.emplace(*c.teacher_head, c.teacher_bias, work);
-  bool copied = !topk && (rows.index.defined() || c.teachers[0].scalar_type() != work);
-  int64_t copies = 1 + (teacher_head.has_value() ? 1
-                        : copied                 ? static_cast<int64_t>(c.teachers.size())
-                                                 : 0);
-  int64_t step = chunk_rows(c, rows, copies, work);
+  if (c.teacher_head.has_value()) teacher_head.emplace(*c.teacher_head, c.teacher_bias, product);
+  bool copied = !topk && (rows.index.defined() || c.teachers[0].scalar_type() != acc);
+  int64_t matrices = 1 + (teacher_head.has_value() ? 1
+                          : copied                 ? static_cast<int64_t>(c.teachers.size())
+                                                   : 0);
+  int64_t bytes = static_cast<int64_t>(c10::elementSize(acc)) * matrices;
+  if (product != acc) bytes += static_cast<int64_t>(c10::elementSize(product));
+  double all_logits = static_cast<double>(all) * static_cast<double>(classes) *
+                      static_cast<double>(c.hidden.element_size()) *
+                      (teacher_head.has_value() ? 2 : 1);
+  const ChunkPlan plan = plan_chunks(rows.count, classes, bytes, all_logits,
+                                     c.options.memory_budget, on_cuda(c.hidden.device()));
+  const int64_t step = plan.rows;
   auto options = c.hidden.options();
-  auto buffer = [&] { return in_huge_pages(at::empty({step, classes}, options.dtype(work))); };
-  Tensor logits = buffer(), teacher_logits = teacher_head.has_value() ? buffer() : Tensor();
+  auto buffer = [&](at::ScalarType type) {
+    return in_huge_pages(at::empty({step, plan.pitch}, options.dtype(type))).narrow(1, 0, classes);
+  };
+  Tensor logits = buffer(acc), teacher_logits = teacher_head.has_value() ? buffer(acc) : Tensor();
+  Tensor rounded = product != acc && (want & (kHidden | kHead)) ? buffer(product) : Tensor();
   std::vector<Tensor> teachers;
   for (const Tensor& teacher : c.teachers) teachers.push_back(flat(teacher));
   Tensor row_loss = at::zeros({all}, options.dtype(acc));
@@ -225,10 +222,11 @@ LinearResult run(const LinearCall& c, int64_t want) {
   Tensor statistics =
       out.statistics.defined() ? out.statistics.view({math::kStatistics, all}) : Tensor();
   // A head in blocks adds their products up.
-  Tensor grad_rows = grad_hidden.defined() ? at::empty({step, width}, work == hidden.scalar_type()
-                                                                          ? grad_hidden.options()
-                                                                          : options.dtype(work))
-                                           : Tensor();
+  Tensor grad_rows =
+      grad_hidden.defined()
+          ? at::empty({step, width}, product == hidden.scalar_type() ? grad_hidden.options()
+                                                                     : options.dtype(product))
+          : Tensor();
   bool gradients = (want & kGradients) != 0;
   double factor = rows.divisor == 0 ? 0 : 1 / rows.divisor;
 
@@ -246,17 +244,17 @@ LinearResult run(const LinearCall& c, int64_t want) {
   if (out.head.defined() && rows.count == 0) out.head.zero_();
   for (int64_t from = 0; from < rows.count; from += step) {
     int64_t n = std::min(step, rows.count - from);
-    Tensor h = rows.hidden(hidden, from, n, work);
+    Tensor h = rows.hidden(hidden, from, n, product);
     call.student = logits.narrow(0, 0, n);
     head.logits(h, call.student);
     call.teachers.clear();
     for (const Tensor& teacher : teachers) {
       if (teacher_head.has_value()) {
         call.teachers.push_back(teacher_logits.narrow(0, 0, n));
-        teacher_head->logits(rows.hidden(teacher, from, n, work), call.teachers[0]);
+        teacher_head->logits(rows.hidden(teacher, from, n, product), call.teachers[0]);
       } else {
         Tensor part = rows.of(teacher, from, n);
-        call.teachers.push_back(topk ? part : part.to(work));
+        call.teachers.push_back(topk ? part : part.to(acc));
       }
     }
     call.rows = rows.of(flat_of, from, n);
@@ -265,16 +263,21 @@ LinearResult run(const LinearCall& c, int64_t want) {
     rows.put(row_loss, 0, from, loss.loss);
     if (statistics.defined()) rows.put(statistics, 1, from, loss.statistics);
     if (!gradients) continue;
-    double alpha = factor / gradient_scale(call);
+    if (out.bias.defined()) head.bias_gradient(loss.gradient, factor, out.bias);
+    Tensor gradient = loss.gradient;
+    double alpha = factor;
+    if (rounded.defined()) {
+      const double scale = gradient_scale(call, product);
+      gradient = rounded.narrow(0, 0, n);
+      at::mul_out(gradient, loss.gradient, c10::scalar_to_tensor(scale));
+      alpha /= scale;
+    }
     if (grad_hidden.defined()) {
       Tensor part = grad_rows.narrow(0, 0, n);
-      head.hidden_gradient(loss.gradient, alpha, part);
+      head.hidden_gradient(gradient, alpha, part);
       rows.put(grad_hidden, 0, from, part);
     }
-    if (out.head.defined()) {
-      head.weight_gradient(loss.gradient, h, from == 0 ? 0 : 1, alpha, out.head);
-    }
-    if (out.bias.defined()) head.bias_gradient(loss.gradient, alpha, out.bias);
+    if (out.head.defined()) head.weight_gradient(gradient, h, from == 0 ? 0 : 1, alpha, out.head);
   }
 
   if (rows.device_divisor.defined()) {

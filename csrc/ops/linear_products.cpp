@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "ops/checks.h"
 #include "ops/devices.h"
 
 namespace kdkernels {
@@ -77,11 +78,13 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, 
     at::addmm_out(into, into, a, b, beta, alpha);
     return;
   }
-  // CUDA sums in fp32 and rounds nothing; addmm with such an output is refused by some versions of torch.
-  bool cuda = on_cuda(out.device());
-  int64_t most = std::min(cuda ? 16 * kPart : kPart, out.size(0));
+  if (on_cuda(out.device())) {
+    at::addmm_out(into, into, a, b, out.scalar_type(), beta, alpha);
+    return;
+  }
+  int64_t most = std::min(kPart, out.size(0));
   Tensor part;
-  if (!onednn) part = at::empty({most, out.size(1)}, cuda ? out.options() : a.options());
+  if (!onednn) part = at::empty({most, out.size(1)}, a.options());
   for (int64_t r = 0; r < out.size(0); r += most) {
     int64_t n = std::min(most, out.size(0) - r);
     Tensor rows = out.narrow(0, r, n), of_a = a.narrow(0, r, n);
@@ -89,10 +92,6 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, 
     if (onednn && beta == 0) {
       at::mul_out(rows, product, c10::scalar_to_tensor(alpha));
     } else if (onednn) {
-      rows.add_(product, alpha);
-    } else if (cuda) {
-      at::mm_out(product, of_a, b, out.scalar_type());
-      if (beta == 0) rows.zero_();
       rows.add_(product, alpha);
     } else {
       at::mm_out(product, of_a, b);
@@ -103,68 +102,92 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, double beta, 
 
 }  // namespace
 
-at::ScalarType work_type(const Tensor& hidden) {
+at::ScalarType product_type(const Tensor& hidden) {
   at::ScalarType type = hidden.scalar_type();
   bool wide = on_cpu(hidden.device()) &&
               (type == at::kHalf || (type == at::kBFloat16 && !has_bf16_products()));
   return wide ? at::kFloat : type;
 }
 
-Head::Head(const Tensor& weight, const std::optional<Tensor>& bias, at::ScalarType work)
-    : weight_(weight),
-      classes_(weight.size(0)),
-      block_(on_cpu(weight.device()) && (work == at::kFloat || work == at::kDouble)
-                 ? std::min(kBlock, classes_)
-                 : classes_) {
-  if (bias.has_value()) bias_ = bias->to(work);
-  if (weight.scalar_type() != work) {
-    widened_ = at::empty({block_, weight.size(1)}, weight.options().dtype(work));
+ChunkPlan plan_chunks(int64_t kept, int64_t classes, int64_t bytes, double all_logits,
+                      std::optional<int64_t> budget, bool cuda) {
+  // Products on a GPU read the whole head a chunk, which hides behind their arithmetic from some thousand rows on; rows
+  // that start at 128 bytes, and whole tiles of rows, multiply at full speed.
+  constexpr int64_t kPitch = 64, kTile = 128, kLeast = 1024, kMost = 4096;
+  constexpr double kLeastBudget = 32 << 20;
+  int64_t pitch = cuda ? (classes + kPitch - 1) / kPitch * kPitch : classes;
+  double of_row = static_cast<double>(bytes) * static_cast<double>(pitch);
+  double most = budget.has_value() ? static_cast<double>(*budget) / of_row
+                                   : std::max(all_logits / 25, kLeastBudget) / of_row;
+  if (cuda && !budget.has_value()) {
+    most = std::clamp(most, static_cast<double>(kLeast), static_cast<double>(kMost));
   }
+  kept = std::max<int64_t>(kept, 1);
+  int64_t rows = std::clamp<int64_t>(static_cast<int64_t>(std::min(most, 1e15)), 1, kept);
+  int64_t chunks = (kept + rows - 1) / rows, even = (kept + chunks - 1) / chunks;
+  int64_t tiled = (even + kTile - 1) / kTile * kTile;
+  return {cuda && tiled <= rows ? tiled : even, pitch};
+}
+
+Head::Head(const Tensor& weight, const std::optional<Tensor>& bias, at::ScalarType product)
+    : weight_(weight), product_(product) {
+  if (bias.has_value()) bias_ = bias->to(acc_type(weight));
 }
 
 void Head::logits(const Tensor& hidden, const Tensor& out) {
-  for (int64_t v = 0; v < classes_; v += block_) {
-    int64_t n = std::min(block_, classes_ - v);
-    Tensor into = out.narrow(1, v, n), w = rows(v, n).t();
-    if (for_onednn(into, hidden.size(1))) {
-      if (bias_.defined()) into.copy_(bias_.narrow(0, v, n));
-      multiply(into, hidden, w, bias_.defined() ? 1 : 0, 1);
+  bool cuda = on_cuda(out.device());
+  Tensor h = cuda ? hidden : hidden.to(out.scalar_type());
+  each_block(cuda ? product_ : out.scalar_type(), [&](int64_t v, const Tensor& weight) {
+    Tensor into = out.narrow(1, v, weight.size(0)), w = weight.t();
+    if (bias_.defined() && (cuda || for_onednn(into, h.size(1)))) {
+      into.copy_(bias_.narrow(0, v, weight.size(0)));
+      multiply(into, h, w, 1, 1);
     } else if (bias_.defined()) {
-      at::addmm_out(into, bias_.narrow(0, v, n), hidden, w);
+      at::addmm_out(into, bias_.narrow(0, v, weight.size(0)), h, w);
     } else {
-      at::mm_out(into, hidden, w);
+      multiply(into, h, w, 0, 1);
     }
-  }
+  });
 }
 
 void Head::hidden_gradient(const Tensor& gradient, double alpha, const Tensor& grad_hidden) {
-  for (int64_t v = 0; v < classes_; v += block_) {
-    int64_t n = std::min(block_, classes_ - v);
-    multiply(grad_hidden, gradient.narrow(1, v, n), rows(v, n), v == 0 ? 0 : 1, alpha);
-  }
+  each_block(product_, [&](int64_t v, const Tensor& weight) {
+    multiply(grad_hidden, gradient.narrow(1, v, weight.size(0)), weight, v == 0 ? 0 : 1, alpha);
+  });
 }
 
 void Head::weight_gradient(const Tensor& gradient, const Tensor& hidden, double beta, double alpha,
                            const Tensor& grad_weight) {
-  for (int64_t v = 0; v < classes_; v += block_) {
-    int64_t n = std::min(block_, classes_ - v);
+  const int64_t block = block_of(product_);
+  for (int64_t v = 0; v < weight_.size(0); v += block) {
+    int64_t n = std::min(block, weight_.size(0) - v);
     multiply(grad_weight.narrow(0, v, n), gradient.narrow(1, v, n).t(), hidden, beta, alpha);
   }
 }
 
 void Head::bias_gradient(const Tensor& gradient, double alpha, const Tensor& grad_bias) {
-  // A sum in fp32 of 16 bits makes a copy.
-  int64_t step = on_cpu(gradient.device()) ? kBlock : classes_;
-  for (int64_t v = 0; v < classes_; v += step) {
-    int64_t n = std::min(step, classes_ - v);
-    grad_bias.narrow(0, v, n).add_(gradient.narrow(1, v, n).sum(0, false, grad_bias.scalar_type()),
-                                   alpha);
+  const int64_t block = block_of(gradient.scalar_type());
+  for (int64_t v = 0; v < weight_.size(0); v += block) {
+    int64_t n = std::min(block, weight_.size(0) - v);
+    grad_bias.narrow(0, v, n).add_(gradient.narrow(1, v, n).sum(0), alpha);
   }
 }
 
-Tensor Head::rows(int64_t from, int64_t n) {
-  Tensor w = weight_.narrow(0, from, n);
-  return widened_.defined() ? widened_.narrow(0, 0, n).copy_(w) : w;
+int64_t Head::block_of(at::ScalarType type) const {
+  bool wide = type == at::kFloat || type == at::kDouble;
+  return on_cpu(weight_.device()) && wide ? std::min(kBlock, weight_.size(0)) : weight_.size(0);
+}
+
+template <class F>
+void Head::each_block(at::ScalarType type, F f) {
+  const int64_t classes = weight_.size(0), block = block_of(type);
+  if (weight_.scalar_type() != type && !widened_.defined()) {
+    widened_ = at::empty({block, weight_.size(1)}, weight_.options().dtype(type));
+  }
+  for (int64_t v = 0; v < classes; v += block) {
+    Tensor w = weight_.narrow(0, v, std::min(block, classes - v));
+    f(v, weight_.scalar_type() == type ? w : widened_.narrow(0, 0, w.size(0)).copy_(w));
+  }
 }
 
 }  // namespace kdkernels

@@ -7,16 +7,25 @@
 
 namespace kdkernels {
 
-// The dtype of a chunk's logits. CPUs multiply 16 bits in fp32, a block of the head at a time, unless they have
-// instructions for it: torch has no fast product for those.
-at::ScalarType work_type(const at::Tensor& hidden);
+// The dtype that hidden states, heads and the logits' gradients are multiplied in. CPUs multiply 16 bits in fp32, a
+// block of the head at a time, unless they have instructions for it: torch has no fast product for those.
+at::ScalarType product_type(const at::Tensor& hidden);
+
+// How the rows are cut into chunks. A row of a chunk takes `pitch` elements of each of its buffers.
+struct ChunkPlan {
+  int64_t rows, pitch;
+};
+// Of `kept` rows, those that count, of `classes` logits each, which take `bytes` of a chunk's memory apiece. budget:
+// bytes of a chunk; all_logits: bytes of the logits that would be stored without chunks, for the default budget.
+ChunkPlan plan_chunks(int64_t kept, int64_t classes, int64_t bytes, double all_logits,
+                      std::optional<int64_t> budget, bool cuda);
 
 // One side's head.
 class Head {
  public:
-  Head(const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::ScalarType work);
+  Head(const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::ScalarType product);
 
-  // logits [n, V] = hidden [n, H] @ weight^T + bias
+  // logits [n, V] = hidden [n, H] @ weight^T + bias. In fp32 for 16 bits, and none is rounded.
   void logits(const at::Tensor& hidden, const at::Tensor& out);
   // grad_hidden [n, H] = alpha * gradient [n, V] @ weight
   void hidden_gradient(const at::Tensor& gradient, double alpha, const at::Tensor& grad_hidden);
@@ -27,11 +36,14 @@ class Head {
   void bias_gradient(const at::Tensor& gradient, double alpha, const at::Tensor& grad_bias);
 
  private:
-  // Rows [from, from + n) of the weight, in the dtype that is multiplied.
-  at::Tensor rows(int64_t from, int64_t n);
+  // Classes that are multiplied at a time in a dtype.
+  int64_t block_of(at::ScalarType type) const;
+  // f(first class, their rows of the weight in a dtype) for each block.
+  template <class F>
+  void each_block(at::ScalarType type, F f);
 
   at::Tensor weight_, bias_, widened_;
-  int64_t classes_, block_;
+  at::ScalarType product_;
 };
 
 }  // namespace kdkernels

@@ -54,7 +54,7 @@ struct Want {
   bool inplace = false;  // the gradient may be written over the logits
 };
 
-// Tensors that were not asked for are undefined. Gradients are times gradient_scale(call).
+// Tensors that were not asked for are undefined. Gradients are times gradient_scale(call, dtype of the logits).
 struct LossResult {
   at::Tensor loss, gradient, teacher_gradient;
   at::Tensor statistics;  // [kStatistics, *]
@@ -81,9 +81,9 @@ std::optional<int64_t> row_stride(const at::Tensor& logits);
 
 // ---- gradients (loss_launch.cpp) ----
 
-// A power of two that keeps fp16 gradients, which a mean over rows makes small, away from underflow until
+// A power of two that keeps gradients of a dtype, fp16, which a mean over rows makes small, away from underflow until
 // backward knows the incoming gradient. 1 for other dtypes, and where weights or temperatures of rows set no bound.
-double gradient_scale(const LossCall& call);
+double gradient_scale(const LossCall& call, at::ScalarType type);
 // gradient * grad_output / scale, row by row where there is one a row, into `gradient` itself if it may be.
 at::Tensor scaled(const at::Tensor& gradient, const at::Tensor& grad_output, bool per_row,
                   double scale, bool may_overwrite);

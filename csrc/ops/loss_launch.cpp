@@ -226,7 +226,7 @@ LossResult launch(const LossCall& call, const Want& want, int stages, const Tens
                   .student_stride = student.stride,
                   .labels = static_cast<const int64_t*>(data_of(rows.labels)),
                   .weight = data_of(rows.weight),
-                  .gradient_scale = gradient_scale(call),
+                  .gradient_scale = gradient_scale(call, call.student.scalar_type()),
                   .stages = stages,
                   .state = static_cast<double*>(out_data_of(state))};
   p.denominator = denominator_of(call, rows, p.rows, cuda);
@@ -290,9 +290,8 @@ bool is_one(const Tensor& grad_output, bool per_row, double scale, bool last) {
                                                   : *grad_output.const_data_ptr<float>() == 1;
 }
 
-double gradient_scale(const LossCall& call) {
-  if (call.student.scalar_type() != at::kHalf || call.rows.weight.has_value() ||
-      call.rows.has_options()) {
+double gradient_scale(const LossCall& call, at::ScalarType type) {
+  if (type != at::kHalf || call.rows.weight.has_value() || call.rows.has_options()) {
     return 1;
   }
   // Forward KL's gradient is at most T; others grow with the logarithm of a ratio of probabilities.
