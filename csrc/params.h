@@ -108,7 +108,6 @@ struct LossParams {
   double* state = nullptr;  // [math::kRowState, rows]; null: all stages in one call
 
   double* workspace = nullptr;  // CUDA: loss_workspace(rows) doubles
-  const uint8_t* only = nullptr;  // CUDA, [rows]: rows to visit, or null: all
 };
 
 // data[r, i] *= factor[r], or *= factor[0]; nothing is touched where the factor is 1.

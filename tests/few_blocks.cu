@@ -30,10 +30,10 @@ cudaError_t launch(void (*kernel)(Parameters...), int blocks, const Distillation
 }  // namespace
 
 // Losses a row and gradients of alpha = 0.5 and T = 2, in `blocks` blocks or clusters. cluster 0: rows too long for
-// shared memory. Scratch: a double a block, a byte a row.
+// shared memory. Scratch: a double a block of the launch.
 extern "C" int launch_few(int cluster, int blocks, const float* student, const float* teacher,
                           const int64_t* labels, float* gradient, float* row_loss, double* partial,
-                          uint8_t* near, int64_t rows, int64_t classes) {
+                          int64_t rows, int64_t classes) {
   LossParams p = {};
   p.rows = rows;
   p.classes = p.all_classes = p.student_stride = p.gradient_stride = classes;
@@ -48,29 +48,30 @@ extern "C" int launch_few(int cluster, int blocks, const float* student, const f
                       static_cast<float>(math::kLog2E / 2),
                       2,
                       0.5f,
+                      0.5f,
                       0,
                       1 / static_cast<float>(classes),
                       1,
                       nullptr,
-                      partial,
-                      near};
+                      partial};
   Device device;
   cudaError_t error =
-      device_of(reinterpret_cast<const void*>(row_kernel<float, OnePassKL, true>), device);
+      device_of(reinterpret_cast<const void*>(row_kernel<float, ForwardSweeps, true>), device);
   if (error != cudaSuccess) return error;
-  DistillationPlan plan = plan_distillation(classes, sizeof(float), true, device);
+  DistillationPlan plan = plan_distillation(classes, sizeof(float), device);
   int resident = 0;
-  if (cluster > 1) plan = held_plan(classes, sizeof(float), 2, cluster, device, resident);
+  if (cluster > 1) plan = held_plan(classes, sizeof(float), cluster, device, resident);
   if (cluster == 0) plan = {Walk::kStream, kStreamThreads, kStreamThreads, 1, 1, 0, 0};
   switch (plan.walk) {
     case Walk::kTile:
-      return launch(tile_kernel<float, OnePassKL>, blocks, plan, p, task, plan.lanes, plan.rows);
-    case Walk::kWarp: return launch(warp_kernel<float, OnePassKL>, blocks, plan, p, task);
+      return launch(tile_kernel<float, ForwardSweeps>, blocks, plan, p, task, plan.lanes,
+                    plan.rows);
+    case Walk::kWarp: return launch(warp_kernel<float, ForwardSweeps>, blocks, plan, p, task);
     case Walk::kHeld:
-      return launch(row_kernel<float, OnePassKL, true>, blocks, plan, p, task, plan.cluster,
+      return launch(row_kernel<float, ForwardSweeps, true>, blocks, plan, p, task, plan.cluster,
                     plan.slots);
     case Walk::kStream:
-      return launch(row_kernel<float, OnePassKL, false>, blocks, plan, p, task, 1, 0);
+      return launch(row_kernel<float, ForwardSweeps, false>, blocks, plan, p, task, 1, 0);
   }
   return cudaErrorInvalidValue;
 }

@@ -81,8 +81,7 @@ PYBIND11_MODULE(launchers, m) {
         FIELD(teacher_soft_cap) FIELD(standardize) FIELD(probs) FIELD(log_mix)
         FIELD(teacher_gradient) FIELD(teacher_gradient_stride) FIELD(statistics) FIELD(tail)
         FIELD(entries) FIELD(indices) FIELD(wide_indices) FIELD(teacher_logsumexp)
-        FIELD(entry_gradient) FIELD(first_class) FIELD(all_classes) FIELD(stages) FIELD(state)
-        FIELD(only);
+        FIELD(entry_gradient) FIELD(first_class) FIELD(all_classes) FIELD(stages) FIELD(state);
     fields.def("set_row_option", [](Struct& p, int option, uintptr_t data) {
       p.row_options[option] = reinterpret_cast<const void*>(data);
     });

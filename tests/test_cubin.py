@@ -342,10 +342,10 @@ WALKS = ["tile_kernel<", "warp_kernel<", "row_kernel<.*true>", "row_kernel<.*fal
 PLAN = """
 #include "cuda/plan.h"
 using namespace kdkernels::cuda;
-extern "C" void distillation(long classes, int size, bool own, int arch, int shared_per_block,
+extern "C" void distillation(long classes, int size, int arch, int shared_per_block,
                              int shared_per_sm, int* out) {
   Device device = {arch, 100, shared_per_block, shared_per_sm};
-  DistillationPlan p = plan_distillation(classes, size, own, device);
+  DistillationPlan p = plan_distillation(classes, size, device);
   out[0] = static_cast<int>(p.walk);
   out[1] = p.threads;
   out[2] = p.shared;
@@ -432,10 +432,10 @@ def plans(tmp_path_factory):
     for arch, sm in MULTIPROCESSORS.items():
         shared = (ctypes.c_int(sm.shared - sm.reserved), ctypes.c_int(sm.shared))
         for classes in CLASSES:
-            for size, own in itertools.product((2, 4, 8), (False, True)):
+            for size in (2, 4, 8):
                 out = (ctypes.c_int * 4)()
                 number = int(arch)
-                plan(ctypes.c_long(classes), size, ctypes.c_bool(own), number, *shared, out)
+                plan(ctypes.c_long(classes), size, number, *shared, out)
                 found.setdefault((arch, size, out[0]), set()).add((out[1], out[2]))
                 found["busy"] = out[3]
     return found

@@ -104,7 +104,7 @@ def planned_shared(library, op, classes):
         library.Device(), arch=90, sms=sms, shared_per_block=block, shared_per_sm=multiprocessor
     )
     if op == "distillation":
-        return library.plan_distillation(classes, 4, False, device).shared
+        return library.plan_distillation(classes, 4, device).shared
     return library.plan_divergence(classes, 0, 4, False, 2, device).shared
 
 
@@ -189,8 +189,8 @@ def test_more_rows_than_blocks(few_blocks, classes, cluster, blocks):
         with few_blocks.run(seed=seed) as run:
             device = launchers.Device(None, "cpu", run.buffer)
             outs = [device.new(z.shape, z.dtype), device.new((rows,), z.dtype)]
-            scratch = device.new((blocks,), torch.float64), device.new((rows,), torch.uint8)
-            tensors = [device.put(z), device.put(t), device.put(labels), *outs, *scratch]
+            scratch = device.new((blocks * max(cluster, 1),), torch.float64)
+            tensors = [device.put(z), device.put(t), device.put(labels), *outs, scratch]
             pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
             sizes = ctypes.c_int64(rows), ctypes.c_int64(classes)
             assert few_blocks.c.launch_few(cluster, blocks, *pointers, *sizes) == 0

@@ -26,13 +26,13 @@ def device(table, arch):
     return launchers.fill(table.Device(), arch=arch, sms=sms, **sizes)
 
 
-@pytest.mark.parametrize(("arch", "size", "own"), KINDS)
-def test_every_row_has_a_place(table, arch, size, own):
+@pytest.mark.parametrize(("arch", "size"), sorted({kind[:2] for kind in KINDS}))
+def test_every_row_has_a_place(table, arch, size):
     """Whatever the walk, its threads hold the row, and the device holds its blocks."""
     d = device(table, arch)
     last = 0
     for classes in SIZES:
-        p = table.plan_distillation(classes, size, own, d)
+        p = table.plan_distillation(classes, size, d)
         assert p.threads % 32 == 0 and 32 <= p.threads <= 1024
         assert p.shared + 2048 <= d.shared_per_block
         assert p.cluster in ((1, 2, 4, 8) if arch >= 90 else (1,))
@@ -46,8 +46,7 @@ def test_every_row_has_a_place(table, arch, size, own):
             assert p.lanes == 32 and classes <= 1024 and p.rows == p.threads // 32
         if p.walk.name == "held":
             assert p.slots * p.threads * p.cluster * (16 // size) >= classes
-            planes = 3 if size == 8 and own else 2
-            assert p.shared >= p.slots * p.threads * planes * 16
+            assert p.shared >= p.slots * p.threads * 2 * 16
 
 
 # V up to which a row is read once, from what a block's or a cluster's shared memory holds.
@@ -60,15 +59,15 @@ HELD = {
 @pytest.mark.parametrize(("arch", "size"), HELD)
 def test_long_rows_are_read_once(table, arch, size):
     d, limit = device(table, arch), HELD[arch, size]
-    assert table.plan_distillation(limit, size, False, d).walk.name == "held"
-    assert table.plan_distillation(limit * 11 // 10, size, False, d).walk.name == "stream"
+    assert table.plan_distillation(limit, size, d).walk.name == "held"
+    assert table.plan_distillation(limit * 11 // 10, size, d).walk.name == "stream"
 
 
 @pytest.mark.parametrize("arch", [90, 100])
 @pytest.mark.parametrize(("classes", "size"), [(32000, 2), (50257, 2), (128256, 2), (32000, 4)])
 def test_blocks_overlap(table, arch, classes, size):
     """Three blocks an SM, so that one's loads hide behind the others' arithmetic."""
-    p = table.plan_distillation(classes, size, False, device(table, arch))
+    p = table.plan_distillation(classes, size, device(table, arch))
     assert 3 * (p.shared + 3072) <= device(table, arch).shared_per_sm
 
 

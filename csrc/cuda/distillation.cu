@@ -141,46 +141,29 @@ cudaError_t add_partials(const LossParams& p, int64_t count, const Inverse& inve
   return cudaGetLastError();
 }
 
-// Partial losses of both launches of a distillation, at most.
-int64_t most_partials(int64_t rows) { return std::min(rows, kMaxPartials) + marked_partials(rows); }
-
-template <class T>
-cudaError_t launch_one_pass(const LossParams& p, cudaStream_t stream) {
+template <class T, class Policy>
+cudaError_t launch_sweeps(const LossParams& p, cudaStream_t stream) {
   using Real = typename Compute<T>::type;
   Device device;
-  cudaError_t error =
-      device_of(reinterpret_cast<const void*>(row_kernel<T, OnePassKL, true>), device);
+  cudaError_t error = device_of(reinterpret_cast<const void*>(row_kernel<T, Policy, true>), device);
   if (error != cudaSuccess) return error;
   CrossEntropy hard = cross_entropy(p);
-  DistillationPlan plan =
-      plan_distillation(p.classes, sizeof(T), hard == CrossEntropy::kOwn, device);
-
+  DistillationPlan plan = plan_distillation(p.classes, sizeof(T), device);
   const Inverse inverse = inverse_of_denominator<Real>(p, stream);
-  double* partial = p.workspace + kPartials;
-  uint8_t* near = reinterpret_cast<uint8_t*>(p.workspace + kPartials + most_partials(p.rows));
   Task<Real> task = {hard,
                      hard != CrossEntropy::kNone && p.label_smoothing > 0,
                      static_cast<Real>(math::kLog2E / p.temperature),
                      static_cast<Real>(p.temperature),
+                     static_cast<Real>(1 / p.temperature),
                      static_cast<Real>(p.alpha),
                      static_cast<Real>(p.label_smoothing),
                      static_cast<Real>(1.0 / static_cast<double>(p.classes)),
                      inverse.number,
                      inverse.on_device,
-                     p.loss != nullptr ? partial : nullptr,
-                     near};
-  if (p.rows > 0) error = launch_rows<T, OnePassKL>(p, task, plan, device, stream);
+                     p.loss != nullptr ? p.workspace + kPartials : nullptr};
+  if (p.rows > 0) error = launch_rows<T, Policy>(p, task, plan, device, stream);
   if (error != cudaSuccess) return error;
-  int64_t count = plan.partials(p.rows);
-  if (p.alpha > 0) {
-    LossParams again = p;
-    again.only = near;
-    error = divergence_rows(again, inverse.number, inverse.on_device,
-                            p.loss != nullptr ? partial + count : nullptr, stream);
-    if (error != cudaSuccess) return error;
-    count += divergence_partials(again);
-  }
-  return add_partials<Real>(p, count, inverse, stream);
+  return add_partials<Real>(p, plan.partials(p.rows) * plan.cluster, inverse, stream);
 }
 
 template <class T>
@@ -239,14 +222,18 @@ cudaError_t launch_scale(const ScaleParams& p, cudaStream_t stream) {
 }  // namespace
 
 int64_t loss_workspace(int64_t rows) {
-  return kPartials + most_partials(rows) + (rows + 7) / 8;  // the marks of near rows last
+  return kPartials + std::min(rows, kMaxPartials) * kMaxCluster;
 }
 
 cudaError_t loss(const LossParams& p, cudaStream_t stream) {
-  const bool one_pass = p.divergence == math::Divergence::kForwardKL && is_of_plain_logits(p);
   return by_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    return one_pass ? launch_one_pass<T>(p, stream) : launch_general<T>(p, stream);
+    if (!is_of_plain_logits(p)) return launch_general<T>(p, stream);
+    switch (p.divergence) {
+      case math::Divergence::kForwardKL: return launch_sweeps<T, ForwardSweeps>(p, stream);
+      case math::Divergence::kReverseKL: return launch_sweeps<T, ReverseSweeps>(p, stream);
+      default: return launch_general<T>(p, stream);
+    }
   });
 }
 

@@ -75,68 +75,58 @@ __global__ void __launch_bounds__(row_threads<T, kPerRow>(), 1)
   const int stages = p.state != nullptr ? p.stages : kAllStages;
   double* fields = reinterpret_cast<double*>(&shared.state);
 
-  const int turn = p.only != nullptr ? kWarp : 1;
-  for (int64_t base = static_cast<int64_t>(blockIdx.x) * turn; base < p.rows;
-       base += static_cast<int64_t>(gridDim.x) * turn) {
-    unsigned rows = 1;
-    if (p.only != nullptr) {
-      const int64_t mine = base + thread % kWarp;
-      rows = __ballot_sync(0xFFFFFFFFu, mine < p.rows && p.only[mine] != 0);
-    }
-    for (; rows != 0; rows &= rows - 1) {
-      const int64_t row = base + __ffs(static_cast<int>(rows)) - 1;
-      const int64_t label = p.labels != nullptr ? p.labels[row] : -1;
-      walk.row = row;
-      walk.label = label - p.first_class;
-      walk.staged = false;
-      walk.first_pass = true;
-      __syncthreads();  // the last row no longer needs what is shared
-      bool invalid = p.labels != nullptr && (label < 0 || label >= p.all_classes);
-      if constexpr (kPerRow) {
-        if (thread == 0) of_row.set(p, task, row);
-        __syncthreads();
-        invalid |= !of_row.valid;
-      }
-      const bool ignored = walk.weight() == 0 || (p.labels != nullptr && label == p.ignore_index);
-      if (thread == 0) shared.total_u = shared.label_u = shared.label_t = 0;
-      for (int i = thread; i < math::kRowState; i += blockDim.x)
-        fields[i] = p.state != nullptr && stages > kMoments ? p.state[i * p.rows + row] : 0.0;
-      if (!ignored && task.row.entries) invalid |= walk.load_entries();
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+    const int64_t label = p.labels != nullptr ? p.labels[row] : -1;
+    walk.row = row;
+    walk.label = label - p.first_class;
+    walk.staged = false;
+    walk.first_pass = true;
+    __syncthreads();  // the last row no longer needs what is shared
+    bool invalid = p.labels != nullptr && (label < 0 || label >= p.all_classes);
+    if constexpr (kPerRow) {
+      if (thread == 0) of_row.set(p, task, row);
       __syncthreads();
-      if (ignored || invalid) {
-        blank<T>(p, row);
-        const Real out = ignored ? Real(0) : static_cast<Real>(nan(""));
-        if (thread == 0 && (stages & kGradient) != 0) walk.emit(out);
-        for (int i = thread; i < math::kStatistics && p.statistics != nullptr; i += blockDim.x)
-          static_cast<Real*>(p.statistics)[i * p.rows + row] = out;
-        for (int i = thread; i < math::kRowState && p.state != nullptr; i += blockDim.x)
-          p.state[i * p.rows + row] = 0;
-        continue;
-      }
+      invalid |= !of_row.valid;
+    }
+    const bool ignored = walk.weight() == 0 || (p.labels != nullptr && label == p.ignore_index);
+    if (thread == 0) shared.total_u = shared.label_u = shared.label_t = 0;
+    for (int i = thread; i < math::kRowState; i += blockDim.x)
+      fields[i] = p.state != nullptr && stages > kMoments ? p.state[i * p.rows + row] : 0.0;
+    if (!ignored && task.row.entries) invalid |= walk.load_entries();
+    __syncthreads();
+    if (ignored || invalid) {
+      blank<T>(p, row);
+      const Real out = ignored ? Real(0) : static_cast<Real>(nan(""));
+      if (thread == 0 && (stages & kGradient) != 0) walk.emit(out);
+      for (int i = thread; i < math::kStatistics && p.statistics != nullptr; i += blockDim.x)
+        static_cast<Real*>(p.statistics)[i * p.rows + row] = out;
+      for (int i = thread; i < math::kRowState && p.state != nullptr; i += blockDim.x)
+        p.state[i * p.rows + row] = 0;
+      continue;
+    }
 
-      if (p.teachers > 1 && task.reads_teacher) walk.prepare_mixture();
-      bool normalized = false;
+    if (p.teachers > 1 && task.reads_teacher) walk.prepare_mixture();
+    bool normalized = false;
 #pragma unroll 1
-      for (int stage = kMoments; stage <= kGradient; stage = stage == kSums     ? kRefine
-                                                             : stage == kRefine ? kTerms
-                                                                                : 2 * stage) {
-        if (stage == kRefine
-                ? !walk.task.refine
-                : (stages & stage) == 0 || (stage == kMoments && !task.row.standardize) ||
-                      (stage == kTerms && !walk.task.row.compares))
-          continue;
-        walk.prepare(stage, normalized);
-        normalized = stage > kSums;
-        if (stage < kGradient || p.gradient != nullptr || p.entry_gradient != nullptr ||
-            p.teacher_gradient != nullptr)
-          walk.pass(stage);
-        walk.first_pass = false;
-      }
-      if (p.state != nullptr && (stages & kGradient) == 0) {
-        __syncthreads();
-        for (int i = thread; i < math::kRowState; i += blockDim.x)
-          p.state[i * p.rows + row] = fields[i];
-      }
+    for (int stage = kMoments; stage <= kGradient; stage = stage == kSums     ? kRefine
+                                                           : stage == kRefine ? kTerms
+                                                                              : 2 * stage) {
+      if (stage == kRefine
+              ? !walk.task.refine
+              : (stages & stage) == 0 || (stage == kMoments && !task.row.standardize) ||
+                    (stage == kTerms && !walk.task.row.compares))
+        continue;
+      walk.prepare(stage, normalized);
+      normalized = stage > kSums;
+      if (stage < kGradient || p.gradient != nullptr || p.entry_gradient != nullptr ||
+          p.teacher_gradient != nullptr)
+        walk.pass(stage);
+      walk.first_pass = false;
+    }
+    if (p.state != nullptr && (stages & kGradient) == 0) {
+      __syncthreads();
+      for (int i = thread; i < math::kRowState; i += blockDim.x)
+        p.state[i * p.rows + row] = fields[i];
     }
   }
   if (thread == 0 && task.partial != nullptr) task.partial[blockIdx.x] = shared.loss;

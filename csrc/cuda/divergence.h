@@ -6,12 +6,8 @@
 namespace kdkernels {
 namespace cuda {
 
-// Partial sums of the loss that a launch leaves, one a block: over marked rows, each block looks at 32 marks at
-// a time.
-inline int64_t marked_partials(int64_t rows) { return std::min((rows + 31) / 32, kMarkedBlocks); }
-inline int64_t divergence_partials(const LossParams& p) {
-  return p.only != nullptr ? marked_partials(p.rows) : std::min(p.rows, kMaxPartials);
-}
+// Partial sums of the loss that a launch leaves, one a block.
+inline int64_t divergence_partials(const LossParams& p) { return std::min(p.rows, kMaxPartials); }
 
 // Rows' losses, gradients and statistics. `device_inv_denominator`: instead of the number, or null;
 // `partial`: divergence_partials(p) sums, or null.

@@ -8,32 +8,25 @@ namespace kdkernels {
 namespace cuda {
 namespace {
 
-// Adds a vector's elements, none above the sums' maxima, to a thread's sums. kKeep: z and t go as their
-// exponentials, h as cross-entropy's own.
-template <class Policy, bool kKeep, class T, class Real>
-__device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums, Vector<T>& z,
-                                    Vector<T>& t, Vector<T>& h) {
+// Adds a vector's elements, none above the sums' maxima, to a thread's sums.
+template <class Policy, class T, class Real>
+__device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums, const Vector<T>& z,
+                                    const Vector<T>& t) {
   constexpr int kCount = 16 / sizeof(T);
-  Real shifted[kCount];
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
-    shifted[j] = widen(z.value[j]) - sums.max_s;
-    Real x = shifted[j] * task.scale, y = (widen(t.value[j]) - sums.max_t) * task.scale;
-    Real ex = math::exp2_nonpositive(x), ey = math::exp2_nonpositive(y);
+    Real x = (widen(z.value[j]) - sums.max_s) * task.scale;
+    Real y = (widen(t.value[j]) - sums.max_t) * task.scale;
+    Real ex = math::exp2_nonpositive(x);
     sums.sum_s += ex;
-    sums.sum_t += ey;
-    sums.term += Policy::term(x, y, ex, ey);
-    if constexpr (kKeep) {
-      z.value[j] = ex;
-      t.value[j] = ey;
-    }
+    sums.sum_t += math::exp2_nonpositive(y);
+    if constexpr (Policy::kCross) sums.cross += math::times(ex, x - y);
   }
   if (task.hard == CrossEntropy::kOwn) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      Real eh = math::exp2_nonpositive(shifted[j] * Real(math::kLog2E));
-      sums.sum_hard += eh;
-      if constexpr (kKeep) h.value[j] = eh;
+      Real shifted = widen(z.value[j]) - sums.max_s;
+      sums.sum_hard += math::exp2_nonpositive(shifted * Real(math::kLog2E));
     }
   }
 }
@@ -74,8 +67,8 @@ struct Shifts {
   __device__ __forceinline__ bool small() const { return s.small() && t.small() && hard.small(); }
 };
 
-// add() in fewer instructions, for sums whose exponents still lack the shifts' errors; terms are unguarded:
-// NaN where the guard would have made a difference.
+// add() in fewer instructions, for sums whose exponents still lack the shifts' errors; `cross` is unguarded: NaN where
+// the guard would have made a difference.
 template <class Policy, class T>
 __device__ __forceinline__ void add_shifted(const Task<float>& task, RowSums<float>& sums,
                                             const Shifts& shifts, const Vector<T>& z,
@@ -87,10 +80,10 @@ __device__ __forceinline__ void add_shifted(const Task<float>& task, RowSums<flo
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     float x = shifts.s(zs[j]), y = shifts.t(ts[j]);
-    float ex = math::exp2_nonpositive(x), ey = math::exp2_nonpositive(y);
+    float ex = math::exp2_nonpositive(x);
     sums.sum_s += ex;
-    sums.sum_t += ey;
-    sums.term = Policy::add_unguarded(sums.term, x, y, ex, ey);
+    sums.sum_t += math::exp2_nonpositive(y);
+    if constexpr (Policy::kCross) sums.cross = math::fma(ex, x - y, sums.cross);
   }
   if (task.hard == CrossEntropy::kOwn) {
 #pragma unroll
@@ -102,10 +95,13 @@ __device__ __forceinline__ void add_shifted(const Task<float>& task, RowSums<flo
 template <class Policy>
 __device__ __forceinline__ void add_part(RowSums<float>& sums, const RowSums<float>& part,
                                          const Shifts& shifts) {
-  float of_s = shifts.s.factor(), of_t = shifts.t.factor();
+  float of_s = shifts.s.factor();
   sums.sum_s = math::fma(of_s, part.sum_s, sums.sum_s);
-  sums.sum_t = math::fma(of_t, part.sum_t, sums.sum_t);
-  sums.term += Policy::moved(part, shifts.s.error, shifts.t.error, of_s, of_t);
+  sums.sum_t = math::fma(shifts.t.factor(), part.sum_t, sums.sum_t);
+  if constexpr (Policy::kCross) {
+    float moved = math::fma(part.sum_s, shifts.t.error - shifts.s.error, part.cross);
+    sums.cross = math::fma(of_s, moved, sums.cross);
+  }
   sums.sum_hard = math::fma(shifts.hard.factor(), part.sum_hard, sums.sum_hard);
 }
 
@@ -158,12 +154,13 @@ __device__ __forceinline__ RowSums<Real> merge_lanes(const Task<Real>& task,
   reduce_lanes<Max>(maxima, lanes);
   RowSums<Real> row =
       math::rebase<Policy>(task.hard, part, maxima[0], maxima[1], task.scale, Exp2Nonpositive());
-  Real sums[3] = {row.sum_s, row.sum_t, row.term}, hard[1] = {row.sum_hard};
+  Real sums[2] = {row.sum_s, row.sum_t}, cross[1] = {row.cross}, hard[1] = {row.sum_hard};
   Real smooth[2] = {row.sum_z, row.count};
   reduce_lanes<Sum>(sums, lanes);
+  if constexpr (Policy::kCross) reduce_lanes<Sum>(cross, lanes);
   if (task.hard == CrossEntropy::kOwn) reduce_lanes<Sum>(hard, lanes);
   if (task.smooth) reduce_lanes<Sum>(smooth, lanes);
-  return {maxima[0], maxima[1], sums[0], sums[1], sums[2], hard[0], smooth[0], smooth[1]};
+  return {maxima[0], maxima[1], sums[0], sums[1], cross[0], hard[0], smooth[0], smooth[1]};
 }
 
 // Blocks an SM that registers must allow.
@@ -179,15 +176,16 @@ template <class Real>
 struct alignas(16) Part {
   RowSums<Real> sums;
 };
+struct alignas(16) LossShare {
+  double loss;
+};
 
 // held, kHeld: a block or a cluster a row. A block's slice of the row is copied to shared memory at once,
-// in up to 4 groups (2 in fp64); while later groups are on their way the thread adds up the earlier ones. A
-// thread reads only what it copied, so no barrier guards the slots; the row's sums take one. fp64 keeps
-// exponentials in the slots, relative to the thread's maxima of the group, because computing them again
-// would outlast the memory traffic; narrower types compute them again. Bytes 1.00 times the least. 16 bits
-// and 32,000 classes: 4.2 special functions an element and 25 instructions in the loops (copy 2, maxima 2,
-// sums 11, gradient 10), or 6.2 and 32 with cross-entropy's own exponentials; then what is done once a row.
-// stream, else: a block a row, read from global memory in both passes.
+// in up to 4 groups; while later groups are on their way the thread adds up the earlier ones. A thread reads only what
+// it copied, so no barrier guards the slots; the row's sums take one, and each thread adds its own share of the loss
+// to what it adds up over all rows. Bytes 1.00 times the least. Special functions an element: 4, or 6 with
+// cross-entropy's own exponentials.
+// stream, else: a block a row, read from global memory in both sweeps.
 template <class T, class Policy, bool kHeld>
 __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamThreads,
                                   row_blocks(kHeld, sizeof(T)))
@@ -197,25 +195,19 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
   using Real = typename Compute<T>::type;
   using Index = std::conditional_t<kHeld, int, int64_t>;
   constexpr int kCount = 16 / sizeof(T);
-  constexpr bool kKeep = kHeld && sizeof(Real) == 8;
   // Wider types in shared memory have the instructions to spare, and not the registers.
   constexpr bool kShift = sizeof(T) == 2 || (sizeof(T) == 4 && !kHeld);
-  constexpr int kGroups = kKeep ? 2 : kHeld ? 4 : 1;
+  constexpr int kGroups = kHeld ? 4 : 1;
   constexpr int kLeastSlots = 4;  // that pay for what is done once a group
   extern __shared__ uint4 slots_shared[];
   __shared__ Part<Real> parts[2][kHeldWarps<T>];
-  // Kept by thread 0; the others read the factor after a row's barrier.
-  __shared__ double total;
-  __shared__ Real factor;
+  __shared__ LossShare shares[kHeldWarps<T>];
   const int thread = threadIdx.x, threads = blockDim.x, rank = kHeld ? cluster_rank() : 0;
   const int warps = threads / kWarp, lane = thread % kWarp, log_warps = 31 - __clz(warps);
   Vector<T>* z_slots = reinterpret_cast<Vector<T>*>(slots_shared) + thread;
   Vector<T>* t_slots = z_slots + capacity * threads + kEdges;
-  Vector<T>* h_slots = t_slots + capacity * threads + kEdges;
-  if (thread == 0) {
-    total = 0;
-    factor = task.factor(p);
-  }
+  const Real factor = task.factor(p);
+  double total = 0;
   int turn = 0;
   bool arrived = false;
 
@@ -237,19 +229,19 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
         span.vectors ? end - begin : min(end * kCount, span.elements) - begin * kCount;
     const int log_step = 31 - __clz(span.vectors ? threads : threads * kCount);
     const int mine = own > thread ? static_cast<int>((own - thread - 1) >> log_step) + 1 : 0;
-    const int skip = !kKeep && span.vectors && begin + thread < span.skew;
+    const int skip = span.vectors && begin + thread < span.skew;
     const Place<Index> edge = edge_place(span, thread & (kEdges - 1));
     const int slots = mine + (rank == 0 && thread < kEdges && !edge.empty());
     auto place = [&](int s) {
       return s < mine ? body_place(span, begin, end, s, thread, threads) : edge;
     };
     // Slots up to here are whole vectors, those from `skip` on; where they start.
-    const int whole = !kKeep && span.vectors ? mine : 0;
+    const int whole = span.vectors ? mine : 0;
     const Index at_first = span.head + (begin + thread - span.skew) * kCount;
     auto at = [&](int s) { return at_first + static_cast<Index>(s) * (threads * kCount); };
 
     if (row.skipped()) {
-      if (thread == 0 && rank == 0) total += row.emit(p, task, r, Real(0));
+      if (thread == 0 && rank == 0) total += row.emit(p, r, Real(0));
       if (g_row == nullptr) continue;
       Vector<T> zero;
 #pragma unroll
@@ -273,14 +265,8 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
         }
 #pragma unroll 1
         for (; s < to; ++s) {
-          auto here = place(s);
-          if (kKeep && here.template whole<kCount>()) {
-            copy_async(z_slots + s * threads, z_row + here.first);
-            copy_async(t_slots + s * threads, t_row + here.first);
-          } else {
-            z_slots[s * threads] = load(z_row, here);
-            t_slots[s * threads] = load(t_row, here);
-          }
+          z_slots[s * threads] = load(z_row, place(s));
+          t_slots[s * threads] = load(t_row, place(s));
         }
         commit_copies();
       }
@@ -289,14 +275,13 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
         task.hard != CrossEntropy::kNone ? static_cast<Real>(widen(z_row[row.label])) : Real(0);
 
     RowSums<Real> sums = {Lowest<Real>::value, Lowest<Real>::value, 0, 0, 0, 0, 0, 0};
-    Real group_max_s[kGroups], group_max_t[kGroups];
     if constexpr (kHeld) {
 #pragma unroll 1
       for (int g = 0; g < kGroups; ++g) {
-        if (g == kGroups - 4) wait_copies<3>();
-        if (g == kGroups - 3) wait_copies<2>();
-        if (g == kGroups - 2) wait_copies<1>();
-        if (g == kGroups - 1) wait_copies<0>();
+        if (g == 0) wait_copies<3>();
+        if (g == 1) wait_copies<2>();
+        if (g == 2) wait_copies<1>();
+        if (g == 3) wait_copies<0>();
         const int from = max(skip, g * group_slots), to = min(slots, (g + 1) * group_slots);
         if (kShift && from >= to) continue;
         Largest<T> largest_s, largest_t;
@@ -315,13 +300,6 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
             add_smooth(sums, Vector<T>(z_slots[s * threads]), place(s));
         }
         bool added = false;
-        if constexpr (kKeep) {
-#pragma unroll
-          for (int i = 0; i < kGroups; ++i) {
-            group_max_s[i] = i == g ? max_s : group_max_s[i];
-            group_max_t[i] = i == g ? max_t : group_max_t[i];
-          }
-        }
         if constexpr (kShift) {
           const Shifts shifts(task, max_s, max_t);
           if (shifts.small()) {
@@ -331,34 +309,27 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
               const Vector<T> z = z_slots[s * threads], t = t_slots[s * threads];
               add_shifted<Policy>(task, part, shifts, z, t);
             }
-            added = part.term == part.term;
+            added = part.cross == part.cross;
             if (added) add_part<Policy>(sums, part, shifts);
           }
         }
         if (!added) {
 #pragma unroll 1
-          for (int s = from; s < to; ++s) {
-            Vector<T> z = z_slots[s * threads], t = t_slots[s * threads], h;
-            add<Policy, kKeep>(task, sums, z, t, h);
-            if constexpr (kKeep) {
-              z_slots[s * threads] = z;
-              t_slots[s * threads] = t;
-              if (task.hard == CrossEntropy::kOwn) h_slots[s * threads] = h;
-            }
-          }
+          for (int s = from; s < to; ++s)
+            add<Policy>(task, sums, Vector<T>(z_slots[s * threads]), t_slots[s * threads]);
         }
       }
     } else {
 #pragma unroll 1
       for (int s = 0; s < slots; ++s) {
         auto here = place(s);
-        Vector<T> z = load(z_row, here), t = load(t_row, here), h;
+        Vector<T> z = load(z_row, here), t = load(t_row, here);
         Largest<T> largest_s, largest_t;
         largest_s.add(z);
         largest_t.add(t);
         rebase<Policy>(task, sums, Max::apply(largest_s.result(), sums.max_s),
                        Max::apply(largest_t.result(), sums.max_t));
-        add<Policy, false>(task, sums, z, t, h);
+        add<Policy>(task, sums, z, t);
         if (task.smooth) add_smooth(sums, z, here);
       }
     }
@@ -367,12 +338,15 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     // row's has passed that row's barrier after all have read this row's.
     sums = merge_lanes<Policy>(task, sums, kWarp);
     if (lane == 0) parts[turn][thread / kWarp].sums = sums;
-    if (cluster > 1) {
-      cluster_arrive();
-      cluster_wait();
-    } else {
-      __syncthreads();
-    }
+    auto meet = [&] {
+      if (cluster > 1) {
+        cluster_arrive();
+        cluster_wait();
+      } else {
+        __syncthreads();
+      }
+    };
+    meet();
     const int count = warps * cluster;  // a power of two
     auto part = [&](int i) {
       const Part<Real>* at = &parts[turn][i & (warps - 1)];
@@ -381,36 +355,23 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     sums = part(lane & (count - 1));
     for (int i = lane + kWarp; i < count; i += kWarp)
       sums = math::merge<Policy>(task.hard, sums, part(i), task.scale, Exp2Nonpositive());
-    if (cluster > 1 && r + stride >= p.rows) {
+    if (cluster > 1 && r + stride >= p.rows && p.row_loss == nullptr) {
       cluster_arrive();
       arrived = true;
     }
     turn ^= 1;
     sums = merge_lanes<Policy>(task, sums, min(count, kWarp));
-    RowResult<Real> result =
-        math::finish_row<Policy>(task.hard, sums, task.inv_classes, task.temperature, task.alpha,
-                                 task.smoothing, label_z - sums.max_s, row.weight * factor);
-    const bool near = row.near(result);
-    if (thread == 0 && rank == 0) total += row.emit(p, task, r, result.loss, near);
-    if (g_row == nullptr || near) continue;
 
-    auto gradient_at = [&](Real z, Real t) {
-      Real g = -result.uniform;
-      if (task.hard == CrossEntropy::kOwn) {
-        Real eh = math::exp2_nonpositive((z - sums.max_s) * Real(math::kLog2E));
-        g = math::fma(result.of_hard, eh, g);
-      }
-      Real ex = math::exp2_nonpositive((z - sums.max_s) * task.scale);
-      Real ey = math::exp2_nonpositive((t - sums.max_t) * task.scale);
-      return math::fma(result.of_ex, ex, math::fma(result.of_ey, ey, g));
-    };
-    int done = 0;  // slots whose gradient is written
+    const SecondSweep<T, Policy> sweep(task, sums, label_z, row.weight * factor);
+    Real terms = 0;
+    int done = skip;  // slots up to here are done
     if constexpr (kShift) {
       const Shifts shifts(task, sums.max_s, sums.max_t);
       if (shifts.small()) {
-        const Real of_ex = result.of_ex * shifts.s.factor();
-        const Real of_ey = result.of_ey * shifts.t.factor();
-        const Real of_hard = result.of_hard * shifts.hard.factor();
+        SecondSweep<T, Policy> shifted = sweep;
+        shifted.inv_s *= shifts.s.factor();
+        shifted.inv_t *= shifts.t.factor();
+        shifted.of_hard *= shifts.hard.factor();
 #pragma unroll 1
         for (int s = skip; s < whole; ++s) {
           Vector<T> z, t, out;
@@ -426,86 +387,78 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
           widen_all(t, ts);
 #pragma unroll
           for (int j = 0; j < kCount; ++j) {
-            Real ex = math::exp2_nonpositive(shifts.s(zs[j]));
-            Real ey = math::exp2_nonpositive(shifts.t(ts[j]));
-            gradient[j] = math::fma(of_ex, ex, math::fma(of_ey, ey, -result.uniform));
+            const TermAndGradient<Real> x =
+                shifted.soft(task, zs[j], ts[j], math::exp2_nonpositive(shifts.s(zs[j])),
+                             math::exp2_nonpositive(shifts.t(ts[j])));
+            terms += x.term;
+            gradient[j] = x.gradient;
           }
+          if (g_row == nullptr) continue;
           if (task.hard == CrossEntropy::kOwn) {
 #pragma unroll
             for (int j = 0; j < kCount; ++j) {
               Real eh = math::exp2_nonpositive(shifts.hard(zs[j]));
-              gradient[j] = math::fma(of_hard, eh, gradient[j]);
+              gradient[j] = math::fma(shifted.of_hard, eh, gradient[j]);
             }
           }
 #pragma unroll
           for (int j = 0; j < kCount; ++j) narrow(gradient[j], out.value[j]);
           *reinterpret_cast<Vector<T>*>(g_row + at(s)) = out;
         }
-        done = whole;
+        done = max(skip, whole);
       }
     }
 #pragma unroll 1
-    for (int g = 0; g < kGroups; ++g) {
-      // What brings a group's kept exponentials to the row's maxima.
-      Real of_ex = result.of_ex, of_ey = result.of_ey, of_hard = result.of_hard;
-      if constexpr (kKeep) {
-        Real max_s = group_max_s[0], max_t = group_max_t[0];
-#pragma unroll
-        for (int i = 1; i < kGroups; ++i) {
-          max_s = i == g ? group_max_s[i] : max_s;
-          max_t = i == g ? group_max_t[i] : max_t;
-        }
-        of_ex *= math::exp2_nonpositive((max_s - sums.max_s) * task.scale);
-        of_ey *= math::exp2_nonpositive((max_t - sums.max_t) * task.scale);
-        of_hard *= math::exp2_nonpositive((max_s - sums.max_s) * Real(math::kLog2E));
+    for (int s = done; s < slots; ++s) {
+      const auto here = place(s);
+      Vector<T> z, t, out;
+      if constexpr (kHeld) {
+        z = z_slots[s * threads];
+        t = t_slots[s * threads];
+      } else {
+        z = load(z_row, here);
+        t = load(t_row, here);
       }
-      const int from = kKeep ? max(skip, g * group_slots) : max(skip, done);
-      const int to = kKeep ? min(slots, (g + 1) * group_slots) : slots;
-#pragma unroll 1
-      for (int s = from; s < to; ++s) {
-        auto here = place(s);
-        Vector<T> z, t, h, out;
-        if constexpr (kHeld) {
-          z = z_slots[s * threads];
-          t = t_slots[s * threads];
-          if (kKeep && task.hard == CrossEntropy::kOwn) h = h_slots[s * threads];
-        } else {
-          z = load(z_row, here);
-          t = load(t_row, here);
-        }
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          Real g;
-          if constexpr (kKeep) {
-            g = task.hard == CrossEntropy::kOwn ? math::fma(of_hard, h.value[j], -result.uniform)
-                                                : -result.uniform;
-            g = math::fma(of_ex, z.value[j], math::fma(of_ey, t.value[j], g));
-          } else {
-            g = gradient_at(widen(z.value[j]), widen(t.value[j]));
-          }
-          narrow(g, out.value[j]);
-        }
-        if constexpr (kKeep) {
-#pragma unroll
-          for (int j = 0; j < kCount; ++j) {
-            if (here.at(j) == row.label) out.value[j] -= result.at_label;
-          }
-        }
-        store(g_row, here, out);
+#pragma unroll(sizeof(T) == 8 ? 1 : kCount)
+      for (int j = 0; j < kCount; ++j) {
+        const TermAndGradient<Real> x = sweep.element(task, widen(z.value[j]), widen(t.value[j]));
+        terms += x.term;
+        narrow(x.gradient, out.value[j]);
       }
-      if constexpr (!kKeep) break;
+      if (g_row != nullptr) store(g_row, here, out);
     }
     // The label's share: the thread that wrote the label's element writes it again.
-    if (!kKeep && task.hard != CrossEntropy::kNone) {
+    if (g_row != nullptr && task.hard != CrossEntropy::kNone) {
       const Index label = static_cast<Index>(row.label);
       const Index member =
           span.vectors ? (label - span.head) / kCount + span.skew - begin : label - begin * kCount;
       const bool in_body = label >= span.head && member >= 0 && member < own;
-      if (in_body ? (member & (threads - 1)) == thread : slots > mine && label == edge.first)
-        narrow(gradient_at(label_z, widen(t_row[label])) - result.at_label, g_row[label]);
+      if (in_body ? (member & (threads - 1)) == thread : slots > mine && label == edge.first) {
+        narrow(sweep.element(task, label_z, widen(t_row[label])).gradient - sweep.at_label,
+               g_row[label]);
+      }
+    }
+
+    // The row's loss is the sum of all threads' shares.
+    double own_share = static_cast<double>(sweep.of_term * terms);
+    if (thread == 0 && rank == 0) own_share += static_cast<double>(sweep.loss);
+    own_share *= static_cast<double>(row.weight);
+    total += own_share;
+    if (p.row_loss == nullptr) continue;
+    double sum[1] = {own_share};
+    reduce_lanes<Sum>(sum);
+    if (lane == 0) shares[thread / kWarp].loss = sum[0];
+    meet();
+    if (thread == 0 && rank == 0) {
+      double loss = 0;
+      for (int i = 0; i < count; ++i) {
+        const LossShare* at = &shares[i & (warps - 1)];
+        loss += cluster > 1 ? read_peer(at, i >> log_warps).loss : at->loss;
+      }
+      static_cast<Real*>(p.row_loss)[r] = static_cast<Real>(loss);
     }
   }
-  if (thread == 0 && rank == 0 && task.partial != nullptr) task.partial[first] = total;
+  emit_partial<kHeldWarps<T>>(task.partial, total);
   // A block stays while others of its cluster may read its parts.
   if (cluster > 1) {
     if (!arrived) cluster_arrive();

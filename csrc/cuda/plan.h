@@ -41,7 +41,7 @@ constexpr int kEdges =
 constexpr int kBusyThreads = 512;  // an SM
 constexpr int kRowStatic = 2048;  // bytes of static shared memory, at most
 constexpr int kBlockReserve = 1024 + kRowStatic;  // CUDA takes 1 KB of each block
-// Blocks or clusters of a launch; each leaves one partial sum of the loss, so one block adds them quickly.
+// Blocks or clusters of a launch; each block leaves one partial sum of the loss, which one block adds quickly.
 constexpr int64_t kMaxPartials = 16384;
 
 struct DistillationPlan {
@@ -69,19 +69,15 @@ constexpr int blocks_limit(int arch) {
   return arch == 75 || arch == 86 ? 16 : arch == 89 || arch == 120 ? 24 : 32;
 }
 
-constexpr int held_planes(int element_size, bool own_exponential) {
-  return element_size == 8 && own_exponential ? 3 : 2;
-}
-
-// One launch of `held` if a block of it fits the device; slots is 0 if not. `planes`: 16-byte values a slot.
-inline DistillationPlan held_plan(int64_t classes, int element_size, int planes, int cluster,
+// One launch of `held` if a block of it fits the device; slots is 0 if not.
+inline DistillationPlan held_plan(int64_t classes, int element_size, int cluster,
                                   const Device& device, int& blocks_per_sm) {
   int64_t vectors = classes / (16 / element_size) + 1;  // Span::body at most
   int64_t share = (vectors + cluster - 1) / cluster;
   share += share % 2;  // whole sectors of 32 bytes
   for (int threads = 32;; threads *= 2) {
     int64_t slots = (share + threads - 1) / threads;
-    int64_t shared = (slots * threads + kEdges) * planes * 16;
+    int64_t shared = (slots * threads + kEdges) * 2 * 16;
     int resident = 65536 / held_registers(element_size);  // threads an SM
     int most = std::min(resident / threads, blocks_limit(device.arch));
     blocks_per_sm = 0;
@@ -103,9 +99,7 @@ inline DistillationPlan held_plan(int64_t classes, int element_size, int planes,
   }
 }
 
-// own_exponential: cross-entropy needs exponentials of its own (labels, alpha < 1, temperature != 1).
-inline DistillationPlan plan_distillation(int64_t classes, int element_size, bool own_exponential,
-                                          const Device& device) {
+inline DistillationPlan plan_distillation(int64_t classes, int element_size, const Device& device) {
   if (classes <= kTileClasses) {
     int lanes = 1;
     while (classes > static_cast<int64_t>(lanes) * kTileLaneElements) lanes *= 2;
@@ -120,8 +114,7 @@ inline DistillationPlan plan_distillation(int64_t classes, int element_size, boo
   int most = 0;
   for (int cluster = 1; cluster <= (device.arch >= 90 ? kMaxCluster : 1); cluster *= 2) {
     int blocks = 0;
-    DistillationPlan plan = held_plan(
-        classes, element_size, held_planes(element_size, own_exponential), cluster, device, blocks);
+    DistillationPlan plan = held_plan(classes, element_size, cluster, device, blocks);
     if (blocks > most) {
       best = plan;
       most = blocks;
@@ -146,7 +139,6 @@ constexpr int kDivergenceBusy = 1024, kDivergenceWork = 16;
 constexpr int divergence_threads(int element_size) { return element_size == 8 ? 256 : 512; }
 constexpr int kChunkBytes = 24 * 1024;
 constexpr int kDivergenceStatic = 3072;  // bytes of static shared memory, at most
-constexpr int64_t kMarkedBlocks = 1024;  // of a launch over marked rows only
 
 struct DivergencePlan {
   int threads;

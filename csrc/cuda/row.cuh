@@ -12,9 +12,10 @@ namespace cuda {
 namespace {
 
 using math::CrossEntropy;
-using math::OnePassKL;
-using math::RowResult;
+using math::ForwardSweeps;
+using math::ReverseSweeps;
 using math::RowSums;
+using math::TermAndGradient;
 
 struct Exp2Nonpositive {
   template <class Real>
@@ -29,11 +30,10 @@ template <class Real>
 struct Task {
   CrossEntropy hard;
   bool smooth;
-  Real scale, temperature, alpha, smoothing, inv_classes;
+  Real scale, temperature, inv_temperature, alpha, smoothing, inv_classes;
   double inv_denominator;
   const double* device_inv_denominator;  // instead of it, or null
-  double* partial;  // one sum of losses a block or cluster, or null
-  uint8_t* near;  // [rows]: whether the general kernel is to do a row again
+  double* partial;  // one sum of losses a block, or null
 
   __device__ Real factor(const LossParams& p) const {
     double inverse = device_inv_denominator != nullptr ? *device_inv_denominator : inv_denominator;
@@ -48,16 +48,8 @@ struct Row {
   bool ignored, invalid;
 
   __device__ __forceinline__ bool skipped() const { return ignored || invalid; }
-  // Whether the student is so near the teacher that the general kernel does the row again: then this one adds no
-  // loss and writes no gradient.
-  __device__ __forceinline__ bool near(const RowResult<Real>& result) const {
-    return !skipped() && result.divergence < Real(math::kNearRow);
-  }
   // The row's share of the loss, noted where the caller wants rows.
-  __device__ __forceinline__ double emit(const LossParams& p, const Task<Real>& task, int64_t row,
-                                         Real loss, bool near = false) const {
-    task.near[row] = near;
-    if (near) return 0;
+  __device__ __forceinline__ double emit(const LossParams& p, int64_t row, Real loss) const {
     loss = ignored ? Real(0) : invalid ? static_cast<Real>(nan("")) : weight * loss;
     if (p.row_loss != nullptr) static_cast<Real*>(p.row_loss)[row] = loss;
     return loss;
@@ -70,6 +62,65 @@ __device__ __forceinline__ Row<Real> read_row(const LossParams& p, int64_t row) 
   Real weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : Real(1);
   return {label, weight, weight == Real(0) || (p.labels != nullptr && label == p.ignore_index),
           p.labels != nullptr && (label < 0 || label >= p.classes)};
+}
+
+// What a row's elements need once its sums are known: see math::RowResult.
+template <class T, class Policy>
+struct SecondSweep : math::RowResult<typename Compute<T>::type> {
+  using Real = typename Compute<T>::type;
+  // d = (t - early - z - late) / T + above, as in math::ElementNorm. Logits of 16 bits differ by exact numbers.
+  static constexpr bool kEarly = sizeof(T) > 2;
+  Real max_s, max_t, early, late;
+
+  // label_z: the label's logit.
+  __device__ __forceinline__ SecondSweep(const Task<Real>& task, const RowSums<Real>& sums,
+                                         Real label_z, Real factor)
+      : math::RowResult<Real>(math::finish_row<Policy>(task.hard, sums, task.inv_classes,
+                                                       task.temperature, task.alpha, task.smoothing,
+                                                       label_z - sums.max_s, factor)),
+        max_s(sums.max_s),
+        max_t(sums.max_t) {
+    const Real offset = max_t - max_s, back = offset - max_t;
+    const Real lost = (max_t - (offset - back)) - (max_s + back);  // what rounding took from it
+    const bool far = kEarly && math::magnitude(offset) > Real(1);
+    early = far ? offset : Real(0);
+    late = far ? Real(0) : offset;
+    this->above = math::fma(-lost, task.inv_temperature, this->above);
+  }
+
+  // Of an element whose exponentials are ex and ey, without cross-entropy's own.
+  __device__ __forceinline__ TermAndGradient<Real> soft(const Task<Real>& task, Real z, Real t,
+                                                        Real ex, Real ey) const {
+    const Real after = kEarly ? t - early : t;
+    const Real d = math::fma(after - z - late, task.inv_temperature, this->above);
+    TermAndGradient<Real> x =
+        Policy::element(this->of_q, this->other, ey * this->inv_t, ex * this->inv_s, d);
+    x.gradient -= this->uniform;
+    return x;
+  }
+  __device__ __forceinline__ TermAndGradient<Real> element(const Task<Real>& task, Real z,
+                                                           Real t) const {
+    TermAndGradient<Real> x = soft(task, z, t, math::exp2_nonpositive((z - max_s) * task.scale),
+                                   math::exp2_nonpositive((t - max_t) * task.scale));
+    if (task.hard == CrossEntropy::kOwn) {
+      Real eh = math::exp2_nonpositive((z - max_s) * Real(math::kLog2E));
+      x.gradient = math::fma(this->of_hard, eh, x.gradient);
+    }
+    return x;
+  }
+};
+
+// One partial sum of losses a block, from its threads'.
+template <int kMostWarps>
+__device__ __forceinline__ void emit_partial(double* partial, double total) {
+  __shared__ double of_warps[kMostWarps];
+  double sum[1] = {total};
+  reduce_lanes<Sum>(sum);
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = sum[0];
+  __syncthreads();
+  if (threadIdx.x != 0 || partial == nullptr) return;
+  for (unsigned warp = 1; warp < blockDim.x / kWarp; ++warp) sum[0] += of_warps[warp];
+  partial[blockIdx.x] = sum[0];
 }
 
 }  // namespace

@@ -22,21 +22,21 @@ __device__ __forceinline__ void visit_chunks(int chunks, Visit visit) {
   for (int j = 0; j < kEdge; ++j) visit(kChunks * kChunk + j);
 }
 
-template <class Real>
-struct Solved : RowResult<Real> {
-  Real max_s, max_t;
+template <class T, class Policy>
+struct Solved {
+  SecondSweep<T, Policy> sweep;
+  typename Compute<T>::type loss;
 };
 
 // One row in the registers of `lanes` neighbouring lanes: z and t come as logits, -inf where a lane has no
-// element, and z goes as the gradient but for the label's own share, result.at_label. An element's
-// exponentials are computed once; cross-entropy's own and, beside it, the student's twice. kChunks chunks of
-// kChunk elements, of which the first `chunks` are in use, then kEdge elements; valid(k) tells elements from
-// padding.
-template <class Policy, int kChunks, int kChunk, int kEdge, class Real, class Valid>
-__device__ __forceinline__ Solved<Real> solve(const Task<Real>& task, Real label_z, Real factor,
-                                              bool want_gradient, int chunks, int lanes,
-                                              Real (&z)[kChunks * kChunk + kEdge],
-                                              Real (&t)[kChunks * kChunk + kEdge], Valid valid) {
+// element, and z goes as the gradient but for the label's own share, at_label. kChunks chunks of kChunk elements,
+// of which the first `chunks` are in use, then kEdge elements; valid(k) tells elements from padding.
+template <class T, class Policy, int kChunks, int kChunk, int kEdge, class Real, class Valid>
+__device__ __forceinline__ Solved<T, Policy> solve(const Task<Real>& task, Real label_z,
+                                                   Real factor, int chunks, int lanes,
+                                                   Real (&z)[kChunks * kChunk + kEdge],
+                                                   Real (&t)[kChunks * kChunk + kEdge],
+                                                   Valid valid) {
   auto each = [&](auto visit) { visit_chunks<kChunks, kChunk, kEdge>(chunks, visit); };
   const bool own = task.hard == CrossEntropy::kOwn;
   Real maxima[2] = {Lowest<Real>::value, Lowest<Real>::value};
@@ -46,63 +46,40 @@ __device__ __forceinline__ Solved<Real> solve(const Task<Real>& task, Real label
   });
   reduce_lanes<Max>(maxima, lanes);
 
-  Real sums[3] = {0, 0, 0}, hard_sums[2] = {0, 0};
+  constexpr int kSums = Policy::kCross ? 3 : 2;
+  Real sums[kSums] = {}, hard_sums[2] = {0, 0};
   if (task.smooth) {
     each([&](int k) { hard_sums[1] += valid(k) ? z[k] - maxima[0] : Real(0); });
   }
   if (own) {
     each([&](int k) {
-      z[k] -= maxima[0];
-      hard_sums[0] += math::exp2_nonpositive(z[k] * Real(math::kLog2E));
+      hard_sums[0] += math::exp2_nonpositive((z[k] - maxima[0]) * Real(math::kLog2E));
     });
   }
   if (own || task.smooth) reduce_lanes<Sum>(hard_sums, lanes);
-  auto sum = [&](int k, Real shifted) {
-    Real x = shifted * task.scale, y = (t[k] - maxima[1]) * task.scale;
-    Real ex = math::exp2_nonpositive(x), ey = math::exp2_nonpositive(y);
+  each([&](int k) {
+    Real x = (z[k] - maxima[0]) * task.scale, y = (t[k] - maxima[1]) * task.scale;
+    Real ex = math::exp2_nonpositive(x);
     sums[0] += ex;
-    sums[1] += ey;
-    sums[2] += Policy::term(x, y, ex, ey);
-    t[k] = ey;
-    return ex;
-  };
-  if (own) {
-    each([&](int k) { sum(k, z[k]); });
-  } else {
-    each([&](int k) { z[k] = sum(k, z[k] - maxima[0]); });
-  }
+    sums[1] += math::exp2_nonpositive(y);
+    if constexpr (Policy::kCross) sums[2] += math::times(ex, x - y);
+  });
   reduce_lanes<Sum>(sums, lanes);
 
-  RowSums<Real> row = {maxima[0], maxima[1],    sums[0],      sums[1],
-                       sums[2],   hard_sums[0], hard_sums[1], Real(0)};
-  Solved<Real> result = {
-      math::finish_row<Policy>(task.hard, row, task.inv_classes, task.temperature, task.alpha,
-                               task.smoothing, label_z - maxima[0], factor),
-      maxima[0], maxima[1]};
-  if (!want_gradient) return result;
-  if (own) {
-    each([&](int k) {
-      Real ex = math::exp2_nonpositive(z[k] * task.scale);
-      Real eh = math::exp2_nonpositive(z[k] * Real(math::kLog2E));
-      Real g = math::fma(result.of_hard, eh, -result.uniform);
-      z[k] = math::fma(result.of_ex, ex, math::fma(result.of_ey, t[k], g));
-    });
-  } else {
-    each([&](int k) {
-      z[k] = math::fma(result.of_ex, z[k], math::fma(result.of_ey, t[k], -result.uniform));
-    });
-  }
-  return result;
+  const RowSums<Real> row = {
+      maxima[0],    maxima[1],    sums[0], sums[1], Policy::kCross ? sums[kSums - 1] : Real(0),
+      hard_sums[0], hard_sums[1], Real(0)};
+  Solved<T, Policy> out = {SecondSweep<T, Policy>(task, row, label_z, factor), Real(0)};
+  Real terms[1] = {0};
+  each([&](int k) {
+    const TermAndGradient<Real> x = out.sweep.element(task, z[k], t[k]);
+    terms[0] += x.term;
+    z[k] = x.gradient;
+  });
+  reduce_lanes<Sum>(terms, lanes);
+  out.loss = math::fma(out.sweep.of_term, terms[0], out.sweep.loss);
+  return out;
 }
-
-// One partial sum of losses a block, from the threads' own.
-__device__ __forceinline__ void emit_partial(double* partial, double total) {
-  __shared__ double shared[kTileThreads / kWarp];
-  double sum[1] = {total};
-  reduce<Sum, kTileThreads>(sum, shared);
-  if (threadIdx.x == 0 && partial != nullptr) partial[blockIdx.x] = sum[0];
-}
-static_assert(kTileThreads == kWarpThreads);
 
 // Blocks an SM that registers must allow.
 constexpr int kWarpBlocks = 4;
@@ -118,9 +95,8 @@ constexpr int tile_blocks(int element_size) {
 
 // tile. A block copies a run of whole rows to shared memory as one flat image: global accesses are 16 bytes
 // whatever the rows' own alignment, and a row's few lanes find its elements anywhere. The gradient goes back
-// the same way, over the student's image. Bytes 1.00 times the least, 2 special functions an element (5 with
-// cross-entropy's own), about 63 instructions at 128 classes and more below, since each lane finishes its
-// row: memory binds in fp32, instructions by about a fifth in 16 bits.
+// the same way, over the student's image. Bytes 1.00 times the least, 4 special functions an element (6 with
+// cross-entropy's own); each lane finishes its row.
 template <class T, class Policy>
 __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
     tile_kernel(const __grid_constant__ LossParams p,
@@ -194,7 +170,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
       const bool live = in_tile < rows;
       Row<Real> row = {-1, Real(0), true, false};
       if (live) row = read_row<Real>(p, first + in_tile);
-      int mine = live ? lane_elements : 0;
+      const int mine = live ? lane_elements : 0;
       auto valid = [&](int k) { return k < mine; };
       // Less than twice `classes`, so that of it and of what remains after one turn the lesser is right.
       auto column = [&](int k) {
@@ -210,29 +186,19 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
           t[k] = widen(t_image[start + column(k)]);
         }
       });
-      bool labelled = task.hard != CrossEntropy::kNone && !row.skipped();
+      const bool labelled = task.hard != CrossEntropy::kNone && !row.skipped();
       const int label = labelled ? static_cast<int>(row.label) : 0;
       Real label_z = labelled ? widen(z_image[start + label]) : Real(0);
-      const Solved<Real> result = solve<Policy, kChunks, kChunk, 0>(
-          task, label_z, row.weight * factor, want_gradient, chunks, lanes, z, t, valid);
-      const bool near = row.near(result);
-      if (live && lane == 0) total += row.emit(p, task, first + in_tile, result.loss, near);
+      const Solved<T, Policy> solved = solve<T, Policy, kChunks, kChunk, 0>(
+          task, label_z, row.weight * factor, chunks, lanes, z, t, valid);
+      if (live && lane == 0) total += row.emit(p, first + in_tile, solved.loss);
       if (!want_gradient) continue;
-      if (near) {  // the image keeps the logits, which in place stay where they are
-        mine = 0;
-        labelled = false;
-      }
       // The label's element, once more and with its share: no lane looks for it among its own.
       T at_label;
       if (labelled) {
-        Real ex = math::exp2_nonpositive((label_z - result.max_s) * task.scale);
-        Real ey =
-            math::exp2_nonpositive((widen(t_image[start + label]) - result.max_t) * task.scale);
-        Real eh = math::exp2_nonpositive((label_z - result.max_s) * Real(math::kLog2E));
-        Real g = task.hard == CrossEntropy::kOwn ? math::fma(result.of_hard, eh, -result.uniform)
-                                                 : -result.uniform;
-        g = math::fma(result.of_ex, ex, math::fma(result.of_ey, ey, g));
-        narrow(g - result.at_label, at_label);
+        const Real label_t = widen(t_image[start + label]);
+        narrow(solved.sweep.element(task, label_z, label_t).gradient - solved.sweep.at_label,
+               at_label);
       }
       __syncwarp();  // all lanes have read the label's logit
       if (row.skipped()) {
@@ -264,12 +230,11 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
     }
     __syncthreads();
   }
-  emit_partial(task.partial, total);
+  emit_partial<kTileThreads / kWarp>(task.partial, total);
 }
 
 // warp. A warp reads a row into registers, 16 bytes a lane and access; a lane has at most one element of its
-// head or tail. Bytes 1.00 times the least, 2 special functions an element (5 with cross-entropy's own),
-// about 30 instructions at 1000 classes.
+// head or tail. Bytes 1.00 times the least, 4 special functions an element (6 with cross-entropy's own).
 template <class T, class Policy>
 __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
     warp_kernel(const __grid_constant__ LossParams p,
@@ -300,7 +265,7 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
     auto place = [&](int s) { return body_place(span, 0, span.body, s, lane, kWarp); };
 
     if (row.skipped()) {
-      if (lane == 0) total += row.emit(p, task, r, Real(0));
+      if (lane == 0) total += row.emit(p, r, Real(0));
       if (g_row == nullptr) continue;
       Vector<T> zero;
 #pragma unroll
@@ -357,16 +322,16 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
       }
     }
     Real label_z = task.hard != CrossEntropy::kNone ? widen(z_row[row.label]) : Real(0);
-    const Solved<Real> result = solve<Policy, kSlots, kCount, 1>(
-        task, label_z, row.weight * factor, g_row != nullptr, slots, kWarp, z, t, valid);
-    const bool near = row.near(result);
-    if (lane == 0) total += row.emit(p, task, r, result.loss, near);
-    if (g_row == nullptr || near) continue;
+    const Solved<T, Policy> solved = solve<T, Policy, kSlots, kCount, 1>(
+        task, label_z, row.weight * factor, slots, kWarp, z, t, valid);
+    const Real at_label = solved.sweep.at_label;
+    if (lane == 0) total += row.emit(p, r, solved.loss);
+    if (g_row == nullptr) continue;
     // In place: the label's logit is read before any lane writes.
     __syncwarp();
     const int label = static_cast<int>(row.label);
     if (has_edge)
-      narrow(z[kElements] - (edge.first == label ? result.at_label : Real(0)), g_row[edge.first]);
+      narrow(z[kElements] - (edge.first == label ? at_label : Real(0)), g_row[edge.first]);
     if (span.vectors) {
 #pragma unroll
       for (int s = 0; s < kSlots; ++s) {
@@ -375,7 +340,7 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
         Vector<T> g;
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
-          Real own = at + j == label ? result.at_label : Real(0);
+          Real own = at + j == label ? at_label : Real(0);
           narrow(z[s * kCount + j] - own, g.value[j]);
         }
         *reinterpret_cast<Vector<T>*>(g_row + at) = g;
@@ -384,11 +349,11 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
 #pragma unroll
       for (int k = 0; k < kElements; ++k) {
         int at = first + k * kWarp;
-        if (valid(k)) narrow(z[k] - (at == label ? result.at_label : Real(0)), g_row[at]);
+        if (valid(k)) narrow(z[k] - (at == label ? at_label : Real(0)), g_row[at]);
       }
     }
   }
-  emit_partial(task.partial, total);
+  emit_partial<kTileThreads / kWarp>(task.partial, total);
 }
 
 }  // namespace
