@@ -105,6 +105,7 @@ class Kernel:
     )
     blocks: int
     opcodes: dict = field(default_factory=dict)  # {"LDG.E.128.CONSTANT": how many in the text}
+    local_in_loops: int = 0  # accesses to local memory in innermost loops, which go over elements
 
     def __str__(self):
         return f"sm_{self.arch} {demangled(self.name)}"
@@ -191,8 +192,9 @@ def kernels_of(text, arch, cubin):
             *(name, arch, int(registers), int(stack), int(shared[1]) if shared else 0),
             *(int(stores) + int(loads), *bounds[name]),
         )
-    for name, opcodes in disassembled(cubin):
-        kernels[name].opcodes = opcodes
+    for name, text in disassembled(cubin):
+        kernels[name].opcodes = dict(Counter(opcode for _, opcode, _ in text))
+        kernels[name].local_in_loops = local_in_loops(text)
     return kernels.values()
 
 
@@ -207,18 +209,29 @@ def launch_bounds(path):
 
 
 def disassembled(cubin):
-    """(name, {opcode: count}) of each kernel in a cubin."""
-    instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+    """(name, [(address, opcode, operands)]) of each kernel in a cubin."""
+    instruction = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)")
     command = [tool("cuobjdump"), "-sass", cubin]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as dump:
-        opcodes = Counter()
-        for line in dump.stdout:
-            if match := instruction.match(line):
-                opcodes[match[1]] += 1
-            elif "Function : " in line:
-                opcodes = Counter()
-                yield line.split(" : ")[1].strip(), opcodes
-    assert dump.returncode == 0
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for function in text.split("Function : ")[1:]:
+        found = map(instruction.match, function.splitlines())
+        yield function.split()[0], [(int(m[1], 16), m[2], m[3]) for m in found if m]
+
+
+def local_in_loops(text):
+    """How many instructions in loops that hold no other loop access local memory."""
+    loops = set()
+    for address, opcode, operands in text:
+        target = re.search(r"\b0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
+        if target and int(target[1], 16) <= address:
+            loops.add((int(target[1], 16), address))
+    inner = [
+        (first, last)
+        for first, last in loops
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in loops)
+    ]
+    local = [address for address, opcode, _ in text if re.match("LDL|STL", opcode)]
+    return sum(any(first <= address <= last for first, last in inner) for address in local)
 
 
 @pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.name)
@@ -236,6 +249,9 @@ def kernels(request, tmp_path_factory):
         kept.with_suffix(".new").write_text(json.dumps([vars(kernel) for kernel in found]))
         kept.with_suffix(".new").replace(kept)
     return [Kernel(**facts) for facts in json.loads(kept.read_text())]
+
+
+MOST_SPILLED = 64  # bytes
 
 
 PLANTED = """
@@ -263,7 +279,7 @@ def test_faults_would_be_found(tmp_path):
     for (function, _), kernel in found.items():
         vector = kernel.has(VECTOR_LOAD), kernel.has(VECTOR_STORE)
         assert vector == (function == "four",) * 2
-        assert (kernel.stack > 0) == (function == "local")
+        assert (kernel.stack > 0) == (kernel.local_in_loops > 0) == (function == "local")
         assert (kernel.threads, kernel.blocks) == ((256, 4) if function == "one" else (0, 0))
     source.write_text("__global__ void k(int* x) { int unused = 1; x[0] = 2; }")
     with pytest.raises(AssertionError, match="unused"):
@@ -287,7 +303,8 @@ def test_every_architecture_has_every_kernel(kernels):
 
 
 def test_values_stay_in_registers(kernels):
-    none_of([k for k in kernels if k.spills or k.stack or k.has(re.compile("LDL|STL"))])
+    """But for some that are used once a row."""
+    none_of([k for k in kernels if k.local_in_loops or max(k.spills, k.stack) > MOST_SPILLED])
 
 
 def test_global_memory_moves_16_bytes_at_a_time(kernels):

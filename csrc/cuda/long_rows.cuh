@@ -166,7 +166,7 @@ __device__ __forceinline__ RowSums<Real> merge_lanes(const Task<Real>& task,
 // Blocks an SM that registers must allow.
 constexpr int row_blocks(bool held, int element_size) {
   int threads = held ? held_max_threads(element_size) : kStreamThreads;
-  return (held ? 65536 / held_registers(element_size) : element_size == 8 ? 256 : 768) / threads;
+  return (held ? 65536 / held_registers(element_size) : element_size == 8 ? 256 : 512) / threads;
 }
 
 template <class T>
@@ -201,18 +201,22 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
   constexpr int kLeastSlots = 4;  // that pay for what is done once a group
   extern __shared__ uint4 slots_shared[];
   __shared__ Part<Real> parts[2][kHeldWarps<T>];
+  // Of each warp: the row's share of the loss, and the sum over all rows.
   __shared__ LossShare shares[kHeldWarps<T>];
+  __shared__ double totals[kHeldWarps<T>];
+  // Kept by thread 0; the others read it after a row's barrier.
+  __shared__ Real factor;
   const int thread = threadIdx.x, threads = blockDim.x, rank = kHeld ? cluster_rank() : 0;
   const int warps = threads / kWarp, lane = thread % kWarp, log_warps = 31 - __clz(warps);
   Vector<T>* z_slots = reinterpret_cast<Vector<T>*>(slots_shared) + thread;
   Vector<T>* t_slots = z_slots + capacity * threads + kEdges;
-  const Real factor = task.factor(p);
-  double total = 0;
+  if (lane == 0) totals[thread / kWarp] = 0;
+  if (thread == 0) factor = task.factor(p);
   int turn = 0;
   bool arrived = false;
 
-  const int64_t first = blockIdx.x / cluster, stride = gridDim.x / cluster;
-  for (int64_t r = first; r < p.rows; r += stride) {
+  const int stride = gridDim.x / cluster;
+  for (int64_t r = blockIdx.x / cluster; r < p.rows; r += stride) {
     const Row<Real> row = read_row<Real>(p, r);
     const T* z_row = static_cast<const T*>(p.student) + r * p.student_stride;
     const T* t_row = static_cast<const T*>(p.teacher_data[0]) + r * p.teacher_strides[0];
@@ -230,10 +234,10 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     const int log_step = 31 - __clz(span.vectors ? threads : threads * kCount);
     const int mine = own > thread ? static_cast<int>((own - thread - 1) >> log_step) + 1 : 0;
     const int skip = span.vectors && begin + thread < span.skew;
-    const Place<Index> edge = edge_place(span, thread & (kEdges - 1));
-    const int slots = mine + (rank == 0 && thread < kEdges && !edge.empty());
+    auto edge = [&] { return edge_place(span, thread & (kEdges - 1)); };
+    const int slots = mine + (rank == 0 && thread < kEdges && !edge().empty());
     auto place = [&](int s) {
-      return s < mine ? body_place(span, begin, end, s, thread, threads) : edge;
+      return s < mine ? body_place(span, begin, end, s, thread, threads) : edge();
     };
     // Slots up to here are whole vectors, those from `skip` on; where they start.
     const int whole = span.vectors ? mine : 0;
@@ -241,7 +245,7 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     auto at = [&](int s) { return at_first + static_cast<Index>(s) * (threads * kCount); };
 
     if (row.skipped()) {
-      if (thread == 0 && rank == 0) total += row.emit(p, r, Real(0));
+      if (thread == 0 && rank == 0) totals[0] += row.emit(p, r, Real(0));
       if (g_row == nullptr) continue;
       Vector<T> zero;
 #pragma unroll
@@ -362,16 +366,16 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     turn ^= 1;
     sums = merge_lanes<Policy>(task, sums, min(count, kWarp));
 
-    const SecondSweep<T, Policy> sweep(task, sums, label_z, row.weight * factor);
+    SecondSweep<T, Policy> sweep(task, sums, label_z, row.weight * factor);
     Real terms = 0;
     int done = skip;  // slots up to here are done
     if constexpr (kShift) {
       const Shifts shifts(task, sums.max_s, sums.max_t);
       if (shifts.small()) {
-        SecondSweep<T, Policy> shifted = sweep;
-        shifted.inv_s *= shifts.s.factor();
-        shifted.inv_t *= shifts.t.factor();
-        shifted.of_hard *= shifts.hard.factor();
+        const Real of_s = shifts.s.factor(), of_t = shifts.t.factor(),
+                   of_hard = sweep.of_hard * shifts.hard.factor();
+        sweep.inv_s *= of_s;
+        sweep.inv_t *= of_t;
 #pragma unroll 1
         for (int s = skip; s < whole; ++s) {
           Vector<T> z, t, out;
@@ -388,8 +392,8 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
 #pragma unroll
           for (int j = 0; j < kCount; ++j) {
             const TermAndGradient<Real> x =
-                shifted.soft(task, zs[j], ts[j], math::exp2_nonpositive(shifts.s(zs[j])),
-                             math::exp2_nonpositive(shifts.t(ts[j])));
+                sweep.soft(task, zs[j], ts[j], math::exp2_nonpositive(shifts.s(zs[j])),
+                           math::exp2_nonpositive(shifts.t(ts[j])));
             terms += x.term;
             gradient[j] = x.gradient;
           }
@@ -398,13 +402,15 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
 #pragma unroll
             for (int j = 0; j < kCount; ++j) {
               Real eh = math::exp2_nonpositive(shifts.hard(zs[j]));
-              gradient[j] = math::fma(shifted.of_hard, eh, gradient[j]);
+              gradient[j] = math::fma(of_hard, eh, gradient[j]);
             }
           }
 #pragma unroll
           for (int j = 0; j < kCount; ++j) narrow(gradient[j], out.value[j]);
           *reinterpret_cast<Vector<T>*>(g_row + at(s)) = out;
         }
+        sweep.inv_s *= math::inverse(of_s);
+        sweep.inv_t *= math::inverse(of_t);
         done = max(skip, whole);
       }
     }
@@ -419,7 +425,7 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
         z = load(z_row, here);
         t = load(t_row, here);
       }
-#pragma unroll(sizeof(T) == 8 ? 1 : kCount)
+#pragma unroll
       for (int j = 0; j < kCount; ++j) {
         const TermAndGradient<Real> x = sweep.element(task, widen(z.value[j]), widen(t.value[j]));
         terms += x.term;
@@ -429,25 +435,32 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     }
     // The label's share: the thread that wrote the label's element writes it again.
     if (g_row != nullptr && task.hard != CrossEntropy::kNone) {
-      const Index label = static_cast<Index>(row.label);
+      const Index label = static_cast<Index>(p.labels[r]);  // read again, for registers
       const Index member =
           span.vectors ? (label - span.head) / kCount + span.skew - begin : label - begin * kCount;
       const bool in_body = label >= span.head && member >= 0 && member < own;
-      if (in_body ? (member & (threads - 1)) == thread : slots > mine && label == edge.first) {
-        narrow(sweep.element(task, label_z, widen(t_row[label])).gradient - sweep.at_label,
-               g_row[label]);
+      if (in_body ? (member & (threads - 1)) == thread : slots > mine && label == edge().first) {
+        // Numbers are made again, for registers.
+        const Real weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[r] : Real(1);
+        const Real at_label =
+            (Real(1) - task.alpha) * (weight * factor) * (Real(1) - task.smoothing);
+        const T label_t =
+            static_cast<const T*>(p.teacher_data[0])[r * p.teacher_strides[0] + label];
+        narrow(sweep.element(task, label_z, widen(label_t)).gradient - at_label, g_row[label]);
       }
     }
 
-    // The row's loss is the sum of all threads' shares.
-    double own_share = static_cast<double>(sweep.of_term * terms);
-    if (thread == 0 && rank == 0) own_share += static_cast<double>(sweep.loss);
-    own_share *= static_cast<double>(row.weight);
-    total += own_share;
+    // The row's loss is the sum of all warps' shares.
+    Real of_warp[1] = {terms};
+    reduce_lanes<Sum>(of_warp);
+    if (lane == 0) {
+      Real loss = task.alpha * task.temperature * task.temperature * of_warp[0];
+      if (thread == 0 && rank == 0) loss += sweep.loss;
+      if (p.weight != nullptr) loss *= static_cast<const Real*>(p.weight)[r];
+      shares[thread / kWarp].loss = static_cast<double>(loss);
+      totals[thread / kWarp] += static_cast<double>(loss);
+    }
     if (p.row_loss == nullptr) continue;
-    double sum[1] = {own_share};
-    reduce_lanes<Sum>(sum);
-    if (lane == 0) shares[thread / kWarp].loss = sum[0];
     meet();
     if (thread == 0 && rank == 0) {
       double loss = 0;
@@ -458,7 +471,12 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
       static_cast<Real*>(p.row_loss)[r] = static_cast<Real>(loss);
     }
   }
-  emit_partial<kHeldWarps<T>>(task.partial, total);
+  __syncthreads();
+  if (thread == 0 && task.partial != nullptr) {
+    double total = 0;
+    for (int warp = 0; warp < warps; ++warp) total += totals[warp];
+    task.partial[blockIdx.x] = total;
+  }
   // A block stays while others of its cluster may read its parts.
   if (cluster > 1) {
     if (!arrived) cluster_arrive();

@@ -30,7 +30,7 @@ struct Device {
 // held: a cluster (sm_90 on) splits rows until 3 blocks fit an SM, so that one's loads hide behind the
 //   others' arithmetic; where none does that, it takes the split with most blocks an SM.
 //   Threads: the fewest that still make 16 warps an SM, because each thread adds to the row's reduction.
-// stream: 256 threads, 3 blocks an SM at up to 80 registers.
+// stream: 256 threads, 2 blocks an SM at up to 128 registers, whose loads are 16 KB at a time.
 enum class Walk { kTile, kWarp, kHeld, kStream };
 
 constexpr int kTileClasses = 512, kTileElements = 2048, kTileThreads = 128, kTileLaneElements = 16;

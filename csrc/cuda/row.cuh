@@ -110,19 +110,6 @@ struct SecondSweep : math::RowResult<typename Compute<T>::type> {
   }
 };
 
-// One partial sum of losses a block, from its threads'.
-template <int kMostWarps>
-__device__ __forceinline__ void emit_partial(double* partial, double total) {
-  __shared__ double of_warps[kMostWarps];
-  double sum[1] = {total};
-  reduce_lanes<Sum>(sum);
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = sum[0];
-  __syncthreads();
-  if (threadIdx.x != 0 || partial == nullptr) return;
-  for (unsigned warp = 1; warp < blockDim.x / kWarp; ++warp) sum[0] += of_warps[warp];
-  partial[blockIdx.x] = sum[0];
-}
-
 }  // namespace
 }  // namespace cuda
 }  // namespace kdkernels

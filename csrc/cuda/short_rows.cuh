@@ -81,6 +81,15 @@ __device__ __forceinline__ Solved<T, Policy> solve(const Task<Real>& task, Real 
   return out;
 }
 
+// One partial sum of losses a block, from the threads' own.
+__device__ __forceinline__ void emit_partial(double* partial, double total) {
+  __shared__ double shared[kTileThreads / kWarp];
+  double sum[1] = {total};
+  reduce<Sum, kTileThreads>(sum, shared);
+  if (threadIdx.x == 0 && partial != nullptr) partial[blockIdx.x] = sum[0];
+}
+static_assert(kTileThreads == kWarpThreads);
+
 // Blocks an SM that registers must allow.
 constexpr int kWarpBlocks = 4;
 constexpr int tile_blocks(int element_size) {
@@ -89,7 +98,7 @@ constexpr int tile_blocks(int element_size) {
              ? 2
              : 4;  // of sm_120 shared memory holds no more; on sm_100 a third would spill
 #else
-  return element_size == 8 ? 3 : 4;
+  return element_size == 8 ? 2 : 4;
 #endif
 }
 
@@ -230,7 +239,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
     }
     __syncthreads();
   }
-  emit_partial<kTileThreads / kWarp>(task.partial, total);
+  emit_partial(task.partial, total);
 }
 
 // warp. A warp reads a row into registers, 16 bytes a lane and access; a lane has at most one element of its
@@ -353,7 +362,7 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
       }
     }
   }
-  emit_partial<kTileThreads / kWarp>(task.partial, total);
+  emit_partial(task.partial, total);
 }
 
 }  // namespace

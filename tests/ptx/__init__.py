@@ -263,7 +263,7 @@ def build_native(name, sources, flags=(), include=()):
 
 
 def _import(path, name):
-    name = f"{path.parent.name}.{name}"  # pybind11 returns a module of this name that is there already
+    name = f"{path.parent.name}.{name}"  # pybind11 keeps a module by its name
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = importlib.util.module_from_spec(spec)
