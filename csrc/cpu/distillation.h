@@ -103,11 +103,12 @@ struct Exponents {
     late = V(far ? Real(0) : offset);
     rest = V(static_cast<Real>(offset * exact - (shift.t - shift.s)));
   }
-  // The same in natural logarithms and with `above` added.
-  Exponents natural(double above) const {
+  // sign (difference ln 2 + above) instead.
+  Exponents natural(double above, double sign) const {
     Exponents out = *this;
-    out.scale = scale * V(static_cast<Real>(math::kLn2));
-    out.rest = fma(rest, V(static_cast<Real>(math::kLn2)), V(static_cast<Real>(above)));
+    const V nats(static_cast<Real>(sign * math::kLn2));
+    out.scale = scale * nats;
+    out.rest = fma(rest, nats, V(static_cast<Real>(sign * above)));
     return out;
   }
 
@@ -208,20 +209,22 @@ bool sweep_once(const T* z, const T* t, int64_t classes, Real scale, Real scale_
 }
 
 // The sum of the divergence's terms; and the gradient, which may be written over z. label: -1 where there is none.
-template <class T, class Policy, bool kOwn, bool kGradient, class Real>
+template <class T, class Policy, math::CrossEntropy kHard, bool kGradient, class Real>
 KD_FN double second_sweep(const T* z, const T* t, int64_t classes, const Exponents<Real>& by,
                           const math::RowResult<double>& row, const Real* ex, const Real* ey,
                           const Real* eh, int64_t label, T* gradient) {
   using V = Vector<Real>;
-  const Exponents<Real> natural = by.natural(row.above);
+  constexpr bool kOwn = kHard == math::CrossEntropy::kOwn,
+                 kLabels = kHard != math::CrossEntropy::kNone;
+  const Exponents<Real> natural = by.natural(row.above, Policy::kSign);
   const V inv_s(static_cast<Real>(row.inv_s)), inv_t(static_cast<Real>(row.inv_t)),
       of_q(static_cast<Real>(row.of_q)), other(static_cast<Real>(row.other)),
       of_hard(static_cast<Real>(row.of_hard)), uniform(static_cast<Real>(row.uniform)),
-      none(Real(0));
-  auto element = [&](V a, V b, V d, V h) KD_INLINE_LAMBDA {
-    math::TermAndGradient<V> x = Policy::element(of_q, other, b * inv_t, a * inv_s, d);
-    x.gradient = x.gradient - uniform;
-    if constexpr (kOwn) x.gradient = fma(of_hard, h, x.gradient);
+      none(Real(0)), least(Real(math::kLeast));
+  auto element = [&](V a, V b, V e, V h) KD_INLINE_LAMBDA {
+    math::TermAndGradient<V> x =
+        Policy::element(of_q, other, b * inv_t, a * inv_s, larger(e, least));
+    if constexpr (kLabels) x.gradient = fma(of_hard, kOwn ? h : a, x.gradient - uniform);
     return x;
   };
   Real at_label = 0;  // before its logit is written over
@@ -311,10 +314,10 @@ void rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
     }
     const Exponents<Real> by(scale_real, scale_hard_real, shift);
     const int64_t at = kLabels ? label : -1;
-    const double terms = keep ? second_sweep<T, Policy, kOwn, true>(z, t, p.classes, by, result, ex,
-                                                                    ey, eh, at, gradient)
-                              : second_sweep<T, Policy, kOwn, false>(z, t, p.classes, by, result,
-                                                                     ex, ey, eh, at, gradient);
+    const double terms = keep ? second_sweep<T, Policy, kHard, true>(z, t, p.classes, by, result,
+                                                                     ex, ey, eh, at, gradient)
+                              : second_sweep<T, Policy, kHard, false>(z, t, p.classes, by, result,
+                                                                      ex, ey, eh, at, gradient);
     row_loss[row] = weight * (result.loss + (p.alpha > 0 ? result.of_term * terms : 0.0));
   }
 }

@@ -398,11 +398,11 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
             gradient[j] = x.gradient;
           }
           if (g_row == nullptr) continue;
-          if (task.hard == CrossEntropy::kOwn) {
+          if (task.hard != CrossEntropy::kNone) {
 #pragma unroll
             for (int j = 0; j < kCount; ++j) {
               Real eh = math::exp2_nonpositive(shifts.hard(zs[j]));
-              gradient[j] = math::fma(of_hard, eh, gradient[j]);
+              gradient[j] = math::fma(of_hard, eh, gradient[j] - sweep.uniform);
             }
           }
 #pragma unroll

@@ -68,7 +68,7 @@ __device__ __forceinline__ Row<Real> read_row(const LossParams& p, int64_t row) 
 template <class T, class Policy>
 struct SecondSweep : math::RowResult<typename Compute<T>::type> {
   using Real = typename Compute<T>::type;
-  // d = (t - early - z - late) / T + above, as in math::ElementNorm. Logits of 16 bits differ by exact numbers.
+  // e = kSign ((t - early - z - late) / T + above), as in math::ElementNorm. Logits of 16 bits differ by exact numbers.
   static constexpr bool kEarly = sizeof(T) > 2;
   Real max_s, max_t, early, late;
 
@@ -85,26 +85,24 @@ struct SecondSweep : math::RowResult<typename Compute<T>::type> {
     const bool far = kEarly && math::magnitude(offset) > Real(1);
     early = far ? offset : Real(0);
     late = far ? Real(0) : offset;
-    this->above = math::fma(-lost, task.inv_temperature, this->above);
+    this->above = Policy::kSign * math::fma(-lost, task.inv_temperature, this->above);
   }
 
-  // Of an element whose exponentials are ex and ey, without cross-entropy's own.
+  // Of an element whose exponentials are ex and ey, without cross-entropy.
   __device__ __forceinline__ TermAndGradient<Real> soft(const Task<Real>& task, Real z, Real t,
                                                         Real ex, Real ey) const {
     const Real after = kEarly ? t - early : t;
-    const Real d = math::fma(after - z - late, task.inv_temperature, this->above);
-    TermAndGradient<Real> x =
-        Policy::element(this->of_q, this->other, ey * this->inv_t, ex * this->inv_s, d);
-    x.gradient -= this->uniform;
-    return x;
+    const Real e = math::fma(after - z - late, Policy::kSign * task.inv_temperature, this->above);
+    return Policy::element(this->of_q, this->other, ey * this->inv_t, ex * this->inv_s,
+                           math::larger(e, Real(math::kLeast)));
   }
   __device__ __forceinline__ TermAndGradient<Real> element(const Task<Real>& task, Real z,
                                                            Real t) const {
     TermAndGradient<Real> x = soft(task, z, t, math::exp2_nonpositive((z - max_s) * task.scale),
                                    math::exp2_nonpositive((t - max_t) * task.scale));
-    if (task.hard == CrossEntropy::kOwn) {
+    if (task.hard != CrossEntropy::kNone) {
       Real eh = math::exp2_nonpositive((z - max_s) * Real(math::kLog2E));
-      x.gradient = math::fma(this->of_hard, eh, x.gradient);
+      x.gradient = math::fma(this->of_hard, eh, x.gradient - this->uniform);
     }
     return x;
   }

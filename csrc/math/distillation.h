@@ -45,32 +45,34 @@ struct TermAndGradient {
 
 // KL(p_t || p_s). Its gradient is T (p_s - p_t).
 struct ForwardSweeps {
+  static constexpr int kSign = 1;
   static constexpr bool kCross = false;
   template <class Acc>
   KD_FN void coefficients(const RowSums<Acc>&, Acc, Acc temperature, Acc& of_q, Acc& other) {
     of_q = Acc(0);
-    other = -temperature;
+    other = temperature;
   }
   template <class F>
-  KD_FN TermAndGradient<F> element(F of_q, F other, F p, F q, F d) {
-    ExcessAndDifference<F> of = excess_and_difference(p, q, d);
-    return {of.excess, fma(of_q, q, other * of.difference)};
+  KD_FN TermAndGradient<F> element(F, F other, F p, F q, F e) {
+    ExcessAndDifference<F> of = excess_and_difference(p, q, e);
+    return {of.excess, other * of.difference};
   }
 };
 
 // KL(p_s || p_t). Its gradient is T p_s (log p_s - log p_t - D), which feels nothing of an error of 1e-7 in D.
 struct ReverseSweeps {
+  static constexpr int kSign = -1;
   static constexpr bool kCross = true;
   template <class Acc>
   KD_FN void coefficients(const RowSums<Acc>& sums, Acc inv_s, Acc temperature, Acc& of_q,
                           Acc& other) {
     Acc divergence = sums.cross * (inv_s * Acc(kLn2)) + log_acc(sums.sum_t * inv_s);
-    other = -temperature;
-    of_q = other * divergence;
+    other = temperature;
+    of_q = -temperature * divergence;
   }
   template <class F>
-  KD_FN TermAndGradient<F> element(F of_q, F other, F p, F q, F d) {
-    return {excess(q, p, -d), times(q, fma(other, d, of_q))};
+  KD_FN TermAndGradient<F> element(F of_q, F other, F p, F q, F e) {
+    return {excess_and_difference(q, p, e).excess, q * fma(other, e, of_q)};
   }
 };
 
@@ -110,9 +112,12 @@ KD_FN RowSums<Acc> merge(CrossEntropy hard, const RowSums<Acc>& a, const RowSums
   return x;
 }
 
-// What a row's second sweep needs. With d = (y - x) ln 2 + above, the gradient of element i is
-//   Policy::element(of_q, other, p, q, d).gradient + of_hard e^(z - max_s) - uniform - (i == label ? at_label : 0)
+// What a row's second sweep needs. With d = (y - x) ln 2 + above = log p - log q and e = kSign d, or kLeast where that is
+// more or e is NaN, the gradient of element i is
+//   Policy::element(of_q, other, p, q, e).gradient + of_hard e^(z - max_s) - uniform - (i == label ? at_label : 0)
 // where p = inv_t ey, q = inv_s ex; and the row's loss is `loss` and of_term times the sum of the elements' terms.
+// So far below, a probability is 0, and T times this is finite.
+constexpr double kLeast = -1e20;
 template <class Acc>
 struct RowResult {
   Acc loss, of_term;
@@ -140,11 +145,7 @@ KD_FN RowResult<Acc> finish_row(CrossEntropy hard, const RowSums<Acc>& sums, Acc
   if (smoothing > Acc(0)) cross_entropy -= smoothing * inv_classes * sums.sum_z;
   row.loss = (Acc(1) - alpha) * cross_entropy;
   Acc scale = (Acc(1) - alpha) * factor;
-  if (hard == CrossEntropy::kShared) {
-    row.of_q += scale;
-  } else {
-    row.of_hard = scale * inverse(sum);
-  }
+  row.of_hard = scale * inverse(sum);
   row.uniform = scale * smoothing * inv_classes;
   row.at_label = scale * (Acc(1) - smoothing);
   return row;
