@@ -43,6 +43,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from kdkernels import _C
 from kdkernels.errors import (
@@ -61,73 +62,79 @@ from kdkernels.errors import (
 
 DISTRIBUTIONS = ("normal", "uniform", "rademacher", "truncated_normal", "laplace")
 
-# The eager functions take their arguments by position; a tracer sees the registered ops.
 _OPS = torch.ops.kdkernels
-_NOISE = ("seed", "step", "stream", "offset", "seed_tensor", "step_tensor", "distribution")
-_NOISE_LIST = ("seed", "step", "streams", "offsets", "runs", *_NOISE[4:])
-_ARGUMENTS = {  # those by position, those by keyword
-    "randn_like": (("x",), _NOISE),
-    "input_noise": (("x", "std_tensor", "std"), (*_NOISE, "multiplicative")),
-    "gradient_noise": (("x", "std_tensor", "std"), (*_NOISE, "multiplicative")),
-    "add_noise_": (("tensors", "std"), (*_NOISE_LIST, "multiplicative", "std_tensor", "norms")),
-    "noise_dot": (("tensors",), _NOISE_LIST),
-    "_scaled_noise": (("tensors", "scales"), _NOISE_LIST),
-    "combine_noise_": (
-        ("tensors", "coefficients", "seeds"),
-        ("step", "streams", "offsets", "runs", "step_tensor", "distribution"),
-    ),
-}
-# What an argument takes, and the public name of one that has another.
+# What the ops' arguments must be; they bear the public names, or `noise`.
 _KINDS = {
-    **dict.fromkeys(("x", "coefficients", "seeds"), (TENSOR, None)),
-    **dict.fromkeys(("seed", "step", "stream", "offset"), (INT, None)),
-    **dict.fromkeys(("std_tensor", "seed_tensor", "step_tensor"), (OPTIONAL_TENSOR, None)),
-    "tensors": (LIST, None),
-    "std": (NUMBER, None),
-    "streams": (INTS, "stream"),
-    "offsets": (INTS, "offset"),
-    "multiplicative": (BOOL, None),
+    **dict.fromkeys(("x", "coefficients", "seeds"), TENSOR),
+    "std_tensor": OPTIONAL_TENSOR,
+    "tensors": LIST,
+    "std": NUMBER,
+    "multiplicative": BOOL,
 }
 
 
 def _call(name: str, *values):
-    """Op `name` on its arguments in order."""
-    if torch.compiler.is_compiling():
-        by_position, by_keyword = _ARGUMENTS[name]
-        count = len(by_position)
-        keywords = dict(zip(by_keyword, values[count:], strict=True))
-        return getattr(_OPS, name)(*values[:count], **keywords)
+    """Op `name`: the plain function, or the registered op where a tracer has to see it."""
+    if is_compiling():
+        return getattr(_OPS, name)(*values)
     try:
         return getattr(_C, name)(*values)
     except TypeError as error:
-        by_position, by_keyword = _ARGUMENTS[name]
-        arguments = {}
-        for argument, value in zip((*by_position, *by_keyword), values, strict=True):
-            if argument in _KINDS and not (argument == "std" and name == "add_noise_"):
-                kind, public = _KINDS[argument]
-                arguments[public or argument] = (value, kind)
-        raise explain(error, **arguments) from None
+        raise explain(error, **_by_name(name, values)) from None
+
+
+def _by_name(name: str, values: Sequence) -> dict[str, tuple[object, str]]:
+    """What each argument of an op is and must be."""
+    schema = getattr(_OPS, name).default._schema
+    given = {a.name: value for a, value in zip(schema.arguments, values, strict=True)}
+    seed, step, _, streams, offsets, *rest = given.pop("noise")
+    out = {k: (value, _KINDS[k]) for k, value in given.items() if k in _KINDS}
+    if isinstance(given.get("std"), list):
+        del out["std"]  # checked already
+    out |= {"seed": (seed, INT), "step": (step, INT), "stream": (rest[:streams], INTS)}
+    return out | {"offset": (rest[streams : streams + offsets], INTS)}
 
 
 # ---- arguments -----------------------------------------------------------------------------------
 
 
-def _seed_and_step(seed, step) -> tuple:
-    """(seed, step, seed_tensor, step_tensor), as every op takes them."""
-    seed_tensor = step_tensor = None
+def _noise(seed, step, distribution, streams, offsets, runs=()) -> tuple[list, list]:
+    """(noise, noise_tensors), as all ops take them: see csrc/ops/noise_numbers.h."""
+    tensors: list[Tensor | None] = []
     if seed is None:
         # A tensor, so that a traced graph draws anew each time it runs.
-        seed_tensor, seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64), 0
+        tensors, seed = [torch.randint(0, 2**63 - 1, (), dtype=torch.int64)], 0
     elif isinstance(seed, int):
         seed = _signed(seed)
-    if isinstance(step, Tensor):
-        step_tensor, step = step, 0
-    return seed, step, seed_tensor, step_tensor
+    if type(step) is not int and isinstance(step, Tensor):
+        tensors, step = [tensors[0] if tensors else None, step], 0
+    numbers = [seed, step, _distribution(distribution), len(streams), len(offsets)]
+    return [*numbers, *streams, *offsets, *runs], tensors
+
+
+def _noise_of_list(tensors: list[Tensor], seed, step, stream, offset, distribution) -> tuple:
+    """(local tensors, noise, noise_tensors), as ops on lists take them."""
+    streams = stream if isinstance(stream, (list, tuple)) else (stream,)
+    offsets = offset if isinstance(offset, (list, tuple)) else (offset,)
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            break
+    else:
+        return tensors, *_noise(seed, step, distribution, streams, offsets)
+    shards = [shard_of(tensor) for tensor in tensors]
+    if len(offsets) == 1:
+        offsets = list(offsets) * len(tensors)
+    if len(offsets) == len(tensors):
+        offsets = [o + shard[1] for o, shard in zip(offsets, shards, strict=True)]
+    runs = [number for shard in shards for number in shard[2:]]
+    runs = runs if any(runs) else ()
+    local = [shard[0] for shard in shards]
+    return local, *_noise(seed, step, distribution, streams, offsets, runs)
 
 
 def _signed(seed: int) -> int:
     if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {seed}; it takes an int in [-2^63, 2^64)")
+        raise ValueError(f"seed is {seed}; it must be an int in [-2^63, 2^64)")
     return seed - 2**64 if seed >= 2**63 else seed
 
 
@@ -140,46 +147,23 @@ def _fixed_seed(seed: int | None) -> int:
 
 
 def _distribution(name: str) -> int:
-    for number, known in enumerate(DISTRIBUTIONS):
-        if name == known:
-            return number
+    if isinstance(name, str) and name in DISTRIBUTIONS:
+        return DISTRIBUTIONS.index(name)
     check("distribution", name, STRING)
-    raise ValueError(f'distribution is "{name}"; it takes one of {", ".join(DISTRIBUTIONS)}')
-
-
-def _noise(seed, step, stream, offset, distribution) -> tuple:
-    """The last arguments of an op on one tensor."""
-    seed, step, seed_tensor, step_tensor = _seed_and_step(seed, step)
-    return seed, step, stream, offset, seed_tensor, step_tensor, _distribution(distribution)
+    raise ValueError(f'distribution is "{name}"; it must be one of {", ".join(DISTRIBUTIONS)}')
 
 
 def _tensors(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    if not isinstance(tensors, Tensor) and not hasattr(tensors, "__iter__"):
+    if type(tensors) is not list and isinstance(tensors, Tensor):
+        return [tensors]
+    if not hasattr(tensors, "__iter__"):
         kind = type(tensors).__name__
-        raise TypeError(f"{name} is a {kind}; it takes a tensor or a sequence of tensors")
-    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        raise TypeError(f"{name} is a {kind}; it must be a tensor or a sequence of tensors")
+    tensors = list(tensors)
     for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} holds a {type(tensor).__name__}; it takes {TENSOR}")
+        if type(tensor) not in _PLAIN and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} holds a {type(tensor).__name__}; it must hold tensors")
     return tensors
-
-
-def _places(tensors: list[Tensor], stream, offset) -> tuple:
-    """(local tensors, streams, offsets, runs), as ops on lists take them."""
-    streams = list(stream) if isinstance(stream, (list, tuple)) else [stream]
-    offsets = list(offset) if isinstance(offset, (list, tuple)) else [offset]
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            break
-    else:
-        return tensors, streams, offsets, []
-    shards = [shard_of(tensor) for tensor in tensors]
-    if len(offsets) == 1:
-        offsets *= len(tensors)
-    if len(offsets) == len(tensors):
-        offsets = [o + shard[1] for o, shard in zip(offsets, shards, strict=True)]
-    runs = [number for shard in shards for number in shard[2:]]
-    return [shard[0] for shard in shards], streams, offsets, runs if any(runs) else []
 
 
 def _stds(std) -> tuple:
@@ -188,17 +172,17 @@ def _stds(std) -> tuple:
         return [std], None
     if isinstance(std, Tensor):
         if not std.is_floating_point():
-            raise TypeError(f"std has dtype {std.dtype}; as a tensor it takes a floating one")
+            raise TypeError(f"std has dtype {std.dtype}; as a tensor it must be a floating one")
         std = std.detach().reshape(-1) if std.dim() == 0 else std.detach()
         return [0.0], std.to(torch.float64)
     stds = [std] if isinstance(std, (int, float)) or not hasattr(std, "__iter__") else list(std)
     for value in stds:
         if not fits(value, NUMBER):
-            raise TypeError(f"std holds a {type(value).__name__}; it takes {NUMBER}")
+            raise TypeError(f"std holds a {type(value).__name__}; it must hold numbers")
     stds = [float(value) for value in stds]
     for value in stds:
         if value < 0:
-            raise ValueError(f"std is {value}; it takes a finite number, 0 or more")
+            raise ValueError(f"std is {value}; it must be finite and 0 or more")
     return stds, None
 
 
@@ -340,13 +324,10 @@ def randn_like(
         >>> kdkernels.randn_like(torch.empty(2), seed=0, offset=2)  # a shard of it
         tensor([-0.6176, -0.4821])
     """
-    noise = _noise(seed, step, stream, offset, distribution)
     if isinstance(x, Tensor) and type(x) not in _PLAIN and hasattr(x, "placements"):
-        [local], streams, offsets, runs = _places([x], stream, offset)
-        one = torch.ones(1, dtype=torch.float64, device=local.device)
-        noise = (*noise[:2], streams, offsets, runs, *noise[4:])
-        return _like(_call("_scaled_noise", [local.detach()], one, *noise)[0], x)
-    return _call("randn_like", x, *noise)
+        [local], *noise = _noise_of_list([x], seed, step, stream, offset, distribution)
+        return _like(_call("randn_like", local.detach(), *noise), x)
+    return _call("randn_like", x, *_noise(seed, step, distribution, (stream,), (offset,)))
 
 
 def add_noise_(
@@ -385,25 +366,9 @@ def add_noise_(
 
 
 def _add(tensors, stds, std_tensor, seed, step, stream, offset, distribution, multiplicative=False):
-    """add_noise_ with whatever sign of std."""
-    seed, step, seed_tensor, step_tensor = _seed_and_step(seed, step)
-    local, streams, offsets, runs = _places(tensors, stream, offset)
-    _call(
-        "add_noise_",
-        local,
-        stds,
-        seed,
-        step,
-        streams,
-        offsets,
-        runs,
-        seed_tensor,
-        step_tensor,
-        _distribution(distribution),
-        multiplicative,
-        std_tensor,
-        None,
-    )
+    """add_noise_ with a std of either sign."""
+    local, *noise = _noise_of_list(tensors, seed, step, stream, offset, distribution)
+    _call("add_noise_", local, stds, std_tensor, multiplicative, *noise, None)
 
 
 def input_noise(
@@ -439,8 +404,8 @@ def input_noise(
     std_tensor = None
     if isinstance(std, Tensor):
         std_tensor, std = std, 0.0
-    noise = _noise(seed, step, stream, offset, distribution)
-    return _call("input_noise", x, std_tensor, std, *noise, multiplicative)
+    noise = _noise(seed, step, distribution, (stream,), (offset,))
+    return _call("input_noise", x, std_tensor, std, multiplicative, *noise)
 
 
 def gradient_noise(
@@ -467,8 +432,8 @@ def gradient_noise(
     std_tensor = None
     if isinstance(std, Tensor):
         std_tensor, std = std, 0.0
-    noise = _noise(seed, step, stream, offset, distribution)
-    return _call("gradient_noise", x, std_tensor, std, *noise, multiplicative)
+    noise = _noise(seed, step, distribution, (stream,), (offset,))
+    return _call("gradient_noise", x, std_tensor, std, multiplicative, *noise)
 
 
 def noise_dot(
@@ -495,18 +460,8 @@ def noise_dot(
         A scalar: fp64 if a tensor is, else fp32; added up in fp64.
     """
     tensors = _tensors("tensors", tensors)
-    seed, step, seed_tensor, step_tensor = _seed_and_step(seed, step)
-    local, *places = _places(tensors, stream, offset)
-    sums = _call(
-        "noise_dot",
-        local,
-        seed,
-        step,
-        *places,
-        seed_tensor,
-        step_tensor,
-        _distribution(distribution),
-    )
+    local, *noise = _noise_of_list(tensors, seed, step, stream, offset, distribution)
+    sums = _call("noise_dot", local, *noise)
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     if local is tensors:
         total = sums.sum()
@@ -567,18 +522,8 @@ def combine_noise_(
         seeds = torch.tensor(
             [_fixed_seed(seed) for seed in _sequence("seeds", seeds)], dtype=torch.int64
         )
-    _, step, _, step_tensor = _seed_and_step(0, step)
-    local, *places = _places(tensors, stream, offset)
-    _call(
-        "combine_noise_",
-        local,
-        coefficients.to(torch.float64),
-        seeds,
-        step,
-        *places,
-        step_tensor,
-        _distribution(distribution),
-    )
+    local, *noise = _noise_of_list(tensors, 0, step, stream, offset, distribution)
+    _call("combine_noise_", local, coefficients.to(torch.float64), seeds, *noise)
 
 
 def _sequence(name: str, values) -> list:
@@ -945,7 +890,7 @@ def noisy_linear_regression(
         sizes = {name: list(v.shape) for name, v in zip([*named, "seed"], numbers, strict=True)}
         raise ValueError(f"theta, lr, lam, sigma and seed differ in replicas: {sizes}") from None
     theta, lr, lam, sigma, seed = (v.detach().expand(shape).reshape(-1) for v in numbers)
-    call = _OPS if torch.compiler.is_compiling() else _C
+    call = _OPS if is_compiling() else _C
     out = call.noisy_linear_regression(
         _samples("x", x),
         _samples("y", y),

@@ -31,7 +31,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -99,6 +98,8 @@ def _exponential(t, std, decay):
 def _value_at(std: Std, step: int | Tensor) -> float | Tensor:
     """std at a step; a number is checked."""
     value = std(step) if callable(std) else std
+    if type(value) is float and 0 <= value < math.inf:
+        return value
     if isinstance(step, Tensor) and isinstance(value, Tensor):
         return value
     if isinstance(value, Tensor) and value.numel() != 1:
@@ -192,16 +193,23 @@ class _Part:
             self.offsets = [0]
         if not any(self.runs):
             self.runs = []
+        counts = [len(self.where), len(self.offsets)]
+        self.places = [*counts, *self.where, *self.offsets, *self.runs]
         self.sharers = [_sharers(params[i]) for i in where]
         self.device = shards[0][0].device
         self.empty = shards[0][0].new_empty(0)
         # On the device from the start: an index from the host could not be captured.
         self.group_index = torch.tensor(self.groups, device=self.device)
 
-    def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def noise(self, seed: int, step: int, distribution: str) -> list[int]:
+        """The part's noise as ops take it: see csrc/ops/noise_numbers.h."""
+        return [seed, step, _distribution(distribution), *self.places]
+
+    def of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """This part's share of a list of all parameters' tensors."""
-        mine = [tensors[i] for i in self.where]
-        return [_local(t) for t in mine] if self.sharded else mine
+        if len(self.where) != len(tensors):
+            tensors = [tensors[i] for i in self.where]
+        return [_local(t) for t in tensors] if self.sharded else tensors
 
 
 class _Layout:
@@ -268,20 +276,7 @@ def _norms(parts: Sequence[_Part], squares: Sequence[Tensor], groups: int) -> li
 
 # ---- optimizers with noise -----------------------------------------------------------------------
 
-# math::Update's order; and a rule's numbers after lr and std, in UpdateRule's.
-_SGD, _ADAMW, _SGLD, _PSGLD = range(4)
-_RULE = (
-    ("weight_decay", 0.0),
-    ("momentum", 0.0),
-    ("dampening", 0.0),
-    ("beta1", 0.0),
-    ("beta2", 0.0),
-    ("eps", 0.0),
-    ("num_data", 1.0),
-    ("temperature", 0.0),
-    ("nesterov", False),
-    ("maximize", False),
-)
+_SGD, _ADAMW, _SGLD, _PSGLD = range(4)  # in the order of math::Update
 
 
 class NoiseOptions(TypedDict, total=False):
@@ -298,8 +293,7 @@ class _NoisyOptimizer(torch.optim.Optimizer):
     """Noise, moments and update in one pass over memory, one call a device."""
 
     _update: int
-    _first: str | None = None  # the moments' names in a parameter's state
-    _second: str | None = None
+    _moments: tuple[str, ...] = ()  # their names in a parameter's state
 
     def __init__(
         self,
@@ -383,8 +377,8 @@ class _NoisyOptimizer(torch.optim.Optimizer):
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """A parameter's state, with the moments that its group needs."""
         state = self.state[p]
-        for name in (self._first, self._second):
-            needed = name is not None and (name != "momentum_buffer" or group["momentum"] != 0)
+        for name in self._moments:
+            needed = name != "momentum_buffer" or group["momentum"] != 0
             if needed and state.get(name) is None:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state.pop("step", None)
@@ -466,9 +460,10 @@ class _NoisyOptimizer(torch.optim.Optimizer):
         groups = self.param_groups
         params, grads = self._prepared()
         step = groups[0]["noise_step"]
-        lrs = [group["lr"] if isinstance(step, Tensor) else float(group["lr"]) for group in groups]
+        on_device = isinstance(step, Tensor)
+        lrs = [group["lr"] if on_device else float(group["lr"]) for group in groups]
         stds = [_value_at(group.get("std", 0.0), step) for group in groups]
-        update = self._update_on_device if isinstance(step, Tensor) else self._update_on_host
+        update = self._update_on_device if on_device else self._update_on_host
         self._kept = []
         try:
             for part in self._layout.parts:
@@ -478,7 +473,7 @@ class _NoisyOptimizer(torch.optim.Optimizer):
                 update(part, params, grads, lrs, stds)
         except (TypeError, ValueError, RuntimeError) as error:
             raise _refuse_gradients(params, error) from None
-        if isinstance(step, Tensor):
+        if on_device:
             step += self._counted(step)
         else:
             for group in groups:
@@ -510,7 +505,7 @@ class _NoisyOptimizer(torch.optim.Optimizer):
 
     def _update_on_host(self, part, params, grads, lrs, stds):
         counts = [state["step"] + 1 for state in part.states]
-        self._call(part, params, grads, lrs, stds, counts, [], self.param_groups[0]["noise_step"])
+        self._call(part, params, grads, lrs, stds, counts, self.param_groups[0]["noise_step"])
         for state, count in zip(part.states, counts, strict=True):
             state["step"] = count
 
@@ -522,51 +517,23 @@ class _NoisyOptimizer(torch.optim.Optimizer):
         lr, std = _on_device(lrs, part.device), _on_device(stds, part.device)
         counted: Any = self._counted(counts[0])
         torch._foreach_add_(counts, counted)
+        tensors = [None, step, lr, std, *scaler, *counts]
         try:
-            self._call(part, params, grads, lrs, stds, [], counts, 0, step, lr, std, *scaler)
+            self._call(part, params, grads, lrs, stds, (), 0, tensors)
         except BaseException:
             torch._foreach_sub_(counts, [counted] * len(counts) if scaler[1] is not None else 1)
             raise
 
-    def _call(
-        self,
-        part,
-        params,
-        grads,
-        lrs,
-        stds,
-        counts,
-        count_tensors,
-        step,
-        step_tensor=None,
-        lr_tensor=None,
-        std_tensor=None,
-        grad_scale=None,
-        found_inf=None,
-    ):
-        rules = list(chain.from_iterable(map(_rule, self.param_groups, lrs, stds)))
+    def _call(self, part, params, grads, lrs, stds, counts, step, tensors=()):
+        """noisy_update_ with as many `tensors` as there are, see csrc/ops/update.h."""
         _C.noisy_update_(
-            self._update,
+            [self._update, *part.groups, *counts],
             part.of(params),
             part.of(grads),
-            _moments(part, self._first),
-            _moments(part, self._second),
-            counts,
-            count_tensors,
-            part.groups,
-            rules,
-            self.param_groups[0]["seed"],
-            step,
-            part.where,
-            part.offsets,
-            part.runs,
-            None,
-            step_tensor,
-            _distribution(self.distribution),
-            lr_tensor,
-            std_tensor,
-            grad_scale,
-            found_inf,
+            _moments_of(part, self._moments),
+            list(map(_rule, self.param_groups, lrs, stds)),
+            part.noise(self.param_groups[0]["seed"], step, self.distribution),
+            tensors,
             self._kept[-1] if self.diagnostics else None,
         )
 
@@ -582,12 +549,13 @@ class _NoisyOptimizer(torch.optim.Optimizer):
         return _norms(self._layout.parts, self._kept, len(self.param_groups))
 
 
-def _rule(group: dict[str, Any], lr: float | Tensor, std: float | Tensor) -> list[float]:
-    """The kernel's UpdateRule; tensors go beside it."""
+def _rule(group: dict[str, Any], lr: float | Tensor, std: float | Tensor) -> dict[str, Any]:
+    """A group's numbers by their names in math::UpdateRule; lr and std 0 where they are tensors."""
+    lr, std = (0.0 if isinstance(x, Tensor) else x for x in (lr, std))
+    rule = group | {"lr": lr, "std": std}
     if "betas" in group:
-        group = group | dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-    rule = [0.0 if isinstance(x, Tensor) else x for x in (lr, std)]
-    return rule + [group.get(name, default) for name, default in _RULE]
+        rule["beta1"], rule["beta2"] = group["betas"]
+    return rule
 
 
 def _on_device(values: Sequence[float | Tensor], device: torch.device) -> Tensor | None:
@@ -602,10 +570,9 @@ def _on_device(values: Sequence[float | Tensor], device: torch.device) -> Tensor
     )  # fmt: skip
 
 
-def _moments(part: _Part, name: str | None) -> list[Tensor]:
-    if name is None:
-        return []
-    moments = [state.get(name) for state in part.states]
+def _moments_of(part: _Part, names: Sequence[str]) -> list[Tensor]:
+    """All first moments, then all second ones; an empty tensor where a parameter has none."""
+    moments = [state.get(name) for name in names for state in part.states]
     if part.sharded:
         moments = [None if m is None else _local(m) for m in moments]
     return [part.empty if m is None else m for m in moments]
@@ -626,7 +593,7 @@ class NoisySGD(_NoisyOptimizer):
         ... )
     """
 
-    _update, _first = _SGD, "momentum_buffer"
+    _update, _moments = _SGD, ("momentum_buffer",)
 
     def __init__(
         self,
@@ -666,7 +633,7 @@ class NoisyAdamW(_NoisyOptimizer):
         >>> optimizer.step()
     """
 
-    _update, _first, _second = _ADAMW, "exp_avg", "exp_avg_sq"
+    _update, _moments = _ADAMW, ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -749,7 +716,7 @@ class pSGLD(_NoisyOptimizer):  # noqa: N801
         seed, distribution, capturable, diagnostics: see the module.
     """
 
-    _update, _second = _PSGLD, "square_avg"
+    _update, _moments = _PSGLD, ("square_avg",)
 
     def __init__(
         self,
@@ -972,16 +939,10 @@ class GradientNoise:
             _C.add_noise_(
                 part.of(grads),
                 [0.0] if of_group is not None else [float(stds[k]) for k in part.groups],
-                self.seed,
-                self.step if host else 0,
-                part.where,
-                part.offsets,
-                part.runs,
-                None,
-                None if host else self.step.to(part.device),
-                _distribution(self.distribution),
-                False,
                 None if of_group is None else of_group[part.group_index],
+                False,
+                part.noise(self.seed, self.step if host else 0, self.distribution),
+                [] if host else [None, self.step.to(part.device)],
                 squares,
             )
             kept.append(squares)

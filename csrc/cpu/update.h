@@ -25,7 +25,7 @@ struct UpdateBlock {
 template <math::Update kUpdate, bool kFirst, bool kShares, class T, class Grad, class Real>
 KD_FN void update_loop(const math::UpdateNumbers<Real>& numbers, const UpdateBlock<T, Grad>& block,
                        const float* eps, int count, Real* gradient_share, Real* noise_share) {
-  constexpr bool kSecond = kUpdate == math::Update::kAdamW || kUpdate == math::Update::kPsgld;
+  constexpr bool kSecond = math::has_second(kUpdate);
   // Copies, which no store can change.
   const math::UpdateNumbers<Real> n = numbers;
   T *param = block.param, *first = block.first, *second = block.second;

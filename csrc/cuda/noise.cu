@@ -20,15 +20,15 @@ namespace {
 
 using math::Distribution;
 
-struct Entry : Run {
+struct NoiseEntry : Run {
   void* out;
   const void* in;
   double std;
 };
 
 template <int kCapacity>
-struct List {
-  Entry entry[kCapacity];
+struct NoiseList {
+  NoiseEntry entry[kCapacity];
   math::PhiloxKeys keys;
   const int64_t* device_step;
   const void* stds;  // with std_size and std_inner as in NoiseParams
@@ -46,11 +46,11 @@ struct List {
 
 // Tensors [begin, end) of a call: fills the list and returns how many chunks it has.
 template <class T, int kCapacity, class Params, class Plan>
-int64_t fill(const Params& p, int64_t begin, int64_t end, Plan plan, List<kCapacity>& list) {
+int64_t fill(const Params& p, int64_t begin, int64_t end, Plan plan, NoiseList<kCapacity>& list) {
   int64_t steps = 0;
   for (int64_t t = begin; t < end; ++t) {
     const NoiseTensor& x = p.tensors[t];
-    Entry& e = list.entry[t - begin];
+    NoiseEntry& e = list.entry[t - begin];
     static_cast<Run&>(e) = run_of<T>(x.numel, x.offset, x.stream, x.index, {x.out, x.in});
     e.out = x.out;
     e.in = x.in;
@@ -211,7 +211,7 @@ __device__ __forceinline__ void add_norms(const Group<T>& x, const Stds& std,
 
 // A chunk of a tensor. What is constant where this is called costs nothing in the loop.
 template <int kUnroll, class T, class Stds, class Arguments>
-__device__ __forceinline__ void noise_chunk(const Arguments& list, const Entry& e,
+__device__ __forceinline__ void noise_chunk(const Arguments& list, const NoiseEntry& e,
                                             const WarpChunk<T>& warp, Distribution distribution,
                                             NoiseMode mode, Stds stds, Staged<T, float>& staged,
                                             bool with_norms, double (&norms)[2]) {
@@ -249,11 +249,11 @@ __device__ __forceinline__ void noise_chunk(const Arguments& list, const Entry& 
 
 template <class T, int kCapacity>
 __global__ void __launch_bounds__(kNoiseThreads, kNoiseBlocksPerSm)
-    noise_kernel(const __grid_constant__ List<kCapacity> list) {
+    noise_kernel(const __grid_constant__ NoiseList<kCapacity> list) {
   using Real = typename Compute<T>::type;
   __shared__ Staged<T, float> staged;
   __shared__ double shared[2 * kNoiseThreads / kWarp];
-  const Entry& e = entry_of(list.entry, list.count, blockIdx.x);
+  const NoiseEntry& e = entry_of(list.entry, list.count, blockIdx.x);
   const WarpChunk<T> warp(e, static_cast<int64_t>(blockIdx.x - e.first_chunk), list.chunk_steps);
   OneStd<Real> std = {static_cast<Real>(e.std)};
   if (list.stds != nullptr) std.std = static_cast<const Real*>(list.stds)[e.index];
@@ -281,10 +281,10 @@ __global__ void __launch_bounds__(kNoiseThreads, kNoiseBlocksPerSm)
 
 template <class T>
 __global__ void __launch_bounds__(kNoiseThreads, kNoiseBlocksPerSm)
-    pattern_kernel(const __grid_constant__ List<1> list) {
+    pattern_kernel(const __grid_constant__ NoiseList<1> list) {
   using Real = typename Compute<T>::type;
   __shared__ Staged<T, float> staged;
-  const Entry& e = list.entry[0];
+  const NoiseEntry& e = list.entry[0];
   const WarpChunk<T> warp(e, static_cast<int64_t>(blockIdx.x), list.chunk_steps);
   const Real* own = static_cast<const Real*>(list.stds) + e.index * list.std_size;
   StdPattern<T> stds(own, list.std_size, list.std_inner, warp.lane_first());
@@ -311,14 +311,14 @@ cudaError_t launch_noise(const NoiseParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if (p.norms != nullptr) error = clear_totals<2>(p.norms, p.indices, stream);
   if (error == cudaSuccess && p.stds != nullptr && p.std_size > 1 && p.count == 1) {
-    List<1> list;
+    NoiseList<1> list;
     if (unsigned chunks = prepared(0, 1, list); chunks > 0)
       pattern_kernel<T><<<chunks, kNoiseThreads, 0, stream>>>(list);
     return cudaGetLastError();
   }
   if (error != cudaSuccess) return error;
   return for_launches(p.count, [&](int64_t begin, int64_t end, auto capacity) {
-    List<capacity> list;
+    NoiseList<capacity> list;
     unsigned chunks = prepared(begin, end, list);
     if (chunks == 0) return cudaSuccess;
     noise_kernel<T, capacity><<<chunks, kNoiseThreads, 0, stream>>>(list);
@@ -331,7 +331,7 @@ cudaError_t launch_noise(const NoiseParams& p, cudaStream_t stream) {
 
 // A group's products in fp32 (or fp64), groups in fp64.
 template <int kUnroll, class T, class Arguments>
-__device__ __forceinline__ double dot_chunk(const Arguments& list, const Entry& e,
+__device__ __forceinline__ double dot_chunk(const Arguments& list, const NoiseEntry& e,
                                             Distribution distribution) {
   using Real = typename Compute<T>::type;
   constexpr int kSize = Group<T>::kSize;
@@ -372,9 +372,9 @@ __device__ __forceinline__ double dot_chunk(const Arguments& list, const Entry& 
 // A block leaves the sum of its chunk.
 template <class T, int kCapacity>
 __global__ void __launch_bounds__(kNoiseThreads, kNoiseBlocksPerSm)
-    dot_kernel(const __grid_constant__ List<kCapacity> list) {
+    dot_kernel(const __grid_constant__ NoiseList<kCapacity> list) {
   __shared__ double shared[kNoiseThreads / kWarp];
-  const Entry& e = entry_of(list.entry, list.count, blockIdx.x);
+  const NoiseEntry& e = entry_of(list.entry, list.count, blockIdx.x);
   double sum[1];
   if (list.distribution == Distribution::kNormal) {
     sum[0] = dot_chunk<kUnrolledSteps<T>, T>(list, e, Distribution::kNormal);
@@ -390,7 +390,7 @@ cudaError_t launch_dot(const NoiseDotParams& p, cudaStream_t stream) {
   cudaError_t error = clear_totals<1>(p.result, p.indices, stream);
   if (error != cudaSuccess) return error;
   return for_launches(p.count, [&](int64_t begin, int64_t end, auto capacity) {
-    List<capacity> list;
+    NoiseList<capacity> list;
     list.partial = p.workspace;
     unsigned chunks = static_cast<unsigned>(fill<T>(p, begin, end, plan_sums, list));
     if (chunks == 0) return cudaSuccess;
@@ -405,14 +405,14 @@ constexpr int kTermsStaged = 16;  // a warp, between two looks at the seeds
 
 // What a warp wants to know of a term.
 template <class Real>
-struct alignas(16) Term {
+struct alignas(16) CombineTerm {
   math::PhiloxKeys keys;
   Real coefficient;
 };
 
 // The sum of a group's numbers over all terms, of one tensor.
 template <class T>
-struct Sums {
+struct CombineSums {
   static constexpr int kSize = Group<T>::kSize;
   using Real = typename Compute<T>::type;
   using Number = Real;
@@ -421,7 +421,7 @@ struct Sums {
   int64_t terms;
   uint32_t stream, step, high;
   Distribution distribution;
-  Term<Real>* staged;  // the warp's
+  CombineTerm<Real>* staged;  // the warp's
 
   __device__ void stage(int64_t first) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -458,7 +458,7 @@ struct Sums {
           static_cast<int>(terms - first < kTermsStaged ? terms - first : kTermsStaged);
 #pragma unroll 1
       for (int k = 0; k < count; ++k) {
-        const Term<Real> term = staged[k];
+        const CombineTerm<Real> term = staged[k];
         float eps[kSize];
         make(eps, term.keys);
 #pragma unroll
@@ -469,7 +469,7 @@ struct Sums {
   }
 };
 
-struct Terms {
+struct CombineTerms {
   const int64_t* seeds;
   const double* coefficients;
   int64_t count;
@@ -477,16 +477,16 @@ struct Terms {
 
 template <class T, int kCapacity>
 __global__ void __launch_bounds__(kNoiseThreads, kCombineBlocksPerSm)
-    combine_kernel(const __grid_constant__ List<kCapacity> list, const Terms terms) {
+    combine_kernel(const __grid_constant__ NoiseList<kCapacity> list, const CombineTerms terms) {
   using Real = typename Compute<T>::type;
   constexpr int kSize = Group<T>::kSize;
   __shared__ Staged<T, Real> staged;
-  __shared__ Term<Real> of_warps[kNoiseThreads / kWarp][kTermsStaged];
-  const Entry& e = entry_of(list.entry, list.count, blockIdx.x);
+  __shared__ CombineTerm<Real> of_warps[kNoiseThreads / kWarp][kTermsStaged];
+  const NoiseEntry& e = entry_of(list.entry, list.count, blockIdx.x);
   const WarpChunk<T> warp(e, static_cast<int64_t>(blockIdx.x - e.first_chunk), list.chunk_steps);
   T* out = static_cast<T*>(e.out);
   T* at = out + warp.lane_first();
-  Sums<T> sums = {
+  CombineSums<T> sums = {
       terms.seeds,       terms.coefficients,           terms.count, e.stream, list.noise_step(), 0,
       list.distribution, of_warps[threadIdx.x / kWarp]};
   if (terms.count <= kTermsStaged) sums.stage(0);
@@ -520,11 +520,11 @@ cudaError_t launch_combine(const CombineParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   auto plan = [&](int64_t steps) { return plan_noise(steps, kCombineBlocksPerSm, device); };
   return for_launches(p.count, [&](int64_t begin, int64_t end, auto capacity) {
-    List<capacity> list;
+    NoiseList<capacity> list;
     unsigned chunks = static_cast<unsigned>(fill<T>(p, begin, end, plan, list));
     if (chunks == 0) return cudaSuccess;
-    combine_kernel<T, capacity>
-        <<<chunks, kNoiseThreads, 0, stream>>>(list, Terms{p.seeds, p.coefficients, p.terms});
+    combine_kernel<T, capacity><<<chunks, kNoiseThreads, 0, stream>>>(
+        list, CombineTerms{p.seeds, p.coefficients, p.terms});
     return cudaGetLastError();
   });
 }

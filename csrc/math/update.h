@@ -17,6 +17,10 @@ namespace math {
 
 enum class Update { kSgd, kAdamW, kSgld, kPsgld };
 
+// Which moments an update has; SGD's only with momentum.
+KD_FN constexpr bool has_first(Update u) { return u == Update::kSgd || u == Update::kAdamW; }
+KD_FN constexpr bool has_second(Update u) { return u == Update::kAdamW || u == Update::kPsgld; }
+
 // A parameter group's numbers; each update reads its own.
 struct UpdateRule {
   double lr, std, weight_decay;
