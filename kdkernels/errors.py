@@ -1,5 +1,6 @@
-"""Arguments that C++ cannot even take, named in Python."""
+"""Checks of arguments in Python, with errors that name them."""
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -51,6 +52,25 @@ def check(name: str, value, kind: str):
     """TypeError that names the argument unless the value is what one of the constants says."""
     if not fits(value, kind):
         raise TypeError(f"{name} is a {type(value).__name__}; it takes {kind}")
+
+
+def check_number(name: str, value, low: float = 0.0, high: float = math.inf):
+    """A finite number or one-element tensor of at least low and below high."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} has shape {list(value.shape)}; it takes one element")
+    check(name, value, NUMBER)
+    if not low <= float(value) < high:
+        below = "" if high == math.inf else f" and below {high:g}"
+        raise ValueError(
+            f"{name} is {float(value):g}; it takes a finite number of at least {low:g}{below}"
+        )
+
+
+def check_count(name: str, value):
+    """An int of at least 1."""
+    check(name, value, INT)
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it takes at least 1")
 
 
 def explain(error: TypeError, **arguments: tuple[object, str]) -> Exception:

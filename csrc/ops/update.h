@@ -1,4 +1,4 @@
-// The optimizer op as PyTorch calls it; see kdkernels/optim.py for what the arguments mean.
+// The optimizer op as PyTorch calls it; see kdkernels/optim for what the arguments mean.
 #pragma once
 
 #include <variant>

@@ -10,21 +10,21 @@ DIVERGENCES = "tests/test_divergences.py"
 PYTHON = [
     Fault(
         "every-step-has-one-noise",
-        "kdkernels/optim.py",
+        "kdkernels/optim/noisy.py",
         'group["noise_step"] = step + 1',
         'group["noise_step"] = step',
         OPTIM + " -k fed_reference_noise",
     ),
     Fault(
         "step-of-a-new-group",
-        "kdkernels/optim.py",
+        "kdkernels/optim/noisy.py",
         '        group["noise_step"] = self.param_groups[0]["noise_step"]\n',
         "",
         OPTIM + " -k new_groups",
     ),
     Fault(
         "resumed-schedule-forgotten",
-        "kdkernels/optim.py",
+        "kdkernels/optim/noisy.py",
         """            if callable(std):
                 group["std"] = std
 """,
@@ -33,7 +33,7 @@ PYTHON = [
     ),
     Fault(
         "default-betas",
-        "kdkernels/optim.py",
+        "kdkernels/optim/optimizers.py",
         "betas: tuple[float, float] = (0.9, 0.999),",
         "betas: tuple[float, float] = (0.9, 0.99),",
         OPTIM + " -k torch",
