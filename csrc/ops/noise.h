@@ -1,4 +1,4 @@
-// The noise ops as PyTorch calls them; see kdkernels/noise.py for what the arguments mean, and ops/noise_numbers.h for
+// The noise ops as PyTorch calls them; see kdkernels/noise for what the arguments mean, and ops/noise_numbers.h for
 // `noise` and `noise_tensors`.
 #pragma once
 

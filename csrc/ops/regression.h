@@ -1,4 +1,4 @@
-// The regression loop as PyTorch calls it; see kdkernels/noise.py for what the arguments mean.
+// The regression loop as PyTorch calls it; see kdkernels/noise for what the arguments mean.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -7,18 +7,19 @@ from torch import Tensor
 
 from kdkernels import _C
 from kdkernels.errors import BOOL, INT, NUMBER, check, check_count, check_number, fits
-from kdkernels.noise import _fixed_seed, combine_noise_, perturbed_parameters
+from kdkernels.noise.arguments import fixed_seed
+from kdkernels.noise.functions import combine_noise_, perturbed_parameters
 
 
 def _member_seeds(seed: int | None, step: int, count: int) -> list[int]:
     """Seeds of a step's directions: 64 bits of Philox under the seed, each at its own counter."""
-    seed = _fixed_seed(seed)
+    seed = fixed_seed(seed)
     check("step", step, INT)
     if not 0 <= step < 2**32:
         raise ValueError(f"step is {step}; it takes an int in [0, 2^32)")
     key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
     words = (_C.philox([k, 0, 0, int(step)], key) for k in range(count))
-    return [_fixed_seed(low | high << 32) for low, high, *_ in words]
+    return [fixed_seed(low | high << 32) for low, high, *_ in words]
 
 
 @torch.no_grad()

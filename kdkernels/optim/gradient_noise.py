@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdkernels import _C
 from kdkernels.errors import BOOL, check, check_count, check_number
-from kdkernels.noise import _distribution, _fixed_seed
+from kdkernels.noise.arguments import distribution_index, fixed_seed
 from kdkernels.optim.parts import Layout, NoiseNorms, norms_of, on_device, refuse_gradients
 from kdkernels.optim.schedules import Std, check_std, value_at
 
@@ -72,10 +72,10 @@ class GradientNoise:
         check("diagnostics", diagnostics, BOOL)
         check_number("warn_above", warn_above)
         check_count("check_every", check_every)
-        _distribution(distribution)
+        distribution_index(distribution)
         self.distribution, self.capturable, self.diagnostics = distribution, capturable, diagnostics
         self.warn_above, self.check_every = warn_above, check_every
-        self.seed = _fixed_seed(seed)
+        self.seed = fixed_seed(seed)
         self._set_step(0)
         self._warned = False
         self._attach()
@@ -121,7 +121,7 @@ class GradientNoise:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a ``state_dict`` was taken."""
-        seed, step = _fixed_seed(state_dict["seed"]), state_dict["step"]
+        seed, step = fixed_seed(state_dict["seed"]), state_dict["step"]
         self._set_step(step)
         self.seed = seed
 

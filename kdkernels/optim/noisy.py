@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdkernels import _C
 from kdkernels.errors import BOOL, check, check_number
-from kdkernels.noise import _distribution, _fixed_seed
+from kdkernels.noise.arguments import distribution_index, fixed_seed
 from kdkernels.optim.parts import (
     Layout,
     NoiseNorms,
@@ -54,11 +54,11 @@ class NoisyOptimizer(torch.optim.Optimizer):
     ):
         check("capturable", capturable, BOOL)
         check("diagnostics", diagnostics, BOOL)
-        _distribution(distribution)
+        distribution_index(distribution)
         self.distribution, self.diagnostics = distribution, diagnostics
         self._forget()
         # Seed and steps done stand in the groups, where every kind of checkpoint finds them.
-        seed = _fixed_seed(seed)
+        seed = fixed_seed(seed)
         defaults |= {"maximize": maximize, "capturable": capturable}
         super().__init__(params, defaults | {"seed": seed, "noise_step": 0})
         self._place_counts()
@@ -76,7 +76,7 @@ class NoisyOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
-            group["seed"] = _fixed_seed(group["seed"])
+            group["seed"] = fixed_seed(group["seed"])
             for name in ("seed", "capturable"):
                 if group[name] != self.param_groups[0][name]:
                     raise ValueError(

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.noise import _distribution, shard_of
+from kdkernels.noise.arguments import distribution_index
+from kdkernels.noise.shards import shard_of
 
 
 def local_of(tensor: Any) -> Tensor:
@@ -57,9 +58,9 @@ class Part:
 
     def noise(self, seed: int, step: int, distribution: str) -> list[int]:
         """The part's noise as ops take it: see csrc/ops/noise_numbers.h."""
-        return [seed, step, _distribution(distribution), *self.places]
+        return [seed, step, distribution_index(distribution), *self.places]
 
-    def of(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def of(self, tensors: list[Any]) -> list[Tensor]:
         """This part's share of a list of all parameters' tensors."""
         if len(self.where) != len(tensors):
             tensors = [tensors[i] for i in self.where]
