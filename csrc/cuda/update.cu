@@ -1,9 +1,8 @@
 // One optimizer step, with noise, over a list of parameters.
 //
-// Each element of parameter, gradient and moments is read once and what changes is written once: with AdamW 28
-// bytes an element in fp32 and 14 in 16 bits, for which an H100's SM has 247 and 124 of its issue slots. What
-// elements are computed with is made on the host where the host knows step, lr and std, else by the first
-// thread of each block.
+// Each element of parameter, gradient and moments is read once, and what changes is written once: with AdamW 28 bytes
+// per element in fp32 and 14 in 16 bits, in which time an H100's SM has 247 and 124 issue slots. The numbers that
+// elements share are computed on the host where it knows step, lr and std, else by the first thread of each block.
 #include <vector>
 
 #include "cuda/elements.cuh"
@@ -22,7 +21,7 @@ struct UpdateEntry : Run {
   uint32_t slot;
 };
 
-// What the elements of some tensors share, or for the device to make it of.
+// What the elements of some tensors share, or what the device computes it from.
 template <class Real>
 union Slot {
   math::UpdateNumbers<Real> numbers;
@@ -32,7 +31,7 @@ union Slot {
   } given;
 };
 
-// Entries lie from the front of `bytes` on and slots from its end: few rules leave room for more tensors.
+// Entries fill `bytes` from its front and slots from its end: fewer rules leave room for more tensors.
 template <class Real, int kBytes>
 struct UpdateList {
   math::PhiloxKeys keys;
@@ -58,10 +57,10 @@ struct UpdateList {
   }
 };
 
-// The classic 4 KB of arguments, and the 32 KB of CUDA 12.1 on, less what stands before `bytes`.
+// 4 KB of kernel arguments, and the 32 KB that CUDA 12.1 allows, less what comes before `bytes`.
 constexpr int kFewBytes = 3936, kManyBytes = 32600;
 
-// Numbers of a tensor whose noise may be 0.
+// The numbers of a tensor whose std may be 0.
 template <class T>
 struct MaybeNoise : Philox<T> {
   using Philox<T>::kSize;
@@ -195,8 +194,8 @@ uint32_t step_of(const UpdateTensor& x) {
   return static_cast<uint32_t>(std::min<int64_t>(x.step, UINT32_MAX));
 }
 
-// Which slot each of the tensors from `begin` on has, as far as `bytes` hold them: the slots' tensors, and by
-// tensor its slot.
+// Assigns slots to the tensors from `begin` on, as many as fit `bytes`: the tensor that each slot is made of, and the
+// slot of each tensor.
 template <class Real>
 struct Slots {
   std::vector<int64_t> owner;

@@ -5,8 +5,8 @@
 
 namespace kdkernels {
 
-// x, y: [samples]; theta, lr, lam, sigma: fp64 [replicas]; seed: int64 [replicas]. Returns fp64
-// [replicas], or [steps + 1, replicas] with trajectory.
+// x, y: [samples]; theta, lr, lam, sigma: fp64 [replicas]; seed: int64 [replicas]. Returns fp64 [replicas], or
+// [steps + 1, replicas] with trajectory.
 at::Tensor noisy_linear_regression(const at::Tensor& x, const at::Tensor& y,
                                    const at::Tensor& theta, const at::Tensor& lr,
                                    const at::Tensor& lam, const at::Tensor& sigma,

@@ -64,7 +64,7 @@ def noise_of(seed, step, distribution, streams, offsets, runs=()) -> tuple[list,
     """(noise, noise_tensors), as all ops take them: see csrc/ops/noise_numbers.h."""
     tensors: list[Any] = []
     if seed is None:
-        # A tensor, so that a traced graph draws anew each time it runs.
+        # A tensor, so that a traced graph draws another seed each time it runs.
         tensors, seed = [torch.randint(0, 2**63 - 1, (), dtype=torch.int64)], 0
     elif isinstance(seed, int):
         seed = signed(seed)
@@ -102,7 +102,7 @@ def signed(seed: int) -> int:
 
 
 def fixed_seed(seed: int | None) -> int:
-    """A seed that several calls share."""
+    """The seed itself, or for None a random one, as an int that several calls can share."""
     if seed is None:
         return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
     check("seed", seed, INT)

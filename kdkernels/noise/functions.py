@@ -57,16 +57,15 @@ def add_noise_(
     distribution: str = "normal",
     multiplicative: bool = False,
 ) -> None:
-    """Add std * eps to each tensor in place; on CUDA in one launch a dtype.
+    """Add std * eps to each tensor in place; on CUDA in one launch per dtype.
 
     Call it under ``torch.no_grad()`` where a tensor requires grad.
 
     Args:
-        tensors: a tensor or a list of them, of any shapes and dtypes, on one device, apart in
-            memory.
-        std: standard deviation, finite and 0 or more: one number, or one a tensor; or a tensor of
-            one or of one a tensor, ``[]``, ``[1]`` or ``[len(tensors)]``, on their device, whose
-            values are not checked.
+        tensors: a tensor or a list of them, of any shapes and dtypes, on one device; they must not
+            share memory.
+        std: standard deviation, finite and 0 or more: one number, or one per tensor; or a tensor,
+            ``[]``, ``[1]`` or ``[len(tensors)]``, on their device, whose values are not checked.
         multiplicative: multiply each tensor by 1 + std * eps instead.
         seed, step, stream, offset, distribution: see the module.
 
@@ -82,7 +81,7 @@ def add_noise_(
 
 
 def _add(tensors, stds, std_tensor, seed, step, stream, offset, distribution, multiplicative=False):
-    """add_noise_ with a std of either sign."""
+    """add_noise_ with a std of either sign, for perturbations that are taken back."""
     local, *noise = noise_of_list(tensors, seed, step, stream, offset, distribution)
     call_op("add_noise_", local, stds, std_tensor, multiplicative, *noise, None)
 
@@ -98,17 +97,17 @@ def input_noise(
     distribution: str = "normal",
     multiplicative: bool = False,
 ) -> Tensor:
-    """x + std * eps. Backward hands x's gradient on unchanged.
+    """x + std * eps. Backward passes the gradient to x unchanged.
 
     Args:
         x: any shape.
         std: a number, finite and 0 or more; or a tensor on x's device of one element or of a shape
-            that broadcasts to x's, such as one std a row, ``[N, 1]``, or one a channel of images,
+            that broadcasts to x's, such as one std per row, ``[N, 1]``, or per channel of images,
             ``[C, 1, 1]``. It may require grad: its gradient is sum eps_i g_i over the elements
-            that share a std, with eps made again rather than kept. A tensor's values are not
-            checked.
+            that share a std, with eps made again rather than kept. The values of a tensor are
+            not checked.
         multiplicative: x * (1 + std * eps) instead, Gaussian dropout for the normal (Srivastava et
-            al., JMLR 2014, section 10); backward multiplies alike.
+            al., JMLR 2014, section 10); backward multiplies by the same factor.
         seed, step, stream, offset, distribution: see the module.
 
     Example:
@@ -137,12 +136,12 @@ def gradient_noise(
 ) -> Tensor:
     """x itself; backward adds std * eps to its gradient (Neelakantan et al., arXiv 1511.06807).
 
-    Every backward pass through it adds the noise, so that of a second derivative, too.
+    Every backward pass through it adds the noise, including that of a second derivative.
 
     Args:
-        x: any shape. The result is a view of it.
-        std: as of ``input_noise``; no gradient flows to it.
-        multiplicative: multiply the gradient by 1 + std * eps instead.
+        x: any shape. The result is a view of x.
+        std: as in ``input_noise``, but without a gradient.
+        multiplicative: multiply the gradient by 1 + std * eps instead of adding.
         seed, step, stream, offset, distribution: see the module.
     """
     std_tensor = None
@@ -168,8 +167,8 @@ def noise_dot(
     and ``soft_regularization`` are made.
 
     Args:
-        tensors: a tensor or a list of them on one device. Of a DTensor's shards every element
-            counts once; all ranks of its mesh must call, and all get the sum.
+        tensors: a tensor or a list of them on one device. Each element of a DTensor counts once;
+            all ranks of its mesh must call this, and all get the sum.
         seed, step, stream, offset, distribution: see the module.
 
     Returns:
@@ -187,7 +186,7 @@ def noise_dot(
 
 
 def _sum_over_meshes(tensors: list, sums: Tensor) -> Tensor:
-    """The sum of numbers that ranks hold parts of, each as its tensor is sharded."""
+    """The sum over all ranks of one number per tensor, each divided as its tensor is sharded."""
     groups = {}
     for tensor, part in zip(tensors, sums.unbind(), strict=True):
         placements = getattr(tensor, "placements", ())
@@ -224,8 +223,8 @@ def combine_noise_(
     ``torch.no_grad()`` where a tensor requires grad.
 
     Args:
-        tensors: as of ``add_noise_``.
-        coefficients: ``[K]`` finite numbers, or a tensor of them, here or on the tensors' device.
+        tensors: as in ``add_noise_``.
+        coefficients: ``[K]`` finite numbers, or a tensor of them on the CPU or the tensors' device.
         seeds: ``[K]`` ints in [-2^63, 2^64), or an int64 tensor of them.
         step, stream, offset, distribution: see the module.
     """
@@ -233,7 +232,7 @@ def combine_noise_(
     if not isinstance(coefficients, Tensor):
         coefficients = torch.tensor(_numbers("coefficients", coefficients), dtype=torch.float64)
     if not coefficients.is_floating_point():
-        raise TypeError(f"coefficients has dtype {coefficients.dtype}; it takes a floating one")
+        raise TypeError(f"coefficients has dtype {coefficients.dtype}; it must be a floating one")
     if not isinstance(seeds, Tensor):
         seeds = torch.tensor(
             [fixed_seed(seed) for seed in _sequence("seeds", seeds)], dtype=torch.int64
@@ -244,7 +243,7 @@ def combine_noise_(
 
 def _sequence(name: str, values) -> list:
     if not hasattr(values, "__iter__") or isinstance(values, str):
-        raise TypeError(f"{name} is a {type(values).__name__}; it takes a sequence or a tensor")
+        raise TypeError(f"{name} is a {type(values).__name__}; it must be a sequence or a tensor")
     return list(values)
 
 
@@ -252,9 +251,9 @@ def _numbers(name: str, values) -> list[float]:
     values = _sequence(name, values)
     for value in values:
         if not fits(value, NUMBER):
-            raise TypeError(f"{name} holds a {type(value).__name__}; it takes {NUMBER}")
+            raise TypeError(f"{name} holds a {type(value).__name__}; it must hold numbers")
         if not math.isfinite(value):
-            raise ValueError(f"{name} holds {value}; it takes finite numbers")
+            raise ValueError(f"{name} holds {value}; it must hold finite numbers")
     return [float(value) for value in values]
 
 
@@ -270,18 +269,18 @@ def perturbed_parameters(
     distribution: str = "normal",
     restore: str = "copy",
 ) -> Generator[None]:
-    """A context in which params are theta + scale * eps; on leaving they are theta again.
+    """A context in which params are theta + scale * eps; afterwards they are theta again.
 
-    That is so also when the body raises. A backward pass through what the body computed belongs
-    inside: autograd notices that the parameters have changed since.
+    They are restored also when the body raises. A backward pass through what the body computed must
+    run inside: outside, autograd finds that the parameters have changed.
 
     Args:
-        params: parameters, on one device, apart in memory.
+        params: parameters on one device that share no memory.
         scale: a finite number; -scale gives the antithetic pair.
-        restore: "copy" keeps a copy of params, and theta has its own bits back. "regenerate" keeps
-            nothing and subtracts the same noise: an element is then off by at most half an ulp of
-            theta + scale * eps plus half an ulp of what it comes back to, each time (16-bit ones by
-            a rounding in fp32 more), and what overflowed is lost.
+        restore: "copy" keeps a copy of params and restores theta bit for bit. "regenerate" keeps
+            nothing and subtracts the same noise: each time, an element is then off by at most half
+            an ulp of theta + scale * eps plus half an ulp of the result (16-bit elements by one
+            more rounding in fp32), and an element that overflowed is lost.
         seed, step, stream, offset, distribution: see the module.
 
     Example:
@@ -289,11 +288,11 @@ def perturbed_parameters(
         ...     loss = loss_fn(model(x), y)
     """
     if restore not in ("copy", "regenerate"):
-        raise ValueError(f'restore is "{restore}"; it takes "copy" or "regenerate"')
+        raise ValueError(f'restore is "{restore}"; it must be "copy" or "regenerate"')
     check("scale", scale, NUMBER)
     scale = float(scale)
     if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it takes a finite number")
+        raise ValueError(f"scale is {scale}; it must be a finite number")
     params = tensors_of("params", params)
     seed = fixed_seed(seed)
     if isinstance(step, Tensor):
@@ -331,16 +330,16 @@ def soft_regularization(
 
     To first order that is the loss at theta + lam * eps, but its gradient is that of the derivative
     itself: backward gives grad L + lam * H eps, H the Hessian of L, by one Hessian-vector product
-    (Pearlmutter, "Fast exact multiplication by the Hessian", 1994). Give each training step its own
-    ``step``, or a seed of None, and the regulariser's mean is zero.
-    Inside of torch.compile(fullgraph=True) it needs ``torch._dynamo.config.trace_autograd_ops``;
-    else Dynamo breaks the graph there.
+    (Pearlmutter, "Fast exact multiplication by the Hessian", 1994). With another ``step``
+    in each training step, or a seed of None, the regulariser's mean is zero.
+    Inside torch.compile(fullgraph=True) it requires ``torch._dynamo.config.trace_autograd_ops``;
+    otherwise Dynamo breaks the graph there.
 
     Args:
-        loss_fn: called once with gradients enabled; returns a scalar. What it is made of must be
-            differentiable twice.
-        params: what to regularise. Parameters that the loss does not use count as 0, and shift
-            nobody's noise.
+        loss_fn: called once with gradients enabled; returns a scalar. It must be differentiable
+            twice.
+        params: what to regularise. Parameters that the loss does not use count as 0; the noise of
+            the others does not depend on them.
         lam: the regulariser's factor, of any sign.
         seed, step, stream, offset, distribution: see the module.
 
@@ -356,14 +355,20 @@ def soft_regularization(
     params = tensors_of("params", params)
     for k, param in enumerate(params):
         if not param.requires_grad:
-            raise ValueError(f"params[{k}] does not require grad; leave it out or let it")
+            raise ValueError(
+                f"params[{k}] does not require grad; leave it out, or make it require grad"
+            )
     check("lam", lam, NUMBER)
     with torch.enable_grad():
         loss = loss_fn()
         if not isinstance(loss, Tensor):
-            raise TypeError(f"loss_fn returns a {type(loss).__name__}; it takes a scalar tensor")
+            raise TypeError(
+                f"loss_fn returns a {type(loss).__name__}; it must return a scalar tensor"
+            )
         if loss.numel() != 1:
-            raise ValueError(f"loss_fn returns the shape {list(loss.shape)}; it takes a scalar")
+            raise ValueError(
+                f"loss_fn returns the shape {list(loss.shape)}; it must return a scalar"
+            )
         grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         used = [k for k, grad in enumerate(grads) if grad is not None]
         streams, offsets = (
@@ -383,7 +388,7 @@ def soft_regularization(
 
 
 def _streams(stream, count: int) -> list[int]:
-    """One stream a tensor."""
+    """One stream per tensor."""
     if isinstance(stream, (list, tuple)):
         return list(stream)
     check("stream", stream, INT)

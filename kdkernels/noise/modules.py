@@ -12,7 +12,7 @@ from kdkernels.noise.functions import gradient_noise, input_noise
 
 
 class _NoiseLayer(nn.Module):
-    """What the modules share: which noise, and their own count of steps."""
+    """What the modules share: the noise and a count of steps."""
 
     _op: Callable[..., Tensor]
     std: float | Tensor
@@ -22,7 +22,7 @@ class _NoiseLayer(nn.Module):
         super().__init__()
         check("stream", stream, INT)
         if not 0 <= stream < 2**32:
-            raise ValueError(f"stream is {stream}; it takes 0 to 2^32 - 1")
+            raise ValueError(f"stream is {stream}; it must be from 0 to 2^32 - 1")
         check("multiplicative", multiplicative, BOOL)
         distribution_index(distribution)
         self.seed = fixed_seed(seed)
@@ -59,26 +59,26 @@ class _NoiseLayer(nn.Module):
 
 def _checked_std(std) -> float:
     if not fits(std, NUMBER):
-        raise TypeError(f"std is a {type(std).__name__}; it takes {NUMBER} or a tensor")
+        raise TypeError(f"std is a {type(std).__name__}; it must be {NUMBER} or a tensor")
     std = float(std)
     if not 0 <= std < math.inf:
-        raise ValueError(f"std is {std}; it takes a finite number, 0 or more")
+        raise ValueError(f"std is {std}; it must be finite and 0 or more")
     return std
 
 
 class InputNoise(_NoiseLayer):
     """``input_noise`` as a module: noise in training mode, the input itself in evaluation mode.
 
-    Every forward in training has the next step's noise. state_dict carries the seed and the step,
-    so that a resumed run draws what it would have drawn. Ranks that train on data of their own want
-    a seed each; where forward runs again under activation checkpointing the step has moved on, so
-    call ``input_noise`` there with a step of your own.
+    Every forward in training uses the next step's noise. state_dict holds the seed and the step, so
+    that a resumed run continues with the same noise. Ranks that train on different data need
+    different seeds. Activation checkpointing runs forward again after the step has advanced: call
+    ``input_noise`` with an explicit step there.
 
     Args:
         std: the noise's standard deviation, finite and 0 or more; or a tensor of a shape that
             broadcasts to the input's.
         learnable: make std a parameter.
-        shape: std's shape, all filled with a number std: ``(C, 1, 1)`` for one std a channel.
+        shape: the shape of std where std is a number: ``(C, 1, 1)`` for one std per channel.
         multiplicative: x * (1 + std * eps) instead of x + std * eps.
         distribution, stream: see ``kdkernels.noise``.
         seed: an int in [-2^63, 2^64). None draws one from torch's default generator, once, here.
@@ -106,9 +106,9 @@ class InputNoise(_NoiseLayer):
         check("learnable", learnable, BOOL)
         if isinstance(std, Tensor):
             if not std.is_floating_point():
-                raise TypeError(f"std has dtype {std.dtype}; it takes a floating one")
+                raise TypeError(f"std has dtype {std.dtype}; it must be a floating one")
             if tuple(shape) not in ((), tuple(std.shape)):
-                raise ValueError(f"shape is {tuple(shape)}, and std has its own, {list(std.shape)}")
+                raise ValueError(f"shape is {tuple(shape)}, but std has shape {list(std.shape)}")
             std = std.detach().clone()
         else:
             std = _checked_std(std)
@@ -123,9 +123,9 @@ class InputNoise(_NoiseLayer):
 
 
 class GradientNoiseLayer(_NoiseLayer):
-    """``gradient_noise`` as a module: noise in the gradient of what it passes on.
+    """``gradient_noise`` as a module: in training mode, noise in the gradient.
 
-    In training mode; steps, state_dict and arguments as of ``InputNoise``.
+    Steps, state_dict and arguments are those of ``InputNoise``.
     """
 
     _op = staticmethod(gradient_noise)

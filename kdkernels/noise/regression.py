@@ -39,7 +39,7 @@ def noisy_linear_regression(
         steps: number of steps, in [0, 2^32).
         lr, lam, sigma: learning rate, weight decay and noise's standard deviation: numbers, or
             ``[R]``.
-        seed: an int in [-2^63, 2^64), or int64 ``[R]``: each replica's own noise.
+        seed: an int in [-2^63, 2^64), or int64 ``[R]``, one per replica.
         noise: "per-step" (one normal for all samples, element 0 of the noise) or "per-sample"
             (element i for sample i).
         stream: the noise's stream.
@@ -59,27 +59,27 @@ def noisy_linear_regression(
         1.14 1.14
     """
     if noise not in ("per-step", "per-sample"):
-        raise ValueError(f'noise is "{noise}"; it takes "per-step" or "per-sample"')
+        raise ValueError(f'noise is "{noise}"; it must be "per-step" or "per-sample"')
     check("x", x, TENSOR)
     check("y", y, TENSOR)
     if not fits(steps, INT):
         kind = type(steps).__name__
-        raise TypeError(f"steps is a {kind}; it takes {INT}: how many steps of the seed's noise")
+        raise TypeError(f"steps is a {kind}; it must be {INT}")
     if isinstance(seed, int):
         seed = signed(seed)
     elif not isinstance(seed, Tensor) or seed.dtype != torch.int64:
         kind = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
-        raise TypeError(f"seed is {kind}; it takes an int or an int64 tensor")
+        raise TypeError(f"seed is {kind}; it must be an int or an int64 tensor")
     named = {"theta": theta, "lr": lr, "lam": lam, "sigma": sigma}
     for name, value in named.items():
         if not isinstance(value, Tensor) and not fits(value, NUMBER):
-            raise TypeError(f"{name} is a {type(value).__name__}; it takes {NUMBER} or a tensor")
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be {NUMBER} or a tensor")
     numbers = [torch.as_tensor(v, dtype=torch.float64, device=x.device) for v in named.values()]
     numbers.append(torch.as_tensor(seed, device=x.device))
     for name, value in zip([*named, "seed"], numbers, strict=True):
         if value.dim() > 1:
             raise ValueError(
-                f"{name} has shape {list(value.shape)}; it takes a number or [replicas]"
+                f"{name} has shape {list(value.shape)}; it must be a number or [replicas]"
             )
     try:
         shape = torch.broadcast_shapes(*(v.shape for v in numbers))
@@ -108,5 +108,5 @@ def _samples(name: str, values: Tensor) -> Tensor:
     if values.dim() == 2 and values.shape[1] == 1:
         values = values[:, 0]
     if values.dim() != 1:
-        raise ValueError(f"{name} has shape {list(values.shape)}; it takes [n] or [n, 1]")
+        raise ValueError(f"{name} has shape {list(values.shape)}; it must be [n] or [n, 1]")
     return values.detach()

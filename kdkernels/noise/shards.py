@@ -16,11 +16,11 @@ def shard_of(tensor: Any) -> tuple[Tensor, int, int, int]:
     Returns:
         (local, offset, run, stride): element i of the local tensor is number
         ``offset + i // run * stride + i % run`` of the whole; with run 0 it is ``offset + i``. A
-        tensor that is no DTensor, or a replicated one, is all here: (tensor, 0, 0, 0).
+        tensor that is not a DTensor, or is replicated, is whole: (tensor, 0, 0, 0).
 
     Raises:
-        ValueError: for a DTensor that holds partial sums, or whose elements here do not lie in
-            runs of one length and distance, such as one sharded along two inner dimensions.
+        ValueError: the DTensor holds partial sums, or its local elements do not lie in runs of one
+            length and distance, as when it is sharded along two inner dimensions.
     """
     if type(tensor) in PLAIN or not hasattr(tensor, "placements"):
         return tensor, 0, 0, 0
@@ -34,7 +34,7 @@ def shard_of(tensor: Any) -> tuple[Tensor, int, int, int]:
     if math.prod(place[0]) != local.numel():
         raise ValueError(
             f"a DTensor of shape {list(tensor.shape)} and placements {tensor.placements} has "
-            f"{local.numel()} elements here; expected {list(place[0])}"
+            f"{local.numel()} elements on this rank; expected {list(place[0])}"
         )
     return local, *place[1:]
 
@@ -48,10 +48,10 @@ def place_of(shape: tuple[int, ...], cuts: tuple) -> tuple[tuple[int, ...], int,
             continue
         if placement.is_partial() or not hasattr(placement, "dim"):
             raise ValueError(
-                f"a DTensor has the placement {placement}; noise takes whole numbers, sharded or "
+                f"a DTensor has the placement {placement}; noise requires whole values, sharded or "
                 "replicated: redistribute it first"
             )
-        # _StridedShard: as if the dimension had been cut into split_factor parts before.
+        # _StridedShard: the dimension was cut into split_factor parts before.
         parts = _chunks(rows[placement.dim], getattr(placement, "split_factor", 1))
         rows[placement.dim] = torch.cat([_chunks(part, ranks)[index] for part in parts])
     local_shape = tuple(len(r) for r in rows)
@@ -62,7 +62,7 @@ def place_of(shape: tuple[int, ...], cuts: tuple) -> tuple[tuple[int, ...], int,
         offset += int(r[0]) * inner
         levels += [(count, distance * inner) for count, distance in _regular(r)]
         inner *= size
-    # From the innermost: levels that go on where the one before ends are one.
+    # From the innermost: a level that continues the one before is merged with it.
     merged = [(1, 1)]
     for count, distance in levels:
         last, step = merged[-1]
@@ -85,7 +85,7 @@ def place_of(shape: tuple[int, ...], cuts: tuple) -> tuple[tuple[int, ...], int,
 
 
 def _chunks(x: Tensor, count: int) -> list[Tensor]:
-    """torch.chunk, always of so many."""
+    """torch.chunk, but always with `count` chunks."""
     size = -(-len(x) // count)
     return [x[i * size : (i + 1) * size] for i in range(count)]
 
@@ -106,7 +106,7 @@ def _regular(x: Tensor) -> list[tuple[int, int]]:
 
 
 def like_shard(local: Tensor, tensor: Any) -> Tensor:
-    """A local tensor as the shard of a DTensor like `tensor`."""
+    """A local tensor as this rank's shard of a DTensor like `tensor`."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(

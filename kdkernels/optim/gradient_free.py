@@ -12,11 +12,11 @@ from kdkernels.noise.functions import combine_noise_, perturbed_parameters
 
 
 def _member_seeds(seed: int | None, step: int, count: int) -> list[int]:
-    """Seeds of a step's directions: 64 bits of Philox under the seed, each at its own counter."""
+    """Seeds of a step's directions: 64 bits of Philox under the seed, one counter each."""
     seed = fixed_seed(seed)
     check("step", step, INT)
     if not 0 <= step < 2**32:
-        raise ValueError(f"step is {step}; it takes an int in [0, 2^32)")
+        raise ValueError(f"step is {step}; it must be an int in [0, 2^32)")
     key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
     words = (_C.philox([k, 0, 0, int(step)], key) for k in range(count))
     return [fixed_seed(low | high << 32) for low, high, *_ in words]
@@ -38,7 +38,7 @@ def evolution_step(
 ) -> Tensor:
     """One step of evolution strategies towards higher scores (Salimans et al., arXiv 1703.03864).
 
-    With s_i the shaped score of theta + std * eps_i (and -eps_i as a member of its own if
+    With s_i the shaped score of theta + std * eps_i (and -eps_i as another member if
     antithetic)::
 
         theta <- theta + lr / (population * std) * sum_i s_i eps_i
@@ -50,14 +50,14 @@ def evolution_step(
     Args:
         params: what score_fn depends on; one copy of it is held.
         score_fn: gives the score of the parameters as they are: a number, or a tensor of one
-            element. It is called once a member, without autograd.
+            element. It is called once per member, without autograd.
         population: how many members; even if antithetic.
         std: how far the members stand from theta, above 0.
         lr: at least 0.
-        seed, step: where the noise stands, an int in [-2^63, 2^64) and one in [0, 2^32).
+        seed, step: of the noise, an int in [-2^63, 2^64) and one in [0, 2^32).
         antithetic: members in pairs theta +- std * eps_i.
         shaping: "standardize" (mean 0, standard deviation 1), or "ranks" (evenly from -1/2 to 1/2,
-            whatever the scores' scale, as OpenAI's).
+            for any scale of the scores, as in OpenAI's).
         distribution: of eps, see the module.
 
     Returns:
@@ -87,7 +87,7 @@ def evolution_step(
     if antithetic and population % 2 != 0:
         raise ValueError(f"population is {population}; antithetic members come in pairs")
     if shaping not in ("standardize", "ranks"):
-        raise ValueError(f'shaping is {shaping!r}; it takes "standardize" or "ranks"')
+        raise ValueError(f'shaping is {shaping!r}; it must be "standardize" or "ranks"')
     signs = (1, -1) if antithetic else (1,)
     seeds = _member_seeds(seed, step, population // len(signs))
     noise = {"step": step, "distribution": distribution}
@@ -137,7 +137,7 @@ def mezo_step(
         lr, weight_decay: at least 0.
         scale: how far to look, above 0.
         directions: n; the update is one pass over the parameters for any.
-        seed, step: where the noise stands, an int in [-2^63, 2^64) and one in [0, 2^32).
+        seed, step: of the noise, an int in [-2^63, 2^64) and one in [0, 2^32).
         distribution: of eps, see the module.
         restore: how the parameters come back after a look, see ``perturbed_parameters``:
             "regenerate" needs no memory, as MeZO itself.
@@ -184,14 +184,14 @@ def mezo_step(
 def _check_above_0(name: str, value):
     check_number(name, value)
     if not value > 0:
-        raise ValueError(f"{name} is {value}; it takes a number above 0")
+        raise ValueError(f"{name} is {value}; it must be a number above 0")
 
 
 def _scalar(name: str, value, params: Sequence[Tensor]) -> Tensor:
-    """What a function gave, as a fp64 scalar where the parameters are."""
+    """What a function returned, as an fp64 scalar on the parameters' device."""
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name} gave shape {list(value.shape)}; it takes one element")
+        raise ValueError(f"{name} gave shape {list(value.shape)}; it must have one element")
     if not fits(value, NUMBER):
-        raise TypeError(f"{name} gave a {type(value).__name__}; it takes {NUMBER}")
+        raise TypeError(f"{name} gave a {type(value).__name__}; it must be {NUMBER}")
     device = params[0].device if params else "cpu"
     return torch.as_tensor(value, dtype=torch.float64, device=device).reshape(())

@@ -19,13 +19,13 @@ class NoiseDominatesWarning(UserWarning):
 
 
 class GradientNoise:
-    """Adds std * eps to the gradients of any optimizer, once a step (arXiv 1511.06807).
+    """Adds std * eps to the gradients of any optimizer, once per step (arXiv 1511.06807).
 
     It hooks the optimizer's ``step``: the noise comes after what the loop does to the gradients,
     clipping, unscaling, accumulation, all-reduce. Optimizers that call a closure get the noise
     after each evaluation's backward, the same in all evaluations of a step. Where a GradScaler lets
-    a fused optimizer unscale, that is done here, before the noise, and a step with infinities adds
-    none and does not count.
+    a fused optimizer unscale, that is done here, before the noise; a step with infinities adds no
+    noise and is not counted.
 
     Args:
         optimizer: any torch.optim.Optimizer; dense floating-point gradients.
@@ -63,7 +63,7 @@ class GradientNoise:
     ):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
-                f"optimizer is a {type(optimizer).__name__}; it takes a torch.optim.Optimizer"
+                f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer"
             )
         self.optimizer, self.std = optimizer, std
         for value in self._stds(optimizer.param_groups):
@@ -95,17 +95,18 @@ class GradientNoise:
         self.step = step if self.capturable else int(step)
 
     def _stds(self, groups: list[dict]) -> Sequence[Any]:
-        """One a group."""
+        """One per group."""
         if not isinstance(self.std, (list, tuple)):
             return [self.std] * len(groups)
         if len(self.std) != len(groups):
             raise ValueError(
-                f"std holds {len(self.std)}; it takes one, or one a parameter group: {len(groups)}"
+                f"std holds {len(self.std)}; it must hold one, or one per parameter "
+                f"group: {len(groups)}"
             )
         return self.std
 
     def remove(self) -> None:
-        """Take the noise off the optimizer."""
+        """Remove the hooks: the optimizer then has no noise."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -120,14 +121,14 @@ class GradientNoise:
         return {"seed": self.seed, "step": step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a ``state_dict`` was taken."""
+        """Continue from a ``state_dict``."""
         seed, step = fixed_seed(state_dict["seed"]), state_dict["step"]
         self._set_step(step)
         self.seed = seed
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_hooks", "_layout", "_kept", "_counts")
-        return {k: v for k, v in self.__dict__.items() if k not in own}
+        rebuilt = ("_hooks", "_layout", "_kept", "_counts")
+        return {k: v for k, v in self.__dict__.items() if k not in rebuilt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -176,7 +177,7 @@ class GradientNoise:
             raise refuse_gradients(params, error) from None
 
     def _unscaled(self, optimizer, grads) -> bool:
-        """Do a GradScaler's part that it left to the optimizer; False if the step is skipped."""
+        """Unscale as a GradScaler asks fused optimizers to; False if the step is skipped."""
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             if self.capturable:
@@ -188,7 +189,7 @@ class GradientNoise:
         if grad_scale is not None:
             for part in self._layout.parts:
                 factor = grad_scale.to(part.device, torch.float64).reciprocal().float()
-                # Not _foreach_mul_: it would round the factor to a 16-bit gradient's dtype.
+                # _foreach_mul_ would round the factor to the dtype of 16-bit gradients.
                 torch._amp_foreach_non_finite_check_and_unscale_(
                     part.of(grads), torch.zeros_like(factor), factor
                 )
@@ -223,7 +224,7 @@ class GradientNoise:
 
     def _warn(self):
         for k, norms in enumerate(self.norms()):
-            # Of a gradient of 0, as where a checkpoint steps with such, there is nothing to say.
+            # A gradient of 0 is not judged: checkpoints step with such gradients.
             if norms.gradient > 0 and norms.ratio > self.warn_above:
                 self._warned = True
                 warnings.warn(

@@ -26,7 +26,7 @@ UPDATES = ("sgd", "adamw", "sgld", "psgld")  # in the order of math::Update
 
 
 class NoiseOptions(TypedDict, total=False):
-    """What all optimizers here take, with defaults False, None and "normal"."""
+    """Arguments of all optimizers here; their defaults are False, None and "normal"."""
 
     maximize: bool
     capturable: bool
@@ -36,7 +36,7 @@ class NoiseOptions(TypedDict, total=False):
 
 
 class NoisyOptimizer(torch.optim.Optimizer):
-    """Noise, moments and update in one pass over memory, one call a device."""
+    """Noise, moments and update in one pass over memory, in one call per device."""
 
     _update: int
     _moments: tuple[str, ...] = ()  # their names in a parameter's state
@@ -57,7 +57,7 @@ class NoisyOptimizer(torch.optim.Optimizer):
         distribution_index(distribution)
         self.distribution, self.diagnostics = distribution, diagnostics
         self._forget()
-        # Seed and steps done stand in the groups, where every kind of checkpoint finds them.
+        # Seed and step are kept in the groups, which every kind of checkpoint saves.
         seed = fixed_seed(seed)
         defaults |= {"maximize": maximize, "capturable": capturable}
         super().__init__(params, defaults | {"seed": seed, "noise_step": 0})
@@ -71,7 +71,7 @@ class NoisyOptimizer(torch.optim.Optimizer):
         return self.param_groups[0]["capturable"]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of torch.optim.Optimizer. The parameters' streams follow those that are there."""
+        """As in torch.optim.Optimizer; the new parameters' streams follow the existing ones."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -81,7 +81,7 @@ class NoisyOptimizer(torch.optim.Optimizer):
                 if group[name] != self.param_groups[0][name]:
                     raise ValueError(
                         f"{name} is {group[name]} in a parameter group and "
-                        f"{self.param_groups[0][name]} in another; all share one"
+                        f"{self.param_groups[0][name]} in another; all must have the same"
                     )
         except Exception:
             self.param_groups.pop()
@@ -94,7 +94,7 @@ class NoisyOptimizer(torch.optim.Optimizer):
             check_std(group["std"])
         if "betas" in group:
             if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
-                raise ValueError(f"betas is {group['betas']!r}; it takes two numbers")
+                raise ValueError(f"betas is {group['betas']!r}; it must have two numbers")
             for k, beta in enumerate(group["betas"]):
                 check_number(f"betas[{k}]", beta, high=1.0)
         if "beta2" in group:
@@ -110,12 +110,12 @@ class NoisyOptimizer(torch.optim.Optimizer):
         if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 f"nesterov is True with momentum {group['momentum']} and dampening "
-                f"{group['dampening']}; it takes a momentum above 0 and no dampening"
+                f"{group['dampening']}; nesterov requires a momentum above 0 and no dampening"
             )
         for k, p in enumerate(group["params"]):
             if p.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
                 raise TypeError(
-                    f"params holds {p.dtype} at {k}; it takes fp32, fp64, bf16 and fp16"
+                    f"params holds {p.dtype} at {k}; it must hold fp32, fp64, bf16 or fp16"
                 )
 
     # -- state
@@ -135,7 +135,7 @@ class NoisyOptimizer(torch.optim.Optimizer):
         return state
 
     def _place_counts(self):
-        """Step counts as capturable wants them, whatever they were."""
+        """Make step counts tensors for capturable, and numbers otherwise."""
         capturable, step = (self.param_groups[0][k] for k in ("capturable", "noise_step"))
         if capturable:
             devices = [p.device for group in self.param_groups for p in group["params"]]
@@ -155,7 +155,7 @@ class NoisyOptimizer(torch.optim.Optimizer):
                 state["step"] = int(state["step"])
 
     def state_dict(self) -> dict[str, Any]:
-        """As of torch.optim.Optimizer; std is None where a group has a schedule."""
+        """As in torch.optim.Optimizer; std is None where a group has a schedule."""
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             if callable(group.get("std")):
@@ -163,26 +163,26 @@ class NoisyOptimizer(torch.optim.Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of torch.optim.Optimizer; takes those of torch.optim.SGD and AdamW, too.
+        """As in torch.optim.Optimizer; also loads those of torch.optim.SGD and AdamW.
 
-        Schedules and ``capturable`` stay as constructed, and so does what a group does not hold.
+        Schedules, ``capturable`` and what a saved group lacks stay as constructed.
         """
         saved = state_dict["param_groups"]
         if len(saved) == len(self.param_groups):
             pairs = zip(self.param_groups, saved, strict=True)
-            saved = [self._resumed(own, group) for own, group in pairs]
+            saved = [self._resumed(group, state) for group, state in pairs]
         schedules = [group.get("std") for group in self.param_groups]
         super().load_state_dict({**state_dict, "param_groups": saved})
         for group, std in zip(self.param_groups, schedules, strict=True):
             if callable(std):
                 group["std"] = std
 
-    def _resumed(self, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-        group = {**{k: v for k, v in own.items() if k != "params"}, **saved}
-        group["capturable"] = own["capturable"]
+    def _resumed(self, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        resumed = {**{k: v for k, v in group.items() if k != "params"}, **saved}
+        resumed["capturable"] = group["capturable"]
         if saved.get("std", 0.0) is None:
-            group["std"] = 0.0 if callable(own["std"]) else own["std"]
-        return group
+            resumed["std"] = 0.0 if callable(group["std"]) else group["std"]
+        return resumed
 
     def __getstate__(self) -> dict[str, Any]:
         more = {"distribution": self.distribution, "diagnostics": self.diagnostics}
@@ -198,7 +198,7 @@ class NoisyOptimizer(torch.optim.Optimizer):
     @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None):
-        """One step with the gradients that there are; what the closure gave, if there is one."""
+        """Perform one step and return the closure's value, if there is a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -228,11 +228,11 @@ class NoisyOptimizer(torch.optim.Optimizer):
 
     def _prepared(self) -> tuple[list[Tensor], list[Tensor | None]]:
         """All parameters and gradients; the layout and the states of its parts are up to date."""
-        params, grads, anew = self._layout(self.param_groups)
+        params, grads, changed = self._layout(self.param_groups)
         momentum = [group["momentum"] != 0 for group in self.param_groups if "momentum" in group]
         seen = [momentum, *self.state.values()]
         if (
-            anew
+            changed
             or len(seen) != len(self._states)
             or not (momentum == self._states[0] and all(map(is_, seen[1:], self._states[1:])))
         ):
@@ -245,7 +245,7 @@ class NoisyOptimizer(torch.optim.Optimizer):
         return params, grads
 
     def _counted(self, like: Tensor) -> int | Tensor:
-        """1, but 0 in a step that a GradScaler skips."""
+        """1, or 0 in a step that a GradScaler skips."""
         found_inf = getattr(self, "found_inf", None)
         return 1 if found_inf is None else (found_inf == 0).to(like)
 
@@ -284,11 +284,11 @@ class NoisyOptimizer(torch.optim.Optimizer):
         )
 
     def norms(self) -> list[NoiseNorms]:
-        """Of the last step, one a parameter group, if ``diagnostics`` was True; else empty.
+        """Of the last step, one per parameter group, if ``diagnostics`` is True; else empty.
 
-        Norms of the gradient as the noise found it, unscaled and clipped, and of the noise that was
-        added to it; with SGLD and pSGLD of what drift and noise added to the parameters. DTensors
-        count whole: all ranks that share them must then call this. It waits for the device.
+        Norms of the gradient before the noise, unscaled and clipped, and of the noise; with SGLD
+        and pSGLD, of what drift and noise added to the parameters. They are norms over whole
+        DTensors: all ranks that share one must call this. It waits for the device.
         """
         if not self._kept:
             return []

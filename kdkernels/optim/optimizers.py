@@ -12,9 +12,9 @@ class NoisySGD(NoisyOptimizer):
     """torch.optim.SGD on gradients with noise, in one pass over memory.
 
     Args:
-        params: as of torch.optim.SGD, parameters or groups; each group may have its own value of
-            every number below.
-        lr, momentum, dampening, weight_decay, nesterov, maximize: as of torch.optim.SGD.
+        params: as in torch.optim.SGD, parameters or groups; each group may have other values of
+            the numbers below.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
         std, seed, distribution, capturable, diagnostics: see the module.
 
     Example:
@@ -52,9 +52,9 @@ class NoisyAdamW(NoisyOptimizer):
     """torch.optim.AdamW on gradients with noise, in one pass over memory.
 
     Args:
-        params: as of torch.optim.AdamW, parameters or groups; each group may have its own value of
-            every number below.
-        lr, betas, eps, weight_decay, maximize: as of torch.optim.AdamW; betas are numbers.
+        params: as in torch.optim.AdamW, parameters or groups; each group may have other values of
+            the numbers below.
+        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; betas are numbers.
         std, seed, distribution, capturable, diagnostics: see the module.
 
     Example:
@@ -90,7 +90,7 @@ class SGLD(NoisyOptimizer):
     """Stochastic gradient Langevin dynamics (Welling and Teh, ICML 2011).
 
     With ``U = num_data * loss + weight_decay / 2 |theta|^2``, whose gradient backward estimates on
-    a mini-batch, a step is::
+    a mini-batch, one step is::
 
         theta <- theta - lr / 2 * dU + sqrt(lr * temperature) * eps
 
@@ -98,9 +98,9 @@ class SGLD(NoisyOptimizer):
     negative log-likelihood of a datum; weight_decay is the precision of a Gaussian prior.
 
     Args:
-        params: parameters or groups; each group may have its own value of every number below.
+        params: parameters or groups; each group may have other values of the numbers below.
         lr: the step size, epsilon in the paper.
-        num_data: how many data the mean stands for; 1 where the loss is their sum.
+        num_data: the number of data that the loss is the mean of; 1 where it is their sum.
         temperature: 1 samples the posterior, 0 is gradient descent.
         weight_decay: at least 0.
         maximize: the loss is a log-likelihood.
@@ -131,7 +131,7 @@ class SGLD(NoisyOptimizer):
 class pSGLD(NoisyOptimizer):  # noqa: N801
     """SGLD with RMSprop's preconditioner (Li et al., arXiv 1512.07666, algorithm 1).
 
-    With g the gradient of the loss and U as of ``SGLD``::
+    With g the gradient of the loss and U as in ``SGLD``::
 
         V <- beta2 V + (1 - beta2) g^2,  G = 1 / (eps + sqrt(V))
         theta <- theta - lr / 2 * G dU + sqrt(lr * temperature * G) * eps
@@ -140,7 +140,7 @@ class pSGLD(NoisyOptimizer):  # noqa: N801
     falls with 1 - beta2.
 
     Args:
-        params, lr, num_data, temperature, weight_decay, maximize: as of ``SGLD``.
+        params, lr, num_data, temperature, weight_decay, maximize: as in ``SGLD``.
         beta2: V's decay, alpha in the paper.
         eps: the paper's lambda.
         seed, distribution, capturable, diagnostics: see the module.

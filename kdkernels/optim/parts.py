@@ -13,14 +13,14 @@ from kdkernels.noise.shards import shard_of
 
 
 def local_of(tensor: Any) -> Tensor:
-    """What this rank holds of a DTensor, arrived."""
+    """This rank's part of a DTensor, once it is there."""
     if hasattr(tensor, "to_local"):
         tensor = tensor.to_local()
     return tensor.wait() if hasattr(tensor, "wait") else tensor
 
 
 def sharing_groups(tensor: Any) -> tuple:
-    """The process groups among which a DTensor's elements are divided."""
+    """The process groups that a DTensor's elements are divided among."""
     if not hasattr(tensor, "placements"):
         return ()
     mesh = tensor.device_mesh
@@ -32,7 +32,7 @@ def sharing_groups(tensor: Any) -> tuple:
 
 
 class Part:
-    """Those parameters of one device that have a gradient, and where their noise stands."""
+    """The parameters of one device that have a gradient, and their places in the noise."""
 
     def __init__(self, params: Sequence[Tensor], groups: Sequence[int], where: Sequence[int]):
         self.where = where  # places in the list of all parameters: their streams
@@ -53,7 +53,7 @@ class Part:
         self.sharers = [sharing_groups(params[i]) for i in where]
         self.device = shards[0][0].device
         self.empty = shards[0][0].new_empty(0)
-        # On the device from the start: an index from the host could not be captured.
+        # On the device from the start: a copy from the host could not be captured.
         self.group_index = torch.tensor(self.groups, device=self.device)
 
     def noise(self, seed: int, step: int, distribution: str) -> list[int]:
@@ -68,7 +68,7 @@ class Part:
 
 
 class Layout:
-    """The parts of an optimizer's parameters, kept as long as nothing moves."""
+    """The parts of an optimizer's parameters, kept until parameters or gradients change."""
 
     def __init__(self):
         self.params: list[Tensor] = []
@@ -76,7 +76,7 @@ class Layout:
         self.parts: list[Part] = []
 
     def __call__(self, groups: list[dict]) -> tuple[list[Tensor], list[Tensor | None], bool]:
-        """(all parameters, their gradients, whether the parts were made anew)."""
+        """(all parameters, their gradients, whether the parts are new)."""
         params = [p for group in groups for p in group["params"]]
         grads = [p.grad for p in params]
         key = ([g is None for g in grads], [len(group["params"]) for group in groups])
@@ -90,7 +90,7 @@ class Layout:
             if getattr(g, "placements", None) != getattr(p, "placements", None):
                 raise ValueError(
                     f"the gradient of parameter {i} is placed {getattr(g, 'placements', None)}, "
-                    f"the parameter {getattr(p, 'placements', None)}; they take one placement"
+                    f"the parameter {getattr(p, 'placements', None)}; they must have one placement"
                 )
             devices.setdefault(p.device, []).append(i)
         self.parts = [Part(params, group_of, where) for where in devices.values()]
@@ -113,7 +113,7 @@ class NoiseNorms(NamedTuple):
 
 
 def norms_of(parts: Sequence[Part], squares: Sequence[Tensor], groups: int) -> list[NoiseNorms]:
-    """One a group, of each part's [n, 2] sums of squares."""
+    """One per group, from each part's [n, 2] sums of squares."""
     shared: dict[tuple, Tensor] = {}
     for part, rows in zip(parts, squares, strict=True):
         for sharers in dict.fromkeys(part.sharers):
@@ -134,24 +134,22 @@ def on_device(values: Sequence[float | Tensor], device: torch.device) -> Tensor 
     if not any(isinstance(v, Tensor) for v in values):
         return None
     kind = {"dtype": torch.float64, "device": device}
-    # A fill, unlike a copy of a host's number, may be captured.
-    return torch.stack(
-        [v.to(**kind).reshape(()) if isinstance(v, Tensor) else torch.full((), v, **kind)
-         for v in values]
-    )  # fmt: skip
+    # A fill can be captured, unlike a copy of a number from the host.
+    scalars = [v if isinstance(v, Tensor) else torch.full((), v, **kind) for v in values]
+    return torch.stack([scalar.to(**kind).reshape(()) for scalar in scalars])
 
 
 def refuse_gradients(params: Sequence[Tensor], error: Exception) -> Exception:
-    """What is wrong with a gradient if that is why a kernel refused a list, else the error."""
+    """An error that names the gradient that a kernel refused, or else the kernel's error."""
     for i, p in enumerate(params):
         g = p.grad
         if g is None:
             continue
         if g.layout != torch.strided:
-            return TypeError(f"the gradient of parameter {i} is sparse; it takes a dense one")
+            return TypeError(f"the gradient of parameter {i} is sparse; it must be dense")
         if g.dtype != p.dtype or g.is_complex():
             return TypeError(
-                f"the gradient of parameter {i} is {g.dtype}, the parameter {p.dtype}; it takes "
-                "one dtype of fp32, fp64, bf16 and fp16"
+                f"the gradient of parameter {i} is {g.dtype}, the parameter {p.dtype}; they "
+                "must have one dtype, fp32, fp64, bf16 or fp16"
             )
     return error

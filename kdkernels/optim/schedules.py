@@ -30,7 +30,7 @@ def _neelakantan(t, eta, gamma):
 
 
 def cosine(std: float, steps: int, final: float = 0.0) -> Callable:
-    """From std to final over so many steps along half a cosine, final from then on."""
+    """From std to final in `steps` steps along half a cosine, then final."""
     check_number("std", std)
     check_number("final", final)
     check_count("steps", steps)
@@ -64,12 +64,12 @@ def value_at(std: Std, step: int | Tensor) -> float | Tensor:
     if isinstance(step, Tensor) and isinstance(value, Tensor):
         return value
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"std has shape {list(value.shape)}; it takes one element")
+        raise ValueError(f"std has shape {list(value.shape)}; it must have one element")
     if not fits(value, NUMBER):
-        raise TypeError(f"std is a {type(value).__name__} at step {step}; it takes {NUMBER}")
+        raise TypeError(f"std is a {type(value).__name__} at step {step}; it must be {NUMBER}")
     value = float(value)
     if not 0 <= value < math.inf:
-        raise ValueError(f"std is {value} at step {step}; it takes a finite number of at least 0")
+        raise ValueError(f"std is {value} at step {step}; it must be a finite number of at least 0")
     return value
 
 
