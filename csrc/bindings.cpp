@@ -65,21 +65,81 @@ struct FromPython<std::string_view> {
 };
 template <>
 struct FromPython<c10::SymInt> : FromPython<int64_t> {};
+
+// load(element) for each element of a sequence, until one is not as it should be.
+template <class Load>
+bool load_each(PyObject* object, Load load) {
+  if (!PySequence_Check(object) || PyUnicode_Check(object) || PyBytes_Check(object)) return false;
+  auto elements = py::reinterpret_steal<py::object>(PySequence_Fast(object, ""));
+  if (!elements) throw py::error_already_set();
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(elements.ptr()); ++i) {
+    if (!load(PySequence_Fast_GET_ITEM(elements.ptr(), i))) return false;
+  }
+  return true;
+}
 template <class Element>
 struct FromPython<at::ArrayRef<Element>> {
-  c10::SmallVector<Element, 4> list;
+  c10::SmallVector<Element, 16> list;
   bool load(PyObject* object) {
-    if (!PySequence_Check(object) || PyUnicode_Check(object) || PyBytes_Check(object)) return false;
-    auto elements = py::reinterpret_steal<py::object>(PySequence_Fast(object, ""));
-    if (!elements) throw py::error_already_set();
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(elements.ptr()); ++i) {
+    return load_each(object, [&](PyObject* item) {
       FromPython<Element> element;
-      if (!element.load(PySequence_Fast_GET_ITEM(elements.ptr(), i))) return false;
+      if (!element.load(item)) return false;
       list.push_back(element.get());
-    }
-    return true;
+      return true;
+    });
   }
   at::ArrayRef<Element> get() { return list; }
+};
+template <>
+struct FromPython<const TensorOptionals&> {
+  TensorOptionals list;
+  bool load(PyObject* object) {
+    return load_each(object, [&](PyObject* item) {
+      FromPython<const OptionalTensor&> element;
+      if (!element.load(item)) return false;
+      list.push_back(std::move(element.tensor));
+      return true;
+    });
+  }
+  const TensorOptionals& get() { return list; }
+};
+
+// An optimizer's rules: dicts, of which the fields are read by their names.
+struct RulesFromPython {
+  std::vector<double> numbers;
+  bool load(PyObject* object) {
+    static const std::vector<PyObject*> names = [] {
+      std::vector<PyObject*> out;
+      for (const RuleField& field : rule_fields()) {
+        out.push_back(PyUnicode_InternFromString(field.name));
+      }
+      return out;
+    }();
+    return load_each(object, [&](PyObject* rule) {
+      for (size_t i = 0; i < names.size(); ++i) {
+        PyObject* value = PyDict_Check(rule) ? PyDict_GetItem(rule, names[i]) : nullptr;
+        double number = value != nullptr ? PyFloat_AsDouble(value) : rule_fields()[i].usual;
+        if (number == -1 && PyErr_Occurred()) {
+          PyErr_Clear();
+          throw py::type_error(std::string(rule_fields()[i].name) + " is a " +
+                               Py_TYPE(value)->tp_name + "; it must be a number");
+        }
+        numbers.push_back(number);
+      }
+      return true;
+    });
+  }
+  at::ArrayRef<double> get() { return numbers; }
+};
+
+// What reads argument `place` of an op.
+template <auto op, size_t place, class Argument>
+struct Reader {
+  using type = FromPython<Argument>;
+};
+template <class Argument>
+struct Reader<noisy_update_, 4, Argument> {
+  using type = RulesFromPython;
 };
 
 // m.name: a registered op, through PyTorch's dispatcher, of positional arguments. Not by pybind11's def, which takes
@@ -94,7 +154,7 @@ struct Op<implementation> {
 
   template <size_t... I>
   static PyObject* run(PyObject* const* arguments, std::index_sequence<I...>) {
-    std::tuple<FromPython<Arguments>...> from;
+    std::tuple<typename Reader<implementation, I, Arguments>::type...> from;
     if (!(std::get<I>(from).load(arguments[I]) && ...)) throw py::type_error(kRefusal);
     auto call = [&] {
       py::gil_scoped_release no_gil;
@@ -120,12 +180,13 @@ struct Op<implementation> {
     return nullptr;
   }
 
-  static void define(py::module_& m, const char* name) {
+  // signature: for type checkers, where it is not the schema's.
+  static void define(py::module_& m, const char* name, const char* signature = nullptr) {
     op = c10::Dispatcher::singleton()
              .findSchemaOrThrow((std::string("kdkernels::") + name).c_str(), "")
              .template typed<Result(Arguments...)>();
     method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(from_python)),
-              METH_FASTCALL, nullptr};
+              METH_FASTCALL, signature};
     m.add_object(name, py::reinterpret_steal<py::object>(
                            PyCFunction_NewEx(&method, nullptr, m.attr("__name__").ptr())));
   }
@@ -194,7 +255,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   Op<noise_dot>::define(m, "noise_dot");
   Op<scaled_noise>::define(m, "_scaled_noise");
   Op<combine_noise_>::define(m, "combine_noise_");
-  Op<noisy_update_>::define(m, "noisy_update_");
+  Op<noisy_update_>::define(
+      m, "noisy_update_",
+      "noisy_update_(update: Sequence[int], params: Sequence[Tensor], grads: Sequence[Tensor], "
+      "moments: Sequence[Tensor], rules: Sequence[dict[str, Any]], noise: Sequence[int], "
+      "tensors: Sequence[Tensor | None], norms: Tensor | None) -> None");
   m.def("noisy_linear_regression", noisy_linear_regression,
         py::call_guard<py::gil_scoped_release>());
 

@@ -8,29 +8,17 @@ from torch import Tensor
 def _scaled_noise(
     tensors: Sequence[Tensor],
     scales: Tensor,
-    seed: int,
-    step: int,
-    streams: Sequence[int],
-    offsets: Sequence[int],
-    runs: Sequence[int],
-    seed_tensor: Tensor | None,
-    step_tensor: Tensor | None,
-    distribution: int,
+    noise: Sequence[int],
+    noise_tensors: Sequence[Tensor | None],
     /,
 ) -> list[Tensor]: ...
 def add_noise_(
     tensors: Sequence[Tensor],
     std: Sequence[float],
-    seed: int,
-    step: int,
-    streams: Sequence[int],
-    offsets: Sequence[int],
-    runs: Sequence[int],
-    seed_tensor: Tensor | None,
-    step_tensor: Tensor | None,
-    distribution: int,
-    multiplicative: bool,
     std_tensor: Tensor | None,
+    multiplicative: bool,
+    noise: Sequence[int],
+    noise_tensors: Sequence[Tensor | None],
     norms: Tensor | None,
     /,
 ) -> None: ...
@@ -39,12 +27,8 @@ def combine_noise_(
     tensors: Sequence[Tensor],
     coefficients: Tensor,
     seeds: Tensor,
-    step: int,
-    streams: Sequence[int],
-    offsets: Sequence[int],
-    runs: Sequence[int],
-    step_tensor: Tensor | None,
-    distribution: int,
+    noise: Sequence[int],
+    noise_tensors: Sequence[Tensor | None],
     /,
 ) -> None: ...
 def distillation_loss(
@@ -56,28 +40,18 @@ def gradient_noise(
     x: Tensor,
     std_tensor: Tensor | None,
     std: float,
-    seed: int,
-    step: int,
-    stream: int,
-    offset: int,
-    seed_tensor: Tensor | None,
-    step_tensor: Tensor | None,
-    distribution: int,
     multiplicative: bool,
+    noise: Sequence[int],
+    noise_tensors: Sequence[Tensor | None],
     /,
 ) -> Tensor: ...
 def input_noise(
     x: Tensor,
     std_tensor: Tensor | None,
     std: float,
-    seed: int,
-    step: int,
-    stream: int,
-    offset: int,
-    seed_tensor: Tensor | None,
-    step_tensor: Tensor | None,
-    distribution: int,
     multiplicative: bool,
+    noise: Sequence[int],
+    noise_tensors: Sequence[Tensor | None],
     /,
 ) -> Tensor: ...
 def linear_distillation_loss(
@@ -85,16 +59,7 @@ def linear_distillation_loss(
 ) -> list[Tensor] | None: ...
 def loss_options() -> list[Any]: ...
 def noise_dot(
-    tensors: Sequence[Tensor],
-    seed: int,
-    step: int,
-    streams: Sequence[int],
-    offsets: Sequence[int],
-    runs: Sequence[int],
-    seed_tensor: Tensor | None,
-    step_tensor: Tensor | None,
-    distribution: int,
-    /,
+    tensors: Sequence[Tensor], noise: Sequence[int], noise_tensors: Sequence[Tensor | None], /
 ) -> Tensor: ...
 def noisy_linear_regression(
     arg0: Tensor,
@@ -111,41 +76,19 @@ def noisy_linear_regression(
     /,
 ) -> Tensor: ...
 def noisy_update_(
-    update: int,
+    update: Sequence[int],
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    first: Sequence[Tensor],
-    second: Sequence[Tensor],
-    steps: Sequence[int],
-    step_tensors: Sequence[Tensor],
-    rule_of: Sequence[int],
-    rules: Sequence[float],
-    seed: int,
-    step: int,
-    streams: Sequence[int],
-    offsets: Sequence[int],
-    runs: Sequence[int],
-    seed_tensor: Tensor | None,
-    step_tensor: Tensor | None,
-    distribution: int,
-    lr_tensor: Tensor | None,
-    std_tensor: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    moments: Sequence[Tensor],
+    rules: Sequence[dict[str, Any]],
+    noise: Sequence[int],
+    tensors: Sequence[Tensor | None],
     norms: Tensor | None,
     /,
 ) -> None: ...
 def philox(arg0: Sequence[int], arg1: Sequence[int], /) -> list[int]: ...
 def randn_like(
-    x: Tensor,
-    seed: int,
-    step: int,
-    stream: int,
-    offset: int,
-    seed_tensor: Tensor | None,
-    step_tensor: Tensor | None,
-    distribution: int,
-    /,
+    x: Tensor, noise: Sequence[int], noise_tensors: Sequence[Tensor | None], /
 ) -> Tensor: ...
 
 row_state: int

@@ -1,5 +1,6 @@
-"""Arguments that C++ cannot even take, named in Python."""
+"""Checks of arguments in Python, with errors that name them."""
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ OPTIONAL_NUMBER, STRING, BOOL = "a number or None", "a string", "a bool"
 
 
 def fits(value, kind: str) -> bool:
-    """Whether a value is what one of this module's constants says."""
+    """Whether a value is of a kind, one of this module's constants."""
     if kind == LIST:
         return isinstance(value, list)
     if kind == NUMBERS:
@@ -30,7 +31,7 @@ def fits(value, kind: str) -> bool:
 
 
 def _is_one(value) -> bool:
-    """Whether a value is one real number that can be read: arrays say that they have __float__."""
+    """Whether a value is a single real number; arrays have __float__, too."""
     if isinstance(value, (int, float)):
         return True
     if isinstance(value, Tensor):
@@ -48,17 +49,36 @@ def _is_float(value) -> bool:
 
 
 def check(name: str, value, kind: str):
-    """TypeError that names the argument unless the value is what one of the constants says."""
+    """Raise a TypeError that names the argument unless the value is of the kind."""
     if not fits(value, kind):
-        raise TypeError(f"{name} is a {type(value).__name__}; it takes {kind}")
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be {kind}")
+
+
+def check_number(name: str, value, low: float = 0.0, high: float = math.inf):
+    """A finite number or one-element tensor of at least low and below high."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} has shape {list(value.shape)}; it must have one element")
+    check(name, value, NUMBER)
+    if not low <= float(value) < high:
+        below = "" if high == math.inf else f" and below {high:g}"
+        raise ValueError(
+            f"{name} is {float(value):g}; it must be a finite number of at least {low:g}{below}"
+        )
+
+
+def check_count(name: str, value):
+    """An int of at least 1."""
+    check(name, value, INT)
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
 def explain(error: TypeError, **arguments: tuple[object, str]) -> Exception:
-    """A sentence for pybind11's refusal of a call, which names no argument.
+    """An error that names an argument, for the binding's refusal of a call, which names none.
 
     Args:
-        error: what the call raised; returned as it is, if it is not pybind11's.
-        arguments: name -> (value, what it takes: one of this module's constants).
+        error: what the call raised; another error than that refusal is returned as it is.
+        arguments: name -> (value, its kind: one of this module's constants).
     """
     if "incompatible function arguments" not in str(error):
         return error
@@ -66,7 +86,7 @@ def explain(error: TypeError, **arguments: tuple[object, str]) -> Exception:
         items: Any = value if kind == INTS else [value]
         for item in items:
             if not fits(item, INT if kind == INTS else kind):
-                return TypeError(f"{name} is a {type(item).__name__}; it takes {kind}")
+                return TypeError(f"{name} is a {type(item).__name__}; it must be {kind}")
             if kind in (INT, INTS) and not -(2**63) <= item.__index__() < 2**63:
                 return ValueError(f"{name} is {item}; it is out of range")
     return error

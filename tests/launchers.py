@@ -13,7 +13,7 @@ from pathlib import Path
 import ptx
 import torch
 
-from kdkernels import reference
+from kdkernels import _C, reference
 from kdkernels.benchmark import IGNORED, training_logits
 
 ROOT = Path(__file__).parent.parent
@@ -1065,10 +1065,8 @@ def noise_launch(device, case):
 
 def cpu_noise(case, i, x, mode, std, std_tensor=None):
     """The CPU op on tensor i of the list."""
-    return torch.ops.kdkernels._noise(
-        x, MODES.index(mode), std_tensor, std, seed=case.seed, step=case.step, stream=i,
-        offset=case.offset(i), distribution=DISTRIBUTIONS.index(case.distribution),
-    )  # fmt: skip
+    noise = [case.seed, case.step, DISTRIBUTIONS.index(case.distribution), 1, 1, i, case.offset(i)]
+    return torch.ops.kdkernels._noise(x, MODES.index(mode), std_tensor, std, noise, [])
 
 
 def noise_numbers(case, i):
@@ -1388,14 +1386,23 @@ def update_expected(case):
         name: None if x is None else torch.tensor([x])
         for name, x in (("grad_scale", case.grad_scale), ("found_inf", case.found_inf))
     }
-    torch.ops.kdkernels.noisy_update_(
-        UPDATES.index(case.update), *lists, case.steps(), [],
-        [case.rule_of(i) for i in range(len(case.sizes))],
-        [float(rule[name]) for rule in case.rules for name in RULE],
-        seed=case.seed, step=case.step, streams=[0],
-        offsets=[case.offset(i) for i in range(len(case.sizes))], runs=[],
-        distribution=DISTRIBUTIONS.index(case.distribution), norms=norms, **scalars,
-    )  # fmt: skip
+    params, grads, first, second = lists
+    moments = [*(first if case.update in ("sgd", "adamw") else ())]
+    moments += second if case.has_second else []
+    count = len(case.sizes)
+    offsets = [case.offset(i) for i in range(count)]
+    rule_of = [case.rule_of(i) for i in range(count)]
+    distribution = DISTRIBUTIONS.index(case.distribution)
+    _C.noisy_update_(
+        [UPDATES.index(case.update), *rule_of, *case.steps()],
+        params,
+        grads,
+        moments,
+        case.rules,
+        [case.seed, case.step, distribution, 1, count, 0, *offsets],
+        [None, None, None, None, scalars["grad_scale"], scalars["found_inf"]],
+        norms,
+    )
     if norms is not None:
         at = torch.arange(len(case.sizes)) // case.runs
         norms = torch.zeros(case.indices, 2, dtype=norms.dtype).index_add_(0, at, norms)

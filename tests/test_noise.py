@@ -190,7 +190,7 @@ def test_any_number_of_threads(n, set_threads):
         set_threads(threads)
         tensors = [torch.ones(n), torch.ones(17), torch.ones(n // 2, dtype=torch.bfloat16)]
         norms = torch.empty(3, 2, dtype=torch.float64)
-        _C.add_noise_(tensors, [0.5], 3, 0, [0], [0], [], None, None, 0, False, None, norms)
+        _C.add_noise_(tensors, [0.5], None, False, [3, 0, 0, 1, 1, 0, 0], [], norms)
         results.append([norms, noise_dot([x, *tensors], seed=3), *ways_of_noise(x, seed=3)])
         results[-1] += tensors
     for result in results:
@@ -1107,7 +1107,7 @@ def test_a_rank_without_elements():
 @pytest.mark.parametrize("distribution", range(len(DISTRIBUTIONS)))
 def test_runs(dtype, distribution):
     """Columns 3 to 7 of a matrix and rows 2 to 5, by the ops' own arguments."""
-    tail = [1, 2, [5], [3, 20], [5, 10, 0, 0], None, None, distribution]
+    noise = [1, 2, distribution, 1, 2, 5, *(3, 20), *(5, 10, 0, 0)]
     whole = normals(
         100, dtype, seed=1, step=2, stream=5, distribution=DISTRIBUTIONS[distribution]
     ).view(10, 10)
@@ -1117,13 +1117,13 @@ def test_runs(dtype, distribution):
     wants = [whole[:, 3:8], rows[2:6]]
     tensors = [torch.zeros(want.shape, dtype=dtype) for want in wants]
     norms = torch.full((2, 2), math.nan, dtype=torch.float64)
-    _C.add_noise_(tensors, [1.0], *tail, False, None, norms)
+    _C.add_noise_(tensors, [1.0], None, False, noise, [], norms)
     assert all(torch.equal(x, want) for x, want in zip(tensors, wants, strict=True))
     squares = torch.stack([want.double().square().sum() for want in wants])
     tolerance = 1e-2 if dtype.itemsize == 2 else 1e-6
     torch.testing.assert_close(norms[:, 1], squares, rtol=tolerance, atol=0)
     assert not norms[:, 0].any()
-    torch.testing.assert_close(_C.noise_dot(tensors, *tail), squares, rtol=tolerance, atol=0)
+    torch.testing.assert_close(_C.noise_dot(tensors, noise, []), squares, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("multiplicative", [False, True])
@@ -1133,8 +1133,8 @@ def test_norms_of_a_mixed_list(multiplicative):
     before = [t.clone() for t in tensors]
     norms = torch.full((len(tensors), 2), math.nan, dtype=torch.float64)
     stds = torch.tensor(std, dtype=torch.float64)
-    tail = [8, 0, [0], [0], [], None, None, 0, multiplicative]
-    _C.add_noise_(tensors, [0.0], *tail, stds, norms)
+    noise = [8, 0, 0, 1, 1, 0, 0]
+    _C.add_noise_(tensors, [0.0], stds, multiplicative, noise, [], norms)
     for k, x in enumerate(before):
         eps = randn_like(torch.empty(x.shape, dtype=torch.float64), seed=8, stream=k)
         want = torch.stack([x.double().square().sum(), (std[k] * eps).square().sum()])

@@ -31,9 +31,12 @@ from kdkernels.distill import _packed
 ROOT = Path(__file__).resolve().parent.parent
 OPS = torch.ops.kdkernels
 ADDRESS = {"seed": 1, "step": 2, "stream": 3, "offset": 4}
-LIST = {"seed": 1, "step": 2, "streams": [3], "offsets": [4], "runs": []}  # of tensors
-PAIR = {"streams": [3, 7], "offsets": [4, 0], "distribution": 1}
-WHOLE = {"streams": [0], "offsets": [0], "runs": []}
+
+
+def noise(*tensors, seed=1, step=2, distribution=0, streams=(3,), offsets=(4,), runs=()):
+    """The ops' arguments noise and noise_tensors."""
+    counts = [len(streams), len(offsets)]
+    return [seed, step, distribution, *counts, *streams, *offsets, *runs], list(tensors)
 
 
 def randn(*shape, seed=0, **options):
@@ -44,13 +47,12 @@ def randn(*shape, seed=0, **options):
 
 
 def update_arguments(update, moments):
-    """Of noisy_update_ for two parameters; SGD's first moment alone for one."""
+    """Of noisy_update_ for two parameters, up to the noise; with as many moments."""
     sizes = [5, 7]
     lists = [[randn(n, seed=k) for n in sizes] for k in range(4)]
-    first, second = lists[2] if moments > 0 else [], [x.abs() for x in lists[3]]
+    moments = [x.abs() for of_all in lists[2 : 2 + moments] for x in of_all]
     rule = [0.1, 0.2, 0.01, 0.9, 0.1, 0.9, 0.99, 1e-8, 3.0, 0.5, 0.0, 0.0]
-    counted = ([2, 1], []) if update else ([], [torch.tensor(2.0), torch.tensor(1.0)])
-    return (update, *lists[:2], first, second if update in (1, 3) else [], *counted, [0, 0], rule)
+    return [update, 0, 0, 2, 1], *lists[:2], moments, rule
 
 
 def loss_options(**options):
@@ -77,10 +79,12 @@ def op_calls():
     hidden, head = (randn(n, 3, seed=n).requires_grad_() for n in (4, 7))
     linear = (hidden.detach(), head.detach(), [None] * 3, [t], rows)
     regression = (z[0].clone(), t[0].clone(), *numbers, torch.arange(3), 4, 0)
-    by_tensor = {"seed": 0, "seed_tensor": torch.tensor(5), "step_tensor": torch.tensor(6)}
-    scaled = ADDRESS | {"multiplicative": True, "distribution": 4}
-    terms = {name: LIST[name] for name in ("step", "offsets", "runs")}
+    numbered = noise()
+    by_tensor = noise(torch.tensor(5), torch.tensor(6), seed=0, step=0)
+    pair = noise(streams=(3, 7), offsets=(4, 0), distribution=1)
+    scaled = (True, *noise(distribution=4))
     norms = torch.rand(2, 2, dtype=torch.float64)
+    counts = [torch.tensor(2.0), torch.tensor(1.0)]
     return [
         (OPS.distillation_loss, (leaf, [t], [], default), {}),
         (OPS.distillation_loss, (leaf, [t], rows, options), {}),
@@ -124,33 +128,51 @@ def op_calls():
             {},
         ),
         (OPS._linear_distillation_forward, (*linear, packed, 15, ""), {}),
-        (OPS.randn_like, (z,), ADDRESS),
-        (OPS.randn_like, (z.t(),), by_tensor),
-        (OPS.add_noise_, ([z.clone(), t.bfloat16(), z.t().clone()], [0.1]), LIST),
-        (OPS.add_noise_, ([z.clone()], [0.1]), by_tensor | WHOLE),
+        (OPS.randn_like, (z, *numbered), {}),
+        (OPS.randn_like, (z.t(), *by_tensor), {}),
         (
             OPS.add_noise_,
-            ([z.clone(), t.clone()], [0.0]),
-            LIST | PAIR | {"std_tensor": norms[0].abs(), "norms": norms, "multiplicative": True},
+            ([z.clone(), t.bfloat16(), z.t().clone()], [0.1], None, False, *numbered, None),
+            {},
         ),
-        (OPS.input_noise, (leaf, None, 0.1), ADDRESS),
-        (OPS.input_noise, (leaf, std, 0.0), ADDRESS),
-        (OPS.input_noise, (leaf, std, 0.0), by_tensor),
-        (OPS.gradient_noise, (leaf, None, 0.1), ADDRESS),
-        (OPS.gradient_noise, (leaf, None, 0.1), by_tensor),
-        (OPS.input_noise, (leaf, torch.rand(4, 1).requires_grad_(), 0.0), scaled),
-        (OPS.gradient_noise, (leaf, std.detach(), 0.0), scaled),
+        (OPS.add_noise_, ([z.clone()], [0.1], None, False, *by_tensor, None), {}),
+        (
+            OPS.add_noise_,
+            ([z.clone(), t.clone()], [0.0], norms[0].abs(), True, *pair, norms),
+            {},
+        ),
+        (OPS.input_noise, (leaf, None, 0.1, False, *numbered), {}),
+        (OPS.input_noise, (leaf, std, 0.0, False, *numbered), {}),
+        (OPS.input_noise, (leaf, std, 0.0, False, *by_tensor), {}),
+        (OPS.gradient_noise, (leaf, None, 0.1, False, *numbered), {}),
+        (OPS.gradient_noise, (leaf, None, 0.1, False, *by_tensor), {}),
+        (OPS.input_noise, (leaf, torch.rand(4, 1).requires_grad_(), 0.0, *scaled), {}),
+        (OPS.gradient_noise, (leaf, std.detach(), 0.0, *scaled), {}),
         (OPS._next_step_, (torch.tensor(4),), {}),
-        (OPS._noise, (z, 1, None, 0.1), ADDRESS),
-        (OPS._noise, (z, 0, None, 1.0), ADDRESS),
-        (OPS._noise, (z, 3, torch.rand(7), 1.0), ADDRESS | {"distribution": 2}),
-        (OPS.noise_dot, ([leaf, t.bfloat16(), z[0]],), LIST),
-        (OPS.noise_dot, ([leaf * 2],), by_tensor | WHOLE),
-        (OPS._scaled_noise, ([z, t.bfloat16()], torch.rand(2, dtype=torch.float64)), LIST | PAIR),
-        (OPS.combine_noise_, ([z.clone(), t.clone()], numbers[0], torch.arange(3)), terms | PAIR),
-        (OPS.noisy_update_, update_arguments(1, 2), LIST | PAIR | {"norms": norms}),
-        (OPS.noisy_update_, update_arguments(0, 1), by_tensor | WHOLE),
-        (OPS.noisy_update_, update_arguments(3, 0), LIST | PAIR),
+        (OPS._noise, (z, 1, None, 0.1, *numbered), {}),
+        (OPS._noise, (z, 0, None, 1.0, *noise(runs=(7, 14))), {}),
+        (OPS._noise, (z, 3, torch.rand(7), 1.0, *noise(distribution=2)), {}),
+        (OPS.noise_dot, ([leaf, t.bfloat16(), z[0]], *numbered), {}),
+        (OPS.noise_dot, ([leaf * 2], *by_tensor), {}),
+        (OPS._scaled_noise, ([z, t.bfloat16()], torch.rand(2, dtype=torch.float64), *pair), {}),
+        (
+            OPS.combine_noise_,
+            ([z.clone(), t.clone()], numbers[0], torch.arange(3), *pair),
+            {},
+        ),
+        (OPS.noisy_update_, (*update_arguments(1, 2), *pair, norms), {}),
+        (OPS.noisy_update_, (*update_arguments(0, 1), *noise(), None), {}),
+        (
+            OPS.noisy_update_,
+            (
+                [3, 0, 0],
+                *update_arguments(3, 1)[1:],
+                by_tensor[0],
+                [*by_tensor[1], None, None, None, None, *counts],
+                None,
+            ),
+            {},
+        ),
         (OPS.noisy_linear_regression, (*regression, False, True), {}),
         (OPS.noisy_linear_regression, (*regression, True, False), {}),
     ]
@@ -162,9 +184,13 @@ def test_opcheck(case):
     torch.library.opcheck(op.default, args, kwargs)
 
 
+def counts(value):
+    return [torch.full((), value)] * 2
+
+
 BAD_UPDATES = [
-    # (what is named, error, {argument's place or name: what it is instead})
-    ("update", ValueError, {0: 4}),
+    # (what is named, error, {argument's place: what it is instead})
+    ("update", ValueError, {0: [4, 0, 0, 2, 1]}),
     ("params", TypeError, {1: [torch.zeros(5, dtype=torch.int64), torch.zeros(7)]}),
     ("params", ValueError, {1: [torch.zeros(1).expand(5), torch.zeros(7)]}),
     ("grads", ValueError, {2: [torch.zeros(5)]}),
@@ -172,51 +198,55 @@ BAD_UPDATES = [
     ("grads", TypeError, {2: [torch.zeros(5), torch.zeros(7).half()]}),
     ("grads", ValueError, {2: [torch.zeros(5), torch.zeros(7, device="meta")]}),
     ("first", ValueError, {3: []}),
-    ("first", ValueError, {3: [torch.zeros(5), torch.zeros(0)]}),
-    ("second", ValueError, {4: [torch.zeros(5), torch.zeros(6)]}),
-    ("second", TypeError, {4: [torch.zeros(5), torch.zeros(7).double()]}),
-    ("steps", ValueError, {5: [1]}),
-    ("steps", ValueError, {5: [1, 0]}),
-    ("steps", ValueError, {6: [torch.ones(()), torch.ones(())]}),
-    ("step_tensors", TypeError, {5: [], 6: [torch.tensor(1)] * 2}),
-    ("rule_of", ValueError, {7: [0]}),
-    (r"rule_of\[1\]", ValueError, {7: [0, 1]}),
-    ("rules", ValueError, {8: [0.1] * 11}),
-    ("lr", ValueError, {8: [-0.1] + [0.1] * 11}),
-    ("std", ValueError, {8: [0.1, float("nan")] + [0.1] * 10}),
-    ("stream", ValueError, {"streams": [1, 2, 3]}),
-    ("stream", ValueError, {"streams": [2**32 - 1]}),
-    ("offset", ValueError, {"offsets": [-1]}),
-    (r"runs\[0\]", ValueError, {"runs": [2, 4, 0, 0]}),
-    ("runs", ValueError, {"runs": [5, 5]}),
-    ("distribution", ValueError, {"distribution": 5}),
-    ("lr", TypeError, {"lr_tensor": torch.ones(1)}),
-    ("std", ValueError, {"std_tensor": torch.ones(2, dtype=torch.float64)}),
-    ("grad_scale", TypeError, {"grad_scale": torch.ones(1).double()}),
-    ("found_inf", ValueError, {"found_inf": torch.ones(2)}),
-    ("norms", ValueError, {"norms": torch.ones(2, 3, dtype=torch.float64)}),
-    ("norms", TypeError, {"norms": torch.ones(2, 2)}),
+    ("moments", ValueError, {3: [torch.zeros(5), torch.zeros(7)]}),
+    ("first", ValueError, {3: [torch.zeros(5), torch.zeros(0), torch.zeros(5), torch.zeros(7)]}),
+    ("second", ValueError, {3: [torch.zeros(n) for n in (5, 7, 5, 0)]}),
+    ("second", ValueError, {3: [torch.zeros(n) for n in (5, 7, 5, 6)]}),
+    ("second", TypeError, {3: [*(torch.zeros(n) for n in (5, 7, 5)), torch.zeros(7).double()]}),
+    ("steps", ValueError, {0: [1, 0, 0, 1]}),
+    ("steps", ValueError, {0: [1, 0, 0, 1, 0]}),
+    ("steps", ValueError, {6: [*[None] * 6, *counts(1.0)]}),
+    ("step_tensors", TypeError, {0: [1, 0, 0], 6: [*[None] * 6, *counts(1)]}),
+    ("rule_of", ValueError, {0: [1, 0]}),
+    (r"rule_of\[1\]", ValueError, {0: [1, 0, 1, 2, 1]}),
+    ("rules", ValueError, {4: [0.1] * 11}),
+    ("lr", ValueError, {4: [-0.1] + [0.1] * 11}),
+    ("std", ValueError, {4: [0.1, float("nan")] + [0.1] * 10}),
+    ("noise", ValueError, {5: [1, 2, 0, 1]}),
+    ("noise", ValueError, {5: [1, 2, 0, 2, 1, 3]}),
+    ("stream", ValueError, {5: noise(streams=(1, 2, 3))[0]}),
+    ("stream", ValueError, {5: noise(streams=(2**32 - 1,))[0]}),
+    ("offset", ValueError, {5: noise(offsets=(-1,))[0]}),
+    (r"runs\[0\]", ValueError, {5: noise(runs=(2, 4, 0, 0))[0]}),
+    ("runs", ValueError, {5: noise(runs=(5, 5))[0]}),
+    ("distribution", ValueError, {5: noise(distribution=5)[0]}),
+    ("lr", TypeError, {6: [None, None, torch.ones(1)]}),
+    ("std", ValueError, {6: [*[None] * 3, torch.ones(2, dtype=torch.float64)]}),
+    ("grad_scale", TypeError, {6: [*[None] * 4, torch.ones(1).double()]}),
+    ("found_inf", ValueError, {6: [*[None] * 5, torch.ones(2)]}),
+    ("norms", ValueError, {7: torch.ones(2, 3, dtype=torch.float64)}),
+    ("norms", TypeError, {7: torch.ones(2, 2)}),
 ]
 
 
 @pytest.mark.parametrize("case", range(len(BAD_UPDATES)))
 def test_bad_update_is_named(case):
     name, error, instead = BAD_UPDATES[case]
-    arguments, options = list(update_arguments(1, 2)), dict(LIST)
+    arguments = [*update_arguments(1, 2), *noise(), None]
     for place, value in instead.items():
-        (arguments if isinstance(place, int) else options)[place] = value
-    written = [x for x in (*arguments[1], *arguments[3], *arguments[4]) if not x.is_meta]
+        arguments[place] = value
+    written = [x for x in (*arguments[1], *arguments[3]) if not x.is_meta]
     before = [x.clone() for x in written]
     with pytest.raises(error, match=rf"\b{name}"):
-        OPS.noisy_update_(*arguments, **options)
+        OPS.noisy_update_(*arguments)
     assert all(torch.equal(x, y) for x, y in zip(written, before, strict=True))
 
 
 def test_tensors_of_an_update_that_share_memory_are_refused():
     arguments = list(update_arguments(1, 2))
-    arguments[3] = [arguments[1][0], arguments[3][1]]
+    arguments[3][0] = arguments[1][0]
     with pytest.raises(ValueError, match=r"shares memory with"):
-        OPS.noisy_update_(*arguments, **LIST)
+        OPS.noisy_update_(*arguments, *noise(), None)
 
 
 def test_every_op_is_checked():

@@ -1144,7 +1144,7 @@ def test_an_evolution_step_is_its_formula():
         theta.data.copy_(start)
         shaped = {"population": 4, "std": 0.1, "lr": 0.3, "seed": 5, "step": 7, **options}
         scores = evolution_step([theta], lambda: (direction * theta).sum(), **shaped)
-        seeds = kdkernels.optim._member_seeds(5, 7, 4 // len(signs))
+        seeds = kdkernels.optim.gradient_free._member_seeds(5, 7, 4 // len(signs))
         assert len(set(seeds)) == len(seeds)
         eps = [kdkernels.randn_like(theta, seed=s, step=7) for s in seeds]
         eps = torch.stack([sign * e for e in eps for sign in signs]).double()
@@ -1172,7 +1172,7 @@ def test_a_mezo_step_is_its_formula():
         seed=5,
         step=7,
     )
-    seeds = kdkernels.optim._member_seeds(5, 7, 3)
+    seeds = kdkernels.optim.gradient_free._member_seeds(5, 7, 3)
     eps = torch.stack([kdkernels.randn_like(theta, seed=s, step=7) for s in seeds])
     want = start * (1 - 0.005) - 0.01 / 3 * ((eps @ start)[:, None] * eps).sum(0)
     torch.testing.assert_close(theta.detach(), want, rtol=1e-11, atol=1e-11)

@@ -1,6 +1,6 @@
-// Noise over contiguous elements. Included by one file an ISA level.
+// Noise over contiguous elements. Included by one file per ISA level.
 //
-// Random numbers are made a block at a time in L1, from the block's counters alone, and used at once: a tensor
+// Random numbers are made one block at a time in L1, from the block's counters alone, and used at once: a tensor
 // is read once and written once, and nothing else moves.
 #pragma once
 
@@ -12,18 +12,18 @@ namespace kdkernels {
 namespace cpu {
 namespace {
 
-// Of a block. Small, so that making noise and moving memory take turns often: what is fetched ahead then fits a
-// core's queue of misses.
+// The size of a block. It is small, so that making noise and moving memory take turns often: what is fetched ahead
+// then fits a core's queue of misses.
 constexpr int kCounters = 64, kNumbers = 4 * kCounters;
 
-// Memory that a block of noise is for. The block after it is fetched while the noise is made, so that arithmetic and
-// memory overlap: of each of `count` tensors, `bytes` a counter, from the block's first element on.
+// The memory that a block of noise is for: `count` tensors from the block's first element on, with `bytes` per counter.
+// The block after it is fetched while the noise is made, so that arithmetic and memory overlap.
 struct Fetch {
   const void* data[4];
   int count, bytes;
 };
 
-// The part that counters from the block's counter j on are for.
+// Fetches what the counters one block after counter j are for, so many at a time.
 constexpr int kFetchedCounters = 32;
 KD_FN void fetch_ahead(const Fetch& fetch, int j) {
   for (int t = 0; t < fetch.count; ++t) {
@@ -39,61 +39,61 @@ KD_FN void fetch_ahead(const Fetch& fetch, int j) {
 }
 
 #if defined(KD_VECTOR_BYTES)
-// Philox words of several counters, one in the low half of each 64-bit lane; the high halves hold anything.
-// So a product stays where it is made and its halves need one shift, where gcc's own vector code for a 32 x
-// 32 bit product spends most of its instructions on moving them (329 against 160 for 8 counters on AVX2).
-typedef uint64_t Lanes __attribute__((vector_size(KD_VECTOR_BYTES)));
-constexpr int kPerVector = sizeof(Lanes) / sizeof(uint64_t), kGroup = 2 * kPerVector;
+// Philox words of several counters, one in the low half of each 64-bit element; the high halves are undefined. A product
+// then stays where it is made and its halves need one shift, whereas gcc's vector code for a 32 x 32 bit product spends
+// most of its instructions on moving them (329 against 160 for 8 counters on AVX2).
+typedef uint64_t WideWords __attribute__((vector_size(KD_VECTOR_BYTES)));
+constexpr int kPerVector = sizeof(WideWords) / sizeof(uint64_t), kGroup = 2 * kPerVector;
 
 #if KD_VECTOR_BYTES == 64
-constexpr int kGroups = 2;  // the chains of four vectors hide each other's latency
-KD_FN Lanes multiply_low_halves(Lanes a, Lanes b) {
-  return (Lanes)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, (__m512i)b);
+constexpr int kGroups = 2;  // four independent chains hide each other's latency
+KD_FN WideWords multiply_low_halves(WideWords a, WideWords b) {
+  return (WideWords)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, (__m512i)b);
 }
-// The low or high halves of two vectors' lanes, interleaved.
-KD_FN Lanes low_halves(Lanes even, Lanes odd) {
-  return (Lanes)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, _MM_PERM_CCAA);
+// The low or high halves of two vectors' elements, interleaved.
+KD_FN WideWords low_halves(WideWords even, WideWords odd) {
+  return (WideWords)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, _MM_PERM_CCAA);
 }
-KD_FN Lanes high_halves(Lanes even, Lanes odd) {
-  return (Lanes)_mm512_mask_shuffle_epi32((__m512i)odd, 0x5555, (__m512i)even, _MM_PERM_DDBB);
+KD_FN WideWords high_halves(WideWords even, WideWords odd) {
+  return (WideWords)_mm512_mask_shuffle_epi32((__m512i)odd, 0x5555, (__m512i)even, _MM_PERM_DDBB);
 }
 #else
-constexpr int kGroups = 1;  // 16 registers hold no more
-KD_FN Lanes multiply_low_halves(Lanes a, Lanes b) {
-  return (Lanes)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+constexpr int kGroups = 1;  // more would not fit 16 registers
+KD_FN WideWords multiply_low_halves(WideWords a, WideWords b) {
+  return (WideWords)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 }
-KD_FN Lanes low_halves(Lanes even, Lanes odd) {
-  return (Lanes)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xAA);
+KD_FN WideWords low_halves(WideWords even, WideWords odd) {
+  return (WideWords)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xAA);
 }
-KD_FN Lanes high_halves(Lanes even, Lanes odd) {
-  return (Lanes)_mm256_blend_epi32((__m256i)(even >> 32), (__m256i)odd, 0xAA);
+KD_FN WideWords high_halves(WideWords even, WideWords odd) {
+  return (WideWords)_mm256_blend_epi32((__m256i)(even >> 32), (__m256i)odd, 0xAA);
 }
 #endif
 
-// The even and the odd ones of kGroups groups of kGroup counters.
+// The even and the odd counters of kGroups groups of kGroup.
 struct Counters {
-  Lanes even[kGroups], odd[kGroups];
+  WideWords even[kGroups], odd[kGroups];
   Counters() = default;
   explicit Counters(uint32_t all) {
-    for (int g = 0; g < kGroups; ++g) even[g] = odd[g] = Lanes{} + static_cast<uint64_t>(all);
+    for (int g = 0; g < kGroups; ++g) even[g] = odd[g] = WideWords{} + static_cast<uint64_t>(all);
   }
 };
-// The same as 32-bit words in order.
+// The same counters as 32-bit words in order.
 struct Words {
-  Lanes group[kGroups];
+  WideWords group[kGroups];
 };
-// A round's key in all 32-bit lanes: in memory, where a vector operation finds its operand.
-struct Key {
-  Lanes lanes;
+// A round's key in all 32-bit elements. It stays in memory, from where vector operations take an operand.
+struct VectorKey {
+  WideWords copies;
 };
-KD_FN Counters operator^(Counters a, const Key& b) {
+KD_FN Counters operator^(Counters a, const VectorKey& b) {
   for (int g = 0; g < kGroups; ++g) {
-    a.even[g] ^= b.lanes;
-    a.odd[g] ^= b.lanes;
+    a.even[g] ^= b.copies;
+    a.odd[g] ^= b.copies;
   }
   return a;
 }
-KD_FN Counters operator^(const Counters& a, uint32_t b) { return a ^ Key{Lanes{} + b}; }
+KD_FN Counters operator^(const Counters& a, uint32_t b) { return a ^ VectorKey{WideWords{} + b}; }
 KD_FN Counters operator^(Counters a, const Counters& b) {
   for (int g = 0; g < kGroups; ++g) {
     a.even[g] ^= b.even[g];
@@ -105,12 +105,12 @@ KD_FN Words operator^(Words a, const Counters& b) {
   for (int g = 0; g < kGroups; ++g) a.group[g] ^= low_halves(b.even[g], b.odd[g]);
   return a;
 }
-KD_FN Words operator^(Words a, const Key& b) {
-  for (int g = 0; g < kGroups; ++g) a.group[g] ^= b.lanes;
+KD_FN Words operator^(Words a, const VectorKey& b) {
+  for (int g = 0; g < kGroups; ++g) a.group[g] ^= b.copies;
   return a;
 }
 KD_FN void multiply(const Counters& a, uint32_t b, Counters& high, Counters& low) {
-  const Lanes factor = Lanes{} + static_cast<uint64_t>(b);
+  const WideWords factor = WideWords{} + static_cast<uint64_t>(b);
   for (int g = 0; g < kGroups; ++g) {
     low.even[g] = multiply_low_halves(a.even[g], factor);
     low.odd[g] = multiply_low_halves(a.odd[g], factor);
@@ -129,17 +129,17 @@ KD_FN void multiply(const Counters& a, uint32_t b, Words& high, Words& low) {
   }
 }
 
-// Which counter of a group stands at place j: groups are 4 x 4 matrices of counters side by side, transposed, so
-// that in_order() needs no instruction that crosses 128 bits.
+// The counter of a group that stands at place j. Groups are 4 x 4 matrices of counters side by side, transposed, so that
+// in_order() needs no instruction that crosses 128 bits.
 KD_FN constexpr int counter_at(int j) { return j % 4 * (kGroup / 4) + j / 4; }
 
-KD_FN Key key_of(uint32_t key) { return {Lanes{} + key * uint64_t{0x100000001}}; }
+KD_FN VectorKey key_of(uint32_t key) { return {WideWords{} + key * uint64_t{0x100000001}}; }
 
 // word[k][j] = word k of the counter at place j of a block from counter `first` on.
 KD_FN void philox_words(uint32_t first, int counters, const math::PhiloxShared& shared,
-                        const math::PhiloxKeysOf<Key>& keys, const Fetch& fetch,
+                        const math::PhiloxKeysOf<VectorKey>& keys, const Fetch& fetch,
                         uint32_t (&word)[4][kCounters]) {
-  Lanes even;
+  WideWords even;
   for (int i = 0; i < kPerVector; ++i) even[i] = static_cast<uint64_t>(counter_at(2 * i));
   for (int j = 0; j < counters; j += kGroups * kGroup) {
     if (j % kFetchedCounters == 0) fetch_ahead(fetch, j);
@@ -153,19 +153,19 @@ KD_FN void philox_words(uint32_t first, int counters, const math::PhiloxShared& 
     for (int k = 0; k < 4; ++k) {
       KD_UNROLL
       for (int g = 0; g < kGroups; ++g) {
-        std::memcpy(&word[k][j + g * kGroup], &r.word[k].group[g], sizeof(Lanes));
+        std::memcpy(&word[k][j + g * kGroup], &r.word[k].group[g], sizeof(WideWords));
       }
     }
   }
 }
 
-// out[4 i + k] = number k of counter i of a block, from lane[k][j], that of the counter at place j.
-KD_FN void in_order(const float (&lane)[4][kCounters], int counters, float* out) {
+// out[4 i + k] = number k of counter i of a block; number[k][j] is that of the counter at place j.
+KD_FN void in_order(const float (&number)[4][kCounters], int counters, float* out) {
   for (int j = 0; j < counters; j += kGroup) {
     float* at = out + 4 * j;
 #if KD_VECTOR_BYTES == 64
-    __m512 x0 = _mm512_load_ps(&lane[0][j]), x1 = _mm512_load_ps(&lane[1][j]),
-           x2 = _mm512_load_ps(&lane[2][j]), x3 = _mm512_load_ps(&lane[3][j]);
+    __m512 x0 = _mm512_load_ps(&number[0][j]), x1 = _mm512_load_ps(&number[1][j]),
+           x2 = _mm512_load_ps(&number[2][j]), x3 = _mm512_load_ps(&number[3][j]);
     __m512d a = (__m512d)_mm512_maskz_unpacklo_ps(0xFFFF, x0, x1),
             b = (__m512d)_mm512_maskz_unpackhi_ps(0xFFFF, x0, x1),
             c = (__m512d)_mm512_maskz_unpacklo_ps(0xFFFF, x2, x3),
@@ -175,8 +175,8 @@ KD_FN void in_order(const float (&lane)[4][kCounters], int counters, float* out)
     _mm512_storeu_ps(at + 32, (__m512)_mm512_maskz_unpacklo_pd(0xFF, b, d));
     _mm512_storeu_ps(at + 48, (__m512)_mm512_maskz_unpackhi_pd(0xFF, b, d));
 #else
-    __m256 x0 = _mm256_load_ps(&lane[0][j]), x1 = _mm256_load_ps(&lane[1][j]),
-           x2 = _mm256_load_ps(&lane[2][j]), x3 = _mm256_load_ps(&lane[3][j]);
+    __m256 x0 = _mm256_load_ps(&number[0][j]), x1 = _mm256_load_ps(&number[1][j]),
+           x2 = _mm256_load_ps(&number[2][j]), x3 = _mm256_load_ps(&number[3][j]);
     __m256d a = (__m256d)_mm256_unpacklo_ps(x0, x1), b = (__m256d)_mm256_unpackhi_ps(x0, x1),
             c = (__m256d)_mm256_unpacklo_ps(x2, x3), d = (__m256d)_mm256_unpackhi_ps(x2, x3);
     _mm256_storeu_ps(at, (__m256)_mm256_unpacklo_pd(a, c));
@@ -187,8 +187,8 @@ KD_FN void in_order(const float (&lane)[4][kCounters], int counters, float* out)
   }
 }
 #else
-using Key = uint32_t;
-KD_FN Key key_of(uint32_t key) { return key; }
+using VectorKey = uint32_t;
+KD_FN VectorKey key_of(uint32_t key) { return key; }
 
 KD_FN void philox_words(uint32_t first, int counters, const math::PhiloxShared& shared,
                         const math::PhiloxKeys& keys, const Fetch& fetch,
@@ -201,22 +201,22 @@ KD_FN void philox_words(uint32_t first, int counters, const math::PhiloxShared& 
   }
 }
 
-KD_FN void in_order(const float (&lane)[4][kCounters], int counters, float* out) {
+KD_FN void in_order(const float (&number)[4][kCounters], int counters, float* out) {
   for (int j = 0; j < counters; ++j) {
-    out[4 * j] = lane[0][j];
-    out[4 * j + 1] = lane[1][j];
-    out[4 * j + 2] = lane[2][j];
-    out[4 * j + 3] = lane[3][j];
+    out[4 * j] = number[0][j];
+    out[4 * j + 1] = number[1][j];
+    out[4 * j + 2] = number[2][j];
+    out[4 * j + 3] = number[3][j];
   }
 }
 #endif
 
-// Whose numbers: what blocks of one tensor share.
+// What the blocks of one tensor share.
 struct NoiseStream {
   math::Distribution distribution;
   math::NoiseKey key;
   math::PhiloxKeys keys;
-  math::PhiloxKeysOf<Key> vector_keys;
+  math::PhiloxKeysOf<VectorKey> vector_keys;
 };
 KD_FN NoiseStream noise_stream(math::Distribution distribution, math::NoiseKey key) {
   NoiseStream s = {distribution, key, math::philox_keys(key.seed_low, key.seed_high), {}};
@@ -226,15 +226,15 @@ KD_FN NoiseStream noise_stream(math::Distribution distribution, math::NoiseKey k
   return s;
 }
 
-// lane[k][j] = number k of the counter at place j.
+// number[k][j] = number k of the counter at place j.
 template <math::Distribution kDistribution>
 KD_FN void make_numbers(const uint32_t (&word)[4][kCounters], int counters,
-                        float (&lane)[4][kCounters]) {
+                        float (&number)[4][kCounters]) {
   for (int pair = 0; pair < 4; pair += 2) {
     for (int j = 0; j < counters; ++j) {
       math::NoisePair n = math::noise_pair<kDistribution>(word[pair][j], word[pair + 1][j]);
-      lane[pair][j] = n.first;
-      lane[pair + 1][j] = n.second;
+      number[pair][j] = n.first;
+      number[pair + 1][j] = n.second;
     }
   }
 }
@@ -245,28 +245,28 @@ __attribute__((noinline)) void number_block(const NoiseStream& stream, uint64_t 
                                             const Fetch& fetch, float* out) {
   using math::Distribution;
   alignas(64) uint32_t word[4][kCounters];
-  alignas(64) float lane[4][kCounters];
+  alignas(64) float number[4][kCounters];
   int padded = (counters + kFetchedCounters - 1) / kFetchedCounters * kFetchedCounters;
   // The block's counters all have the first one's high half.
   const math::PhiloxShared shared = math::philox_shared(
       static_cast<uint32_t>(first >> 32), stream.key.stream, stream.key.step, stream.keys);
   philox_words(static_cast<uint32_t>(first), padded, shared, stream.vector_keys, fetch, word);
   switch (stream.distribution) {
-    case Distribution::kNormal: make_numbers<Distribution::kNormal>(word, padded, lane); break;
-    case Distribution::kUniform: make_numbers<Distribution::kUniform>(word, padded, lane); break;
+    case Distribution::kNormal: make_numbers<Distribution::kNormal>(word, padded, number); break;
+    case Distribution::kUniform: make_numbers<Distribution::kUniform>(word, padded, number); break;
     case Distribution::kRademacher:
-      make_numbers<Distribution::kRademacher>(word, padded, lane);
+      make_numbers<Distribution::kRademacher>(word, padded, number);
       break;
     case Distribution::kTruncatedNormal:
-      make_numbers<Distribution::kTruncatedNormal>(word, padded, lane);
+      make_numbers<Distribution::kTruncatedNormal>(word, padded, number);
       break;
-    case Distribution::kLaplace: make_numbers<Distribution::kLaplace>(word, padded, lane); break;
+    case Distribution::kLaplace: make_numbers<Distribution::kLaplace>(word, padded, number); break;
   }
-  in_order(lane, padded, out);
+  in_order(number, padded, out);
 }
 
-// Elements [begin, end) cut into blocks, whose counters have one high half: use(first element, count, its
-// counter, which of the counter's four numbers it has).
+// Calls use(first element, count, its counter, which of the counter's four numbers it has) for each block of elements
+// [begin, end). The counters of a block have one high half.
 template <class Use>
 KD_FN void for_blocks(uint64_t offset, int64_t begin, int64_t end, int numbers, Use use) {
   for (int64_t i = begin; i < end;) {
@@ -281,7 +281,7 @@ KD_FN void for_blocks(uint64_t offset, int64_t begin, int64_t end, int numbers, 
   }
 }
 
-// use(first element, count, their numbers); data: the tensor that they are for, or null.
+// Calls use(first element, count, their numbers) for each block; data is the tensor that they are for, or null.
 template <class T, class Use>
 KD_FN void for_numbers(const NoiseStream& stream, uint64_t offset, int64_t begin, int64_t end,
                        const T* data, Use use) {
@@ -300,7 +300,7 @@ KD_FN NoiseStream noise_stream(const NoiseSource& source, uint32_t stream) {
   return noise_stream(source.distribution, {source.seed_low, source.seed_high, stream, step});
 }
 
-// The std that all elements of a tensor have.
+// The std of all elements of a tensor.
 template <class Real>
 KD_FN Real one_std(const NoiseParams& p, const NoiseTensor& tensor) {
   return p.stds != nullptr ? static_cast<const Real*>(p.stds)[tensor.index]
@@ -314,7 +314,7 @@ KD_FN void fill_pattern(const NoiseParams& p, const NoiseTensor& tensor, int64_t
   const Real* stds = static_cast<const Real*>(p.stds) + tensor.index * p.std_size;
   int64_t at = i / p.std_inner % p.std_size, left = p.std_inner - i % p.std_inner;
   for (int j = 0; j < n;) {
-    // A stretch of one std, or where each has one element, a stretch of the pattern.
+    // Elements with one std, or, where each has its own, a part of the pattern.
     bool each = p.std_inner == 1;
     int64_t stretch = each ? p.std_size - at : left;
     int m = static_cast<int>(stretch < n - j ? stretch : n - j);
@@ -330,7 +330,7 @@ KD_FN void fill_pattern(const NoiseParams& p, const NoiseTensor& tensor, int64_t
   }
 }
 
-// std: of each element, or where null `one`.
+// The std of each element, or `one` where std is null.
 template <NoiseMode kMode, bool kOne, class T, class Real>
 KD_FN void apply_loop(const T* in, Real one, const Real* std, const float* eps, int n, T* out) {
   // Element by element in and out are the same or apart, never shifted.
@@ -420,11 +420,11 @@ void combine_of(const CombineParams& p, const NoiseTensor& tensor, int64_t begin
   using Real = typename Compute<T>::type;
   T* out = static_cast<T*>(tensor.out);
   math::NoiseKey key = noise_stream(p.source, tensor.stream).key;
-  // A seed's keys cost about a tenth of a block's numbers, so that several blocks take a turn together.
+  // Making a seed's keys costs a tenth of a block's numbers, so several blocks share them.
   constexpr int kTogether = 8 * kNumbers;
   alignas(64) float eps[kNumbers];
   alignas(64) Real sum[kTogether];
-  // All seeds of these blocks while they are in L1: the tensor is read once and written once.
+  // All seeds are used while these blocks are in L1: the tensor is read once and written once.
   for_blocks(tensor.offset, begin, end, kTogether,
              [&](int64_t i, int n, uint64_t counter, int skip) KD_INLINE_LAMBDA {
     for (int j = 0; j < n; ++j) sum[j] = 0;

@@ -1,4 +1,4 @@
-// A loop shared among OpenMP threads: the ones PyTorch itself uses, since both load one runtime.
+// A loop shared among OpenMP threads. They are PyTorch's, since both load one runtime.
 #pragma once
 
 #include <omp.h>
@@ -11,13 +11,13 @@
 namespace kdkernels {
 namespace cpu {
 
-// Whether this thread came out of a fork. libgomp's other threads stayed in the parent then, and a team would wait
-// for them for ever.
+// Whether this thread is in a forked process. libgomp's other threads stayed in the parent, and a team would wait for
+// them for ever.
 extern thread_local bool forked;
 
-// f(begin, end) over [0, n) on at most `threads` threads, in pieces that begin at multiples of `piece`. Each thread
-// has a contiguous part of the range, as in PyTorch's loops, and when that is done takes pieces of the others' parts:
-// rows that do not count cost nothing, and cores are not all equally free. f must not throw.
+// Calls f(begin, end) over [0, n) on at most `threads` threads, in pieces that begin at multiples of `piece`. Each
+// thread has a contiguous part of the range, as in PyTorch's loops, and then takes pieces of other parts, since rows
+// that do not count cost nothing and cores are not all equally free. f must not throw.
 template <class F>
 void parallel_for(int64_t n, int64_t piece, int threads, const F& f) {
   int64_t pieces = (n + piece - 1) / piece, parts = std::min<int64_t>(threads, pieces);
@@ -29,12 +29,12 @@ void parallel_for(int64_t n, int64_t piece, int threads, const F& f) {
     std::atomic<int64_t> next;
   };
   std::vector<Part> taken(static_cast<size_t>(parts));
-  // No num_threads(parts): threads that a team leaves out end, and the next larger team starts them anew.
+  // No num_threads(parts): threads that a team leaves out end, and the next larger team has to start them again.
 #pragma omp parallel
   {
-    int64_t count = std::min<int64_t>(parts, omp_get_num_threads()), own = omp_get_thread_num();
-    for (int64_t i = 0; own < count && i < count; ++i) {
-      int64_t part = (own + i) % count, first = pieces * part / count;
+    int64_t count = std::min<int64_t>(parts, omp_get_num_threads()), thread = omp_get_thread_num();
+    for (int64_t i = 0; thread < count && i < count; ++i) {
+      int64_t part = (thread + i) % count, first = pieces * part / count;
       int64_t mine = pieces * (part + 1) / count - first, at;
       while ((at = taken[part].next.fetch_add(1, std::memory_order_relaxed)) < mine) {
         int64_t begin = (first + at) * piece;

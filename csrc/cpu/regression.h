@@ -1,4 +1,4 @@
-// Soft-regularised linear regression, every step of it. Included by one file an ISA level.
+// All steps of soft-regularised linear regression. Included by one file per ISA level.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -21,13 +21,14 @@ inline void record(const RegressionParams& p, int64_t step, int64_t replica, dou
   if (p.trajectory != nullptr) p.trajectory[step * p.replicas + replica] = theta;
 }
 
-// One normal a step: replicas side by side in vectors.
-inline void replicas_together(const RegressionParams& p, math::Moments m, int64_t begin, int n) {
+// One normal per step, many replicas: they lie side by side in vectors.
+inline void replicas_together(const RegressionParams& p, math::SampleMeans m, int64_t begin,
+                              int n) {
   double theta[kTile], lr[kTile], lam[kTile], sigma[kTile];
   uint32_t seed_low[kTile], seed_high[kTile];
   float eps[kTile];
   for (int j = 0; j < kTile; ++j) {
-    int64_t r = begin + (j < n ? j : n - 1);  // the tile's rest repeats the last replica
+    int64_t r = begin + (j < n ? j : n - 1);  // unused places repeat the last replica
     math::NoiseKey key = replica_key(p, r, 0);
     seed_low[j] = key.seed_low;
     seed_high[j] = key.seed_high;
@@ -53,8 +54,8 @@ inline void replicas_together(const RegressionParams& p, math::Moments m, int64_
   for (int j = 0; j < n; ++j) p.result[begin + j] = theta[j];
 }
 
-// One normal a step, one replica: steps side by side in vectors, then the recursion.
-inline void one_replica(const RegressionParams& p, math::Moments m, int64_t r) {
+// One normal per step, one replica: the normals of several steps lie side by side in vectors, then the steps follow.
+inline void one_replica(const RegressionParams& p, math::SampleMeans m, int64_t r) {
   float eps[kTile];
   double theta = p.theta[r];
   record(p, 0, r, theta);
@@ -74,7 +75,7 @@ inline void one_replica(const RegressionParams& p, math::Moments m, int64_t r) {
   p.result[r] = theta;
 }
 
-// One normal a sample and step.
+// One normal per sample and step.
 inline void one_replica_per_sample(const RegressionParams& p, int64_t r) {
   double theta = p.theta[r], sigma = p.sigma[r];
   record(p, 0, r, theta);
@@ -104,7 +105,7 @@ void regression(const RegressionParams& p, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) one_replica_per_sample(p, r);
     return;
   }
-  math::Moments m = {0, 0, 0, 0};
+  math::SampleMeans m = {0, 0, 0, 0};
   for (int64_t i = 0; i < p.samples; ++i) {
     m.x += p.x[i];
     m.y += p.y[i];
@@ -113,7 +114,7 @@ void regression(const RegressionParams& p, int64_t begin, int64_t end) {
   }
   double count = static_cast<double>(p.samples);
   m = {m.x / count, m.y / count, m.xx / count, m.xy / count};
-  constexpr int kFewReplicas = 4;  // below, a tile's vectors would be mostly padding
+  constexpr int kFewReplicas = 4;  // with fewer, a tile would be mostly padding
   for (int64_t r = begin; r < end;) {
     int n = static_cast<int>(end - r < kTile ? end - r : kTile);
     if (n < kFewReplicas) {

@@ -1,4 +1,4 @@
-// Moving a block of elements between memory of any dtype and registers' fp32 or fp64.
+// Conversion of elements between memory of any dtype and the fp32 or fp64 that they are computed in.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// f(element), element being of the dtype.
+// Calls f(element) with an element of the dtype.
 template <class F>
 auto by_dtype(Dtype dtype, F f) {
   switch (dtype) {
@@ -37,8 +37,8 @@ KD_FN float widen(BFloat16 x) {
 KD_FN float widen(Float16 x) {
   int32_t magnitude = x.bits & 0x7FFF,
           sign = static_cast<int32_t>(static_cast<uint32_t>(x.bits & 0x8000) << 16);
-  // Rebase the exponent by 112; inf and NaN by as much again; subnormals are small integers. No step
-  // makes an fp32 subnormal, which x86 handles by a slow trap into microcode.
+  // Rebase the exponent by 112, of inf and NaN by as much again; subnormals are small integers. No step makes an
+  // fp32 subnormal, which x86 handles by a slow trap into microcode.
   int32_t normal = (magnitude << 13) + 0x38000000 + (magnitude >= 0x7C00 ? 0x38000000 : 0);
   int32_t subnormal = math::bits_from_float(static_cast<float>(magnitude) * 0x1p-24f);
   return math::float_from_bits((magnitude < 0x400 ? subnormal : normal) | sign);
@@ -66,8 +66,8 @@ KD_FN void narrow(float x, Float16& out) {
   out.bits = static_cast<uint16_t>(half | sign);
 }
 
-// in[0, n) as computed values, followed by copies of `pad` up to `padded`. Full blocks of fp32 and fp64
-// are read where they lie; others through `scratch`.
+// Returns in[0, n) as computed values, followed by copies of `pad` up to `padded`. Full blocks of fp32 and fp64 are not
+// copied; others are converted into `scratch`.
 template <class T, class Real = typename Compute<T>::type>
 KD_FN const Real* load_block(const T* in, int n, int padded, Real pad, Real* scratch) {
   if constexpr (sizeof(T) == sizeof(Real)) {

@@ -1,4 +1,4 @@
-// Optimizer steps over contiguous elements, noise included. Included by one file an ISA level.
+// Optimizer steps over contiguous elements, with noise. Included by one file per ISA level.
 //
 // A block's noise is made in L1 and used at once, so that a step moves what it moves without noise. 16-bit elements
 // are widened and narrowed in registers.
@@ -11,10 +11,10 @@ namespace kdkernels {
 namespace cpu {
 namespace {
 
-constexpr int kMostNumbers = 4 * kNumbers;  // of a block without noise
+constexpr int kMostNumbers = 4 * kNumbers;  // the size of a block without noise
 
-// What a step works on; a moment that the rule has not is null. Grad: T, or where gradients were unscaled or are
-// measured, the type that they are computed in.
+// What a step works on. A moment that the rule does not have is null. Grad is T, or, where gradients were unscaled or
+// their norm is wanted, the type that they are computed in.
 template <class T, class Grad>
 struct UpdateBlock {
   T* param;
@@ -25,7 +25,7 @@ struct UpdateBlock {
 template <math::Update kUpdate, bool kFirst, bool kShares, class T, class Grad, class Real>
 KD_FN void update_loop(const math::UpdateNumbers<Real>& numbers, const UpdateBlock<T, Grad>& block,
                        const float* eps, int count, Real* gradient_share, Real* noise_share) {
-  constexpr bool kSecond = kUpdate == math::Update::kAdamW || kUpdate == math::Update::kPsgld;
+  constexpr bool kSecond = math::has_second(kUpdate);
   // Copies, which no store can change.
   const math::UpdateNumbers<Real> n = numbers;
   T *param = block.param, *first = block.first, *second = block.second;
@@ -73,8 +73,8 @@ KD_FN double sum_of_squares(const Real* x, int n) {
   return sum;
 }
 
-// A block whose gradients are divided by *grad_scale, in place and for the step, and whose shares are measured:
-// both may be null.
+// Divides a block's gradients by *grad_scale, in place and for the step, and adds the shares' squares to norms. Either
+// may be null.
 template <class T, class Real>
 __attribute__((noinline)) void scaled_and_measured_block(math::Update update,
                                                          const math::UpdateNumbers<Real>& n,
@@ -113,8 +113,8 @@ void update_of(const UpdateParams& p, const UpdateTensor& tensor, int64_t begin,
                                     : static_cast<uint64_t>(tensor.step));
   const NoiseStream stream = noise_stream(p.source, tensor.stream);
   alignas(64) float eps[kMostNumbers] = {};
-  const int numbers_a_block = numbers.std != 0 ? kNumbers : kMostNumbers;
-  for_blocks(tensor.offset, begin, end, numbers_a_block,
+  const int block_size = numbers.std != 0 ? kNumbers : kMostNumbers;
+  for_blocks(tensor.offset, begin, end, block_size,
              [&](int64_t i, int n, uint64_t counter, int skip) KD_INLINE_LAMBDA {
     T *param = shifted<T>(tensor.param, i), *grad = shifted<T>(tensor.grad, i),
       *first = shifted<T>(tensor.first, i), *second = shifted<T>(tensor.second, i);

@@ -1,8 +1,8 @@
 // How a GPU walks the elements of a list of tensors, each with its random number: what noise and optimizer
 // updates share.
 //
-// A block has one chunk of one tensor. A lane makes a group of elements at a time, in 16-byte accesses that are
-// asked for before the numbers are made in registers. Groups start with the elements of a Philox counter.
+// A block has one chunk of one tensor. A lane handles one group of elements at a time, in 16-byte accesses that are
+// issued before the numbers are made in registers. A group starts with the first element of a Philox counter.
 #pragma once
 
 #include <algorithm>
@@ -18,11 +18,11 @@ namespace {
 
 // ---- a group of elements in registers -----------------------------------------------------------
 
-// Two neighbours, and as the numbers that they are computed in.
+// Two neighbouring elements, as stored and as computed with.
 __device__ __forceinline__ float2 widen_pair(float2 x) { return x; }
 __device__ __forceinline__ double2 widen_pair(double2 x) { return x; }
 __device__ __forceinline__ float2 widen_pair(__nv_bfloat162 x) {
-  // One instruction each; the toolkit's conversion takes two for the upper one.
+  // One instruction each; the toolkit's conversion takes two for the upper element.
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u)};
@@ -54,7 +54,7 @@ struct Storage<__half> {
   using Pair = __half2;
 };
 
-// What a lane makes at a time: 16 bytes of elements, and at least the 4 of a counter.
+// What a lane handles at a time: 16 bytes of elements, and at least the 4 of a counter.
 template <class T>
 struct Group {
   static constexpr int kSize = noise_group(sizeof(T));
@@ -62,8 +62,8 @@ struct Group {
   using RealPair = decltype(widen_pair(typename Storage<T>::Pair()));
   typename Storage<T>::Pair pair[kSize / 2];
 
-  // Where element j lies, counted from the lane's own group. A counter's fp64 elements are 32 bytes: two lanes
-  // share one group and then the other, so that an access fills the sectors that it touches.
+  // The place of element j, relative to the lane's group. A counter's fp64 elements are 32 bytes: two lanes share
+  // one group and then the other, so that an access fills the sectors that it touches.
   static __device__ int position(int j) {
     if constexpr (kAccess == kSize) {
       return j;
@@ -72,7 +72,7 @@ struct Group {
     }
   }
   static __device__ int odd() { return static_cast<int>(threadIdx.x) & 1; }
-  // Puts the numbers of the lane's own group where its elements are.
+  // Moves the numbers of the lane's group to the lanes that have its elements.
   template <class Number>
   static __device__ void arrange(Number (&x)[kSize]) {
     if constexpr (kAccess < kSize) {
@@ -97,7 +97,7 @@ struct Group {
     for (int j = 0; j < kSize; j += kAccess) {
       uint4 bytes;
       std::memcpy(&bytes, &pair[j / 2], sizeof bytes);
-      // The plain store; said like this, the compiler does not take it apart.
+      // A plain store, in a form that the compiler does not split.
       __stwb(reinterpret_cast<uint4*>(group + position(j)), bytes);
     }
   }
@@ -105,18 +105,18 @@ struct Group {
 
 // ---- which elements a thread has ----------------------------------------------------------------
 
-// A run of elements of a launch, as groups that start with a counter's first.
+// A run of elements of a launch, cut into groups that start with the first element of a counter.
 struct Run {
   int64_t numel;
   uint64_t counter;  // of the first group
   uint32_t stream;
-  uint32_t first_chunk;  // this run has the launch's chunks from here to the next one's
+  uint32_t first_chunk;  // the run has the launch's chunks from here to the next run's first
   int32_t index;  // of the tensor
   uint16_t lead;  // elements of the first group that lie before the run
   bool vectors;  // every group starts at a multiple of 16 bytes
 };
 
-// Arrays that are null have no say.
+// Null arrays are left out.
 template <class T>
 Run run_of(int64_t numel, uint64_t offset, uint32_t stream, int32_t index,
            std::initializer_list<const void*> arrays) {
@@ -127,7 +127,7 @@ Run run_of(int64_t numel, uint64_t offset, uint32_t stream, int32_t index,
     first = first == 0 ? at : first;
     apart |= (at - first) % 16;
   }
-  // Groups of two counters may start at either parity: at the one whose elements are aligned.
+  // A group of two counters may start at either of them: at the one whose elements are aligned.
   uint64_t lead = offset % 4;
   uint64_t misaligned = (first - lead * sizeof(T)) % 16;
   if (sizeof(T) == 2 && misaligned == 8) {
@@ -141,13 +141,13 @@ Run run_of(int64_t numel, uint64_t offset, uint32_t stream, int32_t index,
 template <class T>
 constexpr int64_t kStepElements = int64_t{kNoiseThreads} * Group<T>::kSize;
 
-// Steps that hold the run's elements and the `lead` before them.
+// The number of steps for the run's elements and the `lead` before them.
 template <class T>
 int64_t steps_of(const Run& run) {
   return run.numel == 0 ? 0 : (run.lead + run.numel + kStepElements<T> - 1) / kStepElements<T>;
 }
 
-// Gives each run its chunks; returns how many there are.
+// Assigns chunks to each run and returns their number.
 template <class T, class Entry>
 int64_t assign_chunks(Entry* entries, int64_t count, int chunk_steps) {
   int64_t chunks = 0;
@@ -158,7 +158,7 @@ int64_t assign_chunks(Entry* entries, int64_t count, int chunk_steps) {
   return chunks;
 }
 
-// The run that has this chunk.
+// The run that a chunk belongs to.
 template <class Entry>
 __device__ __forceinline__ const Entry& entry_of(const Entry* entries, int count, unsigned chunk) {
   int i = 0;
@@ -173,14 +173,14 @@ __device__ __forceinline__ const Entry& entry_of(const Entry* entries, int count
   return entries[i];
 }
 
-// One warp's part of a chunk. Steps [begin, end) are whole vectors; the rest, up to `steps`, hold an end of the
-// run, or any part of one that is not aligned.
+// One warp's part of a chunk. Steps [begin, end) are whole vectors; the others, up to `steps`, hold an end of the run,
+// or any part of a run that is not aligned.
 template <class T>
 struct WarpChunk {
   static constexpr int kSize = Group<T>::kSize;
   static constexpr int64_t kStride = kStepElements<T>;  // elements from step to step
-  int64_t
-      first;  // lane 0's first element at step 0; negative where the run starts within its group
+  // Lane 0's first element at step 0; negative where the run starts within its group.
+  int64_t first;
   uint64_t counter;  // of that element
   int begin, end, steps;
 
@@ -192,7 +192,7 @@ struct WarpChunk {
     steps = clamp((run.numel - first + kStride - 1) / kStride, chunk_steps);
     begin = first < 0 ? 1 : 0;
     end = run.vectors ? clamp((run.numel - first - kWarp * kSize + kStride) / kStride, steps) : 0;
-    // Vector steps share the counter's high word; in the rare chunk where it changes, none is one.
+    // Vector steps share the counter's high word. A chunk where it changes is rare and has no vector steps.
     if (counter_at(begin) >> 32 != counter_at(chunk_steps) >> 32) end = 0;
     if (begin > end) begin = end;
   }
@@ -211,7 +211,7 @@ struct WarpChunk {
 
 // ---- their numbers ------------------------------------------------------------------------------
 
-// Keeps a value in a register, where the compiler would make it anew in every turn of a loop.
+// Keeps a value in a register; the compiler would compute it again in every iteration of a loop.
 __device__ __forceinline__ void keep(uint32_t& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void keep(float& x) { asm volatile("" : "+f"(x)); }
 __device__ __forceinline__ void keep(double& x) { asm volatile("" : "+d"(x)); }
@@ -226,7 +226,7 @@ __device__ __forceinline__ void numbers(const uint32_t (&word)[kSize], float (&e
   }
 }
 
-// A whole group for one branch, which is the same in all threads.
+// The branch is the same in all threads, and taken once per group.
 template <int kSize>
 __device__ __forceinline__ void numbers(math::Distribution distribution,
                                         const uint32_t (&word)[kSize], float (&eps)[kSize]) {
@@ -254,7 +254,7 @@ struct Philox {
                                     math::Distribution d)
       : keys(k), stream(of_stream), step(of_step), distribution(d), shared() {}
 
-  // Counters of vector groups from here on have this high word.
+  // Sets the high word of the counters of all following vector groups.
   __device__ __forceinline__ void begin_vectors(uint32_t high) {
     shared = math::philox_shared(high, stream, step, keys);
 #pragma unroll
@@ -272,9 +272,9 @@ struct Philox {
 #pragma unroll
     for (int c = 0; c < kSize / 4; ++c) {
       uint64_t i = counter + static_cast<uint64_t>(c);
-      math::PhiloxShared own =
+      math::PhiloxShared of_counter =
           math::philox_shared(static_cast<uint32_t>(i >> 32), stream, step, keys);
-      put(math::philox4x32_10(static_cast<uint32_t>(i), own, keys), c, word);
+      put(math::philox4x32_10(static_cast<uint32_t>(i), of_counter, keys), c, word);
     }
     numbers(distribution, word, eps);
   }
@@ -285,13 +285,14 @@ struct Philox {
   }
 };
 
-// Vector steps that are at work at one time.
+// Vector steps in flight at the same time.
 template <class T>
-constexpr int kUnrolledSteps = sizeof(T) == 8 ? 1 : 2;  // fp64 would not fit the registers twice
+constexpr int kUnrolledSteps =
+    sizeof(T) == 8 ? 1 : 2;  // two fp64 steps would not fit the registers
 
-// vector(x, eps) for each step of whole vectors, with x = load(); edge(first, eps) for each other step, with the
-// lane's group from element `first` on. load and vector go on by WarpChunk::kStride elements from step to step,
-// from lane_first() on.
+// Calls vector(x, eps) with x = load() for each step of whole vectors, and edge(first, eps) for each other step, with
+// the lane's group from element `first` on. load and vector advance by WarpChunk::kStride elements per step, from
+// lane_first() on.
 template <class T, int kUnroll, class Numbers, class Load, class VectorStep, class EdgeStep>
 __device__ __forceinline__ void for_steps(const WarpChunk<T>& warp, Numbers& source, Load load,
                                           VectorStep vector, EdgeStep edge) {
@@ -305,7 +306,7 @@ __device__ __forceinline__ void for_steps(const WarpChunk<T>& warp, Numbers& sou
     source.edge(warp.counter_at(step) + static_cast<uint64_t>(lane * (kSize / 4)), eps);
     edge(warp.first_at(step), eps);
   }
-  // Last, so that the loop has the registers to itself.
+  // Vector steps come last, so that their loop has all registers.
   if (warp.begin >= warp.end) return;
   uint64_t counter = warp.counter_at(warp.begin) + static_cast<uint64_t>(lane * (kSize / 4));
   source.begin_vectors(static_cast<uint32_t>(counter >> 32));
@@ -321,13 +322,13 @@ __device__ __forceinline__ void for_steps(const WarpChunk<T>& warp, Numbers& sou
   }
 }
 
-// The numbers of a block's edge steps, so that neighbouring lanes have neighbouring elements.
+// Exchanges the numbers of a block's edge steps, so that neighbouring lanes have neighbouring elements.
 template <class T, class Number>
 struct Staged {
   static constexpr int kSize = Group<T>::kSize;
   alignas(16) Number number[kNoiseThreads * kSize];
 
-  // use(i, eps of element i) for those of the warp's elements from `first` on that the run has.
+  // Calls use(i, eps of element i) for the warp's elements from `first` on that belong to the run.
   template <class Use>
   __device__ __forceinline__ void each(int64_t first, int64_t numel, const Number (&eps)[kSize],
                                        Use use) {
@@ -349,9 +350,9 @@ struct Staged {
   }
 };
 
-// ---- sums a tensor ------------------------------------------------------------------------------
+// ---- sums per tensor ------------------------------------------------------------------------------
 
-// A launch's chunks leave kValues sums each; those of one tensor are added in their order.
+// Each chunk of a launch leaves kValues sums; those of one tensor are added in the order of the chunks.
 struct Totals {
   const double* partial;  // [chunks, kValues]
   double* result;  // [indices, kValues], added to
@@ -377,19 +378,19 @@ __global__ void __launch_bounds__(kNoiseThreads) totals_kernel(const __grid_cons
   for (int v = 0; v < kValues; ++v) p.result[int64_t{kValues} * p.index[blockIdx.x] + v] += sum[v];
 }
 
-// Doubles that launches with sums use for them.
+// The doubles of workspace that launches with sums use.
 inline int64_t partials(int64_t runs, int values) {
   return values * (kSumBlocks + std::min<int64_t>(runs, kNoiseRuns));
 }
 
-// Once before the launches of a call.
+// Called once before the launches of a call.
 template <int kValues>
 cudaError_t clear_totals(double* result, int64_t indices, cudaStream_t stream) {
   return cudaMemsetAsync(result, 0, sizeof(double) * static_cast<size_t>(kValues * indices),
                          stream);
 }
 
-// After each of them. Runs of a tensor are neighbours.
+// Called after each launch. Runs of a tensor are neighbours.
 template <int kValues, class Entry>
 cudaError_t add_totals(const Entry* entries, int64_t count, int64_t chunks, const double* partial,
                        double* result, const float* unless, cudaStream_t stream) {

@@ -1,16 +1,15 @@
 // Noise over a list of tensors, the dot product of tensors with their noise, and sums of several noises.
 //
-// An element is read once and written once. A normal costs an H100's SM no more time than a bf16 element: 3.35
-// TB/s are 14.5 bytes a clock and an SM, so an fp32 element that is read and written has 70 of its 128 issue
-// slots a clock, fp16 and bf16 35, fp64 141. Slots that an element takes in the inner loop (sm_90, counted in its
-// SASS):
+// An element is read once and written once. On an H100 a normal takes no more time than moving a bf16 element: 3.35
+// TB/s are 14.5 bytes per clock and SM, at 128 issue slots per clock, so moving an fp32 element both ways leaves 70
+// slots for it, fp16 and bf16 35, fp64 141. Slots per element in the inner loop (sm_90, counted in its SASS):
 //
 //   fp16, bf16 36.1    fp32 35.6    fp64 43.0    noise alone 34.8    dot product 35.4
 //
-// of which Philox 9.3 (18 wide products at half rate and 19 xors for 4 elements), Box and Muller 23 (an
-// approximate reciprocal root, 3 conversions and 42 other operations for 2), and the element itself 2 to 3. So
-// memory binds fp32 and fp64, and binds 16 bits as much as issue does. An access is in flight for the time of
-// some 280 slots of each of 32 warps, several times the latency of memory.
+// of which Philox takes 9.3 (18 wide products at half rate and 19 xors for 4 elements), Box-Muller 23 (an approximate
+// reciprocal root, 3 conversions and 42 other operations for 2), and the element itself 2 to 3. So memory binds fp32
+// and fp64; 16 bits are bound by memory and issue alike. An access is in flight for about 280 slots of each of 32
+// warps, several times the latency of memory.
 #include "cuda/elements.cuh"
 #include "cuda/kernels.h"
 
@@ -20,15 +19,15 @@ namespace {
 
 using math::Distribution;
 
-struct Entry : Run {
+struct NoiseEntry : Run {
   void* out;
   const void* in;
   double std;
 };
 
 template <int kCapacity>
-struct List {
-  Entry entry[kCapacity];
+struct NoiseList {
+  NoiseEntry entry[kCapacity];
   math::PhiloxKeys keys;
   const int64_t* device_step;
   const void* stds;  // with std_size and std_inner as in NoiseParams
@@ -44,13 +43,13 @@ struct List {
   }
 };
 
-// Tensors [begin, end) of a call: fills the list and returns how many chunks it has.
+// Fills the list with tensors [begin, end) of a call and returns its number of chunks.
 template <class T, int kCapacity, class Params, class Plan>
-int64_t fill(const Params& p, int64_t begin, int64_t end, Plan plan, List<kCapacity>& list) {
+int64_t fill(const Params& p, int64_t begin, int64_t end, Plan plan, NoiseList<kCapacity>& list) {
   int64_t steps = 0;
   for (int64_t t = begin; t < end; ++t) {
     const NoiseTensor& x = p.tensors[t];
-    Entry& e = list.entry[t - begin];
+    NoiseEntry& e = list.entry[t - begin];
     static_cast<Run&>(e) = run_of<T>(x.numel, x.offset, x.stream, x.index, {x.out, x.in});
     e.out = x.out;
     e.in = x.in;
@@ -66,7 +65,7 @@ int64_t fill(const Params& p, int64_t begin, int64_t end, Plan plan, List<kCapac
   return assign_chunks<T>(list.entry, list.count, list.chunk_steps);
 }
 
-// launch(begin, end, std::integral_constant<int, capacity>) for each launch that a list takes.
+// Calls launch(begin, end, std::integral_constant<int, capacity>) for each launch that a list needs.
 template <class Launch>
 cudaError_t for_launches(int64_t count, Launch launch) {
   cudaError_t error = cudaSuccess;
@@ -81,7 +80,7 @@ cudaError_t for_launches(int64_t count, Launch launch) {
 
 // ---- noise --------------------------------------------------------------------------------------
 
-// std of a lane's elements from step to step: one for all, or a pattern that repeats.
+// The std of a lane's elements from step to step: one for all, or a pattern that repeats.
 template <class Real>
 struct OneStd {
   Real std;
@@ -96,8 +95,8 @@ struct StdPattern {
   static constexpr int kSize = Group<T>::kSize, kVector = 16 / sizeof(Real);
   const Real* stds;
   int64_t size, inner;
-  int64_t place,
-      within;  // of the lane's first element: stds[place], of whose `inner` it is the within-th
+  // The lane's first element has stds[place], and is the within-th of the `inner` elements that do.
+  int64_t place, within;
   int64_t place_step, within_step;
 
   // The lane's group starts at element i.
@@ -167,7 +166,7 @@ __device__ __forceinline__ void apply(Group<T>& x, const Stds& std,
   }
 }
 
-// A whole group for one branch, which is the same in all threads.
+// The branch is the same in all threads, and taken once per group.
 template <class T, class Stds>
 __device__ __forceinline__ void apply(NoiseMode mode, Group<T>& x, const Stds& std,
                                       const float (&eps)[Group<T>::kSize]) {
@@ -191,7 +190,7 @@ __device__ __forceinline__ void apply_to_one(NoiseMode mode, const T* in, Real s
   }
 }
 
-// norms: sums of squares of x and of std * eps, if asked for.
+// Adds the squares of x and of std * eps to norms.
 template <class T, class Stds>
 __device__ __forceinline__ void add_norms(const Group<T>& x, const Stds& std,
                                           const float (&eps)[Group<T>::kSize], double (&norms)[2]) {
@@ -209,9 +208,9 @@ __device__ __forceinline__ void add_norms(const Group<T>& x, const Stds& std,
   norms[1] += static_cast<double>(sum[1]);
 }
 
-// A chunk of a tensor. What is constant where this is called costs nothing in the loop.
+// Noise on one chunk of a tensor. Arguments that are constant at the call cost nothing in the loop.
 template <int kUnroll, class T, class Stds, class Arguments>
-__device__ __forceinline__ void noise_chunk(const Arguments& list, const Entry& e,
+__device__ __forceinline__ void noise_chunk(const Arguments& list, const NoiseEntry& e,
                                             const WarpChunk<T>& warp, Distribution distribution,
                                             NoiseMode mode, Stds stds, Staged<T, float>& staged,
                                             bool with_norms, double (&norms)[2]) {
@@ -249,11 +248,11 @@ __device__ __forceinline__ void noise_chunk(const Arguments& list, const Entry& 
 
 template <class T, int kCapacity>
 __global__ void __launch_bounds__(kNoiseThreads, kNoiseBlocksPerSm)
-    noise_kernel(const __grid_constant__ List<kCapacity> list) {
+    noise_kernel(const __grid_constant__ NoiseList<kCapacity> list) {
   using Real = typename Compute<T>::type;
   __shared__ Staged<T, float> staged;
   __shared__ double shared[2 * kNoiseThreads / kWarp];
-  const Entry& e = entry_of(list.entry, list.count, blockIdx.x);
+  const NoiseEntry& e = entry_of(list.entry, list.count, blockIdx.x);
   const WarpChunk<T> warp(e, static_cast<int64_t>(blockIdx.x - e.first_chunk), list.chunk_steps);
   OneStd<Real> std = {static_cast<Real>(e.std)};
   if (list.stds != nullptr) std.std = static_cast<const Real*>(list.stds)[e.index];
@@ -261,7 +260,7 @@ __global__ void __launch_bounds__(kNoiseThreads, kNoiseBlocksPerSm)
   const bool with_norms = list.partial != nullptr;
   const bool normal = list.distribution == Distribution::kNormal && !with_norms;
   double norms[2] = {0, 0};
-  // The two that everybody uses have loops to themselves.
+  // The two most frequent cases have loops of their own.
   if (normal && list.mode == NoiseMode::kAdd) {
     noise_chunk<kUnrolledSteps<T>>(list, e, warp, Distribution::kNormal, NoiseMode::kAdd, std,
                                    staged, false, norms);
@@ -281,13 +280,13 @@ __global__ void __launch_bounds__(kNoiseThreads, kNoiseBlocksPerSm)
 
 template <class T>
 __global__ void __launch_bounds__(kNoiseThreads, kNoiseBlocksPerSm)
-    pattern_kernel(const __grid_constant__ List<1> list) {
+    pattern_kernel(const __grid_constant__ NoiseList<1> list) {
   using Real = typename Compute<T>::type;
   __shared__ Staged<T, float> staged;
-  const Entry& e = list.entry[0];
+  const NoiseEntry& e = list.entry[0];
   const WarpChunk<T> warp(e, static_cast<int64_t>(blockIdx.x), list.chunk_steps);
-  const Real* own = static_cast<const Real*>(list.stds) + e.index * list.std_size;
-  StdPattern<T> stds(own, list.std_size, list.std_inner, warp.lane_first());
+  const Real* of_tensor = static_cast<const Real*>(list.stds) + e.index * list.std_size;
+  StdPattern<T> stds(of_tensor, list.std_size, list.std_inner, warp.lane_first());
   double norms[2];
   noise_chunk<1>(list, e, warp, list.distribution, list.mode, stds, staged, false, norms);
 }
@@ -311,14 +310,14 @@ cudaError_t launch_noise(const NoiseParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   if (p.norms != nullptr) error = clear_totals<2>(p.norms, p.indices, stream);
   if (error == cudaSuccess && p.stds != nullptr && p.std_size > 1 && p.count == 1) {
-    List<1> list;
+    NoiseList<1> list;
     if (unsigned chunks = prepared(0, 1, list); chunks > 0)
       pattern_kernel<T><<<chunks, kNoiseThreads, 0, stream>>>(list);
     return cudaGetLastError();
   }
   if (error != cudaSuccess) return error;
   return for_launches(p.count, [&](int64_t begin, int64_t end, auto capacity) {
-    List<capacity> list;
+    NoiseList<capacity> list;
     unsigned chunks = prepared(begin, end, list);
     if (chunks == 0) return cudaSuccess;
     noise_kernel<T, capacity><<<chunks, kNoiseThreads, 0, stream>>>(list);
@@ -329,9 +328,9 @@ cudaError_t launch_noise(const NoiseParams& p, cudaStream_t stream) {
 
 // ---- the dot product ----------------------------------------------------------------------------
 
-// A group's products in fp32 (or fp64), groups in fp64.
+// Adds the products of a group in fp32 (fp64 for fp64), and groups in fp64.
 template <int kUnroll, class T, class Arguments>
-__device__ __forceinline__ double dot_chunk(const Arguments& list, const Entry& e,
+__device__ __forceinline__ double dot_chunk(const Arguments& list, const NoiseEntry& e,
                                             Distribution distribution) {
   using Real = typename Compute<T>::type;
   constexpr int kSize = Group<T>::kSize;
@@ -369,12 +368,12 @@ __device__ __forceinline__ double dot_chunk(const Arguments& list, const Entry& 
   return sum;
 }
 
-// A block leaves the sum of its chunk.
+// Each block leaves the sum of its chunk.
 template <class T, int kCapacity>
 __global__ void __launch_bounds__(kNoiseThreads, kNoiseBlocksPerSm)
-    dot_kernel(const __grid_constant__ List<kCapacity> list) {
+    dot_kernel(const __grid_constant__ NoiseList<kCapacity> list) {
   __shared__ double shared[kNoiseThreads / kWarp];
-  const Entry& e = entry_of(list.entry, list.count, blockIdx.x);
+  const NoiseEntry& e = entry_of(list.entry, list.count, blockIdx.x);
   double sum[1];
   if (list.distribution == Distribution::kNormal) {
     sum[0] = dot_chunk<kUnrolledSteps<T>, T>(list, e, Distribution::kNormal);
@@ -390,7 +389,7 @@ cudaError_t launch_dot(const NoiseDotParams& p, cudaStream_t stream) {
   cudaError_t error = clear_totals<1>(p.result, p.indices, stream);
   if (error != cudaSuccess) return error;
   return for_launches(p.count, [&](int64_t begin, int64_t end, auto capacity) {
-    List<capacity> list;
+    NoiseList<capacity> list;
     list.partial = p.workspace;
     unsigned chunks = static_cast<unsigned>(fill<T>(p, begin, end, plan_sums, list));
     if (chunks == 0) return cudaSuccess;
@@ -401,18 +400,18 @@ cudaError_t launch_dot(const NoiseDotParams& p, cudaStream_t stream) {
 
 // ---- sums of several noises ---------------------------------------------------------------------
 
-constexpr int kTermsStaged = 16;  // a warp, between two looks at the seeds
+constexpr int kTermsStaged = 16;  // per warp, between two reads of the seeds
 
-// What a warp wants to know of a term.
+// What a warp reads of a term.
 template <class Real>
-struct alignas(16) Term {
+struct alignas(16) CombineTerm {
   math::PhiloxKeys keys;
   Real coefficient;
 };
 
-// The sum of a group's numbers over all terms, of one tensor.
+// The sum of a group's numbers over all terms, for one tensor.
 template <class T>
-struct Sums {
+struct CombineSums {
   static constexpr int kSize = Group<T>::kSize;
   using Real = typename Compute<T>::type;
   using Number = Real;
@@ -421,7 +420,7 @@ struct Sums {
   int64_t terms;
   uint32_t stream, step, high;
   Distribution distribution;
-  Term<Real>* staged;  // the warp's
+  CombineTerm<Real>* staged;  // the warp's
 
   __device__ void stage(int64_t first) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -458,7 +457,7 @@ struct Sums {
           static_cast<int>(terms - first < kTermsStaged ? terms - first : kTermsStaged);
 #pragma unroll 1
       for (int k = 0; k < count; ++k) {
-        const Term<Real> term = staged[k];
+        const CombineTerm<Real> term = staged[k];
         float eps[kSize];
         make(eps, term.keys);
 #pragma unroll
@@ -469,7 +468,7 @@ struct Sums {
   }
 };
 
-struct Terms {
+struct CombineTerms {
   const int64_t* seeds;
   const double* coefficients;
   int64_t count;
@@ -477,16 +476,16 @@ struct Terms {
 
 template <class T, int kCapacity>
 __global__ void __launch_bounds__(kNoiseThreads, kCombineBlocksPerSm)
-    combine_kernel(const __grid_constant__ List<kCapacity> list, const Terms terms) {
+    combine_kernel(const __grid_constant__ NoiseList<kCapacity> list, const CombineTerms terms) {
   using Real = typename Compute<T>::type;
   constexpr int kSize = Group<T>::kSize;
   __shared__ Staged<T, Real> staged;
-  __shared__ Term<Real> of_warps[kNoiseThreads / kWarp][kTermsStaged];
-  const Entry& e = entry_of(list.entry, list.count, blockIdx.x);
+  __shared__ CombineTerm<Real> of_warps[kNoiseThreads / kWarp][kTermsStaged];
+  const NoiseEntry& e = entry_of(list.entry, list.count, blockIdx.x);
   const WarpChunk<T> warp(e, static_cast<int64_t>(blockIdx.x - e.first_chunk), list.chunk_steps);
   T* out = static_cast<T*>(e.out);
   T* at = out + warp.lane_first();
-  Sums<T> sums = {
+  CombineSums<T> sums = {
       terms.seeds,       terms.coefficients,           terms.count, e.stream, list.noise_step(), 0,
       list.distribution, of_warps[threadIdx.x / kWarp]};
   if (terms.count <= kTermsStaged) sums.stage(0);
@@ -520,11 +519,11 @@ cudaError_t launch_combine(const CombineParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   auto plan = [&](int64_t steps) { return plan_noise(steps, kCombineBlocksPerSm, device); };
   return for_launches(p.count, [&](int64_t begin, int64_t end, auto capacity) {
-    List<capacity> list;
+    NoiseList<capacity> list;
     unsigned chunks = static_cast<unsigned>(fill<T>(p, begin, end, plan, list));
     if (chunks == 0) return cudaSuccess;
-    combine_kernel<T, capacity>
-        <<<chunks, kNoiseThreads, 0, stream>>>(list, Terms{p.seeds, p.coefficients, p.terms});
+    combine_kernel<T, capacity><<<chunks, kNoiseThreads, 0, stream>>>(
+        list, CombineTerms{p.seeds, p.coefficients, p.terms});
     return cudaGetLastError();
   });
 }

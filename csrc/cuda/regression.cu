@@ -1,8 +1,8 @@
 // Soft-regularised linear regression: every step of every replica in one launch.
 //
-// Nothing but the trajectory touches global memory while it runs. A replica is a chain of steps: what a step
-// needs besides theta is made for 32 steps, or for 32 lanes' samples, at once; the chain itself is 5 dependent
-// fp64 operations a step.
+// Only the trajectory is written to global memory while it runs. A replica is a chain of steps: what a step needs
+// besides theta is made for 32 steps, or for the samples of 32 lanes, at once; the chain itself is 5 dependent fp64
+// operations per step.
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
 #include "cuda/plan.h"
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kThreads = kRegressionThreads, kWarps = kRegressionWarps;
 
-// One replica's own numbers.
+// The numbers of one replica.
 struct Replica {
   math::NoiseKey key;
   double theta, lr, lam, sigma;
@@ -30,7 +30,7 @@ struct Replica {
 };
 
 // The samples' means, the same bits in every block.
-__device__ __forceinline__ math::Moments moments_of(const RegressionParams& p) {
+__device__ __forceinline__ math::SampleMeans moments_of(const RegressionParams& p) {
   __shared__ double shared[4 * kWarps];
   double sum[4] = {0, 0, 0, 0};
   for (int64_t i = threadIdx.x; i < p.samples; i += kThreads) {
@@ -45,7 +45,7 @@ __device__ __forceinline__ math::Moments moments_of(const RegressionParams& p) {
   return {sum[0] / n, sum[1] / n, sum[2] / n, sum[3] / n};
 }
 
-// A warp a replica: calls steps(replica, first, n, path) for steps [first, first + n), n at most 32, which
+// One warp per replica: calls steps(replica, first, n, path) for steps [first, first + n), n at most 32, which
 // leaves theta after step first + lane in path of that lane. The block's replicas are neighbours, so that
 // their trajectories leave through shared memory in whole sectors.
 template <class Steps>
@@ -56,7 +56,7 @@ __device__ __forceinline__ void warp_a_replica(const RegressionParams& p, Steps 
   for (int64_t begin = int64_t{blockIdx.x} * kWarps; begin < p.replicas;
        begin += int64_t{gridDim.x} * kWarps) {
     const bool live = begin + warp < p.replicas;
-    const int64_t r = live ? begin + warp : begin;  // the last block's rest repeats one
+    const int64_t r = live ? begin + warp : begin;  // idle warps of the last block repeat one
     Replica replica(p, r);
     if (p.trajectory != nullptr && live && lane == 0) p.trajectory[r] = replica.theta;
     for (int64_t first = 0; first < p.steps; first += kWarp) {
@@ -75,11 +75,11 @@ __device__ __forceinline__ void warp_a_replica(const RegressionParams& p, Steps 
   }
 }
 
-// One normal a step.
+// One normal per step.
 template <bool kWarpEach>
 __global__ void __launch_bounds__(kThreads, kRegressionBlocksPerSm)
     per_step_kernel(const __grid_constant__ RegressionParams p) {
-  const math::Moments moments = moments_of(p);
+  const math::SampleMeans moments = moments_of(p);
   if constexpr (kWarpEach) {
     __shared__ double2 staged[kWarps][kWarp];
     double2* means = staged[threadIdx.x / kWarp];
@@ -139,8 +139,8 @@ __device__ __forceinline__ void load_samples(const RegressionParams& p, int64_t 
   }
 }
 
-// One normal a sample and step: a lane has 4 samples of every 128. kKept times 128 samples stay in registers;
-// if 0, all are read from L1 in every step, 2 KB a warp for about 170 instructions.
+// One normal per sample and step: a lane has 4 samples of every 128. kKept times 128 samples stay in registers;
+// if 0, all are read from L1 in every step, 2 KB per warp for about 170 instructions.
 template <int kKept>
 __global__ void __launch_bounds__(kThreads, kRegressionBlocksPerSm)
     per_sample_kernel(const __grid_constant__ RegressionParams p) {
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kRegressionBlocksPerSm)
   });
 }
 
-// The device itself, whatever it was compiled for: its fp64 units decide.
+// The device itself, not the architecture compiled for: the number of its fp64 units decides.
 cudaError_t this_device(Device& device) {
   int ordinal = 0, major = 0, minor = 0;
   device = {};

@@ -1,9 +1,8 @@
 // One optimizer step, with noise, over a list of parameters.
 //
-// Each element of parameter, gradient and moments is read once and what changes is written once: with AdamW 28
-// bytes an element in fp32 and 14 in 16 bits, for which an H100's SM has 247 and 124 of its issue slots. What
-// elements are computed with is made on the host where the host knows step, lr and std, else by the first
-// thread of each block.
+// Each element of parameter, gradient and moments is read once, and what changes is written once: with AdamW 28 bytes
+// per element in fp32 and 14 in 16 bits, in which time an H100's SM has 247 and 124 issue slots. The numbers that
+// elements share are computed on the host where it knows step, lr and std, else by the first thread of each block.
 #include <vector>
 
 #include "cuda/elements.cuh"
@@ -15,14 +14,14 @@ namespace {
 
 using math::Update;
 
-struct Entry : Run {
+struct UpdateEntry : Run {
   void *param, *grad, *first, *second;
   const float* device_step;
   uint32_t step;
   uint32_t slot;
 };
 
-// What the elements of some tensors share, or for the device to make it of.
+// What the elements of some tensors share, or what the device computes it from.
 template <class Real>
 union Slot {
   math::UpdateNumbers<Real> numbers;
@@ -32,7 +31,7 @@ union Slot {
   } given;
 };
 
-// Entries lie from the front of `bytes` on and slots from its end: few rules leave room for more tensors.
+// Entries fill `bytes` from its front and slots from its end: fewer rules leave room for more tensors.
 template <class Real, int kBytes>
 struct UpdateList {
   math::PhiloxKeys keys;
@@ -46,8 +45,10 @@ struct UpdateList {
   bool on_device;  // slots are `given`
   alignas(8) unsigned char bytes[kBytes];
 
-  __host__ __device__ Entry* entries() { return reinterpret_cast<Entry*>(bytes); }
-  __host__ __device__ const Entry* entries() const { return reinterpret_cast<const Entry*>(bytes); }
+  __host__ __device__ UpdateEntry* entries() { return reinterpret_cast<UpdateEntry*>(bytes); }
+  __host__ __device__ const UpdateEntry* entries() const {
+    return reinterpret_cast<const UpdateEntry*>(bytes);
+  }
   __host__ __device__ Slot<Real>& slot(uint32_t i) {
     return reinterpret_cast<Slot<Real>*>(bytes + kBytes)[-1 - static_cast<int>(i)];
   }
@@ -56,15 +57,10 @@ struct UpdateList {
   }
 };
 
-// The classic 4 KB of arguments, and the 32 KB of CUDA 12.1 on, less what stands before `bytes`.
+// 4 KB of kernel arguments, and the 32 KB that CUDA 12.1 allows, less what comes before `bytes`.
 constexpr int kFewBytes = 3936, kManyBytes = 32600;
 
-template <Update kUpdate>
-constexpr bool kHasFirst = kUpdate == Update::kSgd || kUpdate == Update::kAdamW;
-template <Update kUpdate>
-constexpr bool kHasSecond = kUpdate == Update::kAdamW || kUpdate == Update::kPsgld;
-
-// Numbers of a tensor whose noise may be 0.
+// The numbers of a tensor whose std may be 0.
 template <class T>
 struct MaybeNoise : Philox<T> {
   using Philox<T>::kSize;
@@ -84,7 +80,7 @@ struct MaybeNoise : Philox<T> {
 
 template <Update kUpdate, class Real, int kBytes>
 __device__ __forceinline__ math::UpdateNumbers<Real> numbers_of(
-    const UpdateList<Real, kBytes>& list, const Entry& e) {
+    const UpdateList<Real, kBytes>& list, const UpdateEntry& e) {
   if (!list.on_device) return list.slot(e.slot).numbers;
   __shared__ math::UpdateNumbers<Real> made;
   if (threadIdx.x == 0) {
@@ -111,13 +107,13 @@ __global__ void __launch_bounds__(kNoiseThreads, update_blocks_per_sm(sizeof(T))
   __shared__ Staged<T, float> staged;
   __shared__ double shared[2 * kNoiseThreads / kWarp];
   if (list.found_inf != nullptr && *list.found_inf != 0) return;
-  const Entry& e = entry_of(list.entries(), list.count, blockIdx.x);
+  const UpdateEntry& e = entry_of(list.entries(), list.count, blockIdx.x);
   const WarpChunk<T> warp(e, static_cast<int64_t>(blockIdx.x - e.first_chunk), list.chunk_steps);
   const math::UpdateNumbers<Real> n = numbers_of<kUpdate>(list, e);
   const bool scaled = list.grad_scale != nullptr, with_norms = list.partial != nullptr;
   const Real scale = scaled ? static_cast<Real>(*list.grad_scale) : 1;
   // SGD without momentum has no buffer.
-  const bool first = kHasFirst<kUpdate> && (kUpdate != Update::kSgd || e.first != nullptr);
+  const bool first = math::has_first(kUpdate) && (kUpdate != Update::kSgd || e.first != nullptr);
   T *params = static_cast<T*>(e.param), *grads = static_cast<T*>(e.grad),
     *firsts = static_cast<T*>(e.first), *seconds = static_cast<T*>(e.second);
   const uint32_t step =
@@ -131,7 +127,7 @@ __global__ void __launch_bounds__(kNoiseThreads, update_blocks_per_sm(sizeof(T))
     x.param.load(params + to_load);
     x.grad.load(grads + to_load);
     if (first) x.first.load(firsts + to_load);
-    if constexpr (kHasSecond<kUpdate>) x.second.load(seconds + to_load);
+    if constexpr (math::has_second(kUpdate)) x.second.load(seconds + to_load);
     to_load += warp.kStride;
     return x;
   }, [&](Values<T>& x, const float (&eps)[kSize]) {
@@ -157,7 +153,7 @@ __global__ void __launch_bounds__(kNoiseThreads, update_blocks_per_sm(sizeof(T))
     x.param.store(params + at);
     if (scaled) x.grad.store(grads + at);
     if (first) x.first.store(firsts + at);
-    if constexpr (kHasSecond<kUpdate>) x.second.store(seconds + at);
+    if constexpr (math::has_second(kUpdate)) x.second.store(seconds + at);
     at += warp.kStride;
     if (with_norms) {
       norms[0] += static_cast<double>(sums[0]);
@@ -167,7 +163,7 @@ __global__ void __launch_bounds__(kNoiseThreads, update_blocks_per_sm(sizeof(T))
     staged.each(from, e.numel, eps, [&](int64_t i, float eps_i) {
       Real p = widen(params[i]), g = widen(grads[i]), m = 0, v = 0;
       if (first) m = widen(firsts[i]);
-      if constexpr (kHasSecond<kUpdate>) v = widen(seconds[i]);
+      if constexpr (math::has_second(kUpdate)) v = widen(seconds[i]);
       if (scaled) {
         g /= scale;
         narrow(g, grads[i]);
@@ -175,7 +171,7 @@ __global__ void __launch_bounds__(kNoiseThreads, update_blocks_per_sm(sizeof(T))
       auto shares = math::update_element<kUpdate>(n, static_cast<Real>(eps_i), g, p, m, v);
       narrow(p, params[i]);
       if (first) narrow(m, firsts[i]);
-      if constexpr (kHasSecond<kUpdate>) narrow(v, seconds[i]);
+      if constexpr (math::has_second(kUpdate)) narrow(v, seconds[i]);
       norms[0] += static_cast<double>(shares.gradient * shares.gradient);
       norms[1] += static_cast<double>(shares.noise * shares.noise);
     });
@@ -198,8 +194,8 @@ uint32_t step_of(const UpdateTensor& x) {
   return static_cast<uint32_t>(std::min<int64_t>(x.step, UINT32_MAX));
 }
 
-// Which slot each of the tensors from `begin` on has, as far as `bytes` hold them: the slots' tensors, and by
-// tensor its slot.
+// Assigns slots to the tensors from `begin` on, as many as fit `bytes`: the tensor that each slot is made of, and the
+// slot of each tensor.
 template <class Real>
 struct Slots {
   std::vector<int64_t> owner;
@@ -213,7 +209,7 @@ struct Slots {
       bool known = slot >= 0 &&
                    (device || step_of(p.tensors[owner[static_cast<size_t>(slot)]]) == step_of(x));
       size_t slots = owner.size() + !known;
-      if ((of_tensor.size() + 1) * sizeof(Entry) + slots * sizeof(Slot<Real>) >
+      if ((of_tensor.size() + 1) * sizeof(UpdateEntry) + slots * sizeof(Slot<Real>) >
           static_cast<size_t>(bytes)) {
         break;
       }
@@ -237,7 +233,7 @@ cudaError_t launch_list(const UpdateParams& p, int64_t begin,
   int64_t steps = 0;
   for (int64_t i = 0; i < slots.tensors(); ++i) {
     const UpdateTensor& x = p.tensors[begin + i];
-    Entry& e = list.entries()[i];
+    UpdateEntry& e = list.entries()[i];
     static_cast<Run&>(e) =
         run_of<T>(x.numel, x.offset, x.stream, x.index, {x.param, x.grad, x.first, x.second});
     e.param = x.param;

@@ -12,7 +12,7 @@
 namespace kdkernels {
 namespace math {
 
-struct Moments {
+struct SampleMeans {
   double x, y, xx, xy;  // means over the samples
 };
 
@@ -26,11 +26,11 @@ struct NoisyMeans {
   double xx, xy;
 };
 
-KD_FN NoisyMeans noisy_means(Moments m, double e) {
+KD_FN NoisyMeans noisy_means(SampleMeans m, double e) {
   return {fma(e, fma(2.0, m.x, e), m.xx), fma(e, m.y, m.xy)};
 }
 
-KD_FN double regression_step(double theta, Moments m, double e, double lr, double lam) {
+KD_FN double regression_step(double theta, SampleMeans m, double e, double lr, double lam) {
   NoisyMeans means = noisy_means(m, e);
   return regression_step(theta, means.xx, means.xy, lr, lam);
 }

@@ -17,7 +17,11 @@ namespace math {
 
 enum class Update { kSgd, kAdamW, kSgld, kPsgld };
 
-// A parameter group's numbers; each update reads its own.
+// Which moments an update has; SGD's only with momentum.
+KD_FN constexpr bool has_first(Update u) { return u == Update::kSgd || u == Update::kAdamW; }
+KD_FN constexpr bool has_second(Update u) { return u == Update::kAdamW || u == Update::kPsgld; }
+
+// The numbers of a parameter group; an update reads those named after it.
 struct UpdateRule {
   double lr, std, weight_decay;
   double momentum, dampening;  // SGD
@@ -26,7 +30,7 @@ struct UpdateRule {
   bool nesterov, maximize;
 };
 
-// What the elements of one tensor share, made in fp64 and rounded once.
+// What the elements of one tensor share, computed in fp64 and rounded once.
 template <class Real>
 struct UpdateNumbers {
   Real std;  // noise's factor
@@ -85,7 +89,7 @@ KD_FN UpdateNumbers<Real> update_numbers(Update update, const UpdateRule& r, dou
   return n;
 }
 
-// How far noise and gradient went: in the gradient, or for Langevin updates in the parameter.
+// What noise and gradient contribute: to the gradient, or for Langevin updates to the parameter.
 template <class Real>
 struct UpdateShares {
   Real noise, gradient;

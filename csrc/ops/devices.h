@@ -1,4 +1,4 @@
-// The kernels of every device that this build has, and what a CUDA launch needs of PyTorch.
+// The kernels of this build's devices, and what a CUDA launch needs of PyTorch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,7 +17,7 @@
 
 namespace kdkernels {
 
-// Whether an op's CUDA kernels run there. The tests' emulated build runs them on tensors of the CPU.
+// Whether an op runs its CUDA kernels on tensors of a device. The tests' emulated build runs them on CPU tensors.
 inline bool on_cuda(const c10::Device& device) {
 #if defined(KDKERNELS_EMULATED)
   return device.is_cpu();
@@ -26,11 +26,11 @@ inline bool on_cuda(const c10::Device& device) {
 #endif
 }
 
-// Whether what PyTorch has for CPUs alone may be used there.
+// Whether a tensor's values may be read directly.
 inline bool on_cpu(const c10::Device& device) { return device.is_cpu() && !on_cuda(device); }
 
 #if defined(KDKERNELS_WITH_CUDA)
-// launch(stream) on a device and its current stream.
+// Calls launch(stream) with a device's current stream.
 template <class Launch>
 void launch_cuda(const c10::Device& device, Launch launch) {
 #if defined(KDKERNELS_EMULATED)
@@ -42,7 +42,7 @@ void launch_cuda(const c10::Device& device, Launch launch) {
 #endif
 }
 
-// launch(params, stream) with a workspace of so many doubles.
+// Calls launch(params, stream) with a workspace of so many doubles.
 template <class Params>
 void launch_cuda(const c10::Device& device, Params p, int64_t workspace,
                  cudaError_t (*launch)(const Params&, cudaStream_t)) {

@@ -11,8 +11,8 @@
 
 namespace kdkernels {
 
-// `x`, of memory not yet written. A fresh page costs its first writer a fault, for 64 MB in pages of 4 KB some 20 ms,
-// more than a loss of that size takes; in pages of 2 MB, which Linux gives to who asks, it is a fourth of that.
+// Returns `x`, whose memory is not written yet, with 2 MB huge pages requested with madvise. The first write to a page
+// is a fault: for 64 MB in pages of 4 KB these take about 20 ms, more than a loss of that size; in huge pages a fourth.
 inline at::Tensor in_huge_pages(at::Tensor x) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2 << 20;
@@ -20,7 +20,7 @@ inline at::Tensor in_huge_pages(at::Tensor x) {
     uintptr_t begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr()), end = begin + x.nbytes();
     begin = (begin + kPage - 1) / kPage * kPage;
     end = end / kPage * kPage;
-    // An advice: a system without such pages refuses it.
+    // The result does not matter: a system without huge pages refuses the advice.
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
   }
 #endif

@@ -16,9 +16,9 @@ using at::Tensor;
 void check_replicas(const char* name, const Tensor& tensor, at::ScalarType dtype,
                     const Tensor& like) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " has dtype ", tensor.scalar_type(),
-                   "; it takes ", dtype);
+                   "; it must be ", dtype);
   TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.sym_numel() == like.sym_numel(), name,
-                    " has shape ", tensor.sym_sizes(), "; it takes one number a replica, [",
+                    " has shape ", tensor.sym_sizes(), "; it must have one number per replica, [",
                     like.sym_numel(), "]");
 }
 
@@ -28,13 +28,13 @@ Tensor regression(const Tensor& x, const Tensor& y, const Tensor& theta, const T
   check_tensor("x", x);
   check_tensor("y", y);
   TORCH_CHECK_VALUE(x.dim() == 1 && x.sym_numel() >= 1, "x has shape ", x.sym_sizes(),
-                    "; it takes [samples] with at least one sample");
+                    "; it must be [samples] with at least one sample");
   TORCH_CHECK_VALUE(y.sym_sizes() == x.sym_sizes(), "y has shape ", y.sym_sizes(),
-                    "; it takes that of x, ", x.sym_sizes());
+                    "; it must have that of x, ", x.sym_sizes());
   TORCH_CHECK_VALUE(steps >= 0 && steps <= 0xFFFFFFFFLL, "steps is ", steps,
-                    "; it takes 0 to 2^32 - 1");
+                    "; it must be from 0 to 2^32 - 1");
   TORCH_CHECK_VALUE(stream >= 0 && stream <= 0xFFFFFFFFLL, "stream is ", stream,
-                    "; it takes 0 to 2^32 - 1");
+                    "; it must be from 0 to 2^32 - 1");
   check_replicas("seed", seed, at::kLong, theta);
   const std::pair<const char*, const Tensor*> numbers[] = {
       {"theta", &theta}, {"lr", &lr}, {"lam", &lam}, {"sigma", &sigma}};
@@ -92,8 +92,7 @@ Tensor noisy_linear_regression(const Tensor& x, const Tensor& y, const Tensor& t
 TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def(
       "noisy_linear_regression(Tensor x, Tensor y, Tensor theta, Tensor lr, Tensor lam, Tensor "
-      "sigma, Tensor seed, "
-      "int steps, int stream, bool per_sample, bool trajectory) -> Tensor");
+      "sigma, Tensor seed, int steps, int stream, bool per_sample, bool trajectory) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {
   m.impl("noisy_linear_regression", regression);

@@ -10,21 +10,21 @@ DIVERGENCES = "tests/test_divergences.py"
 PYTHON = [
     Fault(
         "every-step-has-one-noise",
-        "kdkernels/optim.py",
+        "kdkernels/optim/noisy.py",
         'group["noise_step"] = step + 1',
         'group["noise_step"] = step',
         OPTIM + " -k fed_reference_noise",
     ),
     Fault(
         "step-of-a-new-group",
-        "kdkernels/optim.py",
+        "kdkernels/optim/noisy.py",
         '        group["noise_step"] = self.param_groups[0]["noise_step"]\n',
         "",
         OPTIM + " -k new_groups",
     ),
     Fault(
         "resumed-schedule-forgotten",
-        "kdkernels/optim.py",
+        "kdkernels/optim/noisy.py",
         """            if callable(std):
                 group["std"] = std
 """,
@@ -33,28 +33,28 @@ PYTHON = [
     ),
     Fault(
         "default-betas",
-        "kdkernels/optim.py",
+        "kdkernels/optim/optimizers.py",
         "betas: tuple[float, float] = (0.9, 0.999),",
         "betas: tuple[float, float] = (0.9, 0.99),",
         OPTIM + " -k torch",
     ),
     Fault(
         "shards-have-one-noise",
-        "kdkernels/noise.py",
+        "kdkernels/noise/arguments.py",
         "offsets = [o + shard[1] for o, shard in zip(offsets, shards, strict=True)]",
         "offsets = [o for o, shard in zip(offsets, shards, strict=True)]",
         NOISE + " -k shards",
     ),
     Fault(
         "perturbation-follows-the-step",
-        "kdkernels/noise.py",
+        "kdkernels/noise/functions.py",
         "        step = step.clone()  # the body may advance it\n",
         "        pass\n",
         NOISE + " -k perturbed",
     ),
     Fault(
         "noise-in-evaluation",
-        "kdkernels/noise.py",
+        "kdkernels/noise/modules.py",
         "if not self.training:",
         "if self.training is None:",
         NOISE + " -k 'training_only'",

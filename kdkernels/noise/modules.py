@@ -1,0 +1,143 @@
+"""Noise as modules."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kdkernels.errors import BOOL, INT, NUMBER, check, fits
+from kdkernels.noise.arguments import OPS, distribution_index, fixed_seed
+from kdkernels.noise.functions import gradient_noise, input_noise
+
+
+class _NoiseLayer(nn.Module):
+    """What the modules share: the noise and a count of steps."""
+
+    _op: Callable[..., Tensor]
+    std: float | Tensor
+    step: Tensor
+
+    def __init__(self, seed, stream, distribution, multiplicative):
+        super().__init__()
+        check("stream", stream, INT)
+        if not 0 <= stream < 2**32:
+            raise ValueError(f"stream is {stream}; it must be from 0 to 2^32 - 1")
+        check("multiplicative", multiplicative, BOOL)
+        distribution_index(distribution)
+        self.seed = fixed_seed(seed)
+        self.stream = stream
+        self.distribution = distribution
+        self.multiplicative = multiplicative
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The op on x in training mode, and the next step; x itself in evaluation mode."""
+        if not self.training:
+            return x
+        return self._op(
+            x,
+            self.std,
+            seed=self.seed,
+            step=OPS._next_step_(self.step),
+            stream=self.stream,
+            distribution=self.distribution,
+            multiplicative=self.multiplicative,
+        )
+
+    def get_extra_state(self):
+        return torch.tensor(self.seed)
+
+    def set_extra_state(self, state):
+        self.seed = int(state)
+
+    def extra_repr(self):
+        std = list(self.std.shape) if isinstance(self.std, Tensor) else self.std
+        more = ", multiplicative=True" if self.multiplicative else ""
+        return f"std={std}, distribution={self.distribution}, seed={self.seed}{more}"
+
+
+def _checked_std(std) -> float:
+    if not fits(std, NUMBER):
+        raise TypeError(f"std is a {type(std).__name__}; it must be {NUMBER} or a tensor")
+    std = float(std)
+    if not 0 <= std < math.inf:
+        raise ValueError(f"std is {std}; it must be finite and 0 or more")
+    return std
+
+
+class InputNoise(_NoiseLayer):
+    """``input_noise`` as a module: noise in training mode, the input itself in evaluation mode.
+
+    Every forward in training uses the next step's noise. state_dict holds the seed and the step, so
+    that a resumed run continues with the same noise. Ranks that train on different data need
+    different seeds. Activation checkpointing runs forward again after the step has advanced: call
+    ``input_noise`` with an explicit step there.
+
+    Args:
+        std: the noise's standard deviation, finite and 0 or more; or a tensor of a shape that
+            broadcasts to the input's.
+        learnable: make std a parameter.
+        shape: the shape of std where std is a number: ``(C, 1, 1)`` for one std per channel.
+        multiplicative: x * (1 + std * eps) instead of x + std * eps.
+        distribution, stream: see ``kdkernels.noise``.
+        seed: an int in [-2^63, 2^64). None draws one from torch's default generator, once, here.
+
+    Example:
+        >>> model = nn.Sequential(kdkernels.InputNoise(0.1, seed=0), nn.Linear(64, 10))
+        >>> model[0]
+        InputNoise(std=0.1, distribution=normal, seed=0)
+    """
+
+    _op = staticmethod(input_noise)
+
+    def __init__(
+        self,
+        std: float | Tensor = 0.1,
+        *,
+        learnable: bool = False,
+        shape: Sequence[int] = (),
+        distribution: str = "normal",
+        multiplicative: bool = False,
+        seed: int | None = None,
+        stream: int = 0,
+    ):
+        super().__init__(seed, stream, distribution, multiplicative)
+        check("learnable", learnable, BOOL)
+        if isinstance(std, Tensor):
+            if not std.is_floating_point():
+                raise TypeError(f"std has dtype {std.dtype}; it must be a floating one")
+            if tuple(shape) not in ((), tuple(std.shape)):
+                raise ValueError(f"shape is {tuple(shape)}, but std has shape {list(std.shape)}")
+            std = std.detach().clone()
+        else:
+            std = _checked_std(std)
+            if learnable or tuple(shape) != ():
+                std = torch.full(tuple(shape), std)
+        if learnable:
+            self.std = nn.Parameter(torch.as_tensor(std))
+        elif isinstance(std, Tensor):
+            self.register_buffer("std", std)
+        else:
+            self.std = std
+
+
+class GradientNoiseLayer(_NoiseLayer):
+    """``gradient_noise`` as a module: in training mode, noise in the gradient.
+
+    Steps, state_dict and arguments are those of ``InputNoise``.
+    """
+
+    _op = staticmethod(gradient_noise)
+
+    def __init__(
+        self,
+        std: float = 0.1,
+        *,
+        distribution: str = "normal",
+        multiplicative: bool = False,
+        seed: int | None = None,
+        stream: int = 0,
+    ):
+        super().__init__(seed, stream, distribution, multiplicative)
+        self.std = _checked_std(std)
