@@ -117,7 +117,7 @@ def _seed_and_step(seed, step) -> tuple:
     seed_tensor = step_tensor = None
     if seed is None:
         # A tensor, so that a traced graph draws anew each time it runs.
-        seed_tensor, seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64), 0
+        seed_tensor, seed = _drawn_seed(), 0
     elif isinstance(seed, int):
         seed = _signed(seed)
     if isinstance(step, Tensor):
@@ -131,10 +131,15 @@ def _signed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
+def _drawn_seed() -> Tensor:
+    # On the CPU whatever torch's default device is.
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
 def _fixed_seed(seed: int | None) -> int:
     """A seed that several calls share."""
     if seed is None:
-        return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
+        return int(_drawn_seed())
     check("seed", seed, INT)
     return _signed(seed.__index__())
 
@@ -316,6 +321,33 @@ def _like(local: Tensor, tensor: Any) -> Tensor:
     )
 
 
+# ---- ranks ---------------------------------------------------------------------------------------
+
+_batch: tuple[int, int, int] | None = None
+
+
+@contextmanager
+def _rows_of_batch(first: int, count: int, ranks: int) -> Generator[None]:
+    """A context in which tensors hold ``count`` samples of a batch, from number ``first`` on.
+
+    Their noise is then that of the whole batch, which several ranks share. Gradients of samples
+    are ``ranks`` times what they are in one process, since their mean is taken over ranks.
+    """
+    global _batch
+    before, _batch = _batch, (first, count, ranks)
+    try:
+        yield
+    finally:
+        _batch = before
+
+
+def _first_of(x: Tensor) -> int:
+    """The number of x's first element in the batch that it is a part of."""
+    if _batch is None or x.dim() == 0 or len(x) % _batch[1] != 0:
+        return 0
+    return x.numel() // _batch[1] * _batch[0]
+
+
 # ---- functions -----------------------------------------------------------------------------------
 
 
@@ -340,6 +372,8 @@ def randn_like(
         >>> kdkernels.randn_like(torch.empty(2), seed=0, offset=2)  # a shard of it
         tensor([-0.6176, -0.4821])
     """
+    if _batch is not None:
+        offset += _first_of(x)
     noise = _noise(seed, step, stream, offset, distribution)
     if isinstance(x, Tensor) and type(x) not in _PLAIN and hasattr(x, "placements"):
         [local], streams, offsets, runs = _places([x], stream, offset)
@@ -417,7 +451,7 @@ def input_noise(
     distribution: str = "normal",
     multiplicative: bool = False,
 ) -> Tensor:
-    """x + std * eps. Backward hands x's gradient on unchanged.
+    """x + std * eps, in x's memory format. Backward hands x's gradient on unchanged.
 
     Args:
         x: any shape.
@@ -439,6 +473,8 @@ def input_noise(
     std_tensor = None
     if isinstance(std, Tensor):
         std_tensor, std = std, 0.0
+    if _batch is not None:
+        offset += _first_of(x)
     noise = _noise(seed, step, stream, offset, distribution)
     return _call("input_noise", x, std_tensor, std, *noise, multiplicative)
 
@@ -459,11 +495,14 @@ def gradient_noise(
     Every backward pass through it adds the noise, so that of a second derivative, too.
 
     Args:
-        x: any shape. The result is a view of it.
+        x: any shape. The result is a view of it: clone it before an operation in place.
         std: as of ``input_noise``; no gradient flows to it.
         multiplicative: multiply the gradient by 1 + std * eps instead.
         seed, step, stream, offset, distribution: see the module.
     """
+    if _batch is not None:
+        offset += _first_of(x)
+        std = std if multiplicative else std * _batch[2]
     std_tensor = None
     if isinstance(std, Tensor):
         std_tensor, std = std, 0.0
@@ -752,6 +791,15 @@ class _NoiseLayer(nn.Module):
         self.multiplicative = multiplicative
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
+    def reset_parameters(self) -> None:
+        """Set step and std to what they were at first, as after ``to_empty``."""
+        with torch.no_grad():
+            self.step.zero_()
+            if isinstance(self.std, Tensor):
+                if isinstance(self._first_std, Tensor) and self._first_std.is_meta:
+                    raise ValueError("std was given as a meta tensor, which holds no numbers")
+                self.std.copy_(torch.as_tensor(self._first_std, device=self.std.device))
+
     def forward(self, x: Tensor) -> Tensor:
         """The op on x in training mode, and the next step; x itself in evaluation mode."""
         if not self.training:
@@ -767,7 +815,7 @@ class _NoiseLayer(nn.Module):
         )
 
     def get_extra_state(self):
-        return torch.tensor(self.seed)
+        return torch.tensor(self.seed, device="cpu")
 
     def set_extra_state(self, state):
         self.seed = int(state)
@@ -831,8 +879,9 @@ class InputNoise(_NoiseLayer):
             if tuple(shape) not in ((), tuple(std.shape)):
                 raise ValueError(f"shape is {tuple(shape)}, and std has its own, {list(std.shape)}")
             std = std.detach().clone()
+            self._first_std = std.clone()
         else:
-            std = _checked_std(std)
+            self._first_std = std = _checked_std(std)
             if learnable or tuple(shape) != ():
                 std = torch.full(tuple(shape), std)
         if learnable:
@@ -849,7 +898,10 @@ class GradientNoiseLayer(_NoiseLayer):
     In training mode; steps, state_dict and arguments as of ``InputNoise``.
     """
 
-    _op = staticmethod(gradient_noise)
+    @staticmethod
+    def _op(x: Tensor, std: float | Tensor, **noise) -> Tensor:
+        # A copy: the op's view may not be changed in place, as by ReLU(inplace=True).
+        return gradient_noise(x, std, **noise).clone()
 
     def __init__(
         self,

@@ -828,6 +828,18 @@ class GradientNoise:
             raise TypeError(
                 f"optimizer is a {type(optimizer).__name__}; it takes a torch.optim.Optimizer"
             )
+        while not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            # A wrapper without Optimizer's own __init__, such as accelerate's: its steps are those
+            # of the optimizer inside.
+            inside = next(
+                (v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer)), None
+            )
+            if inside is None:
+                raise TypeError(
+                    f"optimizer is a {type(optimizer).__name__} without hooks; it takes a "
+                    "torch.optim.Optimizer, or a wrapper that holds one"
+                )
+            optimizer = inside
         self.optimizer, self.std = optimizer, std
         for value in self._stds(optimizer.param_groups):
             _check_std(value)
@@ -1055,7 +1067,7 @@ def evolution_step(
         seed, step: where the noise stands, an int in [-2^63, 2^64) and one in [0, 2^32).
         antithetic: members in pairs theta +- std * eps_i.
         shaping: "standardize" (mean 0, standard deviation 1), or "ranks" (evenly from -1/2 to 1/2,
-            whatever the scores' scale, as OpenAI's).
+            whatever the scores' scale, as OpenAI's; equal scores share a rank).
         distribution: of eps, see the module.
 
     Returns:
@@ -1097,11 +1109,14 @@ def evolution_step(
     scores = torch.stack(scores)
     if not torch.isfinite(scores).all():
         raise ValueError(f"score_fn gave {scores[~torch.isfinite(scores)][0].item()}")
-    if shaping == "ranks":
-        shaped = scores.argsort().argsort().to(scores) / max(population - 1, 1) - 0.5
+    _, place, equals = scores.unique(return_inverse=True, return_counts=True)
+    if len(equals) == 1:  # whose mean may be off by a rounding
+        shaped = torch.zeros_like(scores)
+    elif shaping == "ranks":  # equal scores share the mean of their ranks
+        ranks = equals.cumsum(0) - (equals + 1) / 2
+        shaped = ranks.to(scores)[place] / (population - 1) - 0.5
     else:
-        spread = scores.std(correction=0)
-        shaped = (scores - scores.mean()) / torch.where(spread > 0, spread, torch.inf)
+        shaped = (scores - scores.mean()) / scores.std(correction=0)
     weights = (shaped.reshape(-1, len(signs)) * shaped.new_tensor(signs)).sum(1)
     combine_noise_(params, weights * (lr / (population * std)), seeds, **noise)
     return scores

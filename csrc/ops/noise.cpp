@@ -381,9 +381,12 @@ Tensor noise_forward(const Tensor& x, int64_t mode, const OptionalTensor& std_te
   NoiseParams p = {};
   p.mode = static_cast<NoiseMode>(mode);
   // Elements count in row-major order, whatever the strides; noise alone needs none of x's values.
-  Tensor in = p.mode == NoiseMode::kOnly ? x : x.contiguous();
-  Tensor out = at::empty_like(x, x.options(), at::MemoryFormat::Contiguous);
+  bool only = p.mode == NoiseMode::kOnly;
+  Tensor in = only ? x : x.contiguous();
+  Tensor out = at::empty_like(x, x.options(),
+                              only ? at::MemoryFormat::Contiguous : at::MemoryFormat::Preserve);
   if (x.is_meta()) return out;
+  Tensor dense = out.is_contiguous() ? out : at::empty_like(in);
   p.source = source_of(noise, x.device());
   uint32_t stream_number = checked_u32("stream", noise.stream.expect_int());
   uint64_t offset_number = checked_offset(noise.offset.expect_int());
@@ -399,8 +402,8 @@ Tensor noise_forward(const Tensor& x, int64_t mode, const OptionalTensor& std_te
     p.std_size = pattern.size;
     p.std_inner = pattern.inner;
   }
-  NoiseTensor tensor = {out.mutable_data_ptr(),
-                        p.mode == NoiseMode::kOnly ? nullptr : in.const_data_ptr(),
+  NoiseTensor tensor = {dense.mutable_data_ptr(),
+                        only ? nullptr : in.const_data_ptr(),
                         x.numel(),
                         std,
                         offset_number,
@@ -409,7 +412,7 @@ Tensor noise_forward(const Tensor& x, int64_t mode, const OptionalTensor& std_te
   p.tensors = &tensor;
   p.count = p.indices = 1;
   run(p, x.device());
-  return out;
+  return dense.is_same(out) ? out : out.copy_(dense);  // channels_last stays that
 }
 
 Tensor dispatch_noise(const Tensor& x, NoiseMode mode, const OptionalTensor& std_tensor, double std,

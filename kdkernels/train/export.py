@@ -36,7 +36,7 @@ from kdkernels.train.loop import (
     predictions,
     reproducible,
 )
-from kdkernels.train.run_folder import RunFolder, weights
+from kdkernels.train.run_folder import RunFolder, load_state, state_of, weights
 
 __all__ = ["FORMATS", "FOLDER", "Settings", "run", "sections", "tables"]
 
@@ -101,7 +101,7 @@ def _networks(settings: distillation.Settings, classes: int) -> tuple[nn.Module,
 
 def _load(model: nn.Module, tensors: dict[str, torch.Tensor], what: str) -> nn.Module:
     try:
-        model.load_state_dict(weights(tensors))
+        load_state(model, weights(tensors))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise TrainError(
@@ -119,6 +119,11 @@ def _finished(folder: RunFolder, arm: str) -> _Finished:
     if "distill" not in folder.config:
         raise TrainError(f"{folder.path} holds no run of distill or reproduce to export from")
     asked = folder.config["distill"]
+    if folder.config.get("command") == "distill()":
+        raise TrainError(
+            f"the models and images of {folder.path} were given in Python: export its student there, "
+            "with torch.onnx.export(found.student, ...)"
+        )
     settings = distillation.Settings(**asked | {"arms": tuple(asked["arms"])})
     found = folder.load(arm)
     if found is None or arm not in _arms(folder):
@@ -327,7 +332,7 @@ def _measured(folder: RunFolder, run: _Finished, files: dict[str, bytes]) -> lis
                 status=1,
             )
         chosen = logits.argmax(1)
-        size = sum(v.numel() * v.element_size() for v in run.student.state_dict().values())
+        size = sum(v.numel() * v.element_size() for v in state_of(run.student).values())
         rows.append(
             {
                 "format": name, "bytes": size if name == "pytorch" else len(files[name]),
