@@ -876,7 +876,10 @@ def _export(run_dir: str, **given) -> int:
     report.write(folder)
     terminal.show(console, export.tables(found))
     console.print(f"the files are in {folder.path / export.FOLDER}")
-    return 0
+    failed = found["arms"][given.get("arm", export.Settings.arm)]["failed"]
+    for name, sentence in failed.items():
+        print(f"kdkernels export: {name}: {sentence}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _bench(quick: bool = False, threads: int | None = None, json: str | None = None) -> int:
