@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.distributed import ProcessGroup
 
 from kdkernels import _C, reference
-from kdkernels.errors import INT, NUMBER, TENSOR, check
+from kdkernels.errors import INT, NUMBER, TENSOR, changes, check, fixed, in_tensor
 from kdkernels.reference import Divergence, RowStatistics
 
 
@@ -463,6 +463,9 @@ def _packed(call: dict) -> tuple[list, list]:
     options = []
     for name, default, choices, rows_may_differ, _ in _OPTIONS:
         value = call.get(name, default)
+        if rows_may_differ and changes(value):
+            leading = call.get("student_logits", call.get("student_hidden"))
+            value = in_tensor([value], leading.device)[0]
         row_tensor = rows_may_differ and isinstance(value, Tensor)
         if rows_may_differ:
             rows.append(value if row_tensor else None)
@@ -470,8 +473,8 @@ def _packed(call: dict) -> tuple[list, list]:
             if value not in choices:
                 raise ValueError(f'{name} is "{value}"; it takes one of {", ".join(choices)}')
             value = choices.index(value)
-        options.append(None if row_tensor else value)
-    return rows, options + list(call.get("teacher_weights") or ())
+        options.append(None if row_tensor else fixed(value))
+    return rows, options + [fixed(weight) for weight in call.get("teacher_weights") or ()]
 
 
 def _result(outputs: list[Tensor], divisor: Tensor | None):

@@ -1,7 +1,9 @@
-"""Arguments that C++ cannot even take, named in Python."""
+"""Arguments that C++ cannot even take, named in Python, and floats that a tracer lets change."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 TENSOR, OPTIONAL_TENSOR, NUMBER, INT = "a tensor", "a tensor or None", "a number", "an int"
@@ -51,6 +53,30 @@ def check(name: str, value, kind: str):
     """TypeError that names the argument unless the value is what one of the constants says."""
     if not fits(value, kind):
         raise TypeError(f"{name} is a {type(value).__name__}; it takes {kind}")
+
+
+def changes(value) -> bool:
+    """Whether a float that torch.compile is tracing may differ from call to call.
+
+    Inductor of PyTorch 2.14 keeps the first number of one that takes part in arithmetic, too, if
+    an op takes it as a float; in a tensor it is right.
+    """
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
+
+    return isinstance(value, float) and not has_static_value(value)
+
+
+def fixed(value):
+    """The value; of a float that may change, torch.compile makes a graph for each number."""
+    if changes(value):
+        {value: None}  # a key must be a constant
+    return value
+
+
+def in_tensor(values: Sequence[float], device: torch.device) -> Tensor:
+    """fp64 ``[len(values)]``, also of floats that may change."""
+    made = [torch.scalar_tensor(v, dtype=torch.float64, device=device) for v in values]
+    return torch.stack(made)
 
 
 def explain(error: TypeError, **arguments: tuple[object, str]) -> Exception:

@@ -54,9 +54,11 @@ from kdkernels.errors import (
     OPTIONAL_TENSOR,
     STRING,
     TENSOR,
+    changes,
     check,
     explain,
     fits,
+    in_tensor,
 )
 
 DISTRIBUTIONS = ("normal", "uniform", "rademacher", "truncated_normal", "laplace")
@@ -205,6 +207,15 @@ def _stds(std) -> tuple:
         if value < 0:
             raise ValueError(f"std is {value}; it takes a finite number, 0 or more")
     return stds, None
+
+
+def _one_std(std, x: Tensor) -> tuple:
+    """(std, std_tensor), as ops on one tensor take them."""
+    if isinstance(std, Tensor):
+        return 0.0, std
+    if torch.compiler.is_compiling() and changes(std):
+        return 0.0, in_tensor([std], x.device)[0]
+    return std, None
 
 
 # ---- shards --------------------------------------------------------------------------------------
@@ -422,6 +433,8 @@ def _add(tensors, stds, std_tensor, seed, step, stream, offset, distribution, mu
     """add_noise_ with whatever sign of std."""
     seed, step, seed_tensor, step_tensor = _seed_and_step(seed, step)
     local, streams, offsets, runs = _places(tensors, stream, offset)
+    if torch.compiler.is_compiling() and local and any(changes(s) for s in stds):
+        stds, std_tensor = [0.0], in_tensor(stds, local[0].device)
     _call(
         "add_noise_",
         local,
@@ -470,9 +483,7 @@ def input_noise(
         >>> std.grad.shape
         torch.Size([3, 1, 1])
     """
-    std_tensor = None
-    if isinstance(std, Tensor):
-        std_tensor, std = std, 0.0
+    std, std_tensor = _one_std(std, x)
     if _batch is not None:
         offset += _first_of(x)
     noise = _noise(seed, step, stream, offset, distribution)
@@ -503,9 +514,7 @@ def gradient_noise(
     if _batch is not None:
         offset += _first_of(x)
         std = std if multiplicative else std * _batch[2]
-    std_tensor = None
-    if isinstance(std, Tensor):
-        std_tensor, std = std, 0.0
+    std, std_tensor = _one_std(std, x)
     noise = _noise(seed, step, stream, offset, distribution)
     return _call("gradient_noise", x, std_tensor, std, *noise, multiplicative)
 
