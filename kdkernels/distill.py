@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.distributed import ProcessGroup
 
 from kdkernels import _C, reference
-from kdkernels.errors import INT, NUMBER, TENSOR, changes, check, fixed, in_tensor
+from kdkernels.errors import INT, NUMBER, TENSOR, check, for_floats
 from kdkernels.reference import Divergence, RowStatistics
 
 
@@ -463,9 +463,6 @@ def _packed(call: dict) -> tuple[list, list]:
     options = []
     for name, default, choices, rows_may_differ, _ in _OPTIONS:
         value = call.get(name, default)
-        if rows_may_differ and changes(value):
-            leading = call.get("student_logits", call.get("student_hidden"))
-            value = in_tensor([value], leading.device)[0]
         row_tensor = rows_may_differ and isinstance(value, Tensor)
         if rows_may_differ:
             rows.append(value if row_tensor else None)
@@ -473,8 +470,8 @@ def _packed(call: dict) -> tuple[list, list]:
             if value not in choices:
                 raise ValueError(f'{name} is "{value}"; it takes one of {", ".join(choices)}')
             value = choices.index(value)
-        options.append(None if row_tensor else fixed(value))
-    return rows, options + [fixed(weight) for weight in call.get("teacher_weights") or ()]
+        options.append(None if row_tensor else value)
+    return rows, options + list(call.get("teacher_weights") or ())
 
 
 def _result(outputs: list[Tensor], divisor: Tensor | None):
@@ -502,7 +499,8 @@ def _loss(call: dict, teachers: list, loss_of) -> Tensor | tuple[Tensor, RowStat
         }
     if is_compiling():
         op = torch.ops.kdkernels.distillation_loss
-        outputs = op(call["student_logits"], teachers, *_packed(call), _wishes(call), group)
+        logits = for_floats(call["student_logits"], call.values())
+        outputs = op(logits, teachers, *_packed(call), _wishes(call), group)
     else:
         outputs = _C.distillation_loss(call, teachers, group)
         if outputs is None:
@@ -957,7 +955,8 @@ def linear_distillation_loss(
         biases = [student_bias, teacher_weight, teacher_bias]
         op = torch.ops.kdkernels.linear_distillation_loss
         packed = (*_packed(call), _wishes(call), group)
-        outputs = op(student_hidden, student_weight, biases, teachers, *packed)
+        hidden = for_floats(student_hidden, call.values())
+        outputs = op(hidden, student_weight, biases, teachers, *packed)
     else:
         outputs = _C.linear_distillation_loss(call, "teacher_" + form, teachers, group)
         if outputs is None:

@@ -1,6 +1,6 @@
-"""Arguments that C++ cannot even take, named in Python, and floats that a tracer lets change."""
+"""Arguments that C++ cannot even take, named in Python, and floats that change while traced."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -55,28 +55,25 @@ def check(name: str, value, kind: str):
         raise TypeError(f"{name} is a {type(value).__name__}; it takes {kind}")
 
 
-def changes(value) -> bool:
-    """Whether a float that torch.compile is tracing may differ from call to call.
+@torch.compiler.allow_in_graph
+def _uncached(x: Tensor) -> Tensor:
+    """The tensor; a graph with a function of no known name is not looked up in PyTorch's cache."""
+    return x
 
-    Inductor of PyTorch 2.14 keeps the first number of one that takes part in arithmetic, too, if
-    an op takes it as a float; in a tensor it is right.
+
+def for_floats(x: Tensor, values: Iterable) -> Tensor:
+    """The tensor, for a graph of torch.compile in which its op also takes ``values``.
+
+    PyTorch 2.14 makes a graph anew for each number of a float that may change, and then takes an
+    older one, of another number, from its cache.
     """
     from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
 
-    return isinstance(value, float) and not has_static_value(value)
-
-
-def fixed(value):
-    """The value; of a float that may change, torch.compile makes a graph for each number."""
-    if changes(value):
-        {value: None}  # a key must be a constant
-    return value
-
-
-def in_tensor(values: Sequence[float], device: torch.device) -> Tensor:
-    """fp64 ``[len(values)]``, also of floats that may change."""
-    made = [torch.scalar_tensor(v, dtype=torch.float64, device=device) for v in values]
-    return torch.stack(made)
+    for value in values:
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, float) and not has_static_value(number):
+                return _uncached(x)
+    return x
 
 
 def explain(error: TypeError, **arguments: tuple[object, str]) -> Exception:

@@ -54,11 +54,10 @@ from kdkernels.errors import (
     OPTIONAL_TENSOR,
     STRING,
     TENSOR,
-    changes,
     check,
     explain,
     fits,
-    in_tensor,
+    for_floats,
 )
 
 DISTRIBUTIONS = ("normal", "uniform", "rademacher", "truncated_normal", "laplace")
@@ -97,6 +96,12 @@ def _call(name: str, *values):
     if torch.compiler.is_compiling():
         by_position, by_keyword = _ARGUMENTS[name]
         count = len(by_position)
+        first = values[0]
+        if isinstance(first, list):
+            first = [for_floats(tensor, values[1:]) for tensor in first]
+        else:
+            first = for_floats(first, values[1:])
+        values = (first, *values[1:])
         keywords = dict(zip(by_keyword, values[count:], strict=True))
         return getattr(_OPS, name)(*values[:count], **keywords)
     try:
@@ -207,15 +212,6 @@ def _stds(std) -> tuple:
         if value < 0:
             raise ValueError(f"std is {value}; it takes a finite number, 0 or more")
     return stds, None
-
-
-def _one_std(std, x: Tensor) -> tuple:
-    """(std, std_tensor), as ops on one tensor take them."""
-    if isinstance(std, Tensor):
-        return 0.0, std
-    if torch.compiler.is_compiling() and changes(std):
-        return 0.0, in_tensor([std], x.device)[0]
-    return std, None
 
 
 # ---- shards --------------------------------------------------------------------------------------
@@ -433,8 +429,6 @@ def _add(tensors, stds, std_tensor, seed, step, stream, offset, distribution, mu
     """add_noise_ with whatever sign of std."""
     seed, step, seed_tensor, step_tensor = _seed_and_step(seed, step)
     local, streams, offsets, runs = _places(tensors, stream, offset)
-    if torch.compiler.is_compiling() and local and any(changes(s) for s in stds):
-        stds, std_tensor = [0.0], in_tensor(stds, local[0].device)
     _call(
         "add_noise_",
         local,
@@ -483,7 +477,9 @@ def input_noise(
         >>> std.grad.shape
         torch.Size([3, 1, 1])
     """
-    std, std_tensor = _one_std(std, x)
+    std_tensor = None
+    if isinstance(std, Tensor):
+        std_tensor, std = std, 0.0
     if _batch is not None:
         offset += _first_of(x)
     noise = _noise(seed, step, stream, offset, distribution)
@@ -514,7 +510,9 @@ def gradient_noise(
     if _batch is not None:
         offset += _first_of(x)
         std = std if multiplicative else std * _batch[2]
-    std, std_tensor = _one_std(std, x)
+    std_tensor = None
+    if isinstance(std, Tensor):
+        std_tensor, std = std, 0.0
     noise = _noise(seed, step, stream, offset, distribution)
     return _call("gradient_noise", x, std_tensor, std, *noise, multiplicative)
 
@@ -990,6 +988,7 @@ def noisy_linear_regression(
         kind = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
         raise TypeError(f"seed is {kind}; it takes an int or an int64 tensor")
     named = {"theta": theta, "lr": lr, "lam": lam, "sigma": sigma}
+    floats = tuple(named.values())
     for name, value in named.items():
         if not isinstance(value, Tensor) and not fits(value, NUMBER):
             raise TypeError(f"{name} is a {type(value).__name__}; it takes {NUMBER} or a tensor")
@@ -1006,7 +1005,9 @@ def noisy_linear_regression(
         sizes = {name: list(v.shape) for name, v in zip([*named, "seed"], numbers, strict=True)}
         raise ValueError(f"theta, lr, lam, sigma and seed differ in replicas: {sizes}") from None
     theta, lr, lam, sigma, seed = (v.detach().expand(shape).reshape(-1) for v in numbers)
-    call = _OPS if torch.compiler.is_compiling() else _C
+    call: Any = _C
+    if torch.compiler.is_compiling():
+        call, x = _OPS, for_floats(x, floats)
     out = call.noisy_linear_regression(
         _samples("x", x),
         _samples("y", y),
