@@ -94,7 +94,7 @@ def check_torch_version(version):
 
 
 def choose_compilers(folder=ROOT / "build" / "compilers"):
-    """Make CC and CXX name a program each: of several words, as `ccache g++`, a script that runs it.
+    """Make CC and CXX name one program each: of several words, as `ccache g++`, a script of them.
 
     torch takes CXX for one program, and what follows CC's first word for flags.
     """

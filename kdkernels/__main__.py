@@ -81,7 +81,11 @@ _STD = _number(float, 0, 1e6)
 # Defaults are those of distillation.Settings, soft_regularization.Settings and soft_regression.run,
 # repeated in words here so that --help needs no heavy import; a test holds them together.
 _OPTIONS = {
-    "out": {"type": _path, "metavar": "DIR", "help": "folder for the run, absent or empty (default: runs/<time>)"},
+    "out": {
+        "type": _path,
+        "metavar": "DIR",
+        "help": "folder for the run, absent or empty (default: runs/<time>)",
+    },
     "resume": {
         "type": _path,
         "metavar": "RUN_DIR",
@@ -384,7 +388,11 @@ _OF_BENCH = {
         "help": "what people use most, in a minute; all of it is `make bench` in the source folder",
     },
     "threads": {"type": _COUNT, "help": "CPU threads (default: torch's choice)"},
-    "json": {"type": _path, "metavar": "FILE", "help": "write everything that was measured to FILE"},
+    "json": {
+        "type": _path,
+        "metavar": "FILE",
+        "help": "write everything that was measured to FILE",
+    },
 }
 _OF_TUNE = {
     "search": {
@@ -558,7 +566,9 @@ def _parser() -> argparse.ArgumentParser:
             argument_default=argparse.SUPPRESS, allow_abbrev=False,
         )  # fmt: skip
         if name == "export":
-            command.add_argument("run_dir", type=_path, metavar="RUN_DIR", help="folder of a run of distill")
+            command.add_argument(
+                "run_dir", type=_path, metavar="RUN_DIR", help="folder of a run of distill"
+            )
         for option in options:
             extra = own.get(option) or _OPTIONS[option]
             flag = option if "nargs" in extra else "--" + option.replace("_", "-")

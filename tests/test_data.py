@@ -315,7 +315,8 @@ def test_a_cache_is_of_one_folder_and_its_contents(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "parts", [("Train", "Test"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Validation")]
+    "parts",
+    [("Train", "Test"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Validation")],
 )
 def test_parts_by_other_usual_names(tmp_path, parts):
     for part in parts:

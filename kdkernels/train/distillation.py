@@ -40,7 +40,7 @@ from kdkernels.train.loop import (
     reproducible,
 )
 from kdkernels.train.predictions import Predictions, differences, model_hash, write
-from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.run_folder import RunFolder, state_of
 
 __all__ = [
     "ARMS", "CONTROL", "NOISY", "NOISE_STD", "Arm", "Distilled", "Settings", "apart", "distill",
@@ -417,9 +417,7 @@ def _check_images(train: Images, test: Images) -> None:
             )
 
 
-def _tried(
-    who: str, model: nn.Module, images: Images, noise: Noise | None = None
-) -> nn.Module:
+def _tried(who: str, model: nn.Module, images: Images, noise: Noise | None = None) -> nn.Module:
     """The model, after a trial on two images, in evaluation and with ``noise`` also in training.
 
     It leaves the model as it was, but for parameters that it makes in its first forward pass.
@@ -456,6 +454,7 @@ def _tried(
             if not trained:
                 raise TrainError(f"the {who} has no parameter that requires grad: none can learn")
             trial = copy.deepcopy(model).train()
+            state_of(trial)  # which its checkpoints will hold
             parameters = list(trial.parameters())
             cuda = [device] if device.type == "cuda" else []
             with torch.random.fork_rng(cuda), torch.enable_grad():

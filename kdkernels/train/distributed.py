@@ -293,12 +293,12 @@ class _WholeBatch(TorchFunctionMode):
             x = args[0]
             drawn = function(self._among_all(x), *args[1:], **kwargs)
             return x.copy_(drawn[self._place(x)])
-        if function in _DRAWING_OF_SIZE and args:
-            first, *rest = args if isinstance(args[0], int) else args[0]
-            x = torch.empty(first, 0)
-            if self._samples(x):
-                whole = (first // self.own * self.count, *rest)
-                return function(whole, **kwargs)[self._place(x)]
+        if function in _DRAWING_OF_SIZE:
+            kept = dict(kwargs)
+            size = kept.pop("size", args[0] if args and not isinstance(args[0], int) else args)
+            if len(size) > 0 and self._samples(torch.empty(size[0], 0)):
+                whole = (size[0] // self.own * self.count, *size[1:])
+                return function(whole, **kept)[self._place(torch.empty(size[0], 0))]
         self._refuse(function, args, kwargs)
         return function(*args, **kwargs)
 

@@ -121,8 +121,8 @@ def _finished(folder: RunFolder, arm: str) -> _Finished:
     asked = folder.config["distill"]
     if folder.config.get("command") == "distill()":
         raise TrainError(
-            f"the models and images of {folder.path} were given in Python: export its student there, "
-            "with torch.onnx.export(found.student, ...)"
+            f"the models and images of {folder.path} were given in Python: export its student "
+            "there, with torch.onnx.export(found.student, ...)"
         )
     settings = distillation.Settings(**asked | {"arms": tuple(asked["arms"])})
     found = folder.load(arm)

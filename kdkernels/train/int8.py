@@ -109,7 +109,7 @@ def _unshared(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
                 graph.register_parameter(name, nn.Parameter(value))
                 copies[node] = graph.graph.get_attr(name)
                 copies[node].meta = dict(node.meta)
-            own = graph.graph.node_copy(conv, lambda node: copies.get(node, node))
+            own = graph.graph.node_copy(conv, lambda node, copies=copies: copies.get(node, node))
         norm.replace_input_with(conv, own)
     graph.graph.eliminate_dead_code()
     graph.recompile()
