@@ -417,10 +417,13 @@ def _check_images(train: Images, test: Images) -> None:
             )
 
 
-def _tried(who: str, model: nn.Module, images: Images, noise: Noise | None = None) -> nn.Module:
-    """The model, after a trial on two images, in evaluation and with ``noise`` also in training.
+def _tried(who: str, model: nn.Module, images: Images, noise: Noise | None = None) -> bool:
+    """Try a model on two images, in evaluation and with ``noise`` also in training.
 
-    It leaves the model as it was, but for parameters that it makes in its first forward pass.
+    It stays as it is, but for parameters that it makes in its first forward pass.
+
+    Returns:
+        Whether the loss in training leaves parameters out.
 
     Raises:
         TrainError: it does not take the images, gives no logits, or cannot be trained.
@@ -443,7 +446,7 @@ def _tried(who: str, model: nn.Module, images: Images, noise: Noise | None = Non
             f"logits of shape {wanted}, and nothing else"
         )
 
-    mode = model.training
+    mode, skips = model.training, False
     try:
         model.eval()
         with torch.no_grad():
@@ -460,6 +463,7 @@ def _tried(who: str, model: nn.Module, images: Images, noise: Noise | None = Non
             with torch.random.fork_rng(cuda), torch.enable_grad():
                 loss = noise.on_loss(lambda: F.cross_entropy(logits(trial), labels), parameters, 0)
                 loss.backward()
+            skips = any(p.grad is None for p in parameters if p.requires_grad)
     except TrainError:
         raise
     except Exception as error:  # a model may raise anything
@@ -474,7 +478,7 @@ def _tried(who: str, model: nn.Module, images: Images, noise: Noise | None = Non
         ) from None
     finally:
         model.train(mode)
-    return model
+    return skips
 
 
 class _Run:
@@ -484,7 +488,7 @@ class _Run:
         self.settings, self.folder, self.device = settings, folder, device
         self.interrupt, self.on_step, self.say = interrupt, on_step, say
         self.ranks = distributed.current()
-        self.stays_unasked = False
+        self.stays_unasked, self.skips = False, {"teacher": False, "student": False}
         self.whole, train, test = images_of(settings, images)
         _check_images(train, test)
         self.inputs: dict[str, dict] = {
@@ -541,7 +545,7 @@ class _Run:
             self.settings.lr, seed, tuned=tuned,
             weight_decay=self.settings.weight_decay,
             checkpoint_every=self.settings.checkpoint_every, parallel=self.settings.parallel,
-            **more,
+            skips=self.skips["teacher" if name == "teacher" else "student"], **more,
         )  # fmt: skip
 
     def epochs(self, learner: Learner, limit: int) -> Iterator[None]:
@@ -584,12 +588,14 @@ class _Run:
         return target is not None and learner.measures.get("accuracy", -1.0) >= target
 
     def tried(self, who: str, model: nn.Module, trains: bool) -> nn.Module:
-        """A model on the device, after a trial: see :func:`_tried`."""
+        """A model on the device, after its trial: see :func:`_tried`."""
         noise = None
         if trains:
             regularized = who == "student" and self.settings.noise == "regularizer"
             noise = Noise("regularizer", self.settings.noise_std or 0.0) if regularized else Noise()
-        return _tried(who, model.to(self.device), self.train, noise)
+        model = model.to(self.device)
+        self.skips[who] = _tried(who, model, self.train, noise)
+        return model
 
     def expert(self, model: nn.Module | None) -> nn.Module | None:
         """The teacher, trained and ready; None where its predictions are given and it is not."""
@@ -692,7 +698,8 @@ class _Run:
         torch.manual_seed(seed)
         settings = self.settings
         model, _ = models.build(settings.student, self.train.classes, settings.image_size)
-        return _tried("student", model.to(self.device), self.train)
+        _tried("student", model.to(self.device), self.train)
+        return model
 
     def generations(self, arm_name: str, arm: Arm, expert, student, trained) -> Iterator[None]:
         """One arm's students, an epoch at a time; from the second on taught by the one before."""

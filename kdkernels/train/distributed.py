@@ -16,7 +16,6 @@ import dataclasses
 import datetime
 import functools
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -157,7 +156,9 @@ def was_cut(error: Exception) -> bool:
 # ---- engines -------------------------------------------------------------------------------------
 
 
-def engine(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
+def engine(
+    model: nn.Module, parallel: str, device: torch.device, skips: bool = False
+) -> nn.Module:
     """What to train instead of ``model`` on several ranks; alone, the model itself.
 
     Args:
@@ -165,6 +166,7 @@ def engine(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
         parallel: ``"ddp"``: a wrapper around the model. ``"fsdp2"``: a sharded copy, block by
             block where the model has a list of them; :func:`whole` gives its tensors back.
         device: the model's.
+        skips: whether the loss leaves parameters out, for which DDP then looks in each step.
     """
     if current().world == 1:
         return model
@@ -172,9 +174,13 @@ def engine(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
     if device.type == "cuda":  # on the CPU _WholeBatch does its work
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if parallel == "ddp":
-        # A model may leave parameters out, in some steps only; that none was is no news.
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
-        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=skips)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0:
+            raise TrainError(
+                f"--parallel fsdp2 requires parameters of at least one dimension, and {name} has "
+                "none: use --parallel ddp"
+            )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

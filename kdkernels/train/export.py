@@ -14,6 +14,7 @@ config.json, metrics.jsonl and checkpoints of the training with quantisation.
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import math
@@ -261,7 +262,8 @@ def _input(images: data.Images) -> dict:
 def _exported(model: nn.Module):
     """Says in one sentence what PyTorch's exporters, called inside, say in many lines."""
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
     except TrainError:
         raise
     except Exception as error:  # they raise their own kinds, which name their cause

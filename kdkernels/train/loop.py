@@ -294,6 +294,7 @@ class Learner:
         parallel: one of ``distributed.PARALLEL``, how several ranks train; they are those of
             :func:`kdkernels.train.distributed.current`. ``model`` stays whole on each rank, with
             the weights of the last checkpoint or epoch's end.
+        skips: as :func:`kdkernels.train.distributed.engine` has it.
         epoch, step: whole epochs and steps done.
         within: steps done in the unfinished epoch.
         seconds: by phase in the unfinished epoch.
@@ -316,6 +317,7 @@ class Learner:
     weight_decay: float = 0.0
     checkpoint_every: int | None = None
     parallel: str = "ddp"
+    skips: bool = False
     epoch: int = 0
     step: int = 0
     within: int = 0
@@ -336,7 +338,7 @@ class Learner:
                 "the noise regularizer differentiates gradients, which FSDP2 does not: use "
                 "--parallel ddp"
             )
-        self.engine = distributed.engine(self.model, self.parallel, self.device)
+        self.engine = distributed.engine(self.model, self.parallel, self.device, self.skips)
         self.parameters = list(self.engine.parameters())
         # None, not False: the other arms run what plain torch.optim.Adam(lr=lr) would choose.
         options = {"lr": self.lr, "fused": self.tuned or None}
@@ -488,7 +490,7 @@ class Learner:
             def objective(inputs=inputs, taught=taught, labels=labels, index=index, weight=weight):
                 nonlocal outputs
                 with ranks.batch(len(index)):
-                    outputs = self.engine(inputs)
+                    outputs = self._outputs(inputs)
                 clock.lap("student forward")
                 loss = self.loss(outputs, taught, labels)
                 return loss if weight == 1 else loss * weight
@@ -568,6 +570,17 @@ class Learner:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.save(folder)
         return spent
+
+    def _outputs(self, inputs):
+        try:
+            return self.engine(inputs)
+        except RuntimeError as error:
+            if "Expected to have finished reduction" not in str(error):
+                raise
+            raise TrainError(
+                f"{self.name} leaves parameters without a gradient in some steps only, which DDP "
+                "does not take: use one process"
+            ) from None
 
     def _begin(self, batches: list[torch.Tensor]) -> None:
         """Ready for the epoch of these batches, or for what is left of it."""
