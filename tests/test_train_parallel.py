@@ -75,6 +75,8 @@ class Draws(nn.Module):
         self.double()
 
     def forward(self, x):
+        if not self.training:
+            return self.head(self.conv(x).relu().flatten(1))
         x = self.conv(self.noise(x) + 0.1 * torch.randn_like(x)).relu()
         x = self.learnable(x * (1 + 0.1 * torch.rand(len(x), 1, 1, 1, dtype=x.dtype)))
         x = self.gradient(x).flatten(1)
