@@ -803,6 +803,7 @@ def _predict_teacher(**given) -> int:
                 "classes; distill trains one and leaves checkpoints/teacher.safetensors"
             )
         model = model.to(device).to(memory_format=torch.channels_last)
+        distillation.try_on("teacher", model, train)
         return train, predictions.write(
             out, model, train, batch_size=batch_size, memory_format=torch.channels_last,
             on_step=on_step, **kept,

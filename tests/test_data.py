@@ -752,6 +752,23 @@ def test_predict_teacher(tmp_path, capsys):
     assert "--out" in capsys.readouterr().err
 
 
+def pair(num_classes):
+    """A teacher that gives no logits."""
+    model = teacher(num_classes, size=16)
+    model.append(nn.Unflatten(1, (num_classes, 1)))
+    return model
+
+
+def test_predict_teacher_of_what_gives_no_logits(tmp_path, capsys):
+    torch.save(pair(10).state_dict(), tmp_path / "teacher.pth")
+    call = ["predict-teacher", "--teacher=test_data:pair", "--image-size=16", "--threads=1",
+            f"--teacher-weights={tmp_path / 'teacher.pth'}", f"--out={tmp_path / 'kept'}"]  # fmt: skip
+    assert command.main(call) == 2
+    err = capsys.readouterr().err
+    assert "must give logits of shape [2, 10]" in err and err.count("\n") == 1
+    assert not (tmp_path / "kept").exists()
+
+
 def test_predict_teacher_of_a_folder(tmp_path):
     root = fill(tmp_path / "photos", ("cat", "dog", "emu"), 5)
     model, _ = models.build("resnet18", 3, 16)

@@ -603,7 +603,7 @@ def changing_floats():
         "label_smoothing": lambda s: distillation_loss(z * s, t, y, label_smoothing=s / 8),
         "teacher_weights": lambda s: distillation_loss(z * s, [t, z], teacher_weights=[s, 9 - s]),
         "linear": lambda s: kdkernels.linear_distillation_loss(
-            z * s, t, teacher_hidden=z, teacher_weight=t + 1, alpha=1 / s
+            z * s, t, teacher_hidden=z, teacher_weight=t + 1, temperature=s + 1
         ),
         "std": lambda s: input_noise(z * s, s / 2, seed=0),
         "stds": added,

@@ -583,10 +583,13 @@ def _listed(path: Path, names: list[str], allow_empty: bool) -> tuple[list[str],
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
+    def unreadable(error: OSError):
+        raise TrainError(f"{error.filename} cannot be read: {error.strerror}")
+
     found, seen = [], {}
     for label, name in enumerate(names):
         files = []
-        for place, inside, here in os.walk(path / name, followlinks=True):
+        for place, inside, here in os.walk(path / name, onerror=unreadable, followlinks=True):
             real = os.path.realpath(place)
             if real in seen:
                 raise TrainError(

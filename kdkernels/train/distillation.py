@@ -44,7 +44,7 @@ from kdkernels.train.run_folder import RunFolder, state_of
 
 __all__ = [
     "ARMS", "CONTROL", "NOISY", "NOISE_STD", "Arm", "Distilled", "Settings", "apart", "distill",
-    "images_of", "plain_loss", "run",
+    "images_of", "plain_loss", "run", "try_on",
 ]  # fmt: skip
 
 
@@ -417,7 +417,7 @@ def _check_images(train: Images, test: Images) -> None:
             )
 
 
-def _tried(who: str, model: nn.Module, images: Images, noise: Noise | None = None) -> bool:
+def try_on(who: str, model: nn.Module, images: Images, noise: Noise | None = None) -> bool:
     """Try a model on two images, in evaluation and with ``noise`` also in training.
 
     It stays as it is, but for parameters that it makes in its first forward pass.
@@ -498,6 +498,8 @@ class _Run:
             }
             for name, part in (("training", train), ("test", test))
         }  # fmt: skip
+        # The pixels are hashed once.
+        self.whole = dataclasses.replace(self.whole, _pixels_sha256=train._pixels_sha256)
         self.train, self.test = train.to(device), test.to(device)
 
     def begin(self, teacher: nn.Module | None) -> None:
@@ -588,13 +590,13 @@ class _Run:
         return target is not None and learner.measures.get("accuracy", -1.0) >= target
 
     def tried(self, who: str, model: nn.Module, trains: bool) -> nn.Module:
-        """A model on the device, after its trial: see :func:`_tried`."""
+        """A model on the device, after its trial: see :func:`try_on`."""
         noise = None
         if trains:
             regularized = who == "student" and self.settings.noise == "regularizer"
             noise = Noise("regularizer", self.settings.noise_std or 0.0) if regularized else Noise()
         model = model.to(self.device)
-        self.skips[who] = _tried(who, model, self.train, noise)
+        self.skips[who] = try_on(who, model, self.train, noise)
         return model
 
     def expert(self, model: nn.Module | None) -> nn.Module | None:
@@ -698,7 +700,7 @@ class _Run:
         torch.manual_seed(seed)
         settings = self.settings
         model, _ = models.build(settings.student, self.train.classes, settings.image_size)
-        _tried("student", model.to(self.device), self.train)
+        try_on("student", model.to(self.device), self.train)
         return model
 
     def generations(self, arm_name: str, arm: Arm, expert, student, trained) -> Iterator[None]:

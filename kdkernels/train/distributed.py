@@ -156,9 +156,7 @@ def was_cut(error: Exception) -> bool:
 # ---- engines -------------------------------------------------------------------------------------
 
 
-def engine(
-    model: nn.Module, parallel: str, device: torch.device, skips: bool = False
-) -> nn.Module:
+def engine(model: nn.Module, parallel: str, device: torch.device, skips: bool = False) -> nn.Module:
     """What to train instead of ``model`` on several ranks; alone, the model itself.
 
     Args:
