@@ -345,6 +345,9 @@ def test_parts_that_are_none(tmp_path):
     for name in ("cat", "dog"):
         fill(turned / name, ("train", "test"))
     refused("cat has the folder test.*as in test/cat", turned)
+    few = fill(tmp_path / "few" / "train").parent
+    fill(few / "test", ("dog",))
+    assert data.folder(few, size=16)[1].labels.tolist() == [1] * 5
     # A class may be called train.
     train, _ = data.folder(fill(tmp_path / "traffic", ("bus", "train")), size=16)
     assert train.names == ("bus", "train")

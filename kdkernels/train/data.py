@@ -584,7 +584,8 @@ def _listed(path: Path, names: list[str], allow_empty: bool) -> tuple[list[str],
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     def unreadable(error: OSError):
-        raise TrainError(f"{error.filename} cannot be read: {error.strerror}")
+        if not isinstance(error, FileNotFoundError):  # a class that is not there has no images
+            raise TrainError(f"{error.filename} cannot be read: {error.strerror}")
 
     found, seen = [], {}
     for label, name in enumerate(names):
