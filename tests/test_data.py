@@ -765,7 +765,8 @@ def pair(num_classes):
 def test_predict_teacher_of_what_gives_no_logits(tmp_path, capsys):
     torch.save(pair(10).state_dict(), tmp_path / "teacher.pth")
     call = ["predict-teacher", "--teacher=test_data:pair", "--image-size=16", "--threads=1",
-            f"--teacher-weights={tmp_path / 'teacher.pth'}", f"--out={tmp_path / 'kept'}"]  # fmt: skip
+            f"--teacher-weights={tmp_path / 'teacher.pth'}",
+            f"--out={tmp_path / 'kept'}"]  # fmt: skip
     assert command.main(call) == 2
     err = capsys.readouterr().err
     assert "must give logits of shape [2, 10]" in err and err.count("\n") == 1
