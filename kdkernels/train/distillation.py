@@ -228,7 +228,7 @@ class Settings:
                 raise TrainError(f"{name} is {value!r}; it must be one of {_words(_NAMES[name])}")
         if self.arms is not None:
             known = isinstance(self.arms, tuple | list) and set(self.arms) <= ARMS.keys()
-            if not known or not self.arms or len(set(self.arms)) < len(self.arms):
+            if not known or len(set(self.arms)) < len(self.arms):
                 raise TrainError(
                     f"arms is {self.arms!r}; it must be a tuple of different names from "
                     f"{_words(ARMS)}"
@@ -848,6 +848,8 @@ def distill(
         augment=train.preprocessing()["augment"], views=train.views,
         teacher=type(teacher).__name__, student=type(student).__name__, **settings,
     )  # fmt: skip
+    if not wanted.arms:
+        raise TrainError(f"arms is {wanted.arms}; it must name one or more of {_words(ARMS)}")
     try:  # before the teacher, which may share modules with it, is moved
         student = copy.deepcopy(student)
     except Exception as error:  # a module may raise anything
