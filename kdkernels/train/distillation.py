@@ -222,6 +222,8 @@ class Settings:
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
+            if name == "epochs" and value == 0 and type(value) is int:
+                continue  # a search's run, which only trains its teacher
             if name in _NUMBERS:
                 object.__setattr__(self, name, _number(name, value))
             elif value not in _NAMES[name]:
@@ -849,7 +851,8 @@ def distill(
         teacher=type(teacher).__name__, student=type(student).__name__, **settings,
     )  # fmt: skip
     if not wanted.arms:
-        raise TrainError(f"arms is {wanted.arms}; it must name one or more of {_words(ARMS)}")
+        raise TrainError(f"arms is {wanted.arms}; it must be one or more of {_words(ARMS)}")
+    _number("epochs", wanted.epochs)
     try:  # before the teacher, which may share modules with it, is moved
         student = copy.deepcopy(student)
     except Exception as error:  # a module may raise anything
