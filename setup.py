@@ -93,11 +93,41 @@ def check_torch_version(version):
         )
 
 
+def choose_compilers(folder=ROOT / "build" / "compilers"):
+    """Make CC and CXX name one program each: of several words, as `ccache g++`, a script of them.
+
+    torch takes CXX for one program, and what follows CC's first word for flags.
+    """
+    for name in ("CC", "CXX"):
+        try:
+            words = shlex.split(os.environ.get(name, ""))
+        except ValueError as error:
+            stop(f"{name} is '{os.environ[name]}', which is no command: {error}.")
+        if not words:
+            os.environ.pop(name, None)  # an empty one is as good as none
+        elif len(words) > 1:
+            if not runs(*words, "--version"):
+                stop(f"{name} is '{os.environ[name]}', which does not run: set it to a compiler.")
+            script = Path(folder, name.lower())
+            script.parent.mkdir(parents=True, exist_ok=True)
+            script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+            script.chmod(0o755)
+            os.environ[name] = str(script)
+
+
+def runs(*command):
+    """Whether a command ends well."""
+    try:
+        return subprocess.run(command, capture_output=True, timeout=600).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
 def check_tools():
     """Stop if the compiler, Python's headers or setuptools' wheel command is missing."""
     import setuptools
 
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         stop(
             f"there is no C++ compiler `{compiler}`: run `apt-get install g++`, or set CXX to one."
@@ -373,6 +403,7 @@ def main():
     from setuptools import find_packages, setup
 
     torch = import_torch()
+    choose_compilers()
     check_tools()
     setting = os.environ.get("KDKERNELS_CUDA") or "auto"
     toolkit, reason = choose_toolkit(setting, torch.version.cuda, nvcc_candidates())

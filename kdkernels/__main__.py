@@ -5,8 +5,10 @@ weights that are not there; 130 interrupted. Whatever goes wrong is said in one 
 """
 
 import argparse
+import codecs
 import dataclasses
 import json
+import os
 import sys
 from typing import Any
 
@@ -55,6 +57,16 @@ def _list_of(names):
     return parse
 
 
+def _path(text):
+    """An argparse type: a path, whose tilde a shell leaves in ``--out=~/run``."""
+    return os.path.expanduser(text)
+
+
+def _source(text):
+    """An argparse type: a path that a run reads, also when it is resumed elsewhere."""
+    return text if text in ("none", "DEFAULT") else os.path.abspath(_path(text))
+
+
 # The ops do without these; pyproject's extra "train" names the distributions they come in.
 _TRAIN_PACKAGES = (
     "torchvision", "sklearn", "matplotlib", "safetensors", "rich", "jinja2",
@@ -69,11 +81,18 @@ _STD = _number(float, 0, 1e6)
 # Defaults are those of distillation.Settings, soft_regularization.Settings and soft_regression.run,
 # repeated in words here so that --help needs no heavy import; a test holds them together.
 _OPTIONS = {
-    "out": {"metavar": "DIR", "help": "folder for the run, absent or empty (default: runs/<time>)"},
+    "out": {
+        "type": _path,
+        "metavar": "DIR",
+        "help": "folder for the run, absent or empty (default: runs/<time>)",
+    },
     "resume": {
+        "type": _path,
         "metavar": "RUN_DIR",
         "help": "continue the run in this folder from its last checkpoint, with its own settings; "
-        "of the other options only --epochs may be given, to train on",
+        "of the other options only --epochs may be given, to train on, and --data-dir and "
+        "--teacher-predictions where the same files lie elsewhere; its own models are imported "
+        "from the folder where it was started",
     },
     "seed": {
         "type": _number(int, 0, 2**62),
@@ -90,6 +109,7 @@ _OPTIONS = {
         "test/CLASS/*.jpg (default: digits)",
     },
     "data_dir": {
+        "type": _source,
         "metavar": "DIR",
         "help": "folder that holds the images, or gets them by download (default: data)",
     },
@@ -119,6 +139,7 @@ _OPTIONS = {
     },
     "student": {"metavar": "NAME", "help": "the same (default: mobilenet_v2)"},
     "teacher_predictions": {
+        "type": _source,
         "metavar": "DIR",
         "help": "what predict-teacher wrote; no teacher is then asked (default: the run's own)",
     },
@@ -154,6 +175,7 @@ _OPTIONS = {
         "help": "write a checkpoint within an epoch too (default: at an epoch's end)",
     },
     "config": {
+        "type": _path,
         "metavar": "FILE",
         "help": "a JSON object of these options, such as tune's best.json; those given here win",
     },
@@ -186,6 +208,7 @@ _OPTIONS = {
         "help": "an arm stops at this test accuracy, 0..1 (default: never early)",
     },
     "teacher_weights": {
+        "type": _source,
         "metavar": "DEFAULT|PATH|none",
         "help": "the teacher's first weights: DEFAULT is torchvision's ImageNet ones, PATH a "
         ".safetensors or .pth file, none random (default: none)",
@@ -237,6 +260,7 @@ _OF_SOFT = {
         "under four kinds of noise (default: linear)",
     },
     "resume": {
+        "type": _path,
         "metavar": "RUN_DIR",
         "help": "continue the run of mlp or resnet18 in this folder, with its own settings; of the "
         "other options only --seeds may be given, for more of them",
@@ -272,6 +296,7 @@ _OF_SOFT = {
 }
 _OF_PREDICT = {
     "teacher_weights": {
+        "type": _source,
         "metavar": "FILE",
         "required": True,
         "help": "a .safetensors or .pth file, such as a run's checkpoints/teacher.safetensors",
@@ -292,6 +317,7 @@ _OF_PREDICT = {
     },
     "train_samples": {"type": _COUNT, "help": "ask about the first N only (default: all)"},
     "out": {
+        "type": _path,
         "metavar": "DIR",
         "required": True,
         "help": "folder for the predictions; the same command continues what it left there",
@@ -299,6 +325,7 @@ _OF_PREDICT = {
 }
 _OF_LM = {
     "text": {
+        "type": _source,
         "metavar": "FILE|DIR",
         "help": "text to learn from, in UTF-8: a file, or all files of a folder (default: the "
         "sources of Python's standard library)",
@@ -323,6 +350,7 @@ _OF_LM = {
         "one)",
     },
     "teacher_weights": {
+        "type": _source,
         "metavar": "FILE|none",
         "help": "the teacher's first weights: checkpoints/teacher.safetensors of a run with these "
         "sizes and this text, none random (default: none)",
@@ -360,7 +388,11 @@ _OF_BENCH = {
         "help": "what people use most, in a minute; all of it is `make bench` in the source folder",
     },
     "threads": {"type": _COUNT, "help": "CPU threads (default: torch's choice)"},
-    "json": {"metavar": "FILE", "help": "write everything that was measured to FILE"},
+    "json": {
+        "type": _path,
+        "metavar": "FILE",
+        "help": "write everything that was measured to FILE",
+    },
 }
 _OF_TUNE = {
     "search": {
@@ -401,6 +433,7 @@ _OF_TUNE = {
         "help": "noise on the student of each trial (default: none)",
     },
     "resume": {
+        "type": _path,
         "metavar": "RUN_DIR",
         "help": "go on with the search in this folder; of the other options --trials, --confirm, "
         "--workers and --threads may be given",
@@ -429,12 +462,13 @@ _OF_EXPORT = {
 }
 _OF_COMPARE = {
     "runs": {
+        "type": _path,
         "nargs": "+",
         "metavar": "RUN_DIR",
         "help": "folders of finished runs of distill or reproduce; those that differ only in their "
         "seed are averaged",
     },
-    "out": {"metavar": "FILE", "help": "the page (default: compare.html)"},
+    "out": {"type": _path, "metavar": "FILE", "help": "the page (default: compare.html)"},
 }
 # soft-reg's options by the models that take them, in the order of --help.
 _COMMON = ("lr", "seed", "threads", "out")
@@ -532,7 +566,9 @@ def _parser() -> argparse.ArgumentParser:
             argument_default=argparse.SUPPRESS, allow_abbrev=False,
         )  # fmt: skip
         if name == "export":
-            command.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run of distill")
+            command.add_argument(
+                "run_dir", type=_path, metavar="RUN_DIR", help="folder of a run of distill"
+            )
         for option in options:
             extra = own.get(option) or _OPTIONS[option]
             flag = option if "nargs" in extra else "--" + option.replace("_", "-")
@@ -597,24 +633,39 @@ def _resumed(command: str, given: dict):
     from kdkernels.train.run_folder import RunFolder
 
     folder = RunFolder.open(given.pop("resume"))
-    distributed.current().first(folder.hold)
     part, more, of = "distill", "epochs", "distill or reproduce"
     if command == "soft-reg":
         part, more, of = "soft_regularization", "seeds", "soft-reg --model mlp or resnet18"
     elif command == "distill-lm":
         part, of = "language_model", "distill-lm"
-    value = given.pop(more, None)
-    if given:
-        name = next(iter(given)).replace("_", "-")
-        raise TrainError(
-            f"with --resume, --{name} is the earlier run's; only --{more} may be given"
-        )
-    if part not in folder.config:
+    settings = folder.config.get(part)
+    if not isinstance(settings, dict):
         raise TrainError(f"{folder.path} holds no run of {of} to continue")
-    if value:
-        folder.config[part][more] = value
-        folder.write_json("config.json", folder.config)
+    if folder.config.get("command") == "distill()":
+        raise TrainError(
+            f"the models and images of {folder.path} were given in Python: continue it there, with "
+            "distill(..., out=..., resume=True)"
+        )
+    places = {"distill": ("data_dir", "teacher_predictions"), "language_model": ("text",)}
+    names = (more, *places.get(part, ()))  # what lies there is compared with what began the run
+    for name in given:
+        if name not in names:
+            words = [f"--{n.replace('_', '-')}" for n in (name, *names)]
+            raise TrainError(
+                f"with --resume, {words[0]} is the earlier run's; only {', '.join(words[1:])} may "
+                "be given"
+            )
+    settings |= given
+    distributed.current().first(folder.hold)
+    _import_from(folder.config)
     return folder
+
+
+def _import_from(config: dict) -> None:
+    """Find a run's own models where they were when it was started."""
+    place = config.get("started_in")
+    if isinstance(place, str) and place not in sys.path:
+        sys.path[:0] = [place] if "" in sys.path else [place, ""]
 
 
 def _config(command: str, given: dict) -> dict[str, Any]:
@@ -623,9 +674,10 @@ def _config(command: str, given: dict) -> dict[str, Any]:
 
     def part(settings):
         names = {field.name for field in dataclasses.fields(settings)}
-        return dataclasses.asdict(settings(**{k: v for k, v in given.items() if k in names}))
+        found = dataclasses.asdict(settings(**{k: v for k, v in given.items() if k in names}))
+        return found | _absolute(found)
 
-    config: dict[str, Any] = {"command": command}
+    config: dict[str, Any] = {"command": command, "started_in": os.getcwd()}
     if command == "soft-reg":
         linear = given.get("model", "linear") == "linear"
         for option in given:
@@ -651,6 +703,13 @@ def _config(command: str, given: dict) -> dict[str, Any]:
     config["threads"] = given.get("threads") or config.get("soft_regularization", {}).get("threads")
     config["machine"] = report.machine(config["threads"])
     return config
+
+
+def _absolute(settings: dict) -> dict:
+    """Where the images are, for a run that may be resumed elsewhere; empty if they are nowhere."""
+    if settings.get("data", "digits") == "digits":
+        return {}
+    return {"data_dir": _source(settings.get("data_dir", "data"))}
 
 
 def _compare(runs: list[str], out: str = "compare.html") -> int:
@@ -683,6 +742,9 @@ def _experiments(command: str, given: dict) -> int:
         folder = RunFolder.create(out, _config(command, given))
     console.print(f"this run's folder is {folder.path}")
     config = folder.config
+    own = [config.get("distill", {}).get(name, "") for name in ("teacher", "student")]
+    if any(":" in name for name in own) and "started_in" in config:
+        console.print(f"its models {' and '.join(own)} are imported from {config['started_in']}")
     try:
         if "soft_reg" in config:
             _soft_reg(folder, config["soft_reg"], config["threads"], console)
@@ -693,9 +755,15 @@ def _experiments(command: str, given: dict) -> int:
             experiments["language_model"] = language_model
         for name, experiment in experiments.items():
             if name in config:
-                wanted = config[name] | {"arms": tuple(config[name]["arms"])}
-                terminal.progress(experiment.run, experiment.Settings(**wanted), folder, console)
-    except TrainError:
+                try:
+                    wanted = config[name] | {"arms": tuple(config[name]["arms"])}
+                    settings = experiment.Settings(**wanted)
+                except (KeyError, TypeError) as error:
+                    raise TrainError(
+                        f"{folder.path / 'config.json'} must have the settings of {name}: {error}"
+                    ) from None
+                terminal.progress(experiment.run, settings, folder, console)
+    except BaseException:
         folder.discard()
         raise
     finally:
@@ -735,6 +803,7 @@ def _predict_teacher(**given) -> int:
                 "classes; distill trains one and leaves checkpoints/teacher.safetensors"
             )
         model = model.to(device).to(memory_format=torch.channels_last)
+        distillation.try_on("teacher", model, train)
         return train, predictions.write(
             out, model, train, batch_size=batch_size, memory_format=torch.channels_last,
             on_step=on_step, **kept,
@@ -771,6 +840,7 @@ def _tune(**given) -> int:
         for name in given.keys() - {"trials", "confirm"}:
             raise TrainError(f"with --resume, --{name.replace('_', '-')} is the earlier run's")
         folder.config["tune"] |= given
+        _import_from(folder.config)
         tune.check(folder.config)
         folder.write_json("config.json", folder.config)
     else:
@@ -780,7 +850,8 @@ def _tune(**given) -> int:
             "tune": dataclasses.asdict(
                 tune.Settings(**{name: given.pop(name) for name in own & given.keys()})
             ),
-            "distill": given,
+            "started_in": os.getcwd(),
+            "distill": given | _absolute(given),
             "machine": report.machine(threads),
         }
         tune.check(config)
@@ -806,6 +877,7 @@ def _export(run_dir: str, **given) -> int:
 
     console = terminal.make()
     folder = RunFolder.open(run_dir)
+    _import_from(folder.config)
     found = {}
 
     def run(settings, folder, on_step, say):
@@ -815,7 +887,10 @@ def _export(run_dir: str, **given) -> int:
     report.write(folder)
     terminal.show(console, export.tables(found))
     console.print(f"the files are in {folder.path / export.FOLDER}")
-    return 0
+    failed = found["arms"][given.get("arm", export.Settings.arm)]["failed"]
+    for name, sentence in failed.items():
+        print(f"kdkernels export: {name}: {sentence}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _bench(quick: bool = False, threads: int | None = None, json: str | None = None) -> int:
@@ -836,6 +911,16 @@ def _bench(quick: bool = False, threads: int | None = None, json: str | None = N
     return 0
 
 
+_ASCII = {"µ": "u", "×": "x", "±": "+-", "–": "-", "…": "...", "²": "^2", "≤": "<=", "≥": ">="}
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """What codecs write for characters that the output has not."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    return "".join(_ASCII.get(character, "?") for character in text), error.end
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
@@ -845,6 +930,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status, see the module's docstring.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal or file that may know ASCII only
+        codecs.register_error("kdkernels", _in_ascii)
+        sys.stdout.reconfigure(errors="kdkernels")
     try:
         given = _parse(sys.argv[1:] if argv is None else argv)
     except _UsageError as error:

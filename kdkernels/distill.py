@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.distributed import ProcessGroup
 
 from kdkernels import _C, reference
-from kdkernels.errors import INT, NUMBER, TENSOR, check
+from kdkernels.errors import INT, NUMBER, TENSOR, check, for_floats
 from kdkernels.reference import Divergence, RowStatistics
 
 
@@ -499,7 +499,8 @@ def _loss(call: dict, teachers: list, loss_of) -> Tensor | tuple[Tensor, RowStat
         }
     if is_compiling():
         op = torch.ops.kdkernels.distillation_loss
-        outputs = op(call["student_logits"], teachers, *_packed(call), _wishes(call), group)
+        logits = for_floats(call["student_logits"], call.values())
+        outputs = op(logits, teachers, *_packed(call), _wishes(call), group)
     else:
         outputs = _C.distillation_loss(call, teachers, group)
         if outputs is None:
@@ -954,7 +955,8 @@ def linear_distillation_loss(
         biases = [student_bias, teacher_weight, teacher_bias]
         op = torch.ops.kdkernels.linear_distillation_loss
         packed = (*_packed(call), _wishes(call), group)
-        outputs = op(student_hidden, student_weight, biases, teachers, *packed)
+        hidden = for_floats(student_hidden, call.values())
+        outputs = op(hidden, student_weight, biases, teachers, *packed)
     else:
         outputs = _C.linear_distillation_loss(call, "teacher_" + form, teachers, group)
         if outputs is None:

@@ -1,8 +1,10 @@
-"""Checks of arguments in Python, with errors that name them."""
+"""Checks of arguments in Python, with errors that name them, and floats that change while traced."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 TENSOR, OPTIONAL_TENSOR, NUMBER, INT = "a tensor", "a tensor or None", "a number", "an int"
@@ -71,6 +73,27 @@ def check_count(name: str, value):
     check(name, value, INT)
     if value < 1:
         raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+@torch.compiler.allow_in_graph
+def _uncached(x: Tensor) -> Tensor:
+    """The tensor; a graph with a function of no known name is not looked up in PyTorch's cache."""
+    return x
+
+
+def for_floats(x: Tensor, values: Iterable) -> Tensor:
+    """The tensor, for a graph of torch.compile in which its op also takes ``values``.
+
+    PyTorch 2.14 makes a graph anew for each number of a float that may change, and then takes an
+    older one, of another number, from its cache.
+    """
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import
+
+    for value in values:
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, float) and not has_static_value(number):
+                return _uncached(x)
+    return x
 
 
 def explain(error: TypeError, **arguments: tuple[object, str]) -> Exception:

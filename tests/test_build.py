@@ -216,6 +216,24 @@ def test_no_compiler(monkeypatch):
     assert "`apt-get install g++`" in sentence_of(build.check_tools)
 
 
+@pytest.mark.parametrize("name", ["CC", "CXX"])
+def test_a_compiler_behind_a_launcher(monkeypatch, tmp_path, name):
+    monkeypatch.setenv(name, "env LANG=C c++ -DWORD='a b'")
+    build.choose_compilers(tmp_path)
+    (tmp_path / "x.cpp").write_text("")
+    script = os.environ[name]
+    command = [script, "-dM", "-E", str(tmp_path / "x.cpp")]
+    assert "#define WORD a b\n" in subprocess.run(command, capture_output=True, text=True).stdout
+    build.choose_compilers(tmp_path)
+    assert os.environ[name] == script  # one word is left as it is
+    monkeypatch.setenv(name, "")
+    build.choose_compilers(tmp_path)
+    assert name not in os.environ
+    for command in ("env /no/such/g++", "'"):
+        monkeypatch.setenv(name, command)
+        assert f"{name} is '{command}'" in sentence_of(lambda: build.choose_compilers(tmp_path))
+
+
 def test_no_python_headers(monkeypatch, tmp_path):
     monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
     assert "has no Python.h: run `apt-get install python3." in sentence_of(build.check_tools)

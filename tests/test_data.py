@@ -1,6 +1,7 @@
 """Files of each data set, augmented views, and a teacher's predictions kept on disk."""
 
 import dataclasses
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -19,10 +20,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torchvision import datasets
 
 import kdkernels
 from kdkernels import __main__ as command
-from kdkernels.train import TrainError, data, models, predictions
+from kdkernels.train import TrainError, data, distillation, models, predictions
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +69,39 @@ def test_cifar100(tmp_path, offline):
     (layout / "train").write_bytes(b"not a pickle")
     with pytest.raises(TrainError, match="CIFAR-100 in .* cannot be read"):
         data.load("cifar100", size=32, data_dir=str(tmp_path))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_files_run_no_code(tmp_path, offline, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    base = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    layout = tmp_path / base.base_folder
+    layout.mkdir()
+    files = [file for file, _ in base.train_list + base.test_list]
+    for file in (*files, base.meta["filename"]):
+        (layout / file).write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(TrainError, match="it names posix.mkdir, and must hold arrays only"):
+        data.load(name, size=32, data_dir=str(tmp_path))
+    labels = {"cifar10": "labels", "cifar100": "fine_labels"}[name]
+    key = base.meta["key"]
+    (layout / base.meta["filename"]).write_bytes(pickle.dumps({key: ["cat", "dog"]}))
+    pixels = np.zeros((3, 3072), np.uint8)
+
+    def refused(match, **content):
+        for file in files:
+            (layout / file).write_bytes(pickle.dumps({"data": pixels, **content}, protocol=5))
+        with pytest.raises(TrainError, match=match):
+            data.load(name, size=32, data_dir=str(tmp_path))
+
+    refused("posix.mkdir", **{labels: Evil()})
+    refused("has 3 images and 2 labels", **{labels: [0, 1]})
+    refused("labels that are none of its 2 classes", **{labels: [0, 1, 2]})
+    assert not (tmp_path / "pwned").exists()
 
 
 def idx(values):
@@ -159,7 +194,8 @@ def test_folder_is_decoded_resized_and_cropped(tmp_path, cache, monkeypatch):
     assert ("images", 10, 10) in told and ("images", 4, 4) in told
     assert (len(train), len(test), train.names) == (10, 4, ("cat", "dog"))
     assert train.pixels.shape == (10, 3, 20, 20) and train.pixels.dtype == torch.uint8
-    assert train.labels.tolist() == [0] * 5 + [1] * 5 and test.labels.tolist() == [0, 0, 1, 1]
+    # Classes alternate, so that the first images are of all of them.
+    assert train.labels.tolist() == [0, 1] * 5 and test.labels.tolist() == [0, 1, 0, 1]
     red, blue = torch.tensor([255, 0, 0]), torch.tensor([0, 0, 255])
     assert torch.equal(train.pixels[0, :, 10, 2].long(), red)
     assert torch.equal(train.pixels[0, :, 10, 18].long(), blue)
@@ -167,8 +203,8 @@ def test_folder_is_decoded_resized_and_cropped(tmp_path, cache, monkeypatch):
     seen = np.asarray(Image.open(root / "train" / "cat" / "1.png").convert("RGB"))
     upright = np.rot90(seen, -1)
     middle = torch.from_numpy(upright[30, [31, 89]].copy()).long()
-    assert torch.equal(train.pixels[1, :, 10, [2, 18]].T.long(), middle)
-    assert (train.pixels[5] == 100).all()
+    assert torch.equal(train.pixels[2, :, 10, [2, 18]].T.long(), middle)
+    assert (train.pixels[1] == 100).all()
     intensity = train.pixels.float() / 255
     torch.testing.assert_close(train.mean, intensity.mean((0, 2, 3), keepdim=True))
     deviation = intensity.std((0, 2, 3), correction=0, keepdim=True)
@@ -218,7 +254,7 @@ def test_a_folder_that_is_none(tmp_path):
     hollow = fill(tmp_path / "hollow")
     (hollow / "emu").mkdir()
     refused("hollow.*the classes emu", hollow)
-    refused("has the folder test, but no train", fill(tmp_path / "untrained" / "test").parent)
+    refused("has the folder Testing, but no train", fill(tmp_path / "untrained" / "Testing").parent)
     strange = tmp_path / "strange"
     fill(strange / "train")
     fill(strange / "test", ("cat", "emu"))
@@ -234,6 +270,129 @@ def test_a_folder_that_is_none(tmp_path):
     refused("the image .*dog/3.jpg cannot be read", torn)
     victim.unlink()
     assert len(data.folder(torn, size=16)[0]) == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [("uint16", ".png"), ("uint16", ".tiff"), ("uint16", ".pgm"), ("int32", ".tif"),
+     ("float32", ".tif"), ("bool", ".png")],
+)  # fmt: skip
+def test_images_of_other_than_8_bits(tmp_path, kind, suffix):
+    """A ramp of 64 shades stays one; what does not say which number is white is refused."""
+    root = fill(tmp_path / "photos", count=5)
+    shades = np.linspace(0, 65535, 64)
+    ramp = {"float32": shades / 65535, "bool": shades > 32767}.get(kind, shades)
+    pixels = np.broadcast_to(ramp, (64, 64)).astype(kind)
+    Image.fromarray(pixels).save(root / "cat" / f"0{suffix}")
+    if suffix != ".png":
+        (root / "cat" / "0.png").unlink()
+    if kind in ("int32", "float32"):
+        with pytest.raises(TrainError, match="do not say what is white"):
+            data.folder(root, size=64)
+        return
+    whole, test = data.folder(root, size=64)
+    seen = [image for part in (whole, test) for image in part.pixels if len(image.unique()) < 70]
+    assert len(seen) == 1
+    expected = np.round(shades / 257) if kind == "uint16" else 255.0 * ramp
+    assert seen[0][0, 5].tolist() == expected.tolist()
+
+
+def test_a_cache_is_of_one_folder_and_its_contents(tmp_path):
+    """Names, sizes and times that agree do not make two folders, or two contents, one."""
+    for seed, name in enumerate(("first", "second")):
+        for file in fill(tmp_path / name / "train", suffix=".bmp", seed=seed).rglob("*.bmp"):
+            os.utime(file, (1e9, 1e9))
+        fill(tmp_path / name / "test", suffix=".bmp")
+    first = data.folder(tmp_path / "first", size=30)[0].pixels.clone()
+    second = data.folder(tmp_path / "second", size=30)[0].pixels
+    image = np.asarray(Image.open(tmp_path / "second/train/cat/0.bmp")).transpose(2, 0, 1)
+    assert np.array_equal(second[0], image[:, :, 5:35])
+    victim = tmp_path / "first/train/cat/0.bmp"
+    victim.write_bytes((tmp_path / "second/train/cat/0.bmp").read_bytes())
+    os.utime(victim, (1e9, 1e9))
+    again = data.folder(tmp_path / "first", size=30)[0].pixels
+    assert torch.equal(again[0], second[0]) and torch.equal(again[1:], first[1:])
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [("Train", "Test"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Validation")],
+)
+def test_parts_by_other_usual_names(tmp_path, parts):
+    for part in parts:
+        fill(tmp_path / part)
+    train, test = data.folder(tmp_path, size=16)
+    assert (len(train), len(test), train.names) == (10, 10, ("cat", "dog"))
+
+
+def test_parts_that_are_none(tmp_path):
+    def refused(match, root):
+        with pytest.raises(TrainError, match=match):
+            data.folder(root, size=16)
+
+    flat = fill(tmp_path / "flat", ("train", "test"))
+    refused("flat/test holds no folders: it takes a folder a class", flat)
+    kaggle = fill(tmp_path / "kaggle" / "train").parent
+    fill(kaggle, ("test",))
+    refused("kaggle/test holds no folders.*move it away", kaggle)
+    other = fill(tmp_path / "other" / "train").parent
+    fill(other / "dev")
+    refused("the folder dev beside train: call it test or val", other)
+    both = fill(tmp_path / "both" / "train").parent
+    fill(both / "Train")
+    refused("has both Train and train", both)
+    turned = tmp_path / "turned"
+    for name in ("cat", "dog"):
+        fill(turned / name, ("train", "test"))
+    refused("cat has the folder test.*as in test/cat", turned)
+    few = fill(tmp_path / "few" / "train").parent
+    fill(few / "test", ("dog",))
+    assert data.folder(few, size=16)[1].labels.tolist() == [1] * 5
+    # A class may be called train.
+    train, _ = data.folder(fill(tmp_path / "traffic", ("bus", "train")), size=16)
+    assert train.names == ("bus", "train")
+
+
+def test_links_and_hidden_folders(tmp_path):
+    root = fill(tmp_path / "photos")
+    hidden = root / "cat" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    (hidden / "0-checkpoint.png").write_bytes((root / "cat/0.png").read_bytes())
+    (root / "cat" / "._0.png").write_bytes(b"what macOS leaves beside a file")
+    elsewhere = fill(tmp_path / "more", ("cats",), seed=2)
+    (root / "cat" / "more").symlink_to(elsewhere / "cats")
+    train, test = data.folder(root, size=16)
+    assert len(train) + len(test) == 15
+    for target in ("..", "../dog"):
+        link = root / "cat" / "again"
+        link.symlink_to(target)
+        with pytest.raises(TrainError, match="are the same folder"):
+            data.folder(root, size=16)
+        link.unlink()
+
+
+def test_the_first_images_of_a_folder_are_of_all_classes(tmp_path):
+    root = tmp_path / "photos"
+    for name, count in {"ant": 20, "bee": 10, "cat": 5}.items():
+        for part in ("train", "test"):
+            fill(root / part, (name,), count)
+    train, test = data.folder(root, size=16)
+    for images in (train, test):
+        assert images.first(14).labels.bincount().tolist() == [8, 4, 2]
+    in_order = train.take(train.labels.argsort(stable=True))
+    with pytest.raises(TrainError, match="the first 12 are of 1 of 3: shuffle them"):
+        distillation.images_of(distillation.Settings(train_samples=12), (in_order, test))
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, cache):
+    def no(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no)
+    root = fill(tmp_path / "photos")
+    images = data.folder(root, size=16)[0]
+    assert len(images) == 8 and not list(cache.glob("*.tmp"))
+    assert len(predictions.write(tmp_path / "kept", teacher(classes=2, size=16), images)) == 8
 
 
 def test_no_room_for_the_decoded_images(tmp_path, monkeypatch, cache):
@@ -594,6 +753,24 @@ def test_predict_teacher(tmp_path, capsys):
         assert said in err and err.count("\n") == 1
     assert command.main(call[:2]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+def pair(num_classes):
+    """A teacher that gives no logits."""
+    model = teacher(num_classes, size=16)
+    model.append(nn.Unflatten(1, (num_classes, 1)))
+    return model
+
+
+def test_predict_teacher_of_what_gives_no_logits(tmp_path, capsys):
+    torch.save(pair(10).state_dict(), tmp_path / "teacher.pth")
+    call = ["predict-teacher", "--teacher=test_data:pair", "--image-size=16", "--threads=1",
+            f"--teacher-weights={tmp_path / 'teacher.pth'}",
+            f"--out={tmp_path / 'kept'}"]  # fmt: skip
+    assert command.main(call) == 2
+    err = capsys.readouterr().err
+    assert "must give logits of shape [2, 10]" in err and err.count("\n") == 1
+    assert not (tmp_path / "kept").exists()
 
 
 def test_predict_teacher_of_a_folder(tmp_path):

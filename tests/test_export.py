@@ -273,6 +273,74 @@ def test_ranges_stay_in_eval_mode(small):
         assert not torch.equal(fake.eval()(x), before)
 
 
+class Shared(nn.Module):
+    """One convolution under two BatchNorms."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.one, self.other, self.head = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = 3 * self.one(self.conv(self.first(x))).relu()
+        return self.head(self.other(self.conv(x)).relu().mean((2, 3)))
+
+
+class Skip(nn.Module):
+    """A convolution whose output goes to BatchNorm, and past it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head((self.norm(x) + x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [Shared, Skip])
+def test_a_convolution_that_batch_norm_shares(images, make):
+    torch.manual_seed(0)
+    model, x = make(), images.batch(torch.arange(32))[0]
+    with torch.no_grad():
+        for k in range(3):
+            model(x * (1 + k) + 0.3 * k)
+        model.eval()
+        graph = int8.calibrate(model, list(x.split(16)))
+        torch.testing.assert_close(graph(x), model(x), rtol=1e-5, atol=1e-5)
+        trained = int8.FakeQuantised(model, x)
+        assert (trained(x) - model(x)).abs().max() < 0.1 * model(x).abs().max()
+
+
+class Branches(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.head = nn.Linear(768, num_classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) if x.sum() > -1e9 else self.head(-x.flatten(1))
+
+
+def test_a_student_that_cannot_be_exported(finished, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    call = ["distill", *DISTILL, "--teacher-epochs=0", "--student=test_export:Branches"]
+    assert command.main([*call, "--epochs=1", f"--out={out}"]) == 0
+    assert command.main(["export", str(out), "--formats=onnx,int8", "--threads=1"]) == 1
+    assert "the student Branches cannot be exported" in one_sentence(capsys)
+    # What can be made is made.
+    made, onnx_of = copy_of(finished, tmp_path / "partly"), export._onnx
+
+    def refuses(model, run):
+        if model is run.student:
+            raise TrainError("ONNX lacks it", status=1)
+        return onnx_of(model, run)
+
+    monkeypatch.setattr(export, "_onnx", refuses)
+    assert command.main(["export", str(made), "--formats=onnx,int8", "--threads=1"]) == 1
+    assert one_sentence(capsys) == "kdkernels export: onnx: ONNX lacks it\n"
+    assert (made / "export/full-int8.onnx").exists()
+
+
 def test_one_sentence_for_what_is_not_there(finished, tmp_path, capsys, monkeypatch):
     assert command.main(["export", str(tmp_path)]) == 2
     assert "config.json" in one_sentence(capsys)

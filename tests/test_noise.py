@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -936,6 +937,64 @@ def test_modules_make_noise_in_training_only():
     assert model[0].step == 2 and model[2].step == 0
     assert isinstance(model[0].std, torch.nn.Parameter) and model[0].std.shape == (3,)
     assert "std=[3]" in repr(model[0]) and "std=0.1" in repr(model[2])
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU, nn.Hardswish, nn.ReLU6])
+def test_noise_in_the_gradient_before_a_layer_in_place(layer):
+    x = torch.randn(6, 5, requires_grad=True)
+    grads = []
+    for inplace in (True, False):
+        noisy = kdkernels.GradientNoiseLayer(0.5, seed=3)
+        (layer(inplace=inplace)(noisy(2 * x)) * torch.arange(5.0)).sum().backward()
+        grads.append(x.grad)
+        x.grad = None
+    assert torch.equal(*grads)
+    eps = 0.5 * randn_like(x, seed=3)
+    layer()(y := (2 * x).detach().requires_grad_()).backward(torch.arange(5.0).expand(6, 5))
+    torch.testing.assert_close(grads[0], 2 * (y.grad + eps))
+
+
+def test_modules_on_the_meta_device_can_be_set_again():
+    with torch.device("meta"):
+        layers = nn.Sequential(
+            kdkernels.InputNoise(0.25, learnable=True), kdkernels.InputNoise(0.5, shape=(3, 1, 1)),
+            kdkernels.GradientNoiseLayer(0.1), kdkernels.InputNoise(0.75),
+        )  # fmt: skip
+        assert all(layer.get_extra_state().item() == layer.seed for layer in layers)
+    layers = layers.to_empty(device="cpu")
+    for layer in layers:
+        layer.step.fill_(2**40)
+        layer.reset_parameters()
+        assert layer.step == 0
+    assert layers[0].std == 0.25 and layers[0].std.requires_grad
+    assert torch.equal(layers[1].std, torch.full((3, 1, 1), 0.5)) and layers[3].std == 0.75
+    given = kdkernels.InputNoise(torch.tensor([0.1, 0.2]), seed=0)
+    given.std.zero_()
+    given.reset_parameters()
+    assert given.std.tolist() == pytest.approx([0.1, 0.2])
+    with pytest.raises(ValueError, match="std was given as a meta tensor"):
+        kdkernels.InputNoise(torch.empty(2, device="meta")).reset_parameters()
+
+
+def test_a_seed_is_drawn_whatever_the_default_device_is():
+    x = torch.zeros(4)
+    with torch.device("meta"):
+        assert kdkernels.input_noise(x, 1.0).abs().sum() > 0
+
+
+@pytest.mark.parametrize("multiplicative", [False, True])
+def test_noise_keeps_the_memory_format(multiplicative):
+    dense = torch.randn(2, 3, 4, 5)
+    want = kdkernels.input_noise(dense, 0.5, seed=1, multiplicative=multiplicative)
+    for x in (
+        dense.to(memory_format=torch.channels_last),
+        dense.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0),
+    ):
+        for std in (0.5, torch.tensor(0.5), torch.full((3, 1, 1), 0.5)):
+            got = kdkernels.input_noise(x, std, seed=1, multiplicative=multiplicative)
+            assert got.stride() == x.stride() and same(got.contiguous(), want)
+    cut = torch.zeros(2, 3, 8, 5)[:, :, ::2].copy_(dense)
+    assert same(kdkernels.input_noise(cut, 0.5, seed=1, multiplicative=multiplicative), want)
 
 
 def test_modules_resume_with_the_same_bits():

@@ -620,6 +620,39 @@ def test_inductor():
 # ---- autocast, checkpointing, fake tensors -------------------------------------------------------
 
 
+def changing_floats():
+    z, t, y = randn(4, 8), randn(4, 8, seed=1), torch.arange(4)
+
+    def added(s):
+        out = z.clone()
+        add_noise_([out], [s / 2], seed=0)
+        return out * s
+
+    return {
+        "temperature": lambda s: distillation_loss(z, t, y, temperature=s + 1) * s,
+        "label_smoothing": lambda s: distillation_loss(z * s, t, y, label_smoothing=s / 8),
+        "teacher_weights": lambda s: distillation_loss(z * s, [t, z], teacher_weights=[s, 9 - s]),
+        "linear": lambda s: kdkernels.linear_distillation_loss(
+            z * s, t, teacher_hidden=z, teacher_weight=t + 1, temperature=s + 1
+        ),
+        "std": lambda s: input_noise(z * s, s / 2, seed=0),
+        "stds": added,
+        "sigma": lambda s: s * kdkernels.noisy_linear_regression(
+            z[:, 0], z[:, 1], 0.0, steps=3, seed=0, sigma=s / 4
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", changing_floats())
+def test_floats_that_change_in_a_compiled_function(name):
+    """A schedule's number also takes part in arithmetic: no graph of an older number is used."""
+    torch._dynamo.reset()
+    fn = changing_floats()[name]
+    made = torch.compile(fn)
+    for value in (1.0, 2.0, 3.0, 4.0):
+        torch.testing.assert_close(made(value), fn(value), rtol=1e-4, atol=1e-5)
+
+
 def test_autocast():
     torch.manual_seed(0)
     student = torch.nn.Linear(6, 9)

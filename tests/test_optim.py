@@ -1158,6 +1158,58 @@ def test_an_evolution_step_is_its_formula():
     assert torch.equal(theta, start)  # nobody is better than another
 
 
+@pytest.mark.parametrize("antithetic", [True, False])
+@pytest.mark.parametrize("shaping", ["standardize", "ranks"])
+@pytest.mark.parametrize("population", [1, 6, 8])
+def test_equal_scores_say_nothing(shaping, antithetic, population):
+    """0.9 is no binary fraction: the mean of six of them is another number."""
+    theta = nn.Parameter(torch.zeros(20))
+    options = {"population": population, "std": 0.1, "lr": 1.0, "seed": 0, "shaping": shaping}
+    antithetic = antithetic and population > 1
+    for step in range(3):
+        evolution_step([theta], lambda: 0.9, step=step, antithetic=antithetic, **options)
+    assert torch.equal(theta.detach(), torch.zeros(20))
+
+
+def test_equal_scores_share_a_rank():
+    theta, scores = nn.Parameter(torch.zeros(5)), iter([2.0, 1.0, 2.0, 5.0])
+    options = {"population": 4, "std": 0.5, "lr": 1.0, "seed": 0, "step": 0}
+    evolution_step([theta], lambda: next(scores), antithetic=False, shaping="ranks", **options)
+    seeds = kdkernels.optim.gradient_free._member_seeds(0, 0, 4)
+    eps = torch.stack([kdkernels.randn_like(theta, seed=s) for s in seeds])
+    ranks = torch.tensor([1.5, 0.0, 1.5, 3.0]) / 3 - 0.5
+    torch.testing.assert_close(theta.detach(), (ranks @ eps).float() / (4 * 0.5))
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's and others': an optimizer that never called Optimizer's __init__."""
+
+    def __init__(self, inside):
+        self.inside = inside
+
+    @property
+    def param_groups(self):
+        return self.inside.param_groups
+
+    def step(self, closure=None):
+        self.inside.step()
+
+
+def test_gradient_noise_of_a_wrapped_optimizer():
+    moved = []
+    for wrap in (lambda o: o, Wrapper, lambda o: Wrapper(Wrapper(o))):
+        p = nn.Parameter(torch.zeros(10))
+        optimizer = wrap(torch.optim.SGD([p], lr=1.0))
+        noise = kdkernels.GradientNoise(optimizer, 0.5, seed=3)
+        p.grad = torch.ones(10)
+        optimizer.step()
+        assert noise.step == 1
+        moved.append(p.detach())
+    assert torch.equal(moved[1], moved[0]) and torch.equal(moved[2], moved[0])
+    with pytest.raises(TypeError, match="optimizer is a Wrapper without hooks"):
+        kdkernels.GradientNoise(Wrapper(None), 0.5)
+
+
 def test_a_mezo_step_is_its_formula():
     """On a quadratic loss, where the difference quotient is the derivative."""
     theta = nn.Parameter(randn(50, seed=2, dtype=torch.float64))

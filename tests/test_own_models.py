@@ -1,5 +1,7 @@
 """Distillation of one's own: models by name, the Python call, generations, budget, --config."""
 
+import argparse
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+import kdkernels
 from kdkernels import __main__ as command
 from kdkernels.train import TrainError, data, distill, distillation, models
 from kdkernels.train.run_folder import RunFolder
@@ -121,6 +124,282 @@ def test_distill_refuses(digits, teacher, tmp_path):
         distill(teacher, Small(10), train, other)
     with pytest.raises(TrainError, match="no parameter of the divergence forward_kl"):
         distill(teacher, Small(10), train, test, beta=0.5)
+
+
+def refused(match, teacher, student, train, test, tmp_path, **settings):
+    """One sentence, and no folder of a run that could not start."""
+    with pytest.raises(TrainError, match=match):
+        distill(teacher, student, train, test, out=str(tmp_path / "refused"), progress=False,
+                **{"threads": 1} | settings)  # fmt: skip
+    assert not (tmp_path / "refused").exists()
+
+
+class Gives(nn.Module):
+    """A model whose output is made into something else than logits."""
+
+    def __init__(self, what, classes=10):
+        super().__init__()
+        self.net, self.what = Small(classes), what
+
+    def forward(self, x):
+        return self.what(self.net(x), self.training)
+
+
+def test_outputs_that_are_no_logits(digits, teacher, tmp_path):
+    cases = {
+        "student gives a tuple in training": Gives(lambda y, training: (y, y) if training else y),
+        "student gives a dict in evaluation": Gives(lambda y, _: {"logits": y}),
+        r"student gives torch.float32 of shape \[2, 3\].*of shape \[2, 10\]": Small(3),
+        "student gives torch.int64": Gives(lambda y, _: y.argmax(1, keepdim=True).expand(-1, 10)),
+    }
+    for match, student in cases.items():
+        refused(match, teacher, student, *digits, tmp_path)
+    new_views = data.load("digits", size=16, augment="crop")[0]
+    for images in (digits[0], new_views):
+        wrong = Small(1000)
+        refused(r"the teacher gives .*\[2, 1000\]", wrong, Small(10), images, digits[1], tmp_path)
+    refused("teacher gives a tuple", Gives(lambda y, _: (y,)), Small(10), *digits, tmp_path)
+
+
+def test_models_that_do_not_take_the_images_or_cannot_learn(digits, teacher, tmp_path):
+    grey = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.LazyLinear(10))
+    refused(r"student Sequential does not take images of shape \[2, 3, 16, 16\].*1 channel",
+            teacher, grey, *digits, tmp_path)  # fmt: skip
+    refused("must be torch.float32", teacher, Small(10).half(), *digits, tmp_path)
+    refused("must be torch.float32", Small(10).double(), Small(10), *digits, tmp_path)
+    refused("no parameter that requires grad", teacher, Small(10).requires_grad_(False), *digits,
+            tmp_path)  # fmt: skip
+    refused("no parameter that requires grad", teacher, Gives(lambda y, _: y).requires_grad_(False),
+            *digits, tmp_path)  # fmt: skip
+    stuck = Small(10)
+    stuck.cannot = (torch.ones(2, requires_grad=True) * 2).sum()  # no leaf: it has no copy
+    refused("student Small cannot be copied", teacher, stuck, *digits, tmp_path)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Linear(48, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.head(self.layer(self.inside(x.permute(0, 2, 1, 3).flatten(2))).mean(1))
+
+
+def test_the_regularizer_needs_a_second_derivative(digits, teacher, tmp_path):
+    frozen = Small(10)
+    frozen.conv.requires_grad_(False)
+    before = frozen.conv.weight.clone()
+    options = {"epochs": 1, "threads": 1, "progress": False, "noise": "regularizer"}
+    train = digits[0].first(100)
+    found = distill(teacher, frozen, train, digits[1], out=str(tmp_path / "a"), **options)
+    assert torch.equal(found.student.conv.weight, before)
+    assert not torch.equal(found.student.head.weight, frozen.head.weight)
+    refused("requires a model that can be differentiated twice", teacher, Attention(), *digits,
+            tmp_path, noise="regularizer")  # fmt: skip
+
+
+def test_a_model_made_by_its_first_images(digits, teacher, tmp_path):
+    options = {"epochs": 2, "threads": 1, "progress": False, "lr": 1e-2}
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    found = distill(teacher, lazy, *digits, out=str(tmp_path / "run"), **options)
+    assert found.accuracy > 0.5 and nn.parameter.is_lazy(lazy[1].weight)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"schedule": "linear"}, {"schedule": "Cosine"}, {"weight_decay": -1.0},
+     {"target_accuracy": 95}, {"parallel": "dp"}, {"epochs": 1.5}, {"epochs": True},
+     {"divergence": "kl"}, {"noise": "dropout"}, {"generations": 0}, {"checkpoint_every": 0},
+     {"lr": float("nan")}, {"lr": "1e-3"}, {"temperature": 0}, {"alpha": 1.01}, {"batch_size": 1},
+     {"arms": "full"}, {"arms": ()}, {"arms": ("best",)}, {"arms": ("full", "full")}, {"seed": -1},
+     {"device": "gpu"}, {"budget": 0}, {"threads": 0}, {"train_samples": 1}, {"noise_std": -1},
+     {"beta": 2}, {"epochs": None}],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_do_not_exist_are_named(digits, teacher, tmp_path, settings):
+    match = f"{next(iter(settings))} is .*must be"
+    refused(match, teacher, Small(10), *digits, tmp_path, **{"noise": None} | settings)
+
+
+def test_settings_are_those_of_the_command(tmp_path, capsys):
+    """Both say the same of the ends of each range and of each name."""
+    for name, (kind, low, high, above) in distillation._NUMBERS.items():
+        ends = [low - 1, low, low + 1, *([] if high == math.inf else [high, high + 1])]
+        fits = [low < value <= high or (value == low and not above) for value in ends]
+        option = command._OF_DISTILL.get(name) or command._OPTIONS[name]
+        for value, fit in zip(map(kind, ends), fits, strict=True):
+            for parse in (
+                option["type"],
+                lambda value, name=name: distillation._number(name, value),
+            ):
+                try:
+                    assert parse(value) == value and fit
+                except (TrainError, argparse.ArgumentTypeError):
+                    assert not fit, (name, value)
+    for name, names in distillation._NAMES.items():
+        option = command._OF_DISTILL.get(name) or command._OPTIONS[name]
+        assert option["choices"] == names, name
+
+
+def test_what_is_no_model_and_no_images(digits, teacher, tmp_path):
+    with pytest.raises(TypeError, match=r"teacher is a function; it must be a torch\.nn"):
+        distill(lambda x: x, Small(10), *digits)
+    with pytest.raises(
+        TypeError, match="train is a list; it must be a kdkernels.train.data.Images"
+    ):
+        distill(teacher, Small(10), [], digits[1])
+    train, test = digits
+    labels = train.labels.clone()
+    labels[0] = 10
+    wrong = dataclasses.replace(train, labels=labels)
+    refused(
+        "labels from 0 to 10; they must be from 0 to 9", teacher, Small(10), wrong, test, tmp_path
+    )
+    wrong = dataclasses.replace(train, labels=train.labels.float())
+    refused("they must be int64", teacher, Small(10), wrong, test, tmp_path)
+    refused("test has 0 images", teacher, Small(10), train, test.first(0), tmp_path)
+    other = dataclasses.replace(test, names=tuple("9876543210"))
+    refused("as its classes' names, test", teacher, Small(10), train, other, tmp_path)
+
+
+def test_a_student_that_shares_modules_with_its_teacher(digits, teacher, tmp_path):
+    """It starts from them and learns; the teacher stays as it is, twice in a row."""
+    options = {"epochs": 1, "threads": 1, "progress": False, "lr": 0.01}
+    train = digits[0].first(100)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    for number in range(2):
+        student = nn.Sequential(teacher.conv, nn.Flatten(), nn.LazyLinear(10))
+        found = distill(
+            teacher, student, train, digits[1], out=str(tmp_path / f"{number}"), **options
+        )
+        assert not torch.equal(found.student[0].weight, before["conv.weight"])
+        found = distill(
+            teacher, teacher, train, digits[1], out=str(tmp_path / f"{number}s"), **options
+        )
+        assert not torch.equal(found.student.conv.weight, before["conv.weight"])
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
+class Counts(nn.Module):
+    """Extra state that is no tensor, and changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {"images": 0, "last": torch.zeros(2)}
+
+    def forward(self, x):
+        if self.training:
+            self.seen = {"images": self.seen["images"] + len(x), "last": x.detach().flatten()[:2]}
+        return x
+
+    def get_extra_state(self):
+        return self.seen
+
+    def set_extra_state(self, state):
+        self.seen = state
+
+
+class Tied(nn.Module):
+    """One weight under three names, a module under two, seeds and counts beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise, self.counts = kdkernels.InputNoise(0.5), Counts()
+        self.a, self.b, self.c = nn.Linear(768, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.c.weight = self.b.weight
+        self.again, self.head = self.b, nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.a(self.counts(self.noise(x)).flatten(1)).relu()
+        return self.head(self.again(self.c(self.b(x))))
+
+
+def test_states_that_are_no_plain_tensors_resume_with_the_same_bits(digits, teacher, tmp_path):
+    options = {"threads": 1, "progress": False}
+    train = digits[0].first(100)
+    start = Tied()
+    go = lambda student, out, **more: distill(  # noqa: E731
+        teacher, student, train, digits[1], out=str(tmp_path / out), **options, **more
+    )
+    whole = go(start, "whole", epochs=2).student
+    go(start, "parts", epochs=1)
+    parts = go(Tied(), "parts", epochs=2, resume=True).student  # its seed is another
+    assert parts.noise.seed == whole.noise.seed == start.noise.seed
+    assert parts.c.weight is parts.b.weight and parts.again is parts.b
+    assert parts.counts.seen["images"] == whole.counts.seen["images"] == 200
+    assert torch.equal(parts.counts.seen["last"], whole.counts.seen["last"])
+    for key, value in whole.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(parts.state_dict()[key], value), key
+    # The checkpoint is what a teacher's weights may be.
+    path = str(tmp_path / "whole/checkpoints/full.safetensors")
+    loaded, ready = models.build("test_own_models:tied", 10, 16, path)
+    assert ready and loaded.counts.seen["images"] == 200
+    assert torch.equal(loaded.b.weight, whole.b.weight) and loaded.noise.seed == start.noise.seed
+    odd = Tied()
+    odd.counts.get_extra_state = object
+    refused("counts._extra_state is a object that a checkpoint cannot", teacher, odd, train,
+            digits[1], tmp_path)  # fmt: skip
+
+
+def tied(num_classes):
+    return Tied()
+
+
+def test_a_resume_with_something_else_is_refused_by_name(digits, teacher, tmp_path):
+    out = tmp_path / "run"
+    train, test = digits[0].first(100), digits[1]
+    options = {"threads": 1, "progress": False, "out": str(out), "temperature": 2.0, "lr": 2e-3}
+    distill(teacher, Small(10), train, test, epochs=1, **options)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def refuse(match, train=train, test=test, teacher=teacher, student=None, **more):
+        with pytest.raises(TrainError, match=match):
+            distill(teacher, student or Small(10), train, test, resume=True,
+                    **options | {"epochs": 2} | more)  # fmt: skip
+        assert files == {path: path.read_bytes() for path in files}
+
+    refuse(
+        "temperature is 1.0, and the run in .* began with 2.0: it must be the same", temperature=1
+    )
+    refuse("lr is 1.0", lr=1.0)
+    refuse("divergence is 'js'", divergence="js")
+    refuse("student is 'Tied'", student=Tied())
+    refuse("another training set: the number of images", train=digits[0].first(90))
+    refuse("another test set: the number of images", test=test.first(50))
+    refuse("another training set: the images or labels", train=dataclasses.replace(
+        train, pixels=train.pixels.flip(0), _pixels_sha256=None))  # fmt: skip
+    refuse("resume=True requires out", out=None)
+    with pytest.warns(UserWarning, match="teacher is not the one that the run .* began with"):
+        distill(wide(10), Small(10), train, test, resume=True, epochs=2, **options)
+    assert RunFolder.open(str(out)).config["distill"]["epochs"] == 2
+    crops = data.load("digits", size=16, augment="crop")[0].first(100)  # asks at each step
+    options["out"] = str(tmp_path / "asks")
+    distill(teacher, Small(10), crops, test, epochs=1, **options)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    refuse("another teacher model: the model's weights differ", train=crops, teacher=wide(10))
+
+
+def test_a_run_of_python_is_refused_by_the_command(digits, teacher, tmp_path, capsys):
+    out = tmp_path / "run"
+    distill(teacher, Small(10), digits[0].first(50), digits[1], out=str(out), epochs=1, threads=1,
+            progress=False)  # fmt: skip
+    assert command.main(["distill", f"--resume={out}", "--epochs=2"]) == 2
+    assert "were given in Python: continue it there" in one_sentence(capsys)
+
+
+def test_a_tilde_is_the_home_folder(digits, teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    options = {"epochs": 1, "threads": 1, "progress": False}
+    distill(teacher, Small(10), digits[0].first(50), digits[1], out="~/run", **options)
+    torch.save(wide(10).state_dict(), tmp_path / "home/t.pth")
+    call = ["distill", *TINY, "--teacher-weights=~/t.pth", "--epochs=1", "--arms=full"]
+    assert command.main([*call, "--out=~/other"]) == 0
+    assert command.main(["distill", "--resume=~/other"]) == 0
+    assert (tmp_path / "home/run/report.html").exists() and not (tmp_path / "~").exists()
 
 
 def test_augmented_distillation_asks_once_or_each_step(digits, teacher, tmp_path):
@@ -293,6 +572,70 @@ def test_a_new_last_layer_or_the_old_one(tmp_path):
     assert torch.equal(model.features[0][0].weight, trained.features[0][0].weight)
     with pytest.raises(TrainError, match="are not of mobilenet_v2"):
         models.build("mobilenet_v2", 7, 32, path)
+
+
+def boxed(num_classes):
+    """A model whose names begin as a wrapper's do."""
+    model = Small(num_classes)
+    box = nn.Module()
+    box.model, box.head, box.forward = nn.Sequential(model.conv, model.norm), model.head, None
+    return box
+
+
+@pytest.mark.parametrize("name", ["Small", "boxed"])
+def test_weights_in_usual_wrappings(tmp_path, name):
+    maker = {"Small": Small, "boxed": boxed}[name]
+    torch.manual_seed(1)
+    own = maker(10).state_dict()
+    path = str(tmp_path / "t.pth")
+
+    def prefixed(*prefixes):
+        return {p + k: v for p in prefixes for k, v in own.items()}
+
+    inner = {"model._orig_mod." + k: v for k, v in own.items()}
+    wrapped = [
+        own, prefixed("module."), prefixed("_orig_mod."), prefixed("module._orig_mod."),
+        prefixed("model."), {"model": own, "epoch": 3}, {"model_state_dict": own, "optimizer": {}},
+        {"state_dict": prefixed("model."), "epoch": 3}, {"weights": own},
+        prefixed("net.") | {"loss.weight": torch.ones(3)}, inner,
+        {k.replace(".", "._orig_mod.", 1): v for k, v in own.items()},
+    ]  # fmt: skip
+    for number, content in enumerate(wrapped):
+        torch.save(content, path)
+        model, ready = models.build(f"test_own_models:{name}", 10, 16, path)
+        assert ready, number
+        assert all(torch.equal(v, own[k]) for k, v in model.state_dict().items()), number
+
+    def refused(content, match):
+        torch.save(content, path)
+        with pytest.raises(TrainError, match=match):
+            models.build(f"test_own_models:{name}", 10, 16, path)
+
+    refused([own], "are a list; they must be a state_dict")
+    refused({"state_dict": own, "args": argparse.Namespace()}, "must be saved as model.state_dict")
+    refused(maker, "must be saved as model.state_dict")
+    refused(prefixed("teacher.", "student."), r"hold several such models \(student., teacher.\)")
+    refused({"ema": own, "online": own}, "hold several dicts \\(ema, online\\)")
+    (tmp_path / "t.pth").write_bytes(b"no weights")
+    with pytest.raises(TrainError, match="t.pth cannot be read"):
+        models.build(f"test_own_models:{name}", 10, 16, path)
+
+
+def test_weights_that_are_tied_may_be_there_once(tmp_path):
+    own = Tied().state_dict()
+    path = str(tmp_path / "t.pth")
+    torch.save({k: v for k, v in own.items() if k != "c.weight"}, path)
+    model, ready = models.build("test_own_models:tied", 10, 16, path)
+    assert ready and torch.equal(model.c.weight, own["b.weight"])
+
+
+@pytest.mark.parametrize("student", ["alexnet", "vit_b_16", "googlenet"])
+def test_students_that_do_not_fit_get_one_sentence(tmp_path, capsys, student):
+    call = ["distill", *TINY, f"--student={student}", f"--out={tmp_path / 'run'}"]
+    assert command.main(call) == 2
+    err = one_sentence(capsys)
+    assert "the student" in err and ("--image-size" in err or "gives a" in err)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

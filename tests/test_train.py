@@ -1,7 +1,9 @@
 """The trainer: its experiments small, stopping and continuing, CIFAR-10's files, bad arguments."""
 
 import dataclasses
+import itertools
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import stopping
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision import models as tv
 
@@ -465,6 +468,91 @@ def test_cifar10_missing_or_damaged(cifar, tmp_path, capsys, monkeypatch):
         (damaged / path.name).write_bytes(b"not a pickle")
     with pytest.raises(TrainError, match="cannot be read"):
         data.load("cifar10", size=32, data_dir=str(tmp_path))
+
+
+# Resuming elsewhere
+
+
+MINE = """from torch import nn
+def net(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(768, num_classes))
+"""
+FOLDER = [
+    "--data=folder", "--data-dir=photos", "--image-size=16", "--teacher=its_own:net",
+    "--student=its_own:net", "--teacher-epochs=1", "--batch-size=8", "--epochs=1", "--threads=1",
+    "--arms=full", "--out=run",
+]  # fmt: skip
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder of images, and the folder above it, where a run is started."""
+    random = np.random.RandomState(0)
+    for part, name in itertools.product(("train", "test"), ("cat", "dog")):
+        place = tmp_path / "photos" / part / name
+        place.mkdir(parents=True)
+        for number in range(6):
+            pixels = random.randint(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / f"{number}.png")
+    (tmp_path / "its_own.py").write_text(MINE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def kdkernels_in(folder, *words, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "kdkernels", *words], cwd=folder, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+
+
+def test_a_run_in_ascii_resumes_from_another_folder(photos):
+    done = kdkernels_in(photos, "distill", *FOLDER, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "us" in done.stdout and done.stdout.isascii()
+    elsewhere = photos / "elsewhere"
+    elsewhere.mkdir()
+    resume = ["distill", f"--resume={photos / 'run'}"]
+    done = kdkernels_in(elsewhere, *resume, "--epochs=2")
+    assert done.returncode == 0, done.stderr
+    assert f"its models its_own:net and its_own:net are imported from {photos}" in done.stdout
+    assert not list(elsewhere.iterdir())
+    # The images may move; others are refused, and then nothing changes.
+    (photos / "photos").rename(photos / "moved")
+    files = {path: path.read_bytes() for path in (photos / "run").rglob("*") if path.is_file()}
+    refused = kdkernels_in(elsewhere, *resume, "--epochs=9")
+    assert refused.returncode == 2 and "photos is not a folder" in refused.stderr
+    for place in (photos / "moved").glob("*/cat"):
+        Image.new("RGB", (16, 16)).save(place / "black.png")
+    refused = kdkernels_in(elsewhere, *resume, "--epochs=9", f"--data-dir={photos / 'moved'}")
+    assert refused.returncode == 2 and "began with another training set" in refused.stderr
+    assert files == {path: path.read_bytes() for path in files}
+    for place in (photos / "moved").glob("*/cat/black.png"):
+        place.unlink()
+    done = kdkernels_in(elsewhere, *resume, "--epochs=3", f"--data-dir={photos / 'moved'}")
+    assert done.returncode == 0, done.stderr
+    assert len(records(photos / "run", kind="epoch", learner="full")) == 3
+
+
+def test_runs_that_begin_in_one_second(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda format: format.replace("%Y%m%d-%H%M%S", "now"))
+    names = [RunFolder.create(None, {}).path.name for _ in range(3)]
+    assert names == ["now", "now-2", "now-3"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{", "cannot be read"), ("[1]", "must hold a JSON object"), ("{}", "holds no run"),
+     ('{"distill": 3}', "holds no run"), ('{"distill": {}}', "must have the settings of distill"),
+     ('{"distill": {"arms": ["full"], "colour": 1}}', "colour"),
+     ('{"distill": {"arms": ["full"], "lr": "fast"}}', "lr is 'fast'; it must be a number")],
+)  # fmt: skip
+def test_damaged_configs_are_named(tmp_path, capsys, content, said):
+    (tmp_path / "config.json").write_text(content)
+    assert command.main(["distill", f"--resume={tmp_path}"]) == 2
+    assert said in one_sentence(capsys)
+    assert (tmp_path / "config.json").read_text() == content
 
 
 # The command line

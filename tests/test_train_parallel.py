@@ -60,6 +60,32 @@ def small():
     ).double()  # fmt: skip
 
 
+class Draws(nn.Module):
+    """Draws with PyTorch and with kdkernels, and uses a layer in some steps and another never."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.noise, self.gradient = kdkernels.InputNoise(0.5), kdkernels.GradientNoiseLayer(0.01)
+        self.learnable = kdkernels.InputNoise(
+            0.1, learnable=True, shape=(6, 1, 1), multiplicative=True
+        )
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(216, 5)
+        self.sometimes, self.never = nn.Linear(216, 216), nn.Linear(2, 2)
+        self.double()
+
+    def forward(self, x):
+        if not self.training:
+            return self.head(self.conv(x).relu().flatten(1))
+        x = self.conv(self.noise(x) + 0.1 * torch.randn_like(x)).relu()
+        x = self.learnable(x * (1 + 0.1 * torch.rand(len(x), 1, 1, 1, dtype=x.dtype)))
+        x = self.gradient(x).flatten(1)
+        x = x + 0.1 * kdkernels.randn_like(x, seed=3) * torch.empty_like(x).exponential_()
+        if torch.rand(()) < 0.5:
+            x = x + self.sometimes(x)
+        return self.head(x)
+
+
 def mobilenet():
     torch.manual_seed(0)
     return tv.mobilenet_v2(num_classes=5, width_mult=0.1).double()
@@ -83,6 +109,7 @@ CASES = [
     Case("input", "input"),
     Case("parameter", "parameter", tuned=True),
     Case("regularizer", "regularizer"),
+    Case("draws", model=Draws),
     Case(
         "mobilenet", "none", tuned=True, model=mobilenet, size=16, epochs=1, close=1e-6, weights=LR
     ),
@@ -110,7 +137,7 @@ def learner(case, data, parallel):
     return Learner(
         case.name, case.model(), soft("fused"), predict, lambda model: accuracy(model, data),
         LR, 3, tuned=case.tuned, noise=Noise(case.place, 0.1, 5), twin=soft("reference"),
-        parallel=parallel,
+        parallel=parallel, skips=case.model is Draws,
     )  # fmt: skip
 
 
@@ -207,6 +234,33 @@ def stops_together(rank, world, out):
         folder.close()
 
 
+def has_rank_0s_model(rank, world, out):
+    """Each rank made a model of its own, and seeds of its own in it."""
+    for parallel in distributed.PARALLEL:
+        torch.manual_seed(rank)
+        model = nn.Sequential(nn.Linear(2, 3), kdkernels.InputNoise(0.1), nn.BatchNorm1d(3))
+        model[0].weight.data += rank
+        distributed.engine(model, parallel, torch.device("cpu"))
+        torch.manual_seed(0)
+        first = nn.Sequential(nn.Linear(2, 3), kdkernels.InputNoise(0.1))
+        if parallel == "fsdp2":
+            scalar = kdkernels.InputNoise(0.1, learnable=True)
+            with pytest.raises(TrainError, match="fsdp2 requires parameters of at least one dim"):
+                distributed.engine(scalar, parallel, torch.device("cpu"))
+        assert model[1].seed == first[1].seed
+        assert torch.equal(model[0].weight, first[0].weight)
+
+
+def refuses_masks_of_their_own(rank, world, out):
+    x = torch.zeros(2, 3, 8)
+    for model in (nn.TransformerEncoderLayer(8, 2, 8, batch_first=True),
+                  nn.LSTM(8, 8, num_layers=2, dropout=0.5, batch_first=True)):  # fmt: skip
+        with distributed.current().batch(2 * world):
+            with pytest.raises(TrainError, match="draws a mask of its own on each rank"):
+                model(x)
+            model.eval()(x)
+
+
 def too_small_a_batch(rank, world, out):
     folder = at(out / f"small-{world}")
     data = Data(SAMPLES, 8)
@@ -225,8 +279,8 @@ def notices_an_end(rank, world, out):
     assert distributed.was_cut(error.value) and time.monotonic() - began < 60
 
 
-CHECKS = [joins_a_group, trains_as_one, continues_one, stops_together, too_small_a_batch,
-          notices_an_end]  # fmt: skip
+CHECKS = [joins_a_group, trains_as_one, continues_one, stops_together, has_rank_0s_model,
+          refuses_masks_of_their_own, too_small_a_batch, notices_an_end]  # fmt: skip
 
 
 def all_checks(rank, world, port, out):

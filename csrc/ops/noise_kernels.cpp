@@ -101,9 +101,12 @@ Tensor apply_noise(const Tensor& x, int64_t mode, const OptionalTensor& std_tens
   NoiseParams p = {};
   p.mode = static_cast<NoiseMode>(mode);
   // Elements count in row-major order, whatever the strides; noise alone needs none of x's values.
-  Tensor in = p.mode == NoiseMode::kOnly ? x : x.contiguous();
-  Tensor out = at::empty_like(x, x.options(), at::MemoryFormat::Contiguous);
+  const bool only = p.mode == NoiseMode::kOnly;
+  Tensor in = only ? x : x.contiguous();
+  Tensor out = at::empty_like(x, x.options(),
+                              only ? at::MemoryFormat::Contiguous : at::MemoryFormat::Preserve);
   if (x.is_meta()) return out;
+  Tensor dense = out.is_contiguous() ? out : at::empty_like(in);
   p.source = source_of(numbers, x.device());
   NoisePlace place = places_of(numbers, x)[0];
   if (x.numel() == 0) return out;
@@ -120,8 +123,8 @@ Tensor apply_noise(const Tensor& x, int64_t mode, const OptionalTensor& std_tens
   }
   TORCH_CHECK_VALUE(place.run == 0 || p.std_size == 1, "std has shape ", std_tensor->sizes(),
                     "; for a tensor in several runs it must have one element");
-  auto* to = static_cast<char*>(out.mutable_data_ptr());
-  auto* from = p.mode == NoiseMode::kOnly ? nullptr : static_cast<const char*>(in.const_data_ptr());
+  auto* to = static_cast<char*>(dense.mutable_data_ptr());
+  auto* from = only ? nullptr : static_cast<const char*>(in.const_data_ptr());
   std::vector<NoiseTensor> runs;
   for_runs(place, x.numel(), [&](int64_t first, int64_t count, uint64_t offset) {
     int64_t bytes = first * static_cast<int64_t>(x.element_size());
@@ -132,7 +135,7 @@ Tensor apply_noise(const Tensor& x, int64_t mode, const OptionalTensor& std_tens
   p.count = static_cast<int64_t>(runs.size());
   p.indices = 1;
   run_noise(p, x.device());
-  return out;
+  return dense.is_same(out) ? out : out.copy_(dense);  // channels_last stays that
 }
 
 namespace {

@@ -20,6 +20,7 @@ from kdkernels.errors import (
     check,
     explain,
     fits,
+    for_floats,
 )
 from kdkernels.noise.shards import PLAIN, shard_of
 
@@ -40,7 +41,12 @@ _KINDS = {
 def call_op(name: str, *values):
     """Op `name`: the plain function, or the registered op where a tracer has to see it."""
     if is_compiling():
-        return getattr(OPS, name)(*values)
+        first, *rest = values
+        if isinstance(first, list):
+            first = [for_floats(tensor, rest) for tensor in first]
+        else:
+            first = for_floats(first, rest)
+        return getattr(OPS, name)(first, *rest)
     try:
         return getattr(_C, name)(*values)
     except TypeError as error:
@@ -65,7 +71,7 @@ def noise_of(seed, step, distribution, streams, offsets, runs=()) -> tuple[list,
     tensors: list[Any] = []
     if seed is None:
         # A tensor, so that a traced graph draws another seed each time it runs.
-        tensors, seed = [torch.randint(0, 2**63 - 1, (), dtype=torch.int64)], 0
+        tensors, seed = [_drawn_seed()], 0
     elif isinstance(seed, int):
         seed = signed(seed)
     if type(step) is not int and isinstance(step, Tensor):
@@ -101,10 +107,15 @@ def signed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
+def _drawn_seed() -> Tensor:
+    # On the CPU, whatever torch's default device is.
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
 def fixed_seed(seed: int | None) -> int:
     """The seed itself, or for None a random one, as an int that several calls can share."""
     if seed is None:
-        return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
+        return int(_drawn_seed())
     check("seed", seed, INT)
     return signed(seed.__index__())
 

@@ -16,7 +16,7 @@ from kdkernels.noise.arguments import (
     stds_of,
     tensors_of,
 )
-from kdkernels.noise.shards import PLAIN, like_shard
+from kdkernels.noise.shards import PLAIN, first_in_batch, like_shard, ranks_of_batch
 
 
 def randn_like(
@@ -40,6 +40,8 @@ def randn_like(
         >>> kdkernels.randn_like(torch.empty(2), seed=0, offset=2)  # a shard of it
         tensor([-0.6176, -0.4821])
     """
+    if first := first_in_batch(x):
+        offset += first
     if isinstance(x, Tensor) and type(x) not in PLAIN and hasattr(x, "placements"):
         [local], *noise = noise_of_list([x], seed, step, stream, offset, distribution)
         return like_shard(call_op("randn_like", local.detach(), *noise), x)
@@ -97,7 +99,7 @@ def input_noise(
     distribution: str = "normal",
     multiplicative: bool = False,
 ) -> Tensor:
-    """x + std * eps. Backward passes the gradient to x unchanged.
+    """x + std * eps, in x's memory format. Backward passes the gradient to x unchanged.
 
     Args:
         x: any shape.
@@ -119,6 +121,8 @@ def input_noise(
     std_tensor = None
     if isinstance(std, Tensor):
         std_tensor, std = std, 0.0
+    if first := first_in_batch(x):
+        offset += first
     noise = noise_of(seed, step, distribution, (stream,), (offset,))
     return call_op("input_noise", x, std_tensor, std, multiplicative, *noise)
 
@@ -139,11 +143,15 @@ def gradient_noise(
     Every backward pass through it adds the noise, including that of a second derivative.
 
     Args:
-        x: any shape. The result is a view of x.
+        x: any shape. The result is a view of x: clone it before an operation in place.
         std: as in ``input_noise``, but without a gradient.
         multiplicative: multiply the gradient by 1 + std * eps instead of adding.
         seed, step, stream, offset, distribution: see the module.
     """
+    if first := first_in_batch(x):
+        offset += first
+    if not multiplicative and (ranks := ranks_of_batch()) > 1:
+        std = std * ranks
     std_tensor = None
     if isinstance(std, Tensor):
         std_tensor, std = std, 0.0

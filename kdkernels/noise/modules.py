@@ -31,6 +31,15 @@ class _NoiseLayer(nn.Module):
         self.multiplicative = multiplicative
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
+    def reset_parameters(self) -> None:
+        """Set step and std to what they were at first, as after ``to_empty``."""
+        with torch.no_grad():
+            self.step.zero_()
+            if isinstance(self.std, Tensor):
+                if isinstance(self._first_std, Tensor) and self._first_std.is_meta:
+                    raise ValueError("std was given as a meta tensor, which holds no numbers")
+                self.std.copy_(torch.as_tensor(self._first_std, device=self.std.device))
+
     def forward(self, x: Tensor) -> Tensor:
         """The op on x in training mode, and the next step; x itself in evaluation mode."""
         if not self.training:
@@ -46,7 +55,7 @@ class _NoiseLayer(nn.Module):
         )
 
     def get_extra_state(self):
-        return torch.tensor(self.seed)
+        return torch.tensor(self.seed, device="cpu")
 
     def set_extra_state(self, state):
         self.seed = int(state)
@@ -110,8 +119,9 @@ class InputNoise(_NoiseLayer):
             if tuple(shape) not in ((), tuple(std.shape)):
                 raise ValueError(f"shape is {tuple(shape)}, but std has shape {list(std.shape)}")
             std = std.detach().clone()
+            self._first_std = std.clone()
         else:
-            std = _checked_std(std)
+            self._first_std = std = _checked_std(std)
             if learnable or tuple(shape) != ():
                 std = torch.full(tuple(shape), std)
         if learnable:
@@ -128,7 +138,10 @@ class GradientNoiseLayer(_NoiseLayer):
     Steps, state_dict and arguments are those of ``InputNoise``.
     """
 
-    _op = staticmethod(gradient_noise)
+    @staticmethod
+    def _op(x: Tensor, std: float | Tensor, **noise) -> Tensor:
+        # A copy: the op's view may not be changed in place, as by ReLU(inplace=True).
+        return gradient_noise(x, std, **noise).clone()
 
     def __init__(
         self,

@@ -1,11 +1,13 @@
 """The first experiment: linear regression under input noise."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from kdkernels import _C
-from kdkernels.errors import INT, NUMBER, TENSOR, check, fits
+from kdkernels.errors import INT, NUMBER, TENSOR, check, fits, for_floats
 from kdkernels.noise.arguments import OPS, signed
 
 
@@ -71,6 +73,7 @@ def noisy_linear_regression(
         kind = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
         raise TypeError(f"seed is {kind}; it must be an int or an int64 tensor")
     named = {"theta": theta, "lr": lr, "lam": lam, "sigma": sigma}
+    floats = tuple(named.values())
     for name, value in named.items():
         if not isinstance(value, Tensor) and not fits(value, NUMBER):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be {NUMBER} or a tensor")
@@ -87,7 +90,9 @@ def noisy_linear_regression(
         sizes = {name: list(v.shape) for name, v in zip([*named, "seed"], numbers, strict=True)}
         raise ValueError(f"theta, lr, lam, sigma and seed differ in replicas: {sizes}") from None
     theta, lr, lam, sigma, seed = (v.detach().expand(shape).reshape(-1) for v in numbers)
-    call = OPS if is_compiling() else _C
+    call: Any = _C
+    if is_compiling():
+        call, x = OPS, for_floats(x, floats)
     out = call.noisy_linear_regression(
         _samples("x", x),
         _samples("y", y),

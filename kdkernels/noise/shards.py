@@ -1,7 +1,9 @@
-"""A DTensor's place in the noise of the whole tensor."""
+"""A DTensor's place in the noise of the whole tensor, and that of a rank's samples in a batch's."""
 
 import functools
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,3 +119,33 @@ def like_shard(local: Tensor, tensor: Any) -> Tensor:
         shape=tensor.shape,
         stride=torch.empty(tensor.shape, device="meta").stride(),
     )
+
+
+_batch: tuple[int, int, int] | None = None
+
+
+@contextmanager
+def rows_of_batch(first: int, count: int, ranks: int) -> Generator[None]:
+    """A context in which tensors hold ``count`` samples of a batch, from number ``first`` on.
+
+    Their noise is then that of the whole batch, which several ranks share. Gradients of samples
+    are ``ranks`` times what they are in one process, since their mean is taken over ranks.
+    """
+    global _batch
+    before, _batch = _batch, (first, count, ranks)
+    try:
+        yield
+    finally:
+        _batch = before
+
+
+def first_in_batch(x: Tensor) -> int:
+    """The number of x's first element in the batch that it is a part of."""
+    if _batch is None or x.dim() == 0 or len(x) % _batch[1] != 0:
+        return 0
+    return x.numel() // _batch[1] * _batch[0]
+
+
+def ranks_of_batch() -> int:
+    """The number of ranks whose gradients of samples are averaged."""
+    return 1 if _batch is None else _batch[2]

@@ -57,7 +57,7 @@ def evolution_step(
         seed, step: of the noise, an int in [-2^63, 2^64) and one in [0, 2^32).
         antithetic: members in pairs theta +- std * eps_i.
         shaping: "standardize" (mean 0, standard deviation 1), or "ranks" (evenly from -1/2 to 1/2,
-            for any scale of the scores, as in OpenAI's).
+            for any scale of the scores, as in OpenAI's; equal scores share a rank).
         distribution: of eps, see the module.
 
     Returns:
@@ -99,11 +99,14 @@ def evolution_step(
     scores = torch.stack(scores)
     if not torch.isfinite(scores).all():
         raise ValueError(f"score_fn gave {scores[~torch.isfinite(scores)][0].item()}")
-    if shaping == "ranks":
-        shaped = scores.argsort().argsort().to(scores) / max(population - 1, 1) - 0.5
+    _, place, equals = scores.unique(return_inverse=True, return_counts=True)
+    if len(equals) == 1:  # whose mean may be off by a rounding
+        shaped = torch.zeros_like(scores)
+    elif shaping == "ranks":  # equal scores share the mean of their ranks
+        ranks = equals.cumsum(0) - (equals + 1) / 2
+        shaped = ranks.to(scores)[place] / (population - 1) - 0.5
     else:
-        spread = scores.std(correction=0)
-        shaped = (scores - scores.mean()) / torch.where(spread > 0, spread, torch.inf)
+        shaped = (scores - scores.mean()) / scores.std(correction=0)
     weights = (shaped.reshape(-1, len(signs)) * shaped.new_tensor(signs)).sum(1)
     combine_noise_(params, weights * (lr / (population * std)), seeds, **noise)
     return scores

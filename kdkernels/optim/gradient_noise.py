@@ -65,6 +65,18 @@ class GradientNoise:
             raise TypeError(
                 f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer"
             )
+        while not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            # A wrapper without Optimizer's own __init__, such as accelerate's: its steps are those
+            # of the optimizer inside.
+            inside = next(
+                (v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer)), None
+            )
+            if inside is None:
+                raise TypeError(
+                    f"optimizer is a {type(optimizer).__name__} without hooks; it must be a "
+                    "torch.optim.Optimizer, or a wrapper that holds one"
+                )
+            optimizer = inside
         self.optimizer, self.std = optimizer, std
         for value in self._stds(optimizer.param_groups):
             check_std(value)

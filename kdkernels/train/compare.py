@@ -414,7 +414,7 @@ def write(paths: list[str], out: str = "compare.html") -> list[Table]:
         path = Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
-        beside.write_text(html)
+        beside.write_text(html, encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
         raise TrainError(f"cannot write {out}: {error.strerror}") from None

@@ -12,9 +12,11 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import shutil
 import socket
 import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdkernels.train import TrainError
+from kdkernels.train.run_folder import lock
 
 __all__ = ["AUGMENT", "DATA", "Images", "folder", "load"]
 
@@ -47,6 +50,9 @@ _MOVED = 2**31
 
 _MADE_LATER = cast(torch.Tensor, None)
 """A field that __post_init__ makes of the others."""
+
+_16_BITS = ("PNG", "PPM")
+"""Formats whose grey images have at most so many."""
 
 Augment = str | Callable[[torch.Tensor], torch.Tensor]
 OnStep = Callable[[str, int, int], None]
@@ -325,37 +331,76 @@ def _reading(name: str, place: Path, missing: list[str], advice: str) -> Generat
         socket.setdefaulttimeout(patience)
 
 
+class _Arrays(pickle.Unpickler):
+    """Reads NumPy arrays, lists and numbers only: a pickle may name any function to call."""
+
+    _NAMES = (
+        "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar", "numpy.core.numeric._frombuffer",
+        "numpy._core.numeric._frombuffer", "_codecs.encode",
+    )  # fmt: skip
+
+    def find_class(self, module, name):
+        if f"{module}.{name}" not in self._NAMES:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, and must hold arrays only")
+        return super().find_class(module, name)
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        found = _Arrays(file, encoding="latin1").load()
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds a {type(found).__name__}, and must hold a dict")
+    return found
+
+
 def _cifar(base: type, own, size: int, data_dir: str, imagenet: bool) -> tuple[Images, Images]:
-    class Cifar(base):
-        # torchvision refuses files whose MD5 is not the original's. No MD5 means that presence
-        # is enough, so that a subset or a re-pickled copy loads; the archive's own MD5 is still
-        # checked when it is downloaded.
-        train_list = [[name, None] for name, _ in base.train_list]
-        test_list = [[name, None] for name, _ in base.test_list]
-        meta = base.meta | {"md5": None}
+    class Files(base):
+        # The archive's MD5 is checked when it is downloaded. Files that lie there may be a subset,
+        # or pickled again: so their MD5 is not checked, and they are read by _Arrays.
+        def __init__(self):
+            self.root = data_dir
 
     layout = Path(data_dir) / base.base_folder
-    names = [name for name, _ in base.train_list + base.test_list]
-    names.append(base.meta["filename"])
-    missing = [name for name in names if not (layout / name).is_file()]
+    names = {
+        part: [name for name, _ in listed]
+        for part, listed in (("train", base.train_list), ("test", base.test_list))
+    }
+    every = [*names["train"], *names["test"], base.meta["filename"]]
+    missing = [name for name in every if not (layout / name).is_file()]
     advice = (
         f"put {base.filename} from {base.url} there, unpacked, and name the folder that holds "
         "it with --data-dir"
     )
     with _reading(base.__name__.replace("R1", "R-1"), layout, missing, advice):
-        parts = [Cifar(data_dir, train=t, download=t and bool(missing)) for t in (True, False)]
+        if missing:
+            Files().download()
+        classes = _unpickled(layout / base.meta["filename"])[base.meta["key"]]
+        parts = [_cifar_part(layout, names[part], len(classes)) for part in ("train", "test")]
 
     # Pretrained weights expect the statistics that they were trained with.
     mean, std = _statistics(*(_IMAGENET if imagenet else own))
 
-    def images(part):
-        pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        return Images(
-            pixels, torch.tensor(part.targets), len(part.classes), size, 255.0, mean, std,
-            names=tuple(part.classes),
-        )  # fmt: skip
+    train, test = (
+        Images(pixels, labels, len(classes), size, 255.0, mean, std, names=tuple(classes))
+        for pixels, labels in parts
+    )
+    return train, test
 
-    return images(parts[0]), images(parts[1])
+
+def _cifar_part(layout: Path, names: list[str], classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels ``[n, 3, 32, 32]`` and labels of files in CIFAR's Python format."""
+    pixels, labels = [], []
+    for name in names:
+        found = _unpickled(layout / name)
+        pixels.append(np.asarray(found["data"], np.uint8).reshape(-1, 3, 32, 32))
+        labels.append(np.asarray(found["labels" if "labels" in found else "fine_labels"], np.int64))
+        if len(pixels[-1]) != len(labels[-1]):
+            raise ValueError(f"{name} has {len(pixels[-1])} images and {len(labels[-1])} labels")
+        if not ((labels[-1] >= 0) & (labels[-1] < classes)).all():
+            raise ValueError(f"{name} has labels that are none of its {classes} classes")
+    return torch.from_numpy(np.concatenate(pixels)), torch.from_numpy(np.concatenate(labels))
 
 
 def _fashion(size: int, data_dir: str, imagenet: bool) -> tuple[Images, Images]:
@@ -406,7 +451,22 @@ def _fashion(size: int, data_dir: str, imagenet: bool) -> tuple[Images, Images]:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdkernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdkernels"
+
+
+def _in_rgb(image: Any, format: str) -> Any:
+    """A Pillow image in RGB; Pillow's own conversion turns all above 255 to white."""
+    from PIL import Image
+
+    if image.mode.startswith(("I", "F")):
+        # Pillow reads some files of 16 bits into 32.
+        if not image.mode.startswith("I;16") and (image.mode == "F" or format not in _16_BITS):
+            raise ValueError(
+                f"its pixels are 32-bit numbers (Pillow's mode {image.mode}) and do not say what "
+                "is white; it must have 8 or 16 bits a channel"
+            )
+        image = Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _decode(path: str, size: int) -> np.ndarray:
@@ -417,7 +477,7 @@ def _decode(path: str, size: int) -> np.ndarray:
     with Image.open(path) as opened:
         # JPEG can be decoded at a fraction of its size; twice the wanted size loses nothing.
         opened.draft("RGB", (2 * size, 2 * size))
-        image: Any = ImageOps.exif_transpose(opened).convert("RGB")
+        image = _in_rgb(ImageOps.exif_transpose(opened), opened.format)
     image = functional.center_crop(functional.resize(image, [size]), [size, size])
     return np.asarray(image).transpose(2, 0, 1)
 
@@ -433,17 +493,20 @@ def _decoded(root: Path, files: list[str], size: int, on_step: OnStep | None):
             found = os.stat(file)
         except OSError as error:
             raise TrainError(f"the image {file} cannot be read: {error.strerror}") from None
-        listing.append((os.path.relpath(file, root), found.st_size, found.st_mtime_ns))
-    key = hashlib.sha256(json.dumps([1, size, listing]).encode()).hexdigest()[:32]
+        # The time of the last change, unlike that of the contents, cannot be set.
+        times = (found.st_mtime_ns, found.st_ctime_ns)
+        listing.append((os.path.relpath(file, root), found.st_size, found.st_ino, *times))
+    key = hashlib.sha256(json.dumps([2, str(root), size, listing]).encode()).hexdigest()[:32]
     pixels, known = _cache() / f"{key}.npy", _cache() / f"{key}.json"
     shape = (len(files), 3, size, size)
     try:
         _cache().mkdir(parents=True, exist_ok=True)
-        with (_cache() / f"{key}.lock").open("w") as lock:
-            # Whoever comes second waits, and finds the images decoded.
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with (_cache() / f"{key}.lock").open("w") as file:
+            # A process that comes later waits, and finds the images decoded; without locks it
+            # decodes them, too.
+            alone = lock(file, fcntl.LOCK_EX)
             if not (known.exists() and pixels.exists()):
-                beside = pixels.with_suffix(".tmp")
+                beside = _cache() / (f"{key}.tmp" if alone else f"{key}-{uuid.uuid4().hex}.tmp")
                 try:
                     found = _decode_into(beside, shape, files, on_step)
                     os.replace(beside, pixels)
@@ -514,17 +577,89 @@ def _class_folders(path: Path) -> list[str]:
 
 
 def _listed(path: Path, names: list[str], allow_empty: bool) -> tuple[list[str], torch.Tensor]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+    """The images below each class's folder, and their labels.
 
-    try:
-        index = {name: number for number, name in enumerate(names)}
-        found = make_dataset(path, index, IMG_EXTENSIONS, allow_empty=allow_empty)
-    except FileNotFoundError as error:
-        raise TrainError(f"in {path}: {str(error).rstrip('. ')}") from None
+    Classes alternate as their sizes have it, so that the first N images are of all classes.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    def unreadable(error: OSError):
+        if not isinstance(error, FileNotFoundError):  # a class that is not there has no images
+            raise TrainError(f"{error.filename} cannot be read: {error.strerror}")
+
+    found, seen = [], {}
+    for label, name in enumerate(names):
+        files = []
+        for place, inside, here in os.walk(path / name, onerror=unreadable, followlinks=True):
+            real = os.path.realpath(place)
+            if real in seen:
+                raise TrainError(
+                    f"{place} and {seen[real]} are the same folder, whose images would count "
+                    "twice: take the link away"
+                )
+            seen[real] = place
+            inside[:] = sorted(i for i in inside if not i.startswith("."))
+            for split in inside if place == str(path / name) else ():
+                if split.lower() in _SPLITS:
+                    raise TrainError(
+                        f"{place} has the folder {split}: a part must stand above its classes, as "
+                        f"in {split}/{name}"
+                    )
+            files += [
+                os.path.join(place, file)
+                for file in sorted(here)
+                if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
+            ]
+        if not files and not allow_empty:
+            raise TrainError(
+                f"in {path}: found no image for the classes {name}: it takes "
+                f"{', '.join(IMG_EXTENSIONS)} files"
+            )
+        found += [((number + 0.5) / len(files), label, f) for number, f in enumerate(files)]
     if not found:
         raise TrainError(f"{path} has no images: it takes {', '.join(IMG_EXTENSIONS)} files")
-    files, labels = zip(*found, strict=True)
+    _, labels, files = zip(*sorted(found), strict=True)
     return list(files), torch.tensor(labels)
+
+
+_SPLITS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test",
+    "val": "val", "valid": "val", "validation": "val",
+}  # fmt: skip
+"""The usual names of a set's parts, in any case."""
+
+
+def _splits(root: Path) -> dict[str, Path]:
+    """The folders of a set's parts by "train", "test" and "val"; none where classes lie in root."""
+    found: dict[str, Path] = {}
+    names = _class_folders(root)
+    named = [name for name in names if name.lower() in _SPLITS]
+    hold = [name for name in named if _class_folders(root / name)]
+    if not hold:
+        if named and named == names:
+            raise TrainError(f"{root / named[0]} holds no folders: it takes a folder a class")
+        return {}  # a class may be called train
+    for name in named:
+        part = _SPLITS[name.lower()]
+        if name not in hold:
+            raise TrainError(
+                f"{root / name} holds no folders: it takes a folder a class; move it away if it is "
+                "not to be used"
+            )
+        if part in found:
+            raise TrainError(f"{root} has both {found[part].name} and {name}: it takes one")
+        found[part] = root / name
+    if "train" not in found:
+        raise TrainError(f"{root} has the folder {hold[0]}, but no train beside it")
+    if len(found) == 1:
+        classes = set(_class_folders(found["train"]))
+        for name in names:
+            if name not in named and classes & set(_class_folders(root / name)):
+                raise TrainError(
+                    f"{root} has the folder {name} beside {found['train'].name}: call it test or "
+                    "val, or move it away if it is not to be used"
+                )
+    return found
 
 
 def folder(
@@ -542,13 +677,16 @@ def folder(
 
     Each image is decoded once (turned as its EXIF says, RGB, the shorter side resized to
     ``size``, centre cropped), into a memory-mapped file in ``$XDG_CACHE_HOME/kdkernels`` or
-    ``~/.cache/kdkernels``; a file that is added, taken away or changed makes a new one. Files
-    there may be deleted whenever no run uses them.
+    ``~/.cache/kdkernels``; another folder, or a file that is added, taken away or changed, makes a
+    new one. Files there may be deleted whenever no run uses them. Classes alternate, so that the
+    first N images are of all of them.
 
     Args:
-        path: holds ``train/<class>/*`` and ``test/<class>/*`` (or ``val``), in the formats that
+        path: holds ``train/<class>/*`` and ``test/<class>/*`` (or ``val``; ``training``,
+            ``testing``, ``valid`` and ``validation`` do, too, in any case), in the formats that
             torchvision's ImageFolder takes. Without ``test`` and ``val``, or without all three,
-            20 % of each class are held out, always the same ones.
+            20 % of each class are held out, always the same ones. Files and folders whose names
+            begin with a dot are left out.
         size: side in pixels.
         imagenet: normalise with ImageNet's statistics, for a pretrained teacher, instead of those
             of the training images.
@@ -564,9 +702,7 @@ def folder(
     root = Path(path).expanduser().resolve()
     if not root.is_dir():
         raise TrainError(f"{root} is not a folder: --data-dir names one with a folder a class")
-    split = {name: root / name for name in ("train", "test", "val") if _holds_folders(root / name)}
-    if split and "train" not in split:
-        raise TrainError(f"{root} has the folder {next(iter(split))}, but no train beside it")
+    split = _splits(root)
     place = split.get("train", root)
     test_place = split.get("test", split.get("val"))
     names = _class_folders(place)
@@ -606,10 +742,6 @@ def folder(
     return dataclasses.replace(train, augment=augment, views=views, seed=seed), test
 
 
-def _holds_folders(path: Path) -> bool:
-    return path.is_dir() and bool(_class_folders(path))
-
-
 def load(
     name: str,
     *,
@@ -643,6 +775,7 @@ def load(
         TrainError: the data is not there and cannot be had, or cannot be read.
     """
     view = {"augment": augment, "views": views, "seed": seed}
+    data_dir = os.path.expanduser(data_dir)
     if name == "folder":
         return folder(data_dir, size=size, imagenet=imagenet, on_step=on_step, **view)
     if name == "digits":

@@ -12,8 +12,11 @@ there is one more arm, the last one of the table with that noise on its student.
 
 import copy
 import dataclasses
+import json
 import math
+import numbers
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,12 +39,12 @@ from kdkernels.train.loop import (
     predictions,
     reproducible,
 )
-from kdkernels.train.predictions import Predictions, model_hash, write
-from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.predictions import Predictions, differences, model_hash, write
+from kdkernels.train.run_folder import RunFolder, state_of
 
 __all__ = [
     "ARMS", "CONTROL", "NOISY", "NOISE_STD", "Arm", "Distilled", "Settings", "apart", "distill",
-    "images_of", "plain_loss", "run",
+    "images_of", "plain_loss", "run", "try_on",
 ]  # fmt: skip
 
 
@@ -86,6 +89,52 @@ NOISY = "noisy"
 
 NOISE_STD = {"input": 0.1, "gradient": 0.01, "parameter": 0.01, "regularizer": 0.01}
 """Standard deviation where none is given, by the places of the noise."""
+
+
+# What settings take: names, or a kind of number, its range and whether that leaves out its low end.
+# The command's options say the same; a test holds them together.
+_NAMES = {
+    "schedule": ("constant", "cosine"),
+    "divergence": tuple(kdkernels.divergences()),
+    "device": ("auto", "cpu", "cuda"),
+    "noise": tuple(NOISE_STD),
+    "parallel": distributed.PARALLEL,
+    "normalize": ("data", "imagenet"),
+}
+_NUMBERS: dict[str, tuple[type, float, float, bool]] = {
+    "views": (int, 1, math.inf, False),
+    "validation": (float, 0, 0.9, False),
+    "batch_size": (int, 2, math.inf, False),
+    "lr": (float, 0, math.inf, True),
+    "weight_decay": (float, 0, math.inf, False),
+    "temperature": (float, 0, 1e6, True),
+    "alpha": (float, 0, 1, False),
+    "beta": (float, 0, 1, False),
+    "epochs": (int, 1, math.inf, False),
+    "teacher_epochs": (int, 0, math.inf, False),
+    "target_accuracy": (float, 0, 1, False),
+    "budget": (float, 0, math.inf, True),
+    "generations": (int, 1, math.inf, False),
+    "seed": (int, 0, 2**62, False),
+    "threads": (int, 1, math.inf, False),
+    "train_samples": (int, 2, math.inf, False),
+    "test_samples": (int, 1, math.inf, False),
+    "noise_std": (float, 0, 1e6, False),
+    "checkpoint_every": (int, 1, math.inf, False),
+}
+
+
+def _number(name: str, value: Any) -> int | float:
+    """A setting as Python's own number; TrainError says what it takes."""
+    kind, low, high, above = _NUMBERS[name]
+    known = numbers.Integral if kind is int else numbers.Real
+    fits = isinstance(value, known) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not low <= value <= high or (above and value == low):
+        noun = "a whole number" if kind is int else "a number"
+        least = f"above {low}" if above else f"at least {low}"
+        most = "" if high == math.inf else f" and at most {high}"
+        raise TrainError(f"{name} is {value!r}; it must be {noun} {least}{most}")
+    return kind(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +217,25 @@ class Settings:
     parallel: str = "ddp"
 
     def __post_init__(self):
+        optional = {f.name for f in dataclasses.fields(self) if f.default is None}
+        for name in (*_NUMBERS, *_NAMES):
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if name == "epochs" and value == 0 and type(value) is int:
+                continue  # a search's run, which only trains its teacher
+            if name in _NUMBERS:
+                object.__setattr__(self, name, _number(name, value))
+            elif value not in _NAMES[name]:
+                raise TrainError(f"{name} is {value!r}; it must be one of {_words(_NAMES[name])}")
+        if self.arms is not None:
+            known = isinstance(self.arms, tuple | list) and set(self.arms) <= ARMS.keys()
+            if not known or len(set(self.arms)) < len(self.arms):
+                raise TrainError(
+                    f"arms is {self.arms!r}; it must be a tuple of different names from "
+                    f"{_words(ARMS)}"
+                )
+            object.__setattr__(self, "arms", tuple(self.arms))
         if self.noise is None and self.noise_std is not None:
             raise TrainError("--noise-std is of --noise, which is not given")
         if self.noise is not None and self.noise_std is None:
@@ -195,6 +263,10 @@ class Settings:
             if name not in possible:
                 reason = barred[ARMS[name].teacher]
                 raise TrainError(f"the arm {name} asks its teacher {ARMS[name].teacher}: {reason}")
+
+
+def _words(names) -> str:
+    return ", ".join(names)
 
 
 def plain_loss(
@@ -306,11 +378,109 @@ def images_of(
         imagenet=settings.normalize == "imagenet",
         augment=settings.augment, views=settings.views, seed=settings.seed,
     )  # fmt: skip
+    for part, count in ((train, settings.train_samples), (test, settings.test_samples)):
+        _check_first(part, count)
     whole = train.first(settings.train_samples)
     if settings.validation:  # a fixed part, so that runs of other seeds are tested on the same
         whole = train
         train, test = train.split(settings.validation, seed=0)
     return whole, train.first(settings.train_samples), test.first(settings.test_samples)
+
+
+def _check_first(images: Images, count: int | None) -> None:
+    """That the first images, if only they are used, are not of some classes only."""
+    labels = images.labels
+    if count is None or count >= len(labels) or bool((labels.diff() < 0).any()):
+        return
+    seen, classes = len(labels[:count].unique()), len(labels.unique())
+    if seen < min(classes, count):
+        raise TrainError(
+            f"the images lie in the order of their classes, and the first {count} are of {seen} of "
+            f"{classes}: shuffle them, as with images.take(torch.randperm(len(images)))"
+        )
+
+
+def _check_images(train: Images, test: Images) -> None:
+    """That there are images to train and to test on, and that their labels are their classes'."""
+    for name, images in (("train", train), ("test", test)):
+        if len(images) < (2 if name == "train" else 1):
+            raise TrainError(f"{name} has {len(images)} images, too few to {name} on")
+        labels = images.labels
+        if labels.dtype != torch.int64 or labels.dim() != 1:
+            raise TrainError(
+                f"{name}'s labels are {labels.dtype} of shape {list(labels.shape)}; they must be "
+                "int64 of shape [images]"
+            )
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= images.classes:
+            raise TrainError(
+                f"{name} has labels from {low} to {high}; they must be from 0 to "
+                f"{images.classes - 1}, its classes"
+            )
+
+
+def try_on(who: str, model: nn.Module, images: Images, noise: Noise | None = None) -> bool:
+    """Try a model on two images, in evaluation and with ``noise`` also in training.
+
+    It stays as it is, but for parameters that it makes in its first forward pass.
+
+    Returns:
+        Whether the loss in training leaves parameters out.
+
+    Raises:
+        TrainError: it does not take the images, gives no logits, or cannot be trained.
+    """
+    device = images.labels.device
+    inputs, labels = images.batch(torch.arange(2, device=device), view=images.view_of(0))
+
+    def logits(model):
+        found = model(inputs)
+        wanted = [len(inputs), images.classes]
+        if not isinstance(found, torch.Tensor):
+            got = f"a {type(found).__name__}"
+        elif list(found.shape) != wanted or not found.is_floating_point():
+            got = f"{found.dtype} of shape {list(found.shape)}"
+        else:
+            return found
+        mode = "in training" if model.training else "in evaluation"
+        raise TrainError(
+            f"the {who} gives {got} {mode} for images of shape {list(inputs.shape)}; it must give "
+            f"logits of shape {wanted}, and nothing else"
+        )
+
+    mode, skips = model.training, False
+    try:
+        model.eval()
+        with torch.no_grad():
+            logits(model)
+        model.train(mode)
+        if noise is not None:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            if not trained:
+                raise TrainError(f"the {who} has no parameter that requires grad: none can learn")
+            trial = copy.deepcopy(model).train()
+            state_of(trial)  # which its checkpoints will hold
+            parameters = list(trial.parameters())
+            cuda = [device] if device.type == "cuda" else []
+            with torch.random.fork_rng(cuda), torch.enable_grad():
+                loss = noise.on_loss(lambda: F.cross_entropy(logits(trial), labels), parameters, 0)
+                loss.backward()
+            skips = any(p.grad is None for p in parameters if p.requires_grad)
+    except TrainError:
+        raise
+    except Exception as error:  # a model may raise anything
+        said = str(error).strip().splitlines()
+        what = "cannot be trained on" if noise is not None and model.training else "does not take"
+        more = "its parameters must be torch.float32, and its input's size --image-size"
+        if noise is not None and noise.place == "regularizer":
+            more = "the noise regularizer requires a model that can be differentiated twice"
+        raise TrainError(
+            f"the {who} {type(model).__name__} {what} images of shape {list(inputs.shape)} "
+            f"({type(error).__name__}: {said[0] if said else ''}): {more}"
+        ) from None
+    finally:
+        model.train(mode)
+    return skips
 
 
 class _Run:
@@ -320,8 +490,55 @@ class _Run:
         self.settings, self.folder, self.device = settings, folder, device
         self.interrupt, self.on_step, self.say = interrupt, on_step, say
         self.ranks = distributed.current()
+        self.stays_unasked, self.skips = False, {"teacher": False, "student": False}
         self.whole, train, test = images_of(settings, images)
+        _check_images(train, test)
+        self.inputs: dict[str, dict] = {
+            name: {
+                "data": part.fingerprint(), "images": len(part), "classes": part.classes,
+                "preprocessing": part.preprocessing(),
+            }
+            for name, part in (("training", train), ("test", test))
+        }  # fmt: skip
+        # The pixels are hashed once.
+        self.whole = dataclasses.replace(self.whole, _pixels_sha256=train._pixels_sha256)
         self.train, self.test = train.to(device), test.to(device)
+
+    def begin(self, teacher: nn.Module | None) -> None:
+        """Begin to write: all that was given can be used, and is what an earlier start was given.
+
+        Args:
+            teacher: given ready; None: the run's own, which its folder has.
+        """
+        if teacher is not None:
+            self.inputs["teacher"] = {"model": model_hash(teacher)}
+        before = self.ranks.first(lambda: self.folder.read_json("inputs.json")) or {}
+        for name, here in self.inputs.items():
+            differs = differences(before.get(name, here), here)
+            if differs and name == "teacher" and self.all_kept():
+                warnings.warn(
+                    f"the teacher is not the one that the run in {self.folder.path} began with, "
+                    "whose kept predictions it goes on with",
+                    stacklevel=2,
+                )
+                self.inputs["teacher"] = before["teacher"]
+                self.stays_unasked = True
+            elif differs:
+                raise TrainError(
+                    f"the run in {self.folder.path} began with another {name} "
+                    f"{'model' if name == 'teacher' else 'set'}: {differs}; continue with what it "
+                    "began with, or begin a run of its own"
+                )
+        self.folder.begin()
+        self.folder.write_json("inputs.json", self.inputs)
+
+    def all_kept(self) -> bool:
+        """Whether the folder has all that a teacher has to say."""
+        try:
+            Predictions.open(self.folder.path / "predictions" / "teacher")
+        except TrainError:
+            return False
+        return all(ARMS[name].teacher != "each step" for name in self.settings.arms)
 
     def learner(self, name: str, model: nn.Module, loss: Loss, predict, tuned: bool, seed: int,
                 **more) -> Learner:  # fmt: skip
@@ -332,7 +549,7 @@ class _Run:
             self.settings.lr, seed, tuned=tuned,
             weight_decay=self.settings.weight_decay,
             checkpoint_every=self.settings.checkpoint_every, parallel=self.settings.parallel,
-            **more,
+            skips=self.skips["teacher" if name == "teacher" else "student"], **more,
         )  # fmt: skip
 
     def epochs(self, learner: Learner, limit: int) -> Iterator[None]:
@@ -374,13 +591,26 @@ class _Run:
         target = self.settings.target_accuracy
         return target is not None and learner.measures.get("accuracy", -1.0) >= target
 
+    def tried(self, who: str, model: nn.Module, trains: bool) -> nn.Module:
+        """A model on the device, after its trial: see :func:`try_on`."""
+        noise = None
+        if trains:
+            regularized = who == "student" and self.settings.noise == "regularizer"
+            noise = Noise("regularizer", self.settings.noise_std or 0.0) if regularized else Noise()
+        model = model.to(self.device)
+        self.skips[who] = try_on(who, model, self.train, noise)
+        return model
+
     def expert(self, model: nn.Module | None) -> nn.Module | None:
-        """The teacher, trained and frozen; None where its predictions are given and it is not."""
+        """The teacher, trained and ready; None where its predictions are given and it is not."""
         settings = self.settings
         if model is not None:
-            model = model.to(self.device).to(memory_format=torch.channels_last)
-            return model.eval().requires_grad_(False)
+            model = self.tried("teacher", model.eval(), trains=False)
+            self.begin(model)
+            return model.to(memory_format=torch.channels_last)
         if settings.teacher_predictions is not None and settings.teacher_weights == "none":
+            self.kept("teacher", None, torch.channels_last)
+            self.begin(None)
             return None
         torch.manual_seed(settings.seed)
         model, ready = models.build(
@@ -389,6 +619,8 @@ class _Run:
         limit = settings.teacher_epochs
         if limit is None:
             limit = 0 if ready else 3
+        self.tried("teacher", model, trains=limit > 0)
+        self.begin(None)
         teacher = self.learner(
             "teacher", model, lambda logits, _, labels: F.cross_entropy(logits, labels), None,
             tuned=True, seed=settings.seed,
@@ -400,7 +632,7 @@ class _Run:
             teacher.measures = teacher.evaluate(teacher.model)
         teacher.save(self.folder, optimizer=False)
         self.keep_test("teacher", teacher.model, torch.channels_last)
-        return teacher.model.eval().requires_grad_(False)
+        return teacher.model.eval()
 
     def kept(self, name: str, expert: nn.Module | None, memory_format) -> tuple[Predictions, float]:
         """An expert's predictions, made once, and the seconds that took."""
@@ -413,6 +645,8 @@ class _Run:
         assert expert is not None  # only given predictions do without
 
         def ask() -> float:
+            if name == "teacher" and self.stays_unasked:
+                return 0.0
             began = time.perf_counter()
             write(
                 path, expert, self.whole.to(self.device), dtype="float32",
@@ -438,6 +672,11 @@ class _Run:
     def students(self, teacher: nn.Module | None, student: nn.Module | None) -> dict:
         """Train every arm, in turns; returns the students by name."""
         settings = self.settings
+        # Before a teacher learns for hours.
+        if student is None:
+            self.tried("student", self.made(settings.seed + 1), trains=True)
+        else:
+            student = self.tried("student", student, trains=True)
         expert = self.expert(teacher)
         # The arms that ask at each step get what a plain script has: torch's default memory format.
         plain = None
@@ -458,6 +697,14 @@ class _Run:
             turns = [turn for turn in turns if next(turn, turn) is None]
         return trained
 
+    def made(self, seed: int) -> nn.Module:
+        """The settings' student with the weights that it starts with."""
+        torch.manual_seed(seed)
+        settings = self.settings
+        model, _ = models.build(settings.student, self.train.classes, settings.image_size)
+        try_on("student", model.to(self.device), self.train)
+        return model
+
     def generations(self, arm_name: str, arm: Arm, expert, student, trained) -> Iterator[None]:
         """One arm's students, an epoch at a time; from the second on taught by the one before."""
         settings = self.settings
@@ -476,11 +723,8 @@ class _Run:
             elif arm.teacher == "once":
                 rows, took = self.kept(source, expert, taught_in)
                 predict = lambda _, index, view, rows=rows: rows.rows(index, view)  # noqa: E731
-            torch.manual_seed(settings.seed + generation)
-            if student is None:
-                start, _ = models.build(settings.student, self.train.classes, settings.image_size)
-            else:
-                start = copy.deepcopy(student)
+            seed = settings.seed + generation
+            start = self.made(seed) if student is None else copy.deepcopy(student)
             learner = self.learner(
                 name, start, _loss(arm, settings, noise.place == "regularizer"), predict,
                 tuned=arm.tuned, seed=settings.seed + 2, noise=noise,
@@ -495,7 +739,7 @@ class _Run:
                 trained[name] = learner.model.eval()
             if self.reached(learner):
                 return
-            expert = copy.deepcopy(learner.model).eval().requires_grad_(False)
+            expert = copy.deepcopy(learner.model).eval()
 
     def asking(self, expert: nn.Module):
         """``predict`` of a learner whose teacher runs at each step."""
@@ -505,6 +749,26 @@ class _Run:
                 return expert(images)
 
         return ask
+
+
+def _resumed(out: str | None, wanted: Settings) -> RunFolder:
+    """The folder of a run of :func:`distill`, which only goes on with its own settings."""
+    if out is None:
+        raise TrainError("resume=True requires out, the folder of the run to continue")
+    folder = RunFolder.open(out)
+    if folder.config.get("command") != "distill()" or "distill" not in folder.config:
+        raise TrainError(f"{out} holds no run of distill() in Python to continue")
+    here = json.loads(json.dumps(dataclasses.asdict(wanted)))
+    there = folder.config["distill"]
+    for name, value in here.items():
+        if name != "epochs" and there.get(name, value) != value:
+            raise TrainError(
+                f"{name} is {value!r}, and the run in {out} began with {there[name]!r}: it must be "
+                "the same with resume=True; only epochs may change"
+            )
+    folder.config["distill"] = here
+    distributed.current().first(folder.hold)
+    return folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -541,21 +805,22 @@ def distill(
 
     Args:
         teacher: trained; takes images ``[b, 3, s, s]`` fp32, gives logits ``[b, classes]``. It is
-            moved to the device, put into eval mode and frozen.
-        student: the same, untrained or not; it is copied and stays as it is.
+            moved to the device and put into eval mode.
+        student: the same, untrained or not; it is copied and stays as it is, also where it shares
+            modules with the teacher.
         train, test: of one size and the same classes, from :func:`kdkernels.train.image_folder` or
             :func:`kdkernels.train.load_images`.
         out: folder of the run; ``runs/<time>`` by default.
         resume: continue the run in ``out`` from its last checkpoint; models, images and settings
-            must be the same.
+            must be the same, but for ``epochs``.
         progress: show progress bars and a line an epoch.
         settings: fields of :class:`Settings`, such as ``epochs=20``, ``temperature=4.0``,
             ``alpha=0.5``, ``generations=2``, ``noise="input"``; not those that name data and
             models.
 
     Raises:
-        TrainError: something is missing, or does not fit.
-        TypeError: a setting that there is not.
+        TrainError: something is missing, or does not fit; nothing is written then.
+        TypeError: a setting that there is not, or an argument of another kind.
     """
     from kdkernels.train import report  # it needs this module
 
@@ -564,11 +829,20 @@ def distill(
     for name in settings:
         if name in ours:
             raise TypeError(f"distill() got {name!r}, which its models and images say already")
-    if train.classes != test.classes or train.size != test.size:
-        raise TrainError(
-            f"train has {train.classes} classes and images of {train.size} pixels, test "
-            f"{test.classes} and {test.size}: they must be alike"
-        )
+    for name, value, kind in (
+        ("teacher", teacher, nn.Module), ("student", student, nn.Module), ("train", train, Images),
+        ("test", test, Images),
+    ):  # fmt: skip
+        if not isinstance(value, kind):
+            given, takes = type(value).__name__, f"{kind.__module__}.{kind.__name__}"
+            raise TypeError(f"{name} is a {given}; it must be a {takes}")
+    for name, words in (
+        ("classes", "classes"), ("size", "pixels a side"), ("channels", "channels"),
+        ("names", "as its classes' names"),
+    ):  # fmt: skip
+        here, there = getattr(train, name), getattr(test, name)
+        if here != there and not (name == "names" and not (here and there)):
+            raise TrainError(f"train has {here} {words}, test {there}: they must be alike")
     new_each_epoch = train.augment != "none" and train.views is None
     settings.setdefault("arms", ("fused",) if new_each_epoch else ("full",))
     wanted = Settings(
@@ -576,17 +850,28 @@ def distill(
         augment=train.preprocessing()["augment"], views=train.views,
         teacher=type(teacher).__name__, student=type(student).__name__, **settings,
     )  # fmt: skip
+    if not wanted.arms:
+        raise TrainError(f"arms is {wanted.arms}; it must be one or more of {_words(ARMS)}")
+    _number("epochs", wanted.epochs)
+    try:  # before the teacher, which may share modules with it, is moved
+        student = copy.deepcopy(student)
+    except Exception as error:  # a module may raise anything
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainError(f"the student {type(student).__name__} cannot be copied: {said}") from None
     if resume:
-        folder = RunFolder.open(out or "")
-        distributed.current().first(folder.hold)
+        folder = _resumed(out, wanted)
     else:
         config = {"command": "distill()", "distill": dataclasses.asdict(wanted)}
         config["machine"] = report.machine(wanted.threads)
         folder = RunFolder.create(out, config)
     screen = console.make(quiet=not progress or distributed.current().rank > 0)
-    students = console.progress(
-        run, wanted, folder, screen, teacher=teacher, student=student, images=(train, test)
-    )
+    try:
+        students = console.progress(
+            run, wanted, folder, screen, teacher=teacher, student=student, images=(train, test)
+        )
+    except BaseException:
+        folder.discard()
+        raise
     if distributed.current().rank == 0:
         report.write(folder)
     name = list(students)[-1]

@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from kdkernels.noise.shards import rows_of_batch
 from kdkernels.train import TrainError
 
 __all__ = ["PARALLEL", "Ranks", "current", "engine", "first_to_say", "like", "was_cut", "whole"]
@@ -155,7 +156,7 @@ def was_cut(error: Exception) -> bool:
 # ---- engines -------------------------------------------------------------------------------------
 
 
-def engine(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
+def engine(model: nn.Module, parallel: str, device: torch.device, skips: bool = False) -> nn.Module:
     """What to train instead of ``model`` on several ranks; alone, the model itself.
 
     Args:
@@ -163,13 +164,21 @@ def engine(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
         parallel: ``"ddp"``: a wrapper around the model. ``"fsdp2"``: a sharded copy, block by
             block where the model has a list of them; :func:`whole` gives its tensors back.
         device: the model's.
+        skips: whether the loss leaves parameters out, for which DDP then looks in each step.
     """
     if current().world == 1:
         return model
+    _share(model)
     if device.type == "cuda":  # on the CPU _WholeBatch does its work
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if parallel == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
+        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=skips)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 0:
+            raise TrainError(
+                f"--parallel fsdp2 requires parameters of at least one dimension, and {name} has "
+                "none: use --parallel ddp"
+            )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -185,13 +194,33 @@ def engine(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:
     return sharded
 
 
+def _share(model: nn.Module) -> None:
+    """Give all ranks rank 0's weights, buffers and extra state, such as seeds drawn at random."""
+    extra = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
+            sent = value.detach().contiguous()
+            dist.broadcast(sent, 0)
+            value.copy_(sent)
+        else:
+            extra[name] = value
+    sent = [extra]
+    dist.broadcast_object_list(sent, src=0, device=torch.device("cpu"))
+    model.load_state_dict(sent[0], strict=False)
+
+
 def whole(tensor: Any) -> torch.Tensor:
     """A tensor as one process would have it; all ranks must ask for a DTensor's together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def like(tensor: torch.Tensor, other: Any) -> torch.Tensor:
-    """A new tensor with a whole tensor's values, placed and laid out as ``other`` is."""
+    """A new tensor with a whole tensor's values, placed and laid out as ``other`` is.
+
+    What is no tensor, such as a module's extra state, is given back.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
     if not hasattr(other, "placements"):
         return torch.empty_like(other).copy_(tensor)
     from torch.distributed.tensor import distribute_tensor
@@ -218,42 +247,81 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(gradient)
 
 
-_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
-             F.feature_alpha_dropout}  # fmt: skip
+# What draws a number for each element of its first argument.
+_DRAWING = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    F.rrelu, F.gumbel_softmax, torch.rand_like, torch.randn_like, torch.bernoulli,
+}  # fmt: skip
+_DRAWING_IN_PLACE = {
+    torch.Tensor.bernoulli_, torch.Tensor.normal_, torch.Tensor.uniform_,
+    torch.Tensor.exponential_,
+}  # fmt: skip
+_DRAWING_OF_SIZE = {torch.rand, torch.randn}
+# What draws inside, where no mode reaches.
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
 class _WholeBatch(TorchFunctionMode):
     """Inside, what a forward pass draws or measures over the batch is that of the whole batch.
 
-    That is dropout, whatever calls ``bernoulli_`` for a number a sample (stochastic depth), and on
-    the CPU BatchNorm, for which PyTorch's SyncBatchNorm takes CUDA tensors only. Samples are
-    expected along the first dimension. Ranks draw alike, so their generators stay alike.
+    That is dropout and what else draws a number a sample (stochastic depth), the noise of
+    kdkernels, and on the CPU BatchNorm, for which PyTorch's SyncBatchNorm takes CUDA tensors only.
+    Samples are expected along the first dimension. Ranks draw alike, so their generators stay
+    alike.
     """
 
     def __init__(self, ranks: Ranks, count: int):
         super().__init__()
         self.count, self.rows = count, ranks.share(count)
         self.own = self.rows.stop - self.rows.start
+        self._noise = rows_of_batch(self.rows.start, self.own, ranks.world)
+
+    def __enter__(self):
+        self._noise.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._noise.__exit__(None, None, None)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.batch_norm and kwargs.get("training") and not args[0].is_cuda:
             kwargs.pop("training")
             return self._batch_norm(*args, **kwargs)
-        if function in _DROPOUTS and kwargs.get("training", True) and self._samples(args[0]):
+        if function in _DRAWING and kwargs.get("training", True) and self._samples(args[0]):
             x = args[0]
-            kwargs["inplace"] = False
+            kwargs.pop("inplace", None)
             return function(self._among_all(x), *args[1:], **kwargs)[self._place(x)]
-        if function is torch.Tensor.bernoulli_ and self._samples(args[0]):
+        if function in _DRAWING_IN_PLACE and self._samples(args[0]):
             x = args[0]
             drawn = function(self._among_all(x), *args[1:], **kwargs)
             return x.copy_(drawn[self._place(x)])
-        if function is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0) > 0:
-            raise TrainError(
-                "scaled_dot_product_attention with dropout draws a mask of its own on each rank: "
-                "take a model without, or one process"
-            )
+        if function in _DRAWING_OF_SIZE:
+            kept = dict(kwargs)
+            size = kept.pop("size", args[0] if args and not isinstance(args[0], int) else args)
+            if len(size) > 0 and self._samples(torch.empty(size[0], 0)):
+                whole = (size[0] // self.own * self.count, *size[1:])
+                return function(whole, **kept)[self._place(torch.empty(size[0], 0))]
+        self._refuse(function, args, kwargs)
         return function(*args, **kwargs)
+
+    def _refuse(self, function, args, kwargs) -> None:
+        if function is F.scaled_dot_product_attention:
+            draws = kwargs.get("dropout_p", 0) > 0
+        elif function is F.multi_head_attention_forward:
+            dropout = args[10] if len(args) > 10 else kwargs["dropout_p"]
+            draws = kwargs.get("training", True) and dropout > 0
+        elif function in _RECURRENT:  # the dropout's share is the only float, and training is next
+            place = next(i for i, value in enumerate(args) if isinstance(value, float))
+            draws = args[place] > 0 and args[place + 1]
+        else:
+            return
+        if draws:
+            raise TrainError(
+                f"{function.__name__} with dropout draws a mask of its own on each rank: take a "
+                "model without, or one process"
+            )
 
     def _samples(self, x: torch.Tensor) -> bool:
         return x.dim() > 0 and len(x) > 0 and len(x) % self.own == 0

@@ -14,6 +14,7 @@ config.json, metrics.jsonl and checkpoints of the training with quantisation.
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import math
@@ -36,7 +37,7 @@ from kdkernels.train.loop import (
     predictions,
     reproducible,
 )
-from kdkernels.train.run_folder import RunFolder, weights
+from kdkernels.train.run_folder import RunFolder, load_state, state_of, weights
 
 __all__ = ["FORMATS", "FOLDER", "Settings", "run", "sections", "tables"]
 
@@ -101,7 +102,7 @@ def _networks(settings: distillation.Settings, classes: int) -> tuple[nn.Module,
 
 def _load(model: nn.Module, tensors: dict[str, torch.Tensor], what: str) -> nn.Module:
     try:
-        model.load_state_dict(weights(tensors))
+        load_state(model, weights(tensors))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise TrainError(
@@ -119,6 +120,11 @@ def _finished(folder: RunFolder, arm: str) -> _Finished:
     if "distill" not in folder.config:
         raise TrainError(f"{folder.path} holds no run of distill or reproduce to export from")
     asked = folder.config["distill"]
+    if folder.config.get("command") == "distill()":
+        raise TrainError(
+            f"the models and images of {folder.path} were given in Python: export its student "
+            "there, with torch.onnx.export(found.student, ...)"
+        )
     settings = distillation.Settings(**asked | {"arms": tuple(asked["arms"])})
     found = folder.load(arm)
     if found is None or arm not in _arms(folder):
@@ -185,7 +191,8 @@ def _trained(folder, home, run, settings, interrupt, on_step, say):
         if getattr(run.settings, k) is not None
     }
     torch.manual_seed(run.settings.seed)
-    model = int8.FakeQuantised(run.student, _batches(run.train, CALIBRATION, CALIBRATION)[0])
+    with _exported(run.student):
+        model = int8.FakeQuantised(run.student, _batches(run.train, CALIBRATION, CALIBRATION)[0])
     learner = Learner(
         name, model, lambda logits, taught, labels: kdkernels.distillation_loss(
             logits, taught, labels, **soft
@@ -251,15 +258,36 @@ def _input(images: data.Images) -> dict:
     }  # fmt: skip
 
 
+@contextlib.contextmanager
+def _exported(model: nn.Module):
+    """Says in one sentence what PyTorch's exporters, called inside, say in many lines."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except TrainError:
+        raise
+    except Exception as error:  # they raise their own kinds, which name their cause
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        said = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
+        raise TrainError(
+            f"the student {type(model).__name__} cannot be exported: {type(cause).__name__}: "
+            f"{said[:200]}; ONNX requires operators that it has, and no branches on values",
+            status=1,
+        ) from None
+
+
 def _onnx(model: nn.Module, run: _Finished) -> bytes:
     """The model as an ONNX file, batch size free, checked."""
     import onnx
 
     example = run.test.batch(torch.arange(2) % len(run.test))[0]
-    program = torch.onnx.export(
-        model, (example,), dynamo=True, verbose=False, input_names=["images"],
-        output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
-    )  # fmt: skip
+    with _exported(model):
+        program = torch.onnx.export(
+            model, (example,), dynamo=True, verbose=False, input_names=["images"],
+            output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )  # fmt: skip
     assert program is not None  # with dynamo
     made = program.model_proto
     onnx.helper.set_model_props(made, {"preprocessing": json.dumps(_input(run.test))})
@@ -327,7 +355,7 @@ def _measured(folder: RunFolder, run: _Finished, files: dict[str, bytes]) -> lis
                 status=1,
             )
         chosen = logits.argmax(1)
-        size = sum(v.numel() * v.element_size() for v in run.student.state_dict().values())
+        size = sum(v.numel() * v.element_size() for v in state_of(run.student).values())
         rows.append(
             {
                 "format": name, "bytes": size if name == "pytorch" else len(files[name]),
@@ -362,10 +390,12 @@ def run(
         say: called with a line for the person who watches.
 
     Returns:
-        What export/results.json says now, for :func:`tables`.
+        What export/results.json says now, for :func:`tables`. A format that the student cannot be
+        exported in is said and left out; its sentence is under ``"failed"`` by the format.
 
     Raises:
-        TrainError: no such run or arm, the run is not finished, or training was interrupted.
+        TrainError: no such run or arm, the run is not finished, training was interrupted, or the
+            student cannot be exported in any of the formats.
         ModuleNotFoundError: onnx, onnxscript, onnxruntime or torchao is missing.
     """
     with _quiet():  # before any work, so that a missing package is known at once
@@ -380,28 +410,40 @@ def run(
     home.mkdir(exist_ok=True)
     config = home / "config.json"
     home = RunFolder.open(str(home)) if config.exists() else RunFolder(home, {})
-    files = {}
+    files: dict[str, bytes] = {}
+    failed: dict[str, TrainError] = {}
+
+    def make(name: str) -> bytes:
+        if name == "onnx":
+            return _onnx(finished.student, finished)
+        if name == "int8":
+            say(f"{settings.arm}: calibrating on training images")
+            with _exported(finished.student):
+                graph = int8.calibrate(finished.student, _batches(finished.train, CALIBRATION))
+        else:
+            graph = _trained(folder, home, finished, settings, interrupt, on_step, say)
+        return _onnx(int8.converted(graph), finished)
+
     with reproducible(finished.settings.seed, settings.threads), Interrupt() as interrupt, _quiet():
         try:
             for name in settings.formats:
                 end, about = FORMATS[name]
-                if name == "onnx":
-                    model = finished.student
-                elif name == "int8":
-                    say(f"{settings.arm}: calibrating on training images")
-                    batches = _batches(finished.train, CALIBRATION)
-                    model = int8.converted(int8.calibrate(finished.student, batches))
-                else:
-                    model = int8.converted(
-                        _trained(folder, home, finished, settings, interrupt, on_step, say)
-                    )
-                files[name] = _onnx(model, finished)
+                try:
+                    files[name] = make(name)
+                except TrainError as error:
+                    if interrupt.wished:
+                        raise
+                    failed[name] = error
+                    say(f"{about}: {error}")
+                    continue
                 path = home.write_bytes(f"{settings.arm}{end}.onnx", files[name])
                 say(f"{about}: {path}")
                 if interrupt.wished:
                     raise TrainError(
                         "interrupted: the same command again starts from here", status=130
                     )
+            if not files:
+                raise next(iter(failed.values()))
             say("measuring")
             rows = _measured(folder, finished, files)
             threads = torch.get_num_threads()
@@ -409,7 +451,8 @@ def run(
             home.close()
     found = home.read_json("results.json") or {"arms": {}}
     found["arms"][settings.arm] = {
-        "rows": rows, "threads": threads, "input": _input(finished.test),
+        "rows": rows, "failed": {name: str(error) for name, error in failed.items()},
+        "threads": threads, "input": _input(finished.test),
         "data": finished.settings.data, "test_images": len(finished.test), "rounds": ROUNDS,
         "epochs": settings.epochs, "lr": settings.lr,
         "calibration": min(CALIBRATION, len(finished.train)),

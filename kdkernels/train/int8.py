@@ -25,6 +25,8 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
 )
 
+from kdkernels.train import TrainError
+
 __all__ = ["FakeQuantised", "calibrate", "converted"]
 
 _aten = torch.ops.aten
@@ -38,6 +40,9 @@ _PLAIN = {
 # Least scale. A channel of zeros must not get one so small that a bias in units of
 # activation scale * weight scale leaves int32.
 _EPS = 2.0**-16
+
+_ALIKE = 1e-4
+"""Largest difference of the graph's logits from the model's before rounding, of the largest one."""
 
 
 def _spec(maker, weight: bool) -> QuantizationSpec:
@@ -78,13 +83,46 @@ class _Everywhere(Quantizer):
         pass
 
 
+_NORMS = {
+    _aten.batch_norm.default, _aten._native_batch_norm_legit_no_training.default,
+}  # fmt: skip
+
+
+def _unshared(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Give each BatchNorm after a convolution one that serves it alone.
+
+    BatchNorm is folded into the convolution's weights, which a convolution that is used twice, or
+    whose output goes elsewhere too, needs as they are.
+    """
+    for norm in list(graph.graph.nodes):
+        conv = norm.args[0] if norm.target in _NORMS else None
+        if conv is None or not str(conv.target).startswith("aten.conv"):
+            continue
+        tensors = [node for node in conv.args[1:3] if isinstance(node, torch.fx.Node)]
+        if all(len(node.users) == 1 for node in (conv, *tensors)):
+            continue
+        copies = {}
+        with graph.graph.inserting_before(norm):
+            for number, node in enumerate(tensors):
+                name = f"_{norm.name}_convolution_{number}"
+                value = graph.get_parameter(str(node.target)).detach().clone()
+                graph.register_parameter(name, nn.Parameter(value))
+                copies[node] = graph.graph.get_attr(name)
+                copies[node].meta = dict(node.meta)
+            own = graph.graph.node_copy(conv, lambda node, copies=copies: copies.get(node, node))
+        norm.replace_input_with(conv, own)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
 def _prepared(model: nn.Module, example: torch.Tensor, activation, weight) -> torch.fx.GraphModule:
     """The model's graph in eval mode, batch size free, with observers or fake quantisers."""
     shapes = ({0: torch.export.Dim("batch")},)
     # A copy: the program shares its tensors, and training must not reach the caller's.
     model = copy.deepcopy(model).eval()
     program = torch.export.export(model, (example,), dynamic_shapes=shapes)
-    return prepare_pt2e(program.module(), _Everywhere(activation, weight))
+    return prepare_pt2e(_unshared(program.module()), _Everywhere(activation, weight))
 
 
 def converted(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -105,13 +143,22 @@ def calibrate(model: nn.Module, batches: list[torch.Tensor]) -> torch.fx.GraphMo
     Args:
         model: fp32, on the CPU; not changed.
         batches: inputs, each ``[b, channels, height, width]`` fp32, b >= 2.
+
+    Raises:
+        TrainError: the graph is not the model even before it is rounded.
     """
     activation = pt2e.HistogramObserver.with_args(eps=_EPS)
     weight = pt2e.PerChannelMinMaxObserver.with_args(eps=_EPS)
     graph = _prepared(model, batches[0], activation, weight)
     with torch.no_grad():
-        for batch in batches:
-            graph(batch)
+        found = [graph(batch) for batch in batches][0]
+        expected = copy.deepcopy(model).eval()(batches[0])
+    apart = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not apart <= _ALIKE:
+        raise TrainError(
+            f"the graph that becomes integers differs from the student by {apart:.1e} of the "
+            "largest logit before anything is rounded: leave int8 and int8-qat out of --formats"
+        )
     return graph
 
 

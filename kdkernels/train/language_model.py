@@ -485,6 +485,7 @@ def _run(settings, folder, device, interrupt, on_step, say):
     start = made(settings.seed + 1, settings.student_width, settings.student_layers)
     if settings.teacher_weights != "none" and folder.load("teacher") is None:
         _given(model, settings.teacher_weights, train.digest)
+    folder.begin()
     if started is None:
         folder.write_json(
             "language_model.json",

@@ -16,7 +16,7 @@ from torch import nn
 import kdkernels
 from kdkernels.train import TrainError, distributed
 from kdkernels.train.data import Images
-from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.run_folder import RunFolder, load_state, state_of, weights
 
 __all__ = [
     "PHASES", "Interrupt", "Learner", "Noise", "Samples", "accuracy", "choose_device",
@@ -251,7 +251,11 @@ class Noise:
         """What is minimised: the loss, or the regularised loss if that is its place."""
         if self.place != "regularizer":
             return loss()
-        return kdkernels.soft_regularization(loss, parameters, self.std, seed=self.seed, step=step)
+        numbered = [(k, p) for k, p in enumerate(parameters) if p.requires_grad]
+        streams, free = zip(*numbered, strict=True)  # the streams of on_parameters
+        return kdkernels.soft_regularization(
+            loss, free, self.std, seed=self.seed, step=step, stream=streams
+        )
 
     def on_optimizer(self, optimizer: torch.optim.Optimizer):
         """What adds noise to the gradients before each step, if that is its place; else None."""
@@ -290,6 +294,7 @@ class Learner:
         parallel: one of ``distributed.PARALLEL``, how several ranks train; they are those of
             :func:`kdkernels.train.distributed.current`. ``model`` stays whole on each rank, with
             the weights of the last checkpoint or epoch's end.
+        skips: as :func:`kdkernels.train.distributed.engine` has it.
         epoch, step: whole epochs and steps done.
         within: steps done in the unfinished epoch.
         seconds: by phase in the unfinished epoch.
@@ -312,6 +317,7 @@ class Learner:
     weight_decay: float = 0.0
     checkpoint_every: int | None = None
     parallel: str = "ddp"
+    skips: bool = False
     epoch: int = 0
     step: int = 0
     within: int = 0
@@ -332,7 +338,7 @@ class Learner:
                 "the noise regularizer differentiates gradients, which FSDP2 does not: use "
                 "--parallel ddp"
             )
-        self.engine = distributed.engine(self.model, self.parallel, self.device)
+        self.engine = distributed.engine(self.model, self.parallel, self.device, self.skips)
         self.parameters = list(self.engine.parameters())
         # None, not False: the other arms run what plain torch.optim.Adam(lr=lr) would choose.
         options = {"lr": self.lr, "fused": self.tuned or None}
@@ -353,7 +359,7 @@ class Learner:
         All ranks must call this together; rank 0 writes.
         """
         self._gather()
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors = {f"model.{k}": v for k, v in state_of(self.model).items()}
         if optimizer:
             for number, parameter in enumerate(self.parameters):
                 for key, value in self.optimizer.state[parameter].items():
@@ -366,8 +372,7 @@ class Learner:
         """Bring the model up to date, where the engine has weights of its own."""
         if self.parallel == "fsdp2" and self.engine is not self.model:
             own = self.engine.state_dict()
-            for key, value in self.model.state_dict().items():
-                value.copy_(distributed.whole(own[key]))
+            self.model.load_state_dict({k: distributed.whole(v) for k, v in own.items()})
 
     def load(self, folder: RunFolder) -> bool:
         """Continue from the checkpoint, if there is one, and drop the metrics written after it.
@@ -386,12 +391,12 @@ class Learner:
             self._check(tensors, folder.path / "checkpoints" / f"{self.name}.safetensors")
             for name, value in state.items():
                 setattr(self, name, value)
-            own = self.engine.state_dict() if self.parallel == "fsdp2" else {}
-            with torch.no_grad():
-                for key, value in self.model.state_dict().items():
-                    value.copy_(tensors[f"model.{key}"])
-                    if key in own:
-                        own[key].copy_(distributed.like(value, own[key]))
+            load_state(self.model, weights(tensors))
+            if self.parallel == "fsdp2" and self.engine is not self.model:
+                own = self.engine.state_dict()
+                self.engine.load_state_dict(
+                    {k: distributed.like(v, own[k]) for k, v in self.model.state_dict().items()}
+                )
             for number, parameter in enumerate(self.parameters):
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     value = tensors.get(f"optimizer.{number}.{key}")
@@ -420,7 +425,11 @@ class Learner:
 
     def _check(self, tensors: dict[str, torch.Tensor], path) -> None:
         """That a checkpoint's tensors are of this learner's model."""
-        wanted = {f"model.{k}": tuple(v.shape) for k, v in self.model.state_dict().items()}
+        wanted = {
+            f"model.{k}": tuple(v.shape)
+            for k, v in self.model.state_dict().items()
+            if isinstance(v, torch.Tensor)
+        }
         for number, parameter in enumerate(self.parameters):
             for key in ("exp_avg", "exp_avg_sq"):
                 if f"optimizer.{number}.{key}" in tensors:
@@ -481,7 +490,7 @@ class Learner:
             def objective(inputs=inputs, taught=taught, labels=labels, index=index, weight=weight):
                 nonlocal outputs
                 with ranks.batch(len(index)):
-                    outputs = self.engine(inputs)
+                    outputs = self._outputs(inputs)
                 clock.lap("student forward")
                 loss = self.loss(outputs, taught, labels)
                 return loss if weight == 1 else loss * weight
@@ -561,6 +570,17 @@ class Learner:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.save(folder)
         return spent
+
+    def _outputs(self, inputs):
+        try:
+            return self.engine(inputs)
+        except RuntimeError as error:
+            if "Expected to have finished reduction" not in str(error):
+                raise
+            raise TrainError(
+                f"{self.name} leaves parameters without a gradient in some steps only, which DDP "
+                "does not take: use one process"
+            ) from None
 
     def _begin(self, batches: list[torch.Tensor]) -> None:
         """Ready for the epoch of these batches, or for what is left of it."""

@@ -1,13 +1,14 @@
 """What experiments 2 and 3 train: torchvision's classification models, one's own, and an MLP."""
 
 import importlib
+import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torchvision import models
@@ -32,16 +33,89 @@ def _read(name: str, weights: str) -> dict[str, torch.Tensor]:
                 f"{name}'s ImageNet weights could not be downloaded from {published.url} "
                 f"({reason}): put that file at {place}, or use --teacher-weights none"
             ) from None
+    weights = os.path.expanduser(weights)
     try:
         if weights.endswith(".safetensors"):
             state = load_file(weights)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except Exception as error:  # a damaged file raises nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = (
+                "it holds more than tensors, or is no file of torch.save, and pickled objects are "
+                "not loaded since they may run code; it must be saved as model.state_dict()"
+            )
         raise TrainError(f"the weights {weights} cannot be read: {reason}") from None
-    return run_folder.weights(state) or state
+    while True:  # down to the tensors, through what training scripts save beside them
+        if not isinstance(state, Mapping):
+            raise TrainError(
+                f"the weights {weights} are a {type(state).__name__}; they must be a state_dict"
+            )
+        inner = {key: value for key, value in state.items() if isinstance(value, Mapping)}
+        named = [inner[key] for key in _WRAPPINGS if key in inner]
+        tensors = any(isinstance(value, torch.Tensor) for value in state.values())
+        if tensors or not inner:
+            break
+        if not named and len(inner) > 1:
+            raise TrainError(
+                f"the weights {weights} hold several dicts ({', '.join(map(str, inner))}); they "
+                "must be one state_dict"
+            )
+        state = (named or list(inner.values()))[0]
+    return run_folder.unpacked({str(key): value for key, value in state.items()})
+
+
+_WRAPPINGS = ("state_dict", "model_state_dict", "model", "module", "net", "student", "teacher")
+"""The usual names of a state_dict among other things, best first."""
+
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch.compile, FSDP and activation checkpointing add to names, anywhere."""
+
+
+def _fitted(state: dict[str, Any], wanted: dict[str, Any], what: str) -> dict[str, Any]:
+    """A state's entries under the names that a model has for them.
+
+    All of a model's names may have one beginning more, such as "module." and "model.", that of
+    the object which held the model; there may be other objects' entries beside them.
+    """
+
+    def bare(name):
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        return name
+
+    state, names = {bare(key): value for key, value in state.items()}, {bare(k): k for k in wanted}
+    begins = {""} | {
+        key[: -len(name)] for name in names for key in state if key.endswith("." + name)
+    }
+    found = {
+        begin: {
+            names.get(key, key): state[begin + key]
+            for key in [key.removeprefix(begin) for key in state if key.startswith(begin)]
+        }
+        for begin in begins
+    }
+    fits = {begin: len(wanted.keys() & part.keys()) for begin, part in found.items()}
+    best = [begin for begin in begins if fits[begin] == max(fits.values())]
+    if len(best) > 1 and "" not in best and fits[best[0]]:
+        raise TrainError(
+            f"{what} hold several such models ({', '.join(sorted(best))}); they must be one's "
+            "state_dict"
+        )
+    state = found["" if "" in best else best[0]]
+    memory = {v.data_ptr(): state[k] for k, v in wanted.items() if k in state and _shape(v)}
+    for key, value in wanted.items():  # a file may have tied tensors once
+        if key not in state and _shape(value) and value.data_ptr() in memory:
+            state[key] = memory[value.data_ptr()]
+    return state
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """A tensor's shape; None for extra state and for what its first forward pass makes."""
+    if not isinstance(value, torch.Tensor) or nn.parameter.is_lazy(value):
+        return None
+    return tuple(value.shape)
 
 
 def _maker(name: str) -> Callable[..., nn.Module]:
@@ -110,20 +184,23 @@ def build(name: str, classes: int, size: int, weights: str = "none") -> tuple[nn
             f"ImageNet weights are of torchvision's models and need an image size above {SMALL}: "
             "below, the first layer is another one; give --image-size 224 or --teacher-weights none"
         )
-    state, wanted = _read(name, weights), model.state_dict()
+    what, wanted = f"the weights {weights}", model.state_dict()
+    state = _fitted(_read(name, weights), wanted, what)
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     last = layers[-1] + "." if layers else "."
 
     def fits(key):
-        return key in wanted and key in state and wanted[key].shape == state[key].shape
+        if key not in wanted or key not in state:
+            return False
+        shape = None if key.endswith("_extra_state") else _shape(wanted[key])
+        return shape is None or shape == _shape(state[key])
 
     keys = wanted.keys() | state.keys()
     ready = all(fits(key) for key in keys if key.startswith(last))
     wrong = [key for key in keys if not key.startswith(last) and not fits(key)]
     if wrong:
         raise TrainError(
-            f"the weights {weights} are not of {name} for images of {size} pixels: {min(wrong)} "
-            "does not fit"
+            f"{what} are not of {name} for images of {size} pixels: {min(wrong)} does not fit"
         )
     if not ready:
         state = {key: value for key, value in state.items() if not key.startswith(last)}

@@ -25,9 +25,9 @@ from torch import nn
 import kdkernels
 from kdkernels.train import TrainError
 from kdkernels.train.data import Images
-from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.run_folder import RunFolder, lock, state_of
 
-__all__ = ["DTYPES", "Predictions", "model_hash", "views_of", "write"]
+__all__ = ["DTYPES", "Predictions", "differences", "model_hash", "views_of", "write"]
 
 DTYPES = ("float16", "bfloat16", "float32")
 _FORMAT = "kdkernels teacher predictions 1"
@@ -36,7 +36,7 @@ _FORMAT = "kdkernels teacher predictions 1"
 def model_hash(model: nn.Module) -> str:
     """SHA-256, in hex, of a model's parameters and buffers: names, dtypes, shapes and bits."""
     found = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state_of(model).items()):
         found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         flat = value.detach().cpu().contiguous().flatten()
         found.update(flat.view(torch.uint8).numpy())
@@ -124,7 +124,8 @@ def write(
         "top_k": top_k,
         "shards": [{"file": f"{n:05}.safetensors"} | shard for n, shard in enumerate(shards)],
     }
-    folder = RunFolder(Path(path), {})
+    path = Path(path).expanduser()
+    folder = RunFolder(path, {})
     with _alone(folder.path):
         _begin(folder, manifest)
         _ask(folder, manifest, model, images, batch_size, memory_format, on_step)
@@ -135,12 +136,12 @@ def write(
 
 @contextmanager
 def _alone(path: Path) -> Generator[None]:
-    """Inside, no other process writes to the folder; says in one sentence why it cannot be."""
+    """Inside, no other process writes to the folder, where its file system has locks."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         place = os.open(path, os.O_RDONLY)
         try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
         finally:
             os.close(place)
@@ -157,7 +158,7 @@ def _alone(path: Path) -> Generator[None]:
 def _begin(folder: RunFolder, manifest: dict) -> None:
     if (folder.path / "manifest.json").exists():
         before = _manifest(folder.path)
-        differs = _differences(before, manifest)
+        differs = differences(before, manifest)
         if differs:
             raise TrainError(
                 f"{folder.path} holds other predictions ({differs}): name another folder with --out"
@@ -221,7 +222,7 @@ def _kept(logits: torch.Tensor, manifest: dict) -> dict[str, torch.Tensor]:
 
 def _manifest(path: Path) -> dict:
     try:
-        found = json.loads((path / "manifest.json").read_text())
+        found = json.loads((path / "manifest.json").read_bytes())
     except OSError:
         raise TrainError(
             f"{path} holds no predictions: it has no manifest.json; "
@@ -267,7 +268,7 @@ _SAID = {
 }
 
 
-def _differences(there: dict, here: dict) -> str:
+def differences(there: dict, here: dict) -> str:
     """What differs between two manifests, in words; empty if nothing does."""
     said = []
     for name in here:
@@ -311,7 +312,7 @@ class Predictions:
         Raises:
             TrainError: it holds no predictions, or a shard of them is missing or damaged.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         manifest = _manifest(path)
         shards = []
         for shard in manifest["shards"]:
@@ -363,7 +364,7 @@ class Predictions:
         }
         if model_hash is not None:
             here["model"] = model_hash
-        differs = _differences(self.manifest, here)
+        differs = differences(self.manifest, here)
         if not differs and len(images) and images.ids.max() >= len(self):
             differs = f"the first {len(self)} images there and others here"
         if differs:

@@ -15,20 +15,23 @@ several ranks rank 0 alone writes.
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
 from kdkernels.train import TrainError, distributed
 from kdkernels.train.tensorboard import Events
 
-__all__ = ["RunFolder", "write_bytes"]
+__all__ = ["RunFolder", "load_state", "lock", "state_of", "weights", "write_bytes"]
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -56,6 +59,70 @@ def write_bytes(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         raise _unwritten(path, error) from None
+
+
+def lock(file: IO | int, kind: int) -> bool:
+    """Lock an open file; False where the file system has no locks: then go on without one.
+
+    Raises:
+        BlockingIOError: another process has the lock, and ``kind`` has ``fcntl.LOCK_NB``.
+    """
+    try:
+        fcntl.flock(file, kind)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+_PACKED = "_packed"
+"""Ends the name of a state that is no tensor, but the bytes that torch.save makes of it."""
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state_dict as tensors only: any other state is packed into bytes.
+
+    Raises:
+        TrainError: a module's extra state is more than tensors, numbers, texts and lists of them.
+    """
+    found = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+            continue
+        packed = io.BytesIO()
+        try:
+            torch.save(value, packed)
+            found[name + _PACKED] = torch.frombuffer(packed.getbuffer(), dtype=torch.uint8)
+            _unpacked(found[name + _PACKED])
+        except Exception:  # pickle raises whatever the object does
+            raise TrainError(
+                f"the model's {name} is a {type(value).__name__} that a checkpoint cannot hold: "
+                "get_extra_state must give tensors, numbers, texts, or lists and dicts of them"
+            ) from None
+    return found
+
+
+def _unpacked(value: torch.Tensor) -> Any:
+    return torch.load(io.BytesIO(value.numpy().tobytes()), weights_only=True)
+
+
+def load_state(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Load what :func:`state_of` gave, into the tensors that the model has.
+
+    Raises:
+        RuntimeError: it is of another model, see :meth:`torch.nn.Module.load_state_dict`.
+    """
+    model.load_state_dict(unpacked(tensors))
+
+
+def unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The state_dict in what :func:`state_of` gave."""
+    return {
+        name.removesuffix(_PACKED): _unpacked(value) if name.endswith(_PACKED) else value
+        for name, value in tensors.items()
+    }
 
 
 def weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -101,12 +168,19 @@ class RunFolder:
 
     @classmethod
     def _create(cls, out: str | None, config: dict) -> "RunFolder":
-        path = Path(out or time.strftime("runs/%Y%m%d-%H%M%S"))
+        usual = time.strftime("runs/%Y%m%d-%H%M%S")
+        path = Path(usual if out is None else out).expanduser()
+        number = 1
+        while out is None and path.exists():  # several runs may begin in one second
+            number += 1
+            path = Path(f"{usual}-{number}")
         try:
             (path / "checkpoints").mkdir(parents=True)
             if len(list(path.iterdir())) > 1:
                 raise FileExistsError
         except FileExistsError:
+            if out is None:  # another process was faster
+                return cls._create(out, config)
             raise TrainError(
                 f"the folder {path} is in use: name a new one with --out, or continue that run "
                 f"with --resume {path}"
@@ -128,11 +202,21 @@ class RunFolder:
         Raises:
             TrainError: it has no readable config.json.
         """
+        place = Path(path).expanduser()
         try:
-            config = json.loads((Path(path) / "config.json").read_text())
-        except (OSError, ValueError):
+            config = json.loads((place / "config.json").read_bytes())
+        except OSError:
             raise TrainError(f"{path} is not the folder of a run: it has no config.json") from None
-        return cls(Path(path), config)
+        except ValueError as error:
+            raise TrainError(f"{place / 'config.json'} cannot be read: {error}") from None
+        if not isinstance(config, dict):
+            raise TrainError(f"{place / 'config.json'} must hold a JSON object")
+        return cls(place, config)
+
+    def begin(self) -> None:
+        """Write config.json, if this process changed it: what was asked for can be done."""
+        if self.read_json("config.json") != self.config:
+            self.write_json("config.json", self.config)
 
     def hold(self) -> None:
         """Take the folder's lock, if this process has it not yet; :meth:`close` gives it back.
@@ -146,20 +230,18 @@ class RunFolder:
             return
         path = self.path / "lock"
         try:
-            lock = path.open("ab")
+            file = path.open("ab")
         except OSError as error:
             raise _unwritten(path, error) from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.close()
+            file.close()
             raise TrainError(
                 f"another process is training in {self.path}: wait for it or stop it, or begin a "
                 "run of its own with --out"
             ) from None
-        except OSError:
-            pass  # a file system without locks
-        self._lock = lock
+        self._lock = file
 
     def discard(self) -> None:
         """Take the folder away again if it holds no more than :meth:`create` put there."""
@@ -191,7 +273,10 @@ class RunFolder:
     def read_json(self, name: str) -> dict | None:
         """Read one JSON file of the folder; None where there is none."""
         path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_bytes()) if path.exists() else None
+        except (OSError, ValueError) as error:
+            raise TrainError(f"{path} cannot be read: {error}") from None
 
     def save(self, name: str, tensors: dict[str, torch.Tensor], state: dict) -> Path:
         """Write checkpoints/<name>.safetensors.
@@ -211,9 +296,19 @@ class RunFolder:
             return self.path / "checkpoints" / f"{name}.safetensors"
         self.hold()
         self._sync()  # no checkpoint is on the disk before the steps it counts
-        # safetensors stores row-major bytes only, so channels_last tensors are copied here.
-        packed = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        content = save(packed, metadata={"state": json.dumps(state)})
+        # safetensors stores row-major bytes only, and no memory twice: channels_last tensors and
+        # tied ones are copied here.
+        packed, memory = {}, set()
+        for key, value in tensors.items():
+            value = value.detach().cpu().contiguous()
+            place = value.untyped_storage().data_ptr()
+            packed[key] = value.clone() if place in memory else value
+            memory.add(place)
+        try:
+            content = save(packed, metadata={"state": json.dumps(state)})
+        except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise TrainError(f"the checkpoint {name} cannot be written: {reason}") from None
         return self.write_bytes(f"checkpoints/{name}.safetensors", content)
 
     def load(self, name: str) -> tuple[dict[str, torch.Tensor], dict] | None:
@@ -287,7 +382,7 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
-        with path.open() as file:
+        with path.open("rb") as file:
             for line in file:
                 try:
                     yield json.loads(line)

@@ -206,6 +206,8 @@ def _run(settings, folder, device, interrupt, on_step, say):
             dataclasses.replace(part, channels=part.pixels.shape[1]) for part in (train, test)
         )
 
+    folder.begin()
+
     def model(seed):
         torch.manual_seed(seed)
         if settings.model == "mlp":

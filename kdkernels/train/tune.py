@@ -35,7 +35,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 import kdkernels
 from kdkernels.train import TrainError, console, data, distillation
-from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.run_folder import RunFolder, lock
 
 __all__ = [
     "BEST", "CONFIRM", "DEFAULTS", "DONE", "NOISE", "SEARCH", "SPACE", "Range", "Settings", "Space",
@@ -317,8 +317,8 @@ class Study:
 
     def ask(self) -> tuple[optuna.Trial, dict] | None:
         """The next trial and its values; None where there is none left."""
-        with (self.folder.path / "ask.lock").open("w") as lock:  # let go when closed, or killed
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with (self.folder.path / "ask.lock").open("w") as file:  # let go when closed, or killed
+            lock(file, fcntl.LOCK_EX)
             number = len(self.trials(TrialState.RUNNING, *DONE))
             if number >= self.limit:
                 return None
@@ -428,8 +428,8 @@ class Study:
 def _work(path: str, name: str, threads: int | None, parent: int) -> None:
     """A worker process."""
     folder = RunFolder.open(path)
-    with (folder.path / "workers.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    with (folder.path / "workers.lock").open("w") as file:
+        lock(file, fcntl.LOCK_SH)
         try:
             Study(folder, name).work(threads, parent)
         except TrainError as error:  # the trial has the sentence
@@ -541,8 +541,8 @@ def run(folder: RunFolder, screen, workers: int = 1, threads: int | None = None)
     """
     folder.hold()
     try:
-        with (folder.path / "workers.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a killed command's workers end with their step
+        with (folder.path / "workers.lock").open("w") as file:
+            lock(file, fcntl.LOCK_EX)  # a killed command's workers end with their step
         return _run(folder, screen, workers, threads)
     finally:
         folder.close()
