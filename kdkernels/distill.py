@@ -874,8 +874,8 @@ def linear_distillation_loss(
         student_weight: ``[V, H]``, its dtype and device, as all of the heads' tensors.
         teacher_hidden, teacher_weight: ``[*, Ht]`` and ``[V, Ht]``: the teacher's own head; or, one
             of the following instead.
-        teacher_logits: ``[*, V]``, a list of those, or ``[M, *, V]``, of any floating dtype; taken
-            in the student's.
+        teacher_logits: ``[*, V]``, a list of those, or ``[M, *, V]``, of any floating dtype; read
+            in fp32 (fp64 for an fp64 student).
         teacher_values, teacher_indices: ``[*, K]``, a top-k teacher.
         labels: ``[*]``, as ``distillation_loss`` has them. Rows that are ignored, or of weight 0,
             are left out of all products (on CUDA read as 0): what they hold does no harm.
@@ -891,7 +891,8 @@ def linear_distillation_loss(
             the hidden states, and the gradients of its rows.
         memory_budget: bytes of logits at a time, at least one row's. Default: a 25th of what the
             logits of all rows would take (both sides', where the teacher has a head), at least
-            32 MiB. More is faster for 16 bits, whose products per chunk are short.
+            32 MiB; on CUDA, from 1,024 to 4,096 rows of them. Every chunk reads the whole head, so
+            that few rows are slow.
         backend: "fused", or "reference" for plain PyTorch, which makes all logits.
 
     Returns:
@@ -901,10 +902,11 @@ def linear_distillation_loss(
     their gradient in fp32, 4 bytes an element, where it is added up before it is rounded once (kept
     until backward for fp16, which scales it first).
 
-    16 bits: logits are rounded as a linear layer's, and products summed in fp32. On a CPU with
-    bf16 instructions a chunk's share of the weight's gradient is rounded once more before it is
-    added; on others, and for fp16, nothing between the arguments and the gradients is rounded to
-    16 bits. Under autocast the heads' tensors take its dtype, as in ``torch.nn.functional.linear``.
+    16 bits: logits are fp32, and only their gradient is rounded for the products that take it to
+    hidden states and weight, which are summed in fp32; on CPUs without bf16 instructions, and for
+    fp16 on all CPUs, not even that. On a CPU with them a chunk's share of the weight's gradient is
+    rounded once more before it is added. Under autocast the heads' tensors take its dtype, as in
+    ``torch.nn.functional.linear``.
 
     Differentiable once, and through ``torch.compile``.
 

@@ -1,4 +1,4 @@
-"""Checks of arguments in Python, with errors that name them, and floats that change while traced."""
+"""Checks of arguments in Python, with errors that name them; floats that change while traced."""
 
 import math
 from collections.abc import Iterable

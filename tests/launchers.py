@@ -837,6 +837,17 @@ def divergence_cases():
                 alpha=1.0 if name == "decoupled" else None, values="training", prompts=0.5,
                 gap=TRAINING_GAPS[(i + d) % 4], statistics=True, reduction="none",
             )  # fmt: skip
+        # Reverse KL of whole rows has the walks of forward KL.
+        reverse = {"divergence": "reverse_kl", "reduction": "none"}
+        for classes in (10, 100, 700, 1100, 3001, 20000):
+            yield Divergence(dtype, 5, classes, **reverse, weighted=True, gap=0.05)
+            yield Divergence(dtype, 5, classes, divergence="reverse_kl", **hard, smoothing=0.1)
+            yield Divergence(
+                dtype, 3, classes, divergence="reverse_kl", offset=(1, 2, 0), inplace=True
+            )
+            yield Divergence(dtype, 3, classes, **reverse, values="masked", temperature=1.0, **hard)
+            yield Divergence(dtype, 3, classes, **reverse, gradient=False)
+        yield Divergence(dtype, 3, 1100, **reverse, temperature=8.0, levels=(3e3, -9e3))
         yield Divergence(dtype, 0, 10)
         yield Divergence(dtype, 700, 10, **hard, ignored=0.1)
         yield from top_k_cases(dtype)
