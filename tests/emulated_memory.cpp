@@ -21,15 +21,17 @@ class DeviceMemory final : public c10::Allocator {
 
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes == 0) return host_->allocate(0);
-    auto* block = new Block{host_->allocate(bytes + 2 * kGap), 0};
-    auto* data = static_cast<uint8_t*>(block->memory.mutable_get()) + kGap;
+    c10::DataPtr memory = host_->allocate(bytes + 2 * kGap);
+    auto* data = static_cast<uint8_t*>(memory.mutable_get()) + kGap;
     auto* words = reinterpret_cast<uint16_t*>(data);
     std::fill(words, words + (bytes + 1) / 2, kPattern);
-    block->address = reinterpret_cast<uint64_t>(data);
-    ptx_allocated(block->address, bytes, "a tensor", kPattern);
-    return {data, block, release, c10::Device(c10::kCPU)};
+    ptx_allocated(reinterpret_cast<uint64_t>(data), bytes, "a tensor", kPattern);
+    // Its owner is noted in the gap before it, because the context has to be the address.
+    static_assert(sizeof(c10::DataPtr) <= kGap);
+    new (data - kGap) c10::DataPtr(std::move(memory));
+    return {data, data, release, c10::Device(c10::kCPU)};
   }
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  c10::DeleterFnPtr raw_deleter() const override { return release; }
   void copy_data(void* to, const void* from, size_t bytes) const override {
     default_copy_data(to, from, bytes);
   }
@@ -37,14 +39,12 @@ class DeviceMemory final : public c10::Allocator {
  private:
   static constexpr size_t kGap = 256;
   static constexpr uint16_t kPattern = 0xFFA5;
-  struct Block {
-    c10::DataPtr memory;
-    uint64_t address;
-  };
-  static void release(void* context) {
-    auto* block = static_cast<Block*>(context);
-    ptx_freed(block->address);
-    delete block;
+  static void release(void* data) {
+    if (data == nullptr) return;
+    ptx_freed(reinterpret_cast<uint64_t>(data));
+    auto* owner = reinterpret_cast<c10::DataPtr*>(static_cast<uint8_t*>(data) - kGap);
+    c10::DataPtr memory = std::move(*owner);
+    owner->~DataPtr();
   }
 
   c10::Allocator* host_;

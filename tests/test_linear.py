@@ -407,7 +407,7 @@ def test_gradients_in_fp16_do_not_underflow():
         want = torch.autograd.grad(distillation_loss(hd @ wd.T, t.double()) * scale, (hd, wd))
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(
-                a.double(), b, rtol=1e-2, atol=2.0**-24 + 1e-4 * b.abs().max()
+                a.double(), b, rtol=1e-2, atol=2.0**-24 + 5e-4 * b.abs().max()
             )
 
 

@@ -134,7 +134,9 @@ KD_FN RowResult<Acc> finish_row(CrossEntropy hard, const RowSums<Acc>& sums, Acc
   row.loss = row.of_hard = row.uniform = row.at_label = Acc(0);
   row.inv_s = inverse(sums.sum_s);
   row.inv_t = inverse(sums.sum_t);
-  row.above = log_acc(sums.sum_s * row.inv_t);
+  // The logarithm of the ratio, and 0 of equal sums.
+  const Acc excess_s = (sums.sum_s - sums.sum_t) * row.inv_t;
+  row.above = -neg_log(excess_s, sums.sum_s * row.inv_t, magnitude(excess_s) < Acc(kSmall));
   row.of_term = alpha * temperature * temperature;
   Policy::coefficients(sums, row.inv_s, temperature, row.of_q, row.other);
   row.of_q *= alpha * factor;
