@@ -224,8 +224,8 @@ def distillation_loss(
     PyTorch gains as much. Else ``inplace``, or ``linear_distillation_loss`` in row blocks.
 
     The same bits come out for any number of threads. Differentiable twice and more, and through
-    ``torch.compile``. On CUDA, gradients of forward and reverse KL in fp32 are off by up to 1e-7 of
-    a row's largest probability, times T; a label, or a number of a tensor option, that is out of
+    ``torch.compile``. In fp32, gradients of forward and reverse KL are off by up to 1e-7 of a row's
+    largest probability, times T. On CUDA a label, or a number of a tensor option, that is out of
     range gives NaN loss and zero gradient for its row.
 
     Raises:

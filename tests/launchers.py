@@ -1226,11 +1226,9 @@ def combine_expected(case):
     outs = noise_inputs(case)
     seeds, coefficients = combine_terms(case)
     count = len(outs)
-    torch.ops.kdkernels.combine_noise_(
-        outs, coefficients, seeds, step=case.step, streams=[0],
-        offsets=[case.offset(i) for i in range(count)], runs=[],
-        distribution=DISTRIBUTIONS.index(case.distribution),
-    )  # fmt: skip
+    noise = [0, case.step, DISTRIBUTIONS.index(case.distribution), 1, count, 0]
+    noise += [case.offset(i) for i in range(count)]
+    torch.ops.kdkernels.combine_noise_(outs, coefficients, seeds, noise, [])
     return {str(i): out for i, out in enumerate(outs)}
 
 

@@ -450,7 +450,7 @@ def test_one_process(monkeypatch, tmp_path, capsys):
 
 def test_resume_takes_no_other_option(run, capsys):
     assert command.main(["distill-lm", f"--resume={run}", "--k=3"]) == 2
-    assert "only --epochs may be given" in capsys.readouterr().err
+    assert "only --epochs, --text may be given" in capsys.readouterr().err
 
 
 def test_help_names_the_defaults(capsys):
