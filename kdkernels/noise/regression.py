@@ -66,7 +66,9 @@ def noisy_linear_regression(
     check("y", y, TENSOR)
     if not fits(steps, INT):
         kind = type(steps).__name__
-        raise TypeError(f"steps is a {kind}; it must be {INT}")
+        raise TypeError(
+            f"steps is a {kind}; it must be {INT}, the number of steps of the seed's noise"
+        )
     if isinstance(seed, int):
         seed = signed(seed)
     elif not isinstance(seed, Tensor) or seed.dtype != torch.int64:
