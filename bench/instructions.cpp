@@ -23,20 +23,31 @@ namespace {
 
 constexpr int64_t kElements = 1 << 16;
 
-// Numbers of a logit's size, of any dtype.
+// Numbers of a logit's size, of any dtype; or those of `around` with such numbers added.
 struct Buffer {
+  Dtype dtype;
   std::vector<double> bytes;
-  Buffer(int64_t n, Dtype dtype, double scale, uint32_t state = 12345)
-      : bytes(static_cast<size_t>(n) + 1) {
+  Buffer(int64_t n, Dtype type, double scale, uint32_t state = 12345,
+         const Buffer* around = nullptr)
+      : dtype(type), bytes(static_cast<size_t>(n) + 1) {
     for (int64_t i = 0; i < n; ++i) {
       state = state * 1664525u + 1013904223u;
       float x = static_cast<float>(scale * (static_cast<int32_t>(state) * 0x1p-31));
+      if (around != nullptr) x += around->value(i);
       if (dtype == Dtype::kFloat32) reinterpret_cast<float*>(bytes.data())[i] = x;
       uint32_t bits;
       std::memcpy(&bits, &x, sizeof bits);
       if (dtype == Dtype::kBFloat16)
         reinterpret_cast<uint16_t*>(bytes.data())[i] = static_cast<uint16_t>(bits >> 16);
     }
+  }
+  float value(int64_t i) const {
+    if (dtype == Dtype::kFloat32) return reinterpret_cast<const float*>(bytes.data())[i];
+    uint32_t bits = reinterpret_cast<const uint16_t*>(bytes.data())[i];
+    bits <<= 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
   }
   void* data() { return bytes.data(); }
 };
@@ -47,40 +58,31 @@ int run(int64_t elements, const std::function<void()>& f) {
   return 0;
 }
 
-LossParams loss(Dtype dtype, int64_t rows, int64_t classes, Buffer& z, Buffer& t,
-                        Buffer& gradient, Buffer& row_loss) {
+// near: the student's logits are some 0.1 from the teacher's.
+int loss(math::Divergence divergence, Dtype dtype, int64_t rows, int64_t classes, bool near,
+         bool labels = false) {
+  const int64_t n = rows * classes;
+  Buffer z(n, dtype, 6), row_loss(rows, dtype, 0);
+  Buffer t = near ? Buffer(n, dtype, 0.17, 1, &z) : Buffer(n, dtype, 6, 1);
+  std::vector<int64_t> label(static_cast<size_t>(rows), 1);
   LossParams p = {};
   p.dtype = dtype;
   p.rows = rows;
   p.classes = p.all_classes = p.student_stride = p.gradient_stride = classes;
-  p.student = z.data();
+  p.student = p.gradient = z.data();
   p.teacher_data[0] = t.data();
   p.teacher_strides[0] = classes;
-  p.gradient = gradient.data();
   p.row_loss = row_loss.data();
   p.temperature = 2;
   p.denominator.number = static_cast<double>(rows);
-  return p;
-}
-
-int forward_kl(Dtype dtype, int64_t rows, int64_t classes, bool labels) {
-  Buffer z(rows * classes, dtype, 6), t(rows * classes, dtype, 6, 1), row_loss(rows, dtype, 0);
-  std::vector<int64_t> label(static_cast<size_t>(rows), 1);
-  LossParams p = loss(dtype, rows, classes, z, t, z, row_loss);
+  p.divergence = divergence;
+  p.beta = 0.5;
   if (labels) {
     p.labels = label.data();
     p.alpha = 0.5;
     p.temperature = 3;
   }
-  return run(rows * classes, [&] { cpu::loss(p, 1); });
-}
-
-int divergence(math::Divergence which, Dtype dtype, int64_t rows, int64_t classes) {
-  Buffer z(rows * classes, dtype, 6), t(rows * classes, dtype, 6, 1), row_loss(rows, dtype, 0);
-  LossParams p = loss(dtype, rows, classes, z, t, z, row_loss);
-  p.divergence = which;
-  p.beta = 0.5;
-  return run(rows * classes, [&] { cpu::loss(p, 1); });
+  return run(n, [&] { cpu::loss(p, 1); });
 }
 
 NoiseTensor tensor(void* data) { return {data, data, kElements, 0.1, 0, 3, 0}; }
@@ -173,14 +175,39 @@ int main(int argc, char** argv) {
   using math::Update;
   constexpr Dtype kFp32 = Dtype::kFloat32, kBf16 = Dtype::kBFloat16;
   const std::vector<std::pair<std::string, std::function<int()>>> cases = {
-      {"forward_kl 32000 fp32", [] { return forward_kl(kFp32, 4, 32000, false); }},
-      {"forward_kl 32000 bf16", [] { return forward_kl(kBf16, 4, 32000, false); }},
-      {"forward_kl 32000 fp32 labels", [] { return forward_kl(kFp32, 4, 32000, true); }},
-      {"forward_kl 1000 fp32", [] { return forward_kl(kFp32, 64, 1000, false); }},
-      {"forward_kl 10 fp32 labels", [] { return forward_kl(kFp32, 6400, 10, true); }},
-      {"reverse_kl 32000 fp32", [] { return divergence(Divergence::kReverseKL, kFp32, 4, 32000); }},
-      {"js 32000 fp32", [] { return divergence(Divergence::kJS, kFp32, 4, 32000); }},
-      {"js 32000 bf16", [] { return divergence(Divergence::kJS, kBf16, 4, 32000); }},
+      {"forward_kl 32000 fp32",
+       [] { return loss(Divergence::kForwardKL, kFp32, 4, 32000, false); }},
+      {"forward_kl 32000 bf16",
+       [] { return loss(Divergence::kForwardKL, kBf16, 4, 32000, false); }},
+      {"forward_kl 32000 fp32 labels",
+       [] { return loss(Divergence::kForwardKL, kFp32, 4, 32000, false, true); }},
+      {"forward_kl 1000 fp32", [] { return loss(Divergence::kForwardKL, kFp32, 64, 1000, false); }},
+      {"forward_kl 10 fp32 labels",
+       [] { return loss(Divergence::kForwardKL, kFp32, 6400, 10, false, true); }},
+      {"reverse_kl 32000 fp32",
+       [] { return loss(Divergence::kReverseKL, kFp32, 4, 32000, false); }},
+      {"js 32000 fp32", [] { return loss(Divergence::kJS, kFp32, 4, 32000, false); }},
+      {"js 32000 bf16", [] { return loss(Divergence::kJS, kBf16, 4, 32000, false); }},
+      {"forward_kl 32000 fp32 near",
+       [] { return loss(Divergence::kForwardKL, kFp32, 4, 32000, true); }},
+      {"forward_kl 32000 bf16 near",
+       [] { return loss(Divergence::kForwardKL, kBf16, 4, 32000, true); }},
+      {"forward_kl 1000 bf16 near",
+       [] { return loss(Divergence::kForwardKL, kBf16, 64, 1000, true); }},
+      {"reverse_kl 10 bf16 near",
+       [] { return loss(Divergence::kReverseKL, kBf16, 6400, 10, true); }},
+      {"reverse_kl 32000 bf16 near",
+       [] { return loss(Divergence::kReverseKL, kBf16, 4, 32000, true); }},
+      {"reverse_kl 262144 bf16 near",
+       [] { return loss(Divergence::kReverseKL, kBf16, 1, 262144, true); }},
+      {"js 32000 fp32 near", [] { return loss(Divergence::kJS, kFp32, 4, 32000, true); }},
+      {"js 32000 bf16 near", [] { return loss(Divergence::kJS, kBf16, 4, 32000, true); }},
+      {"skew_forward_kl 32000 bf16 near",
+       [] { return loss(Divergence::kSkewForwardKL, kBf16, 4, 32000, true); }},
+      {"skew_reverse_kl 32000 bf16 near",
+       [] { return loss(Divergence::kSkewReverseKL, kBf16, 4, 32000, true); }},
+      {"total_variation 32000 bf16 near",
+       [] { return loss(Divergence::kTotalVariation, kBf16, 4, 32000, true); }},
       {"noise fp32", [] { return noise(kFp32, Distribution::kNormal); }},
       {"noise bf16", [] { return noise(kBf16, Distribution::kNormal); }},
       {"noise fp32 laplace", [] { return noise(kFp32, Distribution::kLaplace); }},
