@@ -1,4 +1,4 @@
-// What a kernel is told: plain structs of pointers, sizes, strides (in elements) and scalars, shared by
+// What a kernel is given: plain structs of pointers, sizes, strides (in elements) and scalars, shared by
 // the ops that fill them and the CPU and CUDA kernels that read them. No torch, no CUDA runtime.
 #pragma once
 

@@ -230,7 +230,7 @@ def test_logits_of_16_bits_are_not_rounded(divergence, std, dtype):
 @pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_large_products(bias, onednn):
-    """Whoever makes them."""
+    """By MKL and by oneDNN."""
     rows, classes, width = (600,), 2300, 128
     h, w, b = student(rows, classes, width, torch.float32)
     options = teacher("bias" if bias else "hidden", rows, classes, torch.float32)

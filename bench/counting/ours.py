@@ -205,7 +205,7 @@ NOISY = [
 ]
 NOISY += [
     ("noise, norms too", "noise", 2, {"norms": True}),
-    ("noise, a std a channel", "noise", 2, {"pattern": (64, 49)}),
+    ("noise, one std per channel", "noise", 2, {"pattern": (64, 49)}),
     ("noise, dot product", "noise_dot", 1, {}),
     ("noises of 8 seeds", "combine", 2, {"terms": 8}),
     ("SGD with momentum and noise", "update", 5, {"update": "sgd"}),

@@ -78,7 +78,7 @@ struct RowWalk {
         task(row_task(params)),
         of_student(Transform::of(p.logit_scale, p.soft_cap)),
         of_teacher(Transform::of(p.teacher_logit_scale, p.teacher_soft_cap)),
-        // Of a slice's terms nobody says yet what they are for.
+        // A slice's terms may be for it.
         wants_teacher(p.alpha > 0 && (p.teacher_gradient != nullptr ||
                                       (p.state != nullptr && p.stages == kTerms))),
         dense(!task.renormalize || task.cross_entropy),
@@ -391,7 +391,7 @@ struct RowWalk {
     Shifts shift;
     math::RowSums<double> sums = {};
     const T* t_row = teacher_row(0);
-    // What cross-entropy's own exponentials are once added up nobody needs: they may lie over u.
+    // Cross-entropy's own exponentials are not read once they are added up: they may lie over u.
     const bool done = own_hard ? sweep_once<T, false, true>(z_row, t_row, own.n, scale, scale_hard,
                                                             own.q, own.p, u, shift, sums)
                                : sweep_once<T, false, false>(z_row, t_row, own.n, scale, scale_hard,

@@ -1,14 +1,20 @@
 // What every op asks of its arguments before a kernel runs, and the few things they share with PyTorch.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
+
 #include "params.h"
 
 namespace kdkernels {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using TensorOptionals = c10::List<OptionalTensor>;
 
 constexpr const char* kCpuOnly =
     "this kdkernels was built for the CPU only; on a host with nvcc rebuild it with "

@@ -10,12 +10,10 @@
 #include <string>
 #include <vector>
 
+#include "ops/checks.h"
 #include "ops/loss_options.h"
 
 namespace kdkernels {
-
-using OptionalTensor = std::optional<at::Tensor>;
-using TensorOptionals = c10::List<std::optional<at::Tensor>>;
 
 // The tensors that say something of each row, all optional.
 struct RowTensors {
@@ -60,7 +58,7 @@ struct LossResult {
   at::Tensor statistics;  // [kStatistics, *]
 };
 
-// What else a loss is asked for, as bits.
+// What a loss does beside its values, as bits.
 enum LossWish : int64_t { kInplace = 1, kSparseGradient = 2, kReturnStatistics = 4 };
 
 // ---- checks (loss_checks.cpp) ----

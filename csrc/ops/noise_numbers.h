@@ -18,12 +18,10 @@
 #include <optional>
 #include <vector>
 
+#include "ops/checks.h"
 #include "params.h"
 
 namespace kdkernels {
-
-using OptionalTensor = std::optional<at::Tensor>;
-using TensorOptionals = c10::List<std::optional<at::Tensor>>;
 
 enum NoiseField { kSeed, kStep, kDistribution, kStreams, kOffsets, kNoiseFields };
 

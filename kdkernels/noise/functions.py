@@ -118,13 +118,7 @@ def input_noise(
         >>> std.grad.shape
         torch.Size([3, 1, 1])
     """
-    std_tensor = None
-    if isinstance(std, Tensor):
-        std_tensor, std = std, 0.0
-    if first := first_in_batch(x):
-        offset += first
-    noise = noise_of(seed, step, distribution, (stream,), (offset,))
-    return call_op("input_noise", x, std_tensor, std, multiplicative, *noise)
+    return _on_one("input_noise", x, std, multiplicative, seed, step, stream, offset, distribution)
 
 
 def gradient_noise(
@@ -148,15 +142,22 @@ def gradient_noise(
         multiplicative: multiply the gradient by 1 + std * eps instead of adding.
         seed, step, stream, offset, distribution: see the module.
     """
-    if first := first_in_batch(x):
-        offset += first
     if not multiplicative and (ranks := ranks_of_batch()) > 1:
         std = std * ranks
+    return _on_one(
+        "gradient_noise", x, std, multiplicative, seed, step, stream, offset, distribution
+    )
+
+
+def _on_one(op, x, std, multiplicative, seed, step, stream, offset, distribution) -> Tensor:
+    """An op on one tensor, which may be a rank's part of a batch."""
     std_tensor = None
     if isinstance(std, Tensor):
         std_tensor, std = std, 0.0
+    if first := first_in_batch(x):
+        offset += first
     noise = noise_of(seed, step, distribution, (stream,), (offset,))
-    return call_op("gradient_noise", x, std_tensor, std, multiplicative, *noise)
+    return call_op(op, x, std_tensor, std, multiplicative, *noise)
 
 
 def noise_dot(
