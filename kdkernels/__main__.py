@@ -930,9 +930,10 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status, see the module's docstring.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal or file that may know ASCII only
+    reconfigure: Any = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:  # a terminal or file that may know ASCII only
         codecs.register_error("kdkernels", _in_ascii)
-        sys.stdout.reconfigure(errors="kdkernels")
+        reconfigure(errors="kdkernels")
     try:
         given = _parse(sys.argv[1:] if argv is None else argv)
     except _UsageError as error:

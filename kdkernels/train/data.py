@@ -454,7 +454,7 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdkernels"
 
 
-def _in_rgb(image: Any, format: str) -> Any:
+def _in_rgb(image: Any, format: str | None) -> Any:
     """A Pillow image in RGB; Pillow's own conversion turns all above 255 to white."""
     from PIL import Image
 

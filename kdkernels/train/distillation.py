@@ -127,7 +127,7 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
 def _number(name: str, value: Any) -> int | float:
     """A setting as Python's own number; TrainError says what it takes."""
     kind, low, high, above = _NUMBERS[name]
-    known = numbers.Integral if kind is int else numbers.Real
+    known: Any = numbers.Integral if kind is int else numbers.Real
     fits = isinstance(value, known) and not isinstance(value, bool) and math.isfinite(value)
     if not fits or not low <= value <= high or (above and value == low):
         noun = "a whole number" if kind is int else "a number"

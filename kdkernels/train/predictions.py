@@ -39,7 +39,7 @@ def model_hash(model: nn.Module) -> str:
     for name, value in sorted(state_of(model).items()):
         found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         flat = value.detach().cpu().contiguous().flatten()
-        found.update(flat.view(torch.uint8).numpy())
+        found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
