@@ -27,13 +27,41 @@ cudaError_t launch(void (*kernel)(Parameters...), int blocks, const Distillation
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
+template <class Policy>
+cudaError_t launch_sweeps(int cluster, int blocks, const LossParams& p, const Task<float>& task) {
+  Device device;
+  cudaError_t error =
+      device_of(reinterpret_cast<const void*>(row_kernel<float, Policy, true>), device);
+  if (error != cudaSuccess) return error;
+  DistillationPlan plan =
+      plan_distillation(p.classes, sizeof(float), device, math::kThirdSweep<Policy>);
+  int resident = 0;
+  if (cluster > 1) plan = held_plan(p.classes, sizeof(float), cluster, device, resident);
+  if (cluster == 0) plan = {Walk::kStream, kStreamThreads, kStreamThreads, 1, 1, 0, 0};
+  switch (plan.walk) {
+    case Walk::kTile:
+      return launch(tile_kernel<float, Policy>, blocks, plan, p, task, plan.lanes, plan.rows);
+    case Walk::kWarp:
+      if constexpr (!math::kThirdSweep<Policy>)
+        return launch(warp_kernel<float, Policy>, blocks, plan, p, task);
+      break;
+    case Walk::kHeld:
+      return launch(row_kernel<float, Policy, true>, blocks, plan, p, task, plan.cluster,
+                    plan.slots);
+    case Walk::kStream:
+      return launch(row_kernel<float, Policy, false>, blocks, plan, p, task, 1, 0);
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace
 
-// Losses a row and gradients of alpha = 0.5 and T = 2, in `blocks` blocks or clusters. cluster 0: rows too long for
-// shared memory. Scratch: a double a block of the launch.
-extern "C" int launch_few(int cluster, int blocks, const float* student, const float* teacher,
-                          const int64_t* labels, float* gradient, float* row_loss, double* partial,
-                          int64_t rows, int64_t classes) {
+// Losses per row, unless row_loss is null, and gradients of forward KL or, by three sweeps, total variation, with
+// alpha = 0.5 and T = 2, in `blocks` blocks or clusters. cluster 0: rows too long for shared memory. partial: a double
+// a block of the launch.
+extern "C" int launch_few(int three_sweeps, int cluster, int blocks, const float* student,
+                          const float* teacher, const int64_t* labels, float* gradient,
+                          float* row_loss, double* partial, int64_t rows, int64_t classes) {
   LossParams p = {};
   p.rows = rows;
   p.classes = p.all_classes = p.student_stride = p.gradient_stride = classes;
@@ -43,6 +71,7 @@ extern "C" int launch_few(int cluster, int blocks, const float* student, const f
   p.labels = labels;
   p.gradient = gradient;
   p.row_loss = row_loss;
+  p.divergence = three_sweeps ? math::Divergence::kTotalVariation : math::Divergence::kForwardKL;
   Task<float> task = {CrossEntropy::kOwn,
                       false,
                       static_cast<float>(math::kLog2E / 2),
@@ -53,27 +82,10 @@ extern "C" int launch_few(int cluster, int blocks, const float* student, const f
                       1 / static_cast<float>(classes),
                       1,
                       nullptr,
-                      partial};
-  Device device;
-  cudaError_t error =
-      device_of(reinterpret_cast<const void*>(row_kernel<float, ForwardSweeps, true>), device);
-  if (error != cudaSuccess) return error;
-  DistillationPlan plan = plan_distillation(classes, sizeof(float), device);
-  int resident = 0;
-  if (cluster > 1) plan = held_plan(classes, sizeof(float), cluster, device, resident);
-  if (cluster == 0) plan = {Walk::kStream, kStreamThreads, kStreamThreads, 1, 1, 0, 0};
-  switch (plan.walk) {
-    case Walk::kTile:
-      return launch(tile_kernel<float, ForwardSweeps>, blocks, plan, p, task, plan.lanes,
-                    plan.rows);
-    case Walk::kWarp: return launch(warp_kernel<float, ForwardSweeps>, blocks, plan, p, task);
-    case Walk::kHeld:
-      return launch(row_kernel<float, ForwardSweeps, true>, blocks, plan, p, task, plan.cluster,
-                    plan.slots);
-    case Walk::kStream:
-      return launch(row_kernel<float, ForwardSweeps, false>, blocks, plan, p, task, 1, 0);
-  }
-  return cudaErrorInvalidValue;
+                      partial,
+                      math::Parameters<float>::without_series(0, 0)};
+  return three_sweeps ? launch_sweeps<AnySweeps>(cluster, blocks, p, task)
+                      : launch_sweeps<ForwardSweeps>(cluster, blocks, p, task);
 }
 
 }  // namespace cuda

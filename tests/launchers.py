@@ -14,7 +14,7 @@ import ptx
 import torch
 
 from kdkernels import _C, reference
-from kdkernels.benchmark import IGNORED, training_logits
+from kdkernels.tools.bench import IGNORED, training_logits
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "tests/launchers.cpp"]
@@ -730,6 +730,8 @@ def divergence_compare(case, got, want):
         rtol = 1.001 * HALF_ULP.get(case.torch_dtype, 0.0)
         if near:
             atol = 1e-4 * want[name].abs().max().item()
+        if case.dtype == "bfloat16" and case.divergence in MIXTURES:  # slopes of fp16
+            atol = max(atol, 6e-4 * want[name].nan_to_num().abs().max().item())
         if name == "teacher_gradient" and case.kind == "probs":  # over p
             rtol += 1e-12 if exact else 2e-5
         torch.testing.assert_close(
@@ -753,6 +755,7 @@ def divergence_bytes(case):
 
 
 DIVERGENCES = tuple(reference.DIVERGENCES)
+MIXTURES = ("js", "skew_forward_kl", "skew_reverse_kl")
 
 
 def divergence_cases():
@@ -851,6 +854,8 @@ def divergence_cases():
         yield Divergence(dtype, 0, 10)
         yield Divergence(dtype, 700, 10, **hard, ignored=0.1)
         yield from top_k_cases(dtype)
+    # Rounded products, whose errors would be felt in D: differences of the logits are exact.
+    yield Divergence("float16", 3, 1100, **reverse, temperature=1.0, levels=(-3e4, -3e4))
     for name, beta in (("js", 0.1), ("skew_forward_kl", 0.9), ("skew_reverse_kl", 0.0)):
         yield Divergence("float32", 3, 300, divergence=name, beta=beta)
     for alpha, beta in ((0.0, 0.5), (1.0, 0.0), (2.0, 1.5)):

@@ -3,8 +3,9 @@
 // One sweep over a row makes every exponential once, relative to a maximum that was guessed from a few classes,
 // and keeps them in L2 while their sums grow; it also finds the row's largest logits, and the rare row whose
 // guess was far off is done again. A second sweep reads z, t and what was kept from L2, adds the divergence's terms up
-// and writes the gradient. So z and t are read from memory once and the gradient is written once; what is kept takes 2
-// (3 with cross-entropy's own) computed values a class.
+// and, for both KLs, writes the gradient; for the other divergences it keeps the terms' derivatives in the place of the
+// teacher's exponentials, and a third sweep makes the gradient of them. So z and t are read from memory once and the
+// gradient is written once; what is kept takes 2 (3 with cross-entropy's own) computed values a class.
 #pragma once
 
 #include <cmath>
@@ -257,6 +258,163 @@ KD_FN double second_sweep(const T* z, const T* t, int64_t classes, const Exponen
   return sum.total();
 }
 
+// Elements of a row whose normalizers are known; a logit of an excluded class may give any d, with probabilities of 0.
+template <class T>
+struct Elements {
+  using Real = typename Compute<T>::type;
+  using V = Vector<Real>;
+  using Element = math::Element<V, sizeof(T) == 2>;
+  Exponents<Real> by;
+  V inv_s, inv_t, above_s, above_t;
+
+  Elements(const Exponents<Real>& of, const math::RowResult<double>& row)
+      : by(of.natural(row.above, 1)),
+        inv_s(static_cast<Real>(row.inv_s)),
+        inv_t(static_cast<Real>(row.inv_t)),
+        above_s(static_cast<Real>(math::log_acc(row.inv_s) * math::kLog2E)),
+        above_t(static_cast<Real>(math::log_acc(row.inv_t) * math::kLog2E)) {}
+  KD_INLINE_LAMBDA Element element(V u, V v, V ex, V ey) const {
+    const V tiny(std::numeric_limits<Real>::min());
+    const V p = ey * inv_t, q = ex * inv_s;
+    return {p,
+            q,
+            smaller(p, q) / (larger(p, q) + tiny),
+            by.difference(u, v),
+            fma(v, by.t.scale, -by.t.shift) + above_t,
+            fma(u, by.s.scale, -by.s.shift) + above_s};
+  }
+};
+
+// Sums over a row of f and a of math::ClassShare.
+struct TermSums {
+  double f, a;
+};
+
+template <class Real>
+KD_FN math::Parameters<Vector<Real>> in_every_lane(const math::Parameters<Real>& x) {
+  using V = Vector<Real>;
+  math::Parameters<V> y;
+  y.beta = V(x.beta);
+  y.second = V(x.second);
+  y.close = V(x.close);
+  for (int n = 0; n < math::Parameters<Real>::kTerms; ++n) {
+    y.f[n] = V(x.f[n]);
+    y.a[n] = V(x.a[n]);
+    y.b[n] = V(x.b[n]);
+  }
+  return y;
+}
+
+// Adds up the terms; a takes the place of the teacher's exponentials.
+template <class T, class Policy, class Real>
+TermSums terms_sweep(const T* z, const T* t, int64_t classes, const Elements<T>& row,
+                     const math::Parameters<Real>& of, const Real* ex, Real* ey) {
+  using V = Vector<Real>;
+  const math::Parameters<V> parameters = in_every_lane(of);  // no store can change a copy
+  WideSum<Real> sum_f, sum_a;
+  V part_f(Real(0)), part_a(Real(0));
+  auto add = [&](V u, V v, int64_t i) KD_INLINE_LAMBDA {
+    const math::ClassShare<V> share =
+        Policy::share(row.element(u, v, load(ex + i), load(ey + i)), parameters);
+    part_f = part_f + share.f;
+    part_a = part_a + share.a;
+    store(share.a, ey + i);
+  };
+  for_row(z, t, classes, add, [&]() KD_INLINE_LAMBDA {
+    sum_f.add(part_f);
+    sum_a.add(part_a);
+    part_f = part_a = V(Real(0));
+  });
+  return {sum_f.total(), sum_a.total()};
+}
+
+// The sum of q - p: see math::refine.
+template <class T, class Real>
+double excess_sweep(const T* z, const T* t, int64_t classes, const Elements<T>& row, const Real* ex,
+                    const Real* ey) {
+  using V = Vector<Real>;
+  WideSum<Real> sum;
+  V part(Real(0));
+  auto add = [&](V u, V v, int64_t i) KD_INLINE_LAMBDA {
+    const auto x = row.element(u, v, load(ex + i), load(ey + i));
+    part = part + math::difference(x.q, x.p, -x.d);
+  };
+  for_row(z, t, classes, add, [&]() KD_INLINE_LAMBDA {
+    sum.add(part);
+    part = V(Real(0));
+  });
+  return sum.total();
+}
+
+// The gradient, from the exponentials and what terms_sweep left.
+template <class T, math::CrossEntropy kHard, class Real>
+void third_sweep(int64_t classes, const math::RowResult<double>& row, const Real* ex, const Real* a,
+                 const Real* eh, int64_t label, T* gradient) {
+  using V = Vector<Real>;
+  constexpr bool kOwn = kHard == math::CrossEntropy::kOwn,
+                 kShared = kHard == math::CrossEntropy::kShared;
+  const V of_a(static_cast<Real>(row.other)),
+      of_ex(static_cast<Real>(row.of_q * row.inv_s + (kShared ? row.of_hard : 0.0))),
+      of_hard(static_cast<Real>(row.of_hard)), uniform(static_cast<Real>(row.uniform));
+  auto at = [&](int64_t i) KD_INLINE_LAMBDA {
+    V y = fma(of_a, load(a + i), fma(of_ex, load(ex + i), -uniform));
+    if constexpr (kOwn) y = fma(of_hard, load(eh + i), y);
+    return y;
+  };
+  const int64_t whole = classes / V::kLanes * V::kLanes;
+  for (int64_t i = 0; i < whole; i += V::kLanes) store(at(i), gradient + i);
+  if (whole < classes) store_part(at(whole), static_cast<int>(classes - whole), gradient + whole);
+  if (label >= 0) {
+    Real y =
+        math::fma(of_a.lanes[0], a[label], math::fma(of_ex.lanes[0], ex[label], -uniform.lanes[0]));
+    if constexpr (kOwn) y = math::fma(of_hard.lanes[0], eh[label], y);
+    narrow(y - static_cast<Real>(row.at_label), gradient[label]);
+  }
+}
+
+// The parameters of a call, which a thread makes again where they differ from its last call's.
+template <class Real>
+const math::Parameters<Real>& parameters_of(const LossParams& p) {
+  static thread_local math::Parameters<Real> parameters;
+  static thread_local math::Divergence divergence = math::Divergence::kForwardKL;
+  static thread_local double beta = -1, second = -1;
+  if (p.divergence != divergence || p.beta != beta || p.second != second) {
+    parameters = math::parameters_of<Real>(p.divergence, p.beta, p.second);
+    divergence = p.divergence;
+    beta = p.beta;
+    second = p.second;
+  }
+  return parameters;
+}
+
+// The second sweep and, where there is a gradient, the third: the sum of the terms, or NaN.
+template <class T, math::CrossEntropy kHard, class Real>
+double second_and_third_sweep(const LossParams& p, const T* z, const T* t,
+                              const Exponents<Real>& by, math::RowResult<double> row,
+                              const Real* ex, Real* ey, const Real* eh, int64_t label,
+                              T* gradient) {
+  if (math::needs_exact_sums(p.divergence)) {
+    const double excess =
+        excess_sweep(z, t, p.classes, Elements<T>(by, row), ex, static_cast<const Real*>(ey));
+    if (near(excess, 1e-3)) {
+      row.above += math::log_acc(1 + excess);
+      row.inv_s /= 1 + excess;
+    }
+  }
+  const Elements<T> elements(by, row);
+  const math::Parameters<Real>& parameters = parameters_of<Real>(p);
+  TermSums sums = {};
+  math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
+    using Policy = decltype(policy);
+    if constexpr (!math::kTwoSweeps<Policy>)
+      sums = terms_sweep<T, Policy>(z, t, p.classes, elements, parameters, ex, ey);
+  });
+  row.of_q = -row.other * sums.a;
+  if (gradient != nullptr && sums.f + math::magnitude(sums.a) < kInfinite)
+    third_sweep<T, kHard>(p.classes, row, ex, static_cast<const Real*>(ey), eh, label, gradient);
+  return sums.f + 0 * sums.a;
+}
+
 template <class T, class Policy, math::CrossEntropy kHard>
 void rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
   using Real = typename Compute<T>::type;
@@ -314,10 +472,20 @@ void rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
     }
     const Exponents<Real> by(scale_real, scale_hard_real, shift);
     const int64_t at = kLabels ? label : -1;
-    const double terms = keep ? second_sweep<T, Policy, kHard, true>(z, t, p.classes, by, result,
-                                                                     ex, ey, eh, at, gradient)
-                              : second_sweep<T, Policy, kHard, false>(z, t, p.classes, by, result,
-                                                                      ex, ey, eh, at, gradient);
+    double terms;
+    if constexpr (math::kThirdSweep<Policy>) {
+      terms = second_and_third_sweep<T, kHard>(p, z, t, by, result, ex, ey, eh, at,
+                                               keep ? gradient : nullptr);
+      if (!(terms < kInfinite)) {
+        divergence_rows_of<T>(p, row, row + 1, row_loss);
+        continue;
+      }
+    } else {
+      terms = keep ? second_sweep<T, Policy, kHard, true>(z, t, p.classes, by, result, ex, ey, eh,
+                                                          at, gradient)
+                   : second_sweep<T, Policy, kHard, false>(z, t, p.classes, by, result, ex, ey, eh,
+                                                           at, gradient);
+    }
     row_loss[row] = weight * (result.loss + (p.alpha > 0 ? result.of_term * terms : 0.0));
   }
 }
@@ -338,8 +506,8 @@ void short_rows(const LossParams& p, int64_t begin, int64_t end, double* row_los
              of_label = static_cast<Real>((1 - p.alpha) * (1 - p.label_smoothing)),
              of_classes = static_cast<Real>((1 - p.alpha) * p.label_smoothing / p.classes);
   const bool smooth = kLabels && p.label_smoothing > 0;
-  const Real beta = static_cast<Real>(p.beta),
-             inv_temperature = static_cast<Real>(1 / p.temperature);
+  const math::Parameters<Real> parameters = parameters_of<Real>(p);
+  const Real inv_temperature = static_cast<Real>(1 / p.temperature);
   using Lanes = Real[kLanes];
   // Logits, probabilities and, in the place of p's, a of math::ClassShare.
   alignas(64) Lanes x[kShortClasses], y[kShortClasses], q[kShortClasses], a[kShortClasses],
@@ -409,8 +577,8 @@ void short_rows(const LossParams& p, int64_t begin, int64_t end, double* row_los
         Real d = math::fma(y[c][r] - early[r] - x[c][r] - late[r], inv_temperature, above[r]);
         q[c][r] *= inv_s[r];
         Real p_class = a[c][r] * inv_t[r];
-        math::Element<Real> element = {p_class, q[c][r], d, d, d};
-        math::ClassShare<Real> share = Terms::share(element, beta, Real(0));
+        math::Element<Real> element = {p_class, q[c][r], math::smaller_over_larger(d), d, d, d};
+        math::ClassShare<Real> share = Terms::share(element, parameters);
         loss[r] += share.f;
         a[c][r] = share.a;
         sum_a[r] += a[c][r];
@@ -480,6 +648,8 @@ bool plain_rows_with(const LossParams& p, int64_t begin, int64_t end, double* ro
     rows<T, math::ReverseSweeps, kHard>(p, begin, end, row_loss);
   } else if (p.divergence == Divergence::kJS && is_short) {
     short_rows<T, math::JS, kHard>(p, begin, end, row_loss);
+  } else if (p.divergence != Divergence::kDecoupled) {
+    rows<T, math::AnySweeps, kHard>(p, begin, end, row_loss);
   } else {
     return false;
   }

@@ -1,11 +1,9 @@
 // The row walker for any divergence, teacher and layout. Included by one file an ISA level.
 //
-// Each pass of math/row.h is a loop over one row, which L2 holds. Where nothing changes the logits and a whole
-// row's loss and gradient are all that is wanted (`plain`), the exponentials and their sums come from the first pass
-// of cpu/distillation.h, and the terms are made block by block of logits that are read where they lie. Else
-// student and teacher are read where they lie or once into a buffer of computed values. Exponentials at
-// temperature T are made once and kept, the terms' derivatives take the teacher's place, and the gradient is
-// written once. So the buffer takes 2 to 4 values a class, 6 with a gradient of the teacher's.
+// Each pass of math/row.h is a loop over one row, which L2 holds: student and teacher are read where they lie or once
+// into a buffer of computed values. Exponentials at temperature T are made once and kept, the terms' derivatives take
+// the teacher's place, and the gradient is written once. So the buffer takes 2 to 4 values a class, 6 with a gradient of
+// the teacher's.
 #pragma once
 
 #include "cpu/lane.h"
@@ -56,8 +54,6 @@ struct RowWalk {
   const bool dense;  // the row's own classes are read, beside a top-k teacher's entries too
   const bool shares_hard;  // cross-entropy's exponentials are those at temperature T
   const bool watched;  // statistics are wanted, or may be by another slice
-  const bool may_be_plain;
-  bool plain;
   const int first_stage;
   Lane<Real> own, entry;
   Real *u, *t, *entry_u, *entry_t;  // planes for logits
@@ -68,7 +64,6 @@ struct RowWalk {
   int64_t label_here;  // the label's class of the slice, or -1
   double weight;
   Real label_u, label_t, max_u, max_t;
-  double lift_s, lift_t;  // what brings kept exponentials to those relative to the maxima
   math::RowState x;
   math::RowNorm exact;
   double total_u;
@@ -84,7 +79,6 @@ struct RowWalk {
         dense(!task.renormalize || task.cross_entropy),
         shares_hard(task.temperature == 1 && !task.standardize),
         watched(p.statistics != nullptr || p.state != nullptr),
-        may_be_plain(task.compares && !task.aside_label && is_of_plain_logits(p)),
         first_stage(p.stages & -p.stages) {
     const int64_t padded = padded_to_vectors(p.classes),
                   entries = task.entries ? padded_to_vectors(p.entries) : 0;
@@ -114,42 +108,6 @@ struct RowWalk {
   }
   const Lane<Real>& compared() const { return task.entries ? entry : own; }
 
-  // A block of a plain row. Logits that cannot be read where they lie take the first places of u and t.
-  Lane<Real> block(int64_t first) const {
-    const int64_t n = own.n - first < kBlock ? own.n - first : kBlock;
-    return {n,
-            padded_to_vectors(n),
-            nullptr,
-            nullptr,
-            own.q + first,
-            own.p + first,
-            own.a + first,
-            own.b + first};
-  }
-  const Real* student_block(const Lane<Real>& lane, int64_t first) const {
-    return load_block(z_row + first, static_cast<int>(lane.n), static_cast<int>(lane.padded),
-                      -kInfinity<Real>, u);
-  }
-  const Real* teacher_block(const Lane<Real>& lane, int64_t first) const {
-    return load_block(teacher_row(0) + first, static_cast<int>(lane.n),
-                      static_cast<int>(lane.padded), -kInfinity<Real>, t);
-  }
-
-  // f(lane, inv_s, inv_t) for the classes that are compared, all at once or in blocks; the factors make
-  // probabilities of their exponentials.
-  template <class F>
-  void each_block(F f) const {
-    const double inv_s = inverse_s(task.entries ? x.entry_max_s : x.max_s),
-                 inv_t = inverse_t(task.entries ? x.entry_max_t : x.max_t);
-    if (!plain) return f(compared(), inv_s, inv_t);
-    for (int64_t first = 0; first < own.n; first += kBlock) {
-      Lane<Real> lane = block(first);
-      lane.u = student_block(lane, first);
-      lane.t = teacher_block(lane, first);
-      f(lane, inv_s, inv_t);
-    }
-  }
-
   // The factor of exponentials that are rounded to Real, in powers of 2.
   static Real log2_scale(double scale) { return static_cast<Real>(scale * math::kLog2E); }
 
@@ -168,13 +126,6 @@ struct RowWalk {
     label_here = label - p.first_class;
     if (p.labels == nullptr || label_here < 0 || label_here >= p.classes) label_here = -1;
 
-    lift_s = lift_t = 1;
-    plain = may_be_plain && sweep();
-    if (plain) {
-      add_terms();
-      finish(label, loss);
-      return;
-    }
     x = p.state != nullptr && first_stage > kMoments ? load_state(p.state, p.rows, row)
                                                      : math::RowState{};
     load();
@@ -381,42 +332,6 @@ struct RowWalk {
     x.best_t = static_cast<double>(p.first_class + (task.entries ? column[t] : t));
   }
 
-  // Exponentials and all sums of a plain row. False where that is not possible.
-  bool sweep() {
-    x = math::RowState{};
-    math::scales(task, x, exact);
-    const Real scale = log2_scale(exact.scale_s);
-    const bool own_hard = task.cross_entropy && !shares_hard;
-    const Real scale_hard = own_hard ? kLog2EOf<Real> : scale;
-    Shifts shift;
-    math::RowSums<double> sums = {};
-    const T* t_row = teacher_row(0);
-    // Cross-entropy's own exponentials are not read once they are added up: they may lie over u.
-    const bool done = own_hard ? sweep_once<T, false, true>(z_row, t_row, own.n, scale, scale_hard,
-                                                            own.q, own.p, u, shift, sums)
-                               : sweep_once<T, false, false>(z_row, t_row, own.n, scale, scale_hard,
-                                                             own.q, own.p, u, shift, sums);
-    if (!done) return false;
-    // A pass writes whole vectors; lanes are padded to kPad.
-    for (int64_t i = own.n; i < own.padded; ++i) own.q[i] = own.p[i] = Real(0);
-    const double exact_scale = scale;
-    // Not the logits whose exponents are 0: a class's logarithm would lose digits to how far those are off.
-    x.max_s = sums.max_s;
-    x.max_t = sums.max_t;
-    lift_s = exp2_fp64(shift.s - x.max_s * exact_scale);
-    lift_t = exp2_fp64(shift.t - x.max_t * exact_scale);
-    x.sum_s = sums.sum_s * lift_s;
-    x.sum_t = sums.sum_t * lift_t;
-    x.hard = own_hard ? sums.sum_hard * exp2_fp64(shift.hard - x.max_s * scale_hard) : x.sum_s;
-    x.entry_max_s = x.entry_max_t = math::kLowestState;
-    if (task.cross_entropy && task.smoothing > 0) {
-      for (int64_t i = 0; i < own.n; ++i) x.total_u += widen(z_row[i]);
-    }
-    label_u = label_here >= 0 ? widen(z_row[label_here]) : Real(0);
-    x.label_s = label_u;
-    return true;
-  }
-
   void add_exponentials() {
     math::RowState now = {};
     const Real scale_s = log2_scale(exact.scale_s), scale_t = log2_scale(exact.scale_t),
@@ -455,10 +370,10 @@ struct RowWalk {
 
   // What makes probabilities of the exponentials relative to these maxima.
   double inverse_s(double max) const {
-    return lift_s * exponent((max - exact.max_s) * exact.scale_s, exact.log_sum_s);
+    return exponent((max - exact.max_s) * exact.scale_s, exact.log_sum_s);
   }
   double inverse_t(double max) const {
-    return lift_t * exponent((max - exact.max_t) * exact.scale_t, exact.log_sum_t);
+    return exponent((max - exact.max_t) * exact.scale_t, exact.log_sum_t);
   }
   static double exponent(double above, double log_sum) {
     return log_sum == -kInfinity<double> ? 0.0 : exp2_fp64((above - log_sum) * math::kLog2E);
@@ -471,42 +386,21 @@ struct RowWalk {
     math::normalize(task, x, logsumexp, exact);
     const bool aside = task.aside_label || task.entries;
     auto norm = math::ElementNorm<Real>::of(exact, aside);
-    if ((p.stages & kTerms) != 0 && !plain) add_other_terms(norm);
-    const bool sensitive = p.divergence == math::Divergence::kTotalVariation ||
-                           p.divergence == math::Divergence::kAlphaBeta;
-    if (sensitive && p.state == nullptr) {
-      double excess = 0;
-      each_block([&](const Lane<Real>& lane, double inv_s, double inv_t) {
-        excess += excess_of_q(lane, norm, inv_s, inv_t);
-      });
-      math::refine(exact, excess);
+    if ((p.stages & kTerms) != 0) add_other_terms(norm);
+    const Lane<Real>& lane = compared();
+    const double max_s = task.entries ? x.entry_max_s : x.max_s,
+                 max_t = task.entries ? x.entry_max_t : x.max_t;
+    if (math::needs_exact_sums(p.divergence) && p.state == nullptr) {
+      math::refine(exact, excess_of_q(lane, norm, inverse_s(max_s), inverse_t(max_t)));
       norm = math::ElementNorm<Real>::of(exact, aside);
     }
-    bool far = sizeof(Real) == 4 && p.divergence == math::Divergence::kJS && !task.entries;
     Terms sums = {};
-    each_block([&](const Lane<Real>& lane, double inv_s, double inv_t) {
-      terms(p, lane, norm, inv_s, inv_t, wants_teacher, far, sums);
-    });
-    if (far) {
-      sums.f += (1 - p.beta) * lost(norm.log_sum_s, exact.log_sum_s) +
-                p.beta * lost(norm.log_sum_t, exact.log_sum_t);
-    }
-    if (far && sums.f < kFarJS) {
-      sums = {};
-      lift_t = 1;
-      each_block([&](const Lane<Real>& lane, double inv_s, double inv_t) {
-        // a lies over p
-        exponentials(lane.t, lane.p, lane.padded, finite_max<Real>(x.max_t),
-                     log2_scale(exact.scale_t));
-        terms(p, lane, norm, inv_s, inv_t, wants_teacher, false, sums);
-      });
-    }
+    terms(p, lane, norm, inverse_s(max_s), inverse_t(max_t), wants_teacher, sums);
     if ((p.stages & kTerms) == 0) return;
     x.f = sums.f;
     x.a = sums.a;
     x.b = sums.b;
     if (!task.standardize) return;
-    const Lane<Real>& lane = compared();
     x.az = times_z(lane.a, lane.u, lane.padded, exact.s);
     x.bz = wants_teacher ? times_z(lane.b, lane.t, lane.padded, exact.t) : 0.0;
   }
@@ -576,8 +470,7 @@ struct RowWalk {
 
   // of_e: of exponentials relative to `max`.
   LaneGradient<Real> lane_gradient(const math::RowGradient& g, double of_e, double max) const {
-    if (shares_hard && task.cross_entropy)
-      of_e += lift_s * g.of_hard * math::exp_acc(max - g.hard_max);
+    if (shares_hard && task.cross_entropy) of_e += g.of_hard * math::exp_acc(max - g.hard_max);
     return {static_cast<Real>(g.of_a),
             static_cast<Real>(of_e),
             static_cast<Real>(shares_hard ? 0.0 : g.of_hard),
@@ -593,7 +486,6 @@ struct RowWalk {
       std::memset(static_cast<void*>(out), 0, static_cast<size_t>(own.n) * sizeof(T));
       return;
     }
-    if (plain) return write_blocks(g);
     const bool soft = p.alpha > 0 && !task.entries;  // else no class has a share of its own
     LaneGradient<Real> of =
         lane_gradient(g, soft ? g.of_q * inverse_s(x.max_s) : g.of_other, x.max_s);
@@ -607,17 +499,6 @@ struct RowWalk {
       for (int64_t i = 0; i < own.n; ++i) narrow(own.a[i], out[i]);
     }
     if (label_here >= 0) narrow(at_label, out[label_here]);
-  }
-
-  void write_blocks(const math::RowGradient& g) {
-    const LaneGradient<Real> of = lane_gradient(g, g.of_q * inverse_s(x.max_s), x.max_s);
-    const Real at_label = label_here >= 0 ? label_gradient(g, of, own.a[label_here]) : Real(0);
-    for (int64_t first = 0; first < own.n; first += kBlock) {
-      Lane<Real> lane = block(first);
-      if (of.of_hard != Real(0)) lane.u = student_block(lane, first);
-      write_gradient(lane, lane.a, of, gradient_row() + first);
-    }
-    if (label_here >= 0) narrow(at_label, gradient_row()[label_here]);
   }
 
   Real label_gradient(const math::RowGradient& g, const LaneGradient<Real>& of, Real a) const {

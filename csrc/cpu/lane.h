@@ -130,19 +130,25 @@ struct Terms {
 // Adds to the sums over all classes; a, and b if wanted, are kept. inv_s and inv_t make probabilities of q and p.
 template <class Policy, bool kTeacher, class Real>
 void terms_of(const Lane<Real>& x, const math::ElementNorm<Real>& norm, Real inv_s, Real inv_t,
-              Real beta, Real second, Terms& out) {
+              const math::Parameters<Real>& by, Terms& out) {
   using Norm = math::ElementNorm<Real>;
   // Copies, which no store to a or b can change.
   const Norm n = norm;
+  const math::Parameters<Real> parameters = by;
   const Real *logits = x.u, *teacher = x.t, *q = x.q, *p = x.p;
   Real *keep_a = x.a, *keep_b = x.b;
   constexpr int kSums = kTeacher ? 3 : 2;
   double total[kSums] = {};
   add_sums<Real>(x.padded, total, [=](int64_t i, int j, Real(&sums)[kSums][kPad]) KD_INLINE_LAMBDA {
     Real u = logits[i], t = teacher[i];
-    math::Element<Real> element = {p[i] * inv_t, q[i] * inv_s, Norm::d(n, u, t), Norm::log_p(n, t),
-                                   Norm::log_q(n, u)};
-    math::ClassShare<Real> share = Policy::share(element, beta, second);
+    const Real d = Norm::d(n, u, t), log2_e = kLog2EOf<Real>;
+    math::Element<Real> element = {p[i] * inv_t,
+                                   q[i] * inv_s,
+                                   math::smaller_over_larger(d),
+                                   d,
+                                   Norm::log_p(n, t) * log2_e,
+                                   Norm::log_q(n, u) * log2_e};
+    math::ClassShare<Real> share = Policy::share(element, parameters);
     keep_a[i] = share.a;
     sums[0][j] += share.f;
     sums[1][j] += share.a;
@@ -156,70 +162,20 @@ void terms_of(const Lane<Real>& x, const math::ElementNorm<Real>& norm, Real inv
   if constexpr (kTeacher) out.b += total[2];
 }
 
-// JS at half the price, with an error of some 1e-7 in D, which is felt below kFarJS.
-constexpr double kFarJS = 0.005;
-
-template <bool kTeacher>
-void far_js(const Lane<float>& x, const math::ElementNorm<float>& norm, float inv_s, float inv_t,
-            float beta, Terms& out) {
-  using V = Floats;
-  const V none(0.0f), scale_s(norm.scale_s), scale_t(norm.scale_t), max_s(norm.max_s),
-      max_t(norm.max_t), above_s(-norm.log_sum_s), above_t(-norm.log_sum_t),
-      of_q((1 - beta) * inv_s), of_p(beta * inv_t), tiny(0x1p-126f), lowest(-1e30f);
-  WideSum<float> sum_a, sum_b;
-  for (int64_t first = 0; first < x.padded; first += kFold) {
-    const int64_t last = first + kFold < x.padded ? first + kFold : x.padded;
-    V part_a = none, part_b = none;
-    for (int64_t i = first; i < last; i += V::kLanes) {
-      V q = load(x.q + i), p = load(x.p + i);
-      // Never of 0, and as it is where that matters.
-      V log_m = math::log_normal(fma(p, of_p, fma(q, of_q, tiny)));
-      // An excluded class has finite logarithms too, times 0.
-      V log_q = fma(larger(lowest, load(x.u + i)) - max_s, scale_s, above_s),
-        log_p = fma(larger(lowest, load(x.t + i)) - max_t, scale_t, above_t);
-      V a = q * (log_q - log_m), b = p * (log_p - log_m);
-      part_a = part_a + a;
-      part_b = part_b + b;
-      store(a * of_q, x.a + i);
-      if constexpr (kTeacher) store(b * of_p, x.b + i);
-    }
-    sum_a.add(part_a);
-    sum_b.add(part_b);
-  }
-  const double a = of_q.lanes[0] * sum_a.total(), b = of_p.lanes[0] * sum_b.total();
-  out.f += a + b;
-  out.a += a;
-  out.b += b;
-}
-
 // Added to `out`.
 template <class Real>
 void terms(const LossParams& p, const Lane<Real>& x, const math::ElementNorm<Real>& norm,
-           double inv_s, double inv_t, bool teacher, bool far, Terms& out) {
-  Real of_q = static_cast<Real>(inv_s), of_p = static_cast<Real>(inv_t),
-       beta = static_cast<Real>(p.beta), second = static_cast<Real>(p.second);
-  auto run = [&](auto policy) {
+           double inv_s, double inv_t, bool teacher, Terms& out) {
+  Real of_q = static_cast<Real>(inv_s), of_p = static_cast<Real>(inv_t);
+  const math::Parameters<Real>& parameters = parameters_of<Real>(p);
+  math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
     using Policy = decltype(policy);
     if (teacher) {
-      terms_of<Policy, true>(x, norm, of_q, of_p, beta, second, out);
+      terms_of<Policy, true>(x, norm, of_q, of_p, parameters, out);
     } else {
-      terms_of<Policy, false>(x, norm, of_q, of_p, beta, second, out);
+      terms_of<Policy, false>(x, norm, of_q, of_p, parameters, out);
     }
-  };
-  if constexpr (sizeof(Real) == sizeof(float)) {
-    if (far) {
-      return teacher ? far_js<true>(x, norm, of_q, of_p, beta, out)
-                     : far_js<false>(x, norm, of_q, of_p, beta, out);
-    }
-  }
-  if (p.divergence != math::Divergence::kAlphaBeta) {
-    math::with_policy(p.divergence, run);
-  } else if (beta == Real(0) ||
-             second == Real(0)) {  // a branch within the loop would keep it scalar
-    run(math::AlphaBetaLimit{});
-  } else {
-    run(math::AlphaBetaInside{});
-  }
+  });
 }
 
 // The sum of q - p: see math::refine.

@@ -70,6 +70,10 @@ template <class Real>
 KD_FN Vector<Real> operator*(Vector<Real> a, Vector<Real> b) {
   return Vector<Real>(a.lanes * b.lanes);
 }
+template <class Real>
+KD_FN Vector<Real> operator/(Vector<Real> a, Vector<Real> b) {
+  return Vector<Real>(a.lanes / b.lanes);
+}
 // Lanes that are true are all ones.
 template <class Real>
 KD_FN auto operator<(Vector<Real> a, Vector<Real> b) {
@@ -87,6 +91,22 @@ KD_FN Vector<Real> select(Mask mask, Vector<Real> a, Vector<Real> b) {
 template <class Real>
 KD_FN Vector<Real> larger(Vector<Real> a, Vector<Real> b) {
   return Vector<Real>(a.lanes > b.lanes ? a.lanes : b.lanes);
+}
+#if KD_VECTOR_BYTES == 32  // gcc makes two instructions of the above
+KD_FN Floats larger(Floats a, Floats b) {
+  return Floats((FloatLanes)_mm256_max_ps((__m256)a.lanes, (__m256)b.lanes));
+}
+KD_FN Floats smaller(Floats a, Floats b) {
+  return Floats((FloatLanes)_mm256_min_ps((__m256)a.lanes, (__m256)b.lanes));
+}
+#endif
+KD_FN Floats magnitude(Floats x) {
+  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+  return Floats((FloatLanes)((Bits)x.lanes & 0x7FFFFFFF));
+}
+template <class Real>
+KD_FN Vector<Real> smaller(Vector<Real> a, Vector<Real> b) {
+  return Vector<Real>(a.lanes < b.lanes ? a.lanes : b.lanes);
 }
 
 // a b + c with one rounding, or, without the instruction, with a second one from fp64.
@@ -131,6 +151,24 @@ KD_FN Doubles exp2_shifted(Doubles z, const math::Shifted<Doubles>& by) {
     z.lanes[i] = __builtin_exp2(__builtin_fma(z.lanes[i], by.scale.lanes[i], -by.shift.lanes[i]));
   }
   return z;
+}
+
+KD_FN Floats exp2_nonpositive(Floats x) { return math::exp2_polynomial(x); }
+KD_FN Doubles exp2_nonpositive(Doubles x) {
+  for (int i = 0; i < Doubles::kLanes; ++i) x.lanes[i] = __builtin_exp2(x.lanes[i]);
+  return x;
+}
+KD_FN Doubles exp_nonpositive(Doubles x) {
+  for (int i = 0; i < Doubles::kLanes; ++i) x.lanes[i] = __builtin_exp(x.lanes[i]);
+  return x;
+}
+KD_FN Doubles log_normal(Doubles x) {
+  for (int i = 0; i < Doubles::kLanes; ++i) x.lanes[i] = __builtin_log(x.lanes[i]);
+  return x;
+}
+template <class Real>
+KD_FN Vector<Real> inverse(Vector<Real> x) {
+  return Vector<Real>(Real(1)) / x;
 }
 
 template <int... kLane>

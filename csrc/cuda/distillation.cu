@@ -95,7 +95,7 @@ cudaError_t launch_rows(const LossParams& p, const Task<typename Compute<T>::typ
       return launch_kernel(tile_kernel<T, Policy>, blocks, plan, device, stream, p, task,
                            plan.lanes, plan.rows);
     case Walk::kWarp:
-      if constexpr (sizeof(T) < 8)
+      if constexpr (sizeof(T) < 8 && !math::kThirdSweep<Policy>)
         return launch_kernel(warp_kernel<T, Policy>, blocks, plan, device, stream, p, task);
       break;
     case Walk::kHeld:
@@ -148,7 +148,8 @@ cudaError_t launch_sweeps(const LossParams& p, cudaStream_t stream) {
   cudaError_t error = device_of(reinterpret_cast<const void*>(row_kernel<T, Policy, true>), device);
   if (error != cudaSuccess) return error;
   CrossEntropy hard = cross_entropy(p);
-  DistillationPlan plan = plan_distillation(p.classes, sizeof(T), device);
+  const DistillationPlan plan =
+      plan_distillation(p.classes, sizeof(T), device, math::kThirdSweep<Policy>);
   const Inverse inverse = inverse_of_denominator<Real>(p, stream);
   Task<Real> task = {hard,
                      hard != CrossEntropy::kNone && p.label_smoothing > 0,
@@ -160,7 +161,10 @@ cudaError_t launch_sweeps(const LossParams& p, cudaStream_t stream) {
                      static_cast<Real>(1.0 / static_cast<double>(p.classes)),
                      inverse.number,
                      inverse.on_device,
-                     p.loss != nullptr ? p.workspace + kPartials : nullptr};
+                     p.loss != nullptr ? p.workspace + kPartials : nullptr,
+                     {}};
+  if constexpr (math::kThirdSweep<Policy>)
+    task.parameters = math::parameters_of<Real>(p.divergence, p.beta, p.second);
   if (p.rows > 0) error = launch_rows<T, Policy>(p, task, plan, device, stream);
   if (error != cudaSuccess) return error;
   return add_partials<Real>(p, plan.partials(p.rows) * plan.cluster, inverse, stream);
@@ -232,8 +236,12 @@ cudaError_t loss(const LossParams& p, cudaStream_t stream) {
     switch (p.divergence) {
       case math::Divergence::kForwardKL: return launch_sweeps<T, ForwardSweeps>(p, stream);
       case math::Divergence::kReverseKL: return launch_sweeps<T, ReverseSweeps>(p, stream);
-      default: return launch_general<T>(p, stream);
+      case math::Divergence::kDecoupled: return launch_general<T>(p, stream);
+      default: break;
     }
+    // fp64 has no special functions to save.
+    if constexpr (sizeof(T) < 8) return launch_sweeps<T, AnySweeps>(p, stream);
+    return launch_general<T>(p, stream);
   });
 }
 

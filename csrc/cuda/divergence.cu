@@ -15,13 +15,8 @@ KD_FN void set_options(const LossParams& p, DivergenceTask<Real>& task) {
   task.row = row_task(p);
   task.student = Transform::of(p.logit_scale, p.soft_cap);
   task.teacher = Transform::of(p.teacher_logit_scale, p.teacher_soft_cap);
-  task.beta = static_cast<Real>(p.beta);
-  task.second = static_cast<Real>(p.second);
   task.temperature = static_cast<Real>(p.temperature);
-  // These two feel the last bit of the sums where student and teacher are close.
-  task.refine = task.row.compares && p.state == nullptr &&
-                (p.divergence == math::Divergence::kTotalVariation ||
-                 p.divergence == math::Divergence::kAlphaBeta);
+  task.refine = task.row.compares && p.state == nullptr && math::needs_exact_sums(p.divergence);
 }
 
 // The task of one row, in shared memory, where options stand in tensors; else the call's.
@@ -44,6 +39,8 @@ struct RowTaskMemory<Real, true> {
     valid = options_of_row<Real>(p, row, out);
     task = of_call;
     set_options(out, task);
+    if (p.row_options[kDivergenceAlpha] != nullptr || p.row_options[kBeta] != nullptr)
+      task.parameters = math::parameters_of<Real>(out.divergence, out.beta, out.second);
   }
 };
 
@@ -137,6 +134,7 @@ DivergenceTask<Real> task_of(const LossParams& p) {
   using Transform = math::Transform<Real>;
   DivergenceTask<Real> task = {};
   set_options(p, task);
+  task.parameters = math::parameters_of<Real>(p.divergence, p.beta, p.second);
   task.own = !task.row.renormalize || task.row.cross_entropy;
   task.reads_teacher =
       p.tail == Tail::kNone && (task.row.compares || p.teacher_gradient != nullptr);

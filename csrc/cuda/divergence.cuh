@@ -13,7 +13,8 @@ template <class Real>
 struct DivergenceTask {
   math::RowTask row;
   math::Transform<Real> student, teacher;
-  Real beta, second, temperature;
+  math::Parameters<Real> parameters;
+  Real temperature;
   bool own;  // the columns beside a top-k teacher's entries are read
   bool reads_teacher;  // a dense one
   bool cooked;  // logits wait transformed
@@ -509,7 +510,7 @@ struct RowWalk {
     each(lane.n, [&](int i) {
       const Real u = lane.get(lane.u, i), t = lane.get(lane.t, i);
       const math::Element<Real> x = math::ElementNorm<Real>::element(norm, u, t);
-      const math::ClassShare<Real> share = Policy::share(x, task.beta, task.second);
+      const math::ClassShare<Real> share = Policy::share(x, task.parameters);
       if constexpr (kGradients) {
         put_student(i, u, math::fma(g.of_a, share.a, g.of_q * x.q), label_at);
         if (kTeacher) put_teacher(i, t, math::fma(g.of_b, share.b, g.of_p * x.p));
@@ -519,8 +520,8 @@ struct RowWalk {
       acc[1] += share.a;
       if (kTeacher) acc[2] += share.b;
       if (entropies) {
-        acc[3] += math::times(x.q, x.log_q);
-        acc[4] += math::times(x.p, x.log_p);
+        acc[3] += math::times(x.q, math::nats(x.log2_q));
+        acc[4] += math::times(x.p, math::nats(x.log2_p));
       }
       if (lane.entries) acc[5] += x.q;
       if (task.row.standardize) {
@@ -712,7 +713,7 @@ struct RowWalk {
         if (stage == kSums) add_sums(acc);
         if (stage == kRefine) add_excess(acc);
         if (stage >= kTerms && compared && (stage == kTerms || task.row.alpha > 0)) {
-          math::with_policy(task.row.divergence, [&](auto policy) {
+          math::with_policy(task.row.divergence, task.row.beta, task.row.second, [&](auto policy) {
             using Policy = decltype(policy);
             if (p.teacher_gradient == nullptr) {
               stage == kTerms ? divergence<Policy, false, false>(acc)

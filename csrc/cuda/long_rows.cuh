@@ -172,6 +172,14 @@ constexpr int row_blocks(bool held, int element_size) {
 template <class T>
 constexpr int kHeldWarps = held_max_threads(sizeof(T)) / kWarp;
 
+// Slopes of a divergence's terms in the place of a vector of logits: in 16 bits with the digits of fp16.
+template <class T>
+using Slopes = Vector<std::conditional_t<sizeof(T) == 2, __half, T>>;
+
+template <class Real>
+struct Pair {
+  Real first, second;
+};
 template <class Real>
 struct alignas(16) Part {
   RowSums<Real> sums;
@@ -179,6 +187,77 @@ struct alignas(16) Part {
 struct alignas(16) LossShare {
   double loss;
 };
+
+// The sweeps behind the first of a divergence with three: the sum of the row's terms, and its gradient but for the label's
+// share. each(visit): visit(s, z, t) for the thread's slots; reduce_row(a, b): the sums of both over the row's threads;
+// keep(s, slopes): these stand in the teacher's place from now on; write(s, gradient).
+template <bool kHeld, class T, class Real, class Each, class ReduceRow, class Keep, class Write>
+__device__ __forceinline__ Real more_sweeps(const LossParams& p, const Task<Real>& task,
+                                            TermSweeps<T>& sweep, Each each, ReduceRow reduce_row,
+                                            Keep keep, Write write) {
+  constexpr int kCount = 16 / sizeof(T);
+  if (math::needs_exact_sums(p.divergence)) {
+    Real excess = 0;
+    each([&](int, const Vector<T>& z, const Vector<T>& t) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const auto x = sweep.element(task, widen(z.value[j]), widen(t.value[j]));
+        excess += math::difference(x.q, x.p, -x.d);
+      }
+    });
+    sweep.refine(reduce_row(excess, Real(0)).first);
+  }
+  Pair<Real> terms = {0, 0};
+  math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
+    using Terms = decltype(policy);
+    if constexpr (!math::kTwoSweeps<Terms>) {
+      // Where rows are held, and gradients have fewer digits.
+      constexpr bool kSlopes = kHeld && math::kHasSlope<Terms> && !std::is_same_v<T, __half>;
+      const Real scale = static_cast<Real>(math::slope_scale(p.divergence, p.beta));
+      each([&](int s, const Vector<T>& z, const Vector<T>& t) {
+        Real zs[kCount], ts[kCount];
+        widen_all(z, zs);
+        widen_all(t, ts);
+        [[maybe_unused]] Slopes<T> slopes;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          const math::ClassShare<Real> x =
+              Terms::share(sweep.element(task, zs[j], ts[j]), task.parameters);
+          terms.first += x.f;
+          terms.second += x.a;
+          if constexpr (kSlopes) narrow(scale * x.slope, slopes.value[j]);
+        }
+        if constexpr (kSlopes) keep(s, slopes);
+      });
+      terms = reduce_row(terms.first, terms.second);
+      sweep.of_q = -sweep.other * terms.second;
+      if (p.gradient == nullptr) return;
+      const Real of_slope = sweep.other * math::inverse(scale);
+      each([&](int s, const Vector<T>& z, const Vector<T>& t) {
+        Real zs[kCount], ts[kCount];
+        Vector<T> out;
+        widen_all(z, zs);
+        if constexpr (kSlopes) {
+          Slopes<T> slopes;
+          memcpy(&slopes, &t, sizeof slopes);
+          widen_all(slopes, ts);
+        } else {
+          widen_all(t, ts);
+        }
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          if constexpr (kSlopes) {
+            narrow(sweep.gradient_of_slope(task, zs[j], ts[j], of_slope), out.value[j]);
+          } else {
+            narrow(sweep.template gradient<Terms>(task, zs[j], ts[j]), out.value[j]);
+          }
+        }
+        write(s, out);
+      });
+    }
+  });
+  return terms.first;
+}
 
 // held, kHeld: a block or a cluster a row. A block's slice of the row is copied to shared memory at once,
 // in up to 4 groups; while later groups are on their way the thread adds up the earlier ones. A thread reads only what
@@ -338,6 +417,14 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
       }
     }
 
+    // Whether this thread writes a class's gradient.
+    auto writes = [&](Index label) {
+      const Index member =
+          span.vectors ? (label - span.head) / kCount + span.skew - begin : label - begin * kCount;
+      const bool in_body = label >= span.head && member >= 0 && member < own;
+      return in_body ? (member & (threads - 1)) == thread : slots > mine && label == edge().first;
+    };
+
     // Every warp merges the parts of all warps of the cluster. Two turns of parts: who writes the next
     // row's has passed that row's barrier after all have read this row's.
     sums = merge_lanes<Policy>(task, sums, kWarp);
@@ -359,116 +446,172 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
     sums = part(lane & (count - 1));
     for (int i = lane + kWarp; i < count; i += kWarp)
       sums = math::merge<Policy>(task.hard, sums, part(i), task.scale, Exp2Nonpositive());
-    if (cluster > 1 && r + stride >= p.rows && p.row_loss == nullptr) {
+    if (!math::kThirdSweep<Policy> && cluster > 1 && r + stride >= p.rows &&
+        p.row_loss == nullptr) {
       cluster_arrive();
       arrived = true;
     }
     turn ^= 1;
     sums = merge_lanes<Policy>(task, sums, min(count, kWarp));
 
-    SecondSweep<T, Policy> sweep(task, sums, label_z, row.weight * factor);
-    Real terms = 0;
-    int done = skip;  // slots up to here are done
-    if constexpr (kShift) {
-      const Shifts shifts(task, sums.max_s, sums.max_t);
-      if (shifts.small()) {
-        const Real of_s = shifts.s.factor(), of_t = shifts.t.factor(),
-                   of_hard = sweep.of_hard * shifts.hard.factor();
-        sweep.inv_s *= of_s;
-        sweep.inv_t *= of_t;
+    if constexpr (math::kThirdSweep<Policy>) {
+      TermSweeps<T> sweep(task, sums, label_z, row.weight * factor);
+      // visit(s, z, t) for this thread's slots.
+      auto each = [&](auto visit) {
 #pragma unroll 1
-        for (int s = skip; s < whole; ++s) {
-          Vector<T> z, t, out;
+        for (int s = skip; s < slots; ++s) {
           if constexpr (kHeld) {
-            z = z_slots[s * threads];
-            t = t_slots[s * threads];
+            visit(s, Vector<T>(z_slots[s * threads]), Vector<T>(t_slots[s * threads]));
           } else {
-            z = *reinterpret_cast<const Vector<T>*>(z_row + at(s));
-            t = *reinterpret_cast<const Vector<T>*>(t_row + at(s));
+            visit(s, load(z_row, place(s)), load(t_row, place(s)));
           }
-          Real zs[kCount], ts[kCount], gradient[kCount];
-          widen_all(z, zs);
-          widen_all(t, ts);
-#pragma unroll
-          for (int j = 0; j < kCount; ++j) {
-            const TermAndGradient<Real> x =
-                sweep.soft(task, zs[j], ts[j], math::exp2_nonpositive(shifts.s(zs[j])),
-                           math::exp2_nonpositive(shifts.t(ts[j])));
-            terms += x.term;
-            gradient[j] = x.gradient;
-          }
-          if (g_row == nullptr) continue;
-          if (task.hard != CrossEntropy::kNone) {
+        }
+      };
+      // The sums of all threads of the row.
+      auto reduce_row = [&](Real a, Real b) {
+        Real of_lanes[2] = {a, b};
+        reduce_lanes<Sum>(of_lanes);
+        if (lane == 0)
+          parts[turn][thread / kWarp].sums = {0, 0, of_lanes[0], of_lanes[1], 0, 0, 0, 0};
+        meet();
+        Real total[2] = {0, 0};
+        for (int i = lane; i < count; i += kWarp) {
+          const RowSums<Real> of = part(i);
+          total[0] += of.sum_s;
+          total[1] += of.sum_t;
+        }
+        turn ^= 1;
+        reduce_lanes<Sum>(total);
+        return Pair<Real>{total[0], total[1]};
+      };
+      auto keep = [&](int s, const auto& slopes) {
+        memcpy(&t_slots[s * threads], &slopes, sizeof slopes);
+      };
+      auto write = [&](int s, const Vector<T>& out) {
+        if (s < whole) {
+          *reinterpret_cast<Vector<T>*>(g_row + at(s)) = out;
+        } else {
+          store(g_row, place(s), out);
+        }
+      };
+      const Real terms = more_sweeps<kHeld>(p, task, sweep, each, reduce_row, keep, write);
+      if (cluster > 1 && r + stride >= p.rows) {
+        cluster_arrive();
+        arrived = true;
+      }
+      if (thread == 0 && rank == 0)
+        totals[0] += row.emit(p, r, math::fma(sweep.of_term, terms, sweep.loss));
+      if (g_row != nullptr && task.hard != CrossEntropy::kNone) {
+        const Index label = static_cast<Index>(row.label);
+        if (writes(label)) {
+          const T label_t =
+              static_cast<const T*>(p.teacher_data[0])[r * p.teacher_strides[0] + label];
+          narrow(sweep.gradient_of(p, task, label_z, widen(label_t)) - sweep.at_label,
+                 g_row[label]);
+        }
+      }
+    } else {
+      SecondSweep<T, Policy> sweep(task, sums, label_z, row.weight * factor);
+      Real terms = 0;
+      int done = skip;  // slots up to here are done
+      if constexpr (kShift) {
+        const Shifts shifts(task, sums.max_s, sums.max_t);
+        if (shifts.small()) {
+          const Real of_s = shifts.s.factor(), of_t = shifts.t.factor(),
+                     of_hard = sweep.of_hard * shifts.hard.factor();
+          sweep.inv_s *= of_s;
+          sweep.inv_t *= of_t;
+#pragma unroll 1
+          for (int s = skip; s < whole; ++s) {
+            Vector<T> z, t, out;
+            if constexpr (kHeld) {
+              z = z_slots[s * threads];
+              t = t_slots[s * threads];
+            } else {
+              z = *reinterpret_cast<const Vector<T>*>(z_row + at(s));
+              t = *reinterpret_cast<const Vector<T>*>(t_row + at(s));
+            }
+            Real zs[kCount], ts[kCount], gradient[kCount];
+            widen_all(z, zs);
+            widen_all(t, ts);
 #pragma unroll
             for (int j = 0; j < kCount; ++j) {
-              Real eh = math::exp2_nonpositive(shifts.hard(zs[j]));
-              gradient[j] = math::fma(of_hard, eh, gradient[j] - sweep.uniform);
+              const TermAndGradient<Real> x =
+                  sweep.soft(task, zs[j], ts[j], math::exp2_nonpositive(shifts.s(zs[j])),
+                             math::exp2_nonpositive(shifts.t(ts[j])));
+              terms += x.term;
+              gradient[j] = x.gradient;
             }
+            if (g_row == nullptr) continue;
+            if (task.hard != CrossEntropy::kNone) {
+#pragma unroll
+              for (int j = 0; j < kCount; ++j) {
+                Real eh = math::exp2_nonpositive(shifts.hard(zs[j]));
+                gradient[j] = math::fma(of_hard, eh, gradient[j] - sweep.uniform);
+              }
+            }
+#pragma unroll
+            for (int j = 0; j < kCount; ++j) narrow(gradient[j], out.value[j]);
+            *reinterpret_cast<Vector<T>*>(g_row + at(s)) = out;
           }
-#pragma unroll
-          for (int j = 0; j < kCount; ++j) narrow(gradient[j], out.value[j]);
-          *reinterpret_cast<Vector<T>*>(g_row + at(s)) = out;
+          sweep.inv_s *= math::inverse(of_s);
+          sweep.inv_t *= math::inverse(of_t);
+          done = max(skip, whole);
         }
-        sweep.inv_s *= math::inverse(of_s);
-        sweep.inv_t *= math::inverse(of_t);
-        done = max(skip, whole);
       }
-    }
 #pragma unroll 1
-    for (int s = done; s < slots; ++s) {
-      const auto here = place(s);
-      Vector<T> z, t, out;
-      if constexpr (kHeld) {
-        z = z_slots[s * threads];
-        t = t_slots[s * threads];
-      } else {
-        z = load(z_row, here);
-        t = load(t_row, here);
-      }
+      for (int s = done; s < slots; ++s) {
+        const auto here = place(s);
+        Vector<T> z, t, out;
+        if constexpr (kHeld) {
+          z = z_slots[s * threads];
+          t = t_slots[s * threads];
+        } else {
+          z = load(z_row, here);
+          t = load(t_row, here);
+        }
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        const TermAndGradient<Real> x = sweep.element(task, widen(z.value[j]), widen(t.value[j]));
-        terms += x.term;
-        narrow(x.gradient, out.value[j]);
+        for (int j = 0; j < kCount; ++j) {
+          const TermAndGradient<Real> x = sweep.element(task, widen(z.value[j]), widen(t.value[j]));
+          terms += x.term;
+          narrow(x.gradient, out.value[j]);
+        }
+        if (g_row != nullptr) store(g_row, here, out);
       }
-      if (g_row != nullptr) store(g_row, here, out);
-    }
-    // The label's share: the thread that wrote the label's element writes it again.
-    if (g_row != nullptr && task.hard != CrossEntropy::kNone) {
-      const Index label = static_cast<Index>(p.labels[r]);  // read again, for registers
-      const Index member =
-          span.vectors ? (label - span.head) / kCount + span.skew - begin : label - begin * kCount;
-      const bool in_body = label >= span.head && member >= 0 && member < own;
-      if (in_body ? (member & (threads - 1)) == thread : slots > mine && label == edge().first) {
-        // Numbers are made again, for registers.
-        const Real weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[r] : Real(1);
-        const Real at_label =
-            (Real(1) - task.alpha) * (weight * factor) * (Real(1) - task.smoothing);
-        const T label_t =
-            static_cast<const T*>(p.teacher_data[0])[r * p.teacher_strides[0] + label];
-        narrow(sweep.element(task, label_z, widen(label_t)).gradient - at_label, g_row[label]);
+      // The label's share: the thread that wrote the label's element writes it again.
+      if (g_row != nullptr && task.hard != CrossEntropy::kNone) {
+        const Index label = static_cast<Index>(p.labels[r]);  // read again, for registers
+        if (writes(label)) {
+          // Numbers are made again, for registers.
+          const Real weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[r] : Real(1);
+          const Real at_label =
+              (Real(1) - task.alpha) * (weight * factor) * (Real(1) - task.smoothing);
+          const T label_t =
+              static_cast<const T*>(p.teacher_data[0])[r * p.teacher_strides[0] + label];
+          narrow(sweep.element(task, label_z, widen(label_t)).gradient - at_label, g_row[label]);
+        }
       }
-    }
 
-    // The row's loss is the sum of all warps' shares.
-    Real of_warp[1] = {terms};
-    reduce_lanes<Sum>(of_warp);
-    if (lane == 0) {
-      Real loss = task.alpha * task.temperature * task.temperature * of_warp[0];
-      if (thread == 0 && rank == 0) loss += sweep.loss;
-      if (p.weight != nullptr) loss *= static_cast<const Real*>(p.weight)[r];
-      shares[thread / kWarp].loss = static_cast<double>(loss);
-      totals[thread / kWarp] += static_cast<double>(loss);
-    }
-    if (p.row_loss == nullptr) continue;
-    meet();
-    if (thread == 0 && rank == 0) {
-      double loss = 0;
-      for (int i = 0; i < count; ++i) {
-        const LossShare* at = &shares[i & (warps - 1)];
-        loss += cluster > 1 ? read_peer(at, i >> log_warps).loss : at->loss;
+      // The row's loss is the sum of all warps' shares.
+      Real of_warp[1] = {terms};
+      reduce_lanes<Sum>(of_warp);
+      if (lane == 0) {
+        Real loss = task.alpha * task.temperature * task.temperature * of_warp[0];
+        if (thread == 0 && rank == 0) loss += sweep.loss;
+        if (p.weight != nullptr) loss *= static_cast<const Real*>(p.weight)[r];
+        shares[thread / kWarp].loss = static_cast<double>(loss);
+        totals[thread / kWarp] += static_cast<double>(loss);
       }
-      static_cast<Real*>(p.row_loss)[r] = static_cast<Real>(loss);
+      if (p.row_loss == nullptr) continue;
+      meet();
+      if (thread == 0 && rank == 0) {
+        double loss = 0;
+        for (int i = 0; i < count; ++i) {
+          const LossShare* at = &shares[i & (warps - 1)];
+          loss += cluster > 1 ? read_peer(at, i >> log_warps).loss : at->loss;
+        }
+        static_cast<Real*>(p.row_loss)[r] = static_cast<Real>(loss);
+      }
     }
   }
   __syncthreads();

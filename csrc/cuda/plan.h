@@ -20,7 +20,8 @@ struct Device {
 //
 //   walk    classes                        a row belongs to       its logits wait in
 //   tile    up to 512                      1 to 32 lanes          registers, staged through shared memory
-//   warp    up to 1024, 16 and 32 bits     a warp                 registers
+//   warp    up to 1024, 16 and 32 bits,    a warp                 registers
+//           both KLs
 //   held    as long as the row fits        a block or a cluster   shared memory
 //   stream  beyond                         a block                global memory: read twice
 //
@@ -99,7 +100,9 @@ inline DistillationPlan held_plan(int64_t classes, int element_size, int cluster
   }
 }
 
-inline DistillationPlan plan_distillation(int64_t classes, int element_size, const Device& device) {
+// third_sweep: a row is gone over three times, for which registers cannot hold 32 elements a lane.
+inline DistillationPlan plan_distillation(int64_t classes, int element_size, const Device& device,
+                                          bool third_sweep) {
   if (classes <= kTileClasses) {
     int lanes = 1;
     while (classes > static_cast<int64_t>(lanes) * kTileLaneElements) lanes *= 2;
@@ -107,7 +110,7 @@ inline DistillationPlan plan_distillation(int64_t classes, int element_size, con
     int rounds = kTileElements / (rows * static_cast<int>(classes));
     return {Walk::kTile, kTileThreads, lanes, rows * rounds, 1, 0, 0};
   }
-  if (classes <= kWarpClasses && element_size < 8)
+  if (classes <= kWarpClasses && element_size < 8 && !third_sweep)
     return {Walk::kWarp, kWarpThreads, 32, kWarpThreads / 32, 1, 0, 0};
 
   DistillationPlan best = {Walk::kStream, kStreamThreads, kStreamThreads, 1, 1, 0, 0};

@@ -11,6 +11,7 @@ namespace kdkernels {
 namespace cuda {
 namespace {
 
+using math::AnySweeps;
 using math::CrossEntropy;
 using math::ForwardSweeps;
 using math::ReverseSweeps;
@@ -34,6 +35,7 @@ struct Task {
   double inv_denominator;
   const double* device_inv_denominator;  // instead of it, or null
   double* partial;  // one sum of losses a block, or null
+  math::Parameters<Real> parameters;  // of AnySweeps
 
   __device__ Real factor(const LossParams& p) const {
     double inverse = device_inv_denominator != nullptr ? *device_inv_denominator : inv_denominator;
@@ -94,7 +96,7 @@ struct SecondSweep : math::RowResult<typename Compute<T>::type> {
     const Real after = kEarly ? t - early : t;
     const Real e = math::fma(after - z - late, Policy::kSign * task.inv_temperature, this->above);
     return Policy::element(this->of_q, this->other, ey * this->inv_t, ex * this->inv_s,
-                           math::larger(e, Real(math::kLeast)));
+                           math::at_least(e, Real(math::kLeast)));
   }
   __device__ __forceinline__ TermAndGradient<Real> element(const Task<Real>& task, Real z,
                                                            Real t) const {
@@ -105,6 +107,77 @@ struct SecondSweep : math::RowResult<typename Compute<T>::type> {
       x.gradient = math::fma(this->of_hard, eh, x.gradient - this->uniform);
     }
     return x;
+  }
+};
+
+// The second and third sweeps of a divergence whose policy is one of math/divergence.h.
+template <class T>
+struct TermSweeps : SecondSweep<T, AnySweeps> {
+  using Base = SecondSweep<T, AnySweeps>;
+  using Real = typename Base::Real;
+  using Element = math::Element<Real, sizeof(T) == 2>;
+  Real log2_s, log2_t;  // of the sums
+
+  __device__ __forceinline__ TermSweeps(const Task<Real>& task, const RowSums<Real>& sums,
+                                        Real label_z, Real factor)
+      : Base(task, sums, label_z, factor),
+        log2_s(math::log_acc(sums.sum_s) * Real(math::kLog2E)),
+        log2_t(math::log_acc(sums.sum_t) * Real(math::kLog2E)) {}
+
+  // A class that both sides exclude has probabilities 0 and d = kLeast. Where the gradient is not rounded, the smaller
+  // probability comes from the larger one and their difference: two exponentials give p, q and w.
+  __device__ __forceinline__ Element element(const Task<Real>& task, Real z, Real t) const {
+    Element x;
+    const Real after = Base::kEarly ? t - this->early : t;
+    x.d = math::fma(after - z - this->late, task.inv_temperature, this->above);
+    if constexpr (sizeof(T) > 2) x.d = math::at_least(x.d, Real(math::kLeast));
+    const Real log_q = math::fma(z - this->max_s, task.scale, -log2_s),
+               log_p = math::fma(t - this->max_t, task.scale, -log2_t);
+    x.w = math::smaller_over_larger(x.d);
+    if constexpr (sizeof(T) == 2) {
+      x.q = math::exp2_nonpositive(log_q);
+      x.p = math::exp2_nonpositive(log_p);
+    } else {
+      const Real top = math::exp2_nonpositive(Max::apply(log_q, log_p)), low = top * x.w;
+      x.p = x.d < Real(0) ? low : top;
+      x.q = x.d < Real(0) ? top : low;
+    }
+    x.log2_q = log_q;
+    x.log2_p = log_p;
+    return x;
+  }
+  // After the sum of q - p: see math::refine.
+  __device__ __forceinline__ void refine(Real excess) {
+    if (!(math::magnitude(excess) < Real(1e-3))) return;
+    const Real more = math::fma(excess * excess, Real(-0.5), excess);  // log(1 + excess)
+    this->above += more;
+    log2_s += more * Real(math::kLog2E);
+  }
+  __device__ __forceinline__ Real add_hard(const Task<Real>& task, Real z, Real soft) const {
+    if (task.hard == CrossEntropy::kNone) return soft;
+    const Real eh = math::exp2_nonpositive((z - this->max_s) * Real(math::kLog2E));
+    return math::fma(this->of_hard, eh, soft - this->uniform);
+  }
+  template <class Policy>
+  __device__ __forceinline__ Real gradient(const Task<Real>& task, Real z, Real t) const {
+    const Element x = element(task, z, t);
+    const Real a = Policy::share(x, task.parameters).a;
+    return add_hard(task, z, math::fma(this->other, a, this->of_q * x.q));
+  }
+  // From math::ClassShare::slope over its scale, by of_slope = other * scale.
+  __device__ __forceinline__ Real gradient_of_slope(const Task<Real>& task, Real z, Real slope,
+                                                    Real of_slope) const {
+    const Real q = math::exp2_nonpositive(math::fma(z - this->max_s, task.scale, -log2_s));
+    return add_hard(task, z, q * math::fma(of_slope, slope, this->of_q));
+  }
+  // The label's, without its own share.
+  __device__ __forceinline__ Real gradient_of(const LossParams& p, const Task<Real>& task, Real z,
+                                              Real t) const {
+    Real y = 0;
+    math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
+      if constexpr (!math::kTwoSweeps<decltype(policy)>) y = gradient<decltype(policy)>(task, z, t);
+    });
+    return y;
   }
 };
 

@@ -23,8 +23,10 @@ __device__ __forceinline__ void visit_chunks(int chunks, Visit visit) {
 }
 
 template <class T, class Policy>
+using Sweep = std::conditional_t<math::kThirdSweep<Policy>, TermSweeps<T>, SecondSweep<T, Policy>>;
+template <class T, class Policy>
 struct Solved {
-  SecondSweep<T, Policy> sweep;
+  Sweep<T, Policy> sweep;
   typename Compute<T>::type loss;
 };
 
@@ -32,8 +34,8 @@ struct Solved {
 // element, and z goes as the gradient but for the label's own share, at_label. kChunks chunks of kChunk elements,
 // of which the first `chunks` are in use, then kEdge elements; valid(k) tells elements from padding.
 template <class T, class Policy, int kChunks, int kChunk, int kEdge, class Real, class Valid>
-__device__ __forceinline__ Solved<T, Policy> solve(const Task<Real>& task, Real label_z,
-                                                   Real factor, int chunks, int lanes,
+__device__ __forceinline__ Solved<T, Policy> solve(const LossParams& p, const Task<Real>& task,
+                                                   Real label_z, Real factor, int chunks, int lanes,
                                                    Real (&z)[kChunks * kChunk + kEdge],
                                                    Real (&t)[kChunks * kChunk + kEdge],
                                                    Valid valid) {
@@ -69,14 +71,47 @@ __device__ __forceinline__ Solved<T, Policy> solve(const Task<Real>& task, Real 
   const RowSums<Real> row = {
       maxima[0],    maxima[1],    sums[0], sums[1], Policy::kCross ? sums[kSums - 1] : Real(0),
       hard_sums[0], hard_sums[1], Real(0)};
-  Solved<T, Policy> out = {SecondSweep<T, Policy>(task, row, label_z, factor), Real(0)};
-  Real terms[1] = {0};
-  each([&](int k) {
-    const TermAndGradient<Real> x = out.sweep.element(task, z[k], t[k]);
-    terms[0] += x.term;
-    z[k] = x.gradient;
-  });
-  reduce_lanes<Sum>(terms, lanes);
+  Solved<T, Policy> out = {Sweep<T, Policy>(task, row, label_z, factor), Real(0)};
+  Real terms[math::kThirdSweep<Policy> ? 2 : 1] = {};
+  if constexpr (math::kThirdSweep<Policy>) {
+    if (math::needs_exact_sums(p.divergence)) {
+      Real excess[1] = {0};
+      each([&](int k) {
+        const auto x = out.sweep.element(task, z[k], t[k]);
+        excess[0] += math::difference(x.q, x.p, -x.d);
+      });
+      reduce_lanes<Sum>(excess, lanes);
+      out.sweep.refine(excess[0]);
+    }
+    math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
+      using Terms = decltype(policy);
+      if constexpr (!math::kTwoSweeps<Terms>) {
+        each([&](int k) {
+          const math::ClassShare<Real> x =
+              Terms::share(out.sweep.element(task, z[k], t[k]), task.parameters);
+          terms[0] += x.f;
+          terms[1] += x.a;
+          if constexpr (math::kHasSlope<Terms>) t[k] = x.slope;
+        });
+        reduce_lanes<Sum>(terms, lanes);
+        out.sweep.of_q = -out.sweep.other * terms[1];
+        each([&](int k) {
+          if constexpr (math::kHasSlope<Terms>) {
+            z[k] = out.sweep.gradient_of_slope(task, z[k], t[k], out.sweep.other);
+          } else {
+            z[k] = out.sweep.template gradient<Terms>(task, z[k], t[k]);
+          }
+        });
+      }
+    });
+  } else {
+    each([&](int k) {
+      const TermAndGradient<Real> x = out.sweep.element(task, z[k], t[k]);
+      terms[0] += x.term;
+      z[k] = x.gradient;
+    });
+    reduce_lanes<Sum>(terms, lanes);
+  }
   out.loss = math::fma(out.sweep.of_term, terms[0], out.sweep.loss);
   return out;
 }
@@ -199,15 +234,20 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
       const int label = labelled ? static_cast<int>(row.label) : 0;
       Real label_z = labelled ? widen(z_image[start + label]) : Real(0);
       const Solved<T, Policy> solved = solve<T, Policy, kChunks, kChunk, 0>(
-          task, label_z, row.weight * factor, chunks, lanes, z, t, valid);
+          p, task, label_z, row.weight * factor, chunks, lanes, z, t, valid);
       if (live && lane == 0) total += row.emit(p, first + in_tile, solved.loss);
       if (!want_gradient) continue;
       // The label's element, once more and with its share: no lane looks for it among its own.
       T at_label;
       if (labelled) {
         const Real label_t = widen(t_image[start + label]);
-        narrow(solved.sweep.element(task, label_z, label_t).gradient - solved.sweep.at_label,
-               at_label);
+        Real gradient;
+        if constexpr (math::kThirdSweep<Policy>) {
+          gradient = solved.sweep.gradient_of(p, task, label_z, label_t);
+        } else {
+          gradient = solved.sweep.element(task, label_z, label_t).gradient;
+        }
+        narrow(gradient - solved.sweep.at_label, at_label);
       }
       __syncwarp();  // all lanes have read the label's logit
       if (row.skipped()) {
@@ -332,7 +372,7 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
     }
     Real label_z = task.hard != CrossEntropy::kNone ? widen(z_row[row.label]) : Real(0);
     const Solved<T, Policy> solved = solve<T, Policy, kSlots, kCount, 1>(
-        task, label_z, row.weight * factor, slots, kWarp, z, t, valid);
+        p, task, label_z, row.weight * factor, slots, kWarp, z, t, valid);
     const Real at_label = solved.sweep.at_label;
     if (lane == 0) total += row.emit(p, r, solved.loss);
     if (g_row == nullptr) continue;

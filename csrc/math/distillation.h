@@ -16,8 +16,6 @@
 namespace kdkernels {
 namespace math {
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-
 // How cross-entropy gets its exponentials e^(z - max_s). The same for all rows of a call: a constant where
 // a walker is compiled for each, a uniform branch where it is not.
 enum class CrossEntropy {
@@ -75,6 +73,29 @@ struct ReverseSweeps {
     return {excess_and_difference(q, p, e).excess, q * fma(other, e, of_q)};
   }
 };
+
+// Any divergence of math/divergence.h, by a third sweep: the second adds up its terms f and their derivatives a, the
+// third makes the gradient T (a - p_s sum a).
+struct AnySweeps {
+  static constexpr int kSign = 1;
+  static constexpr bool kCross = false;
+  template <class Acc>
+  KD_FN void coefficients(const RowSums<Acc>&, Acc, Acc temperature, Acc& of_q, Acc& other) {
+    of_q = Acc(0);  // until the second sweep
+    other = temperature;
+  }
+};
+template <class Policy>
+constexpr bool kThirdSweep = false;
+template <>
+constexpr bool kThirdSweep<AnySweeps> = true;
+// Of policies of math/divergence.h: their divergences have a policy of two sweeps.
+template <class Policy>
+constexpr bool kTwoSweeps = false;
+template <>
+constexpr bool kTwoSweeps<ForwardKL> = true;
+template <>
+constexpr bool kTwoSweeps<ReverseKL> = true;
 
 // The sums of a part relative to other maxima, each at least the part's own. exp2_fn: 2^x for x <= 0.
 template <class Policy, class Acc, class Exp2>

@@ -12,6 +12,7 @@ namespace kdkernels {
 namespace math {
 
 constexpr double kLargestNumber = 1.7976931348623157e308;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 enum class Divergence {
   kForwardKL,  // KL(p || q)
@@ -27,10 +28,23 @@ enum class Divergence {
 KD_FN bool has_two_parameters(Divergence divergence) {
   return divergence == Divergence::kAlphaBeta || divergence == Divergence::kDecoupled;
 }
+// Whether a row's terms feel an error of 1e-8 in the ratio of its two sums: the others' derivatives in it are 0 where p
+// and q are close, since sum p d is 0 to first order. See refine() in math/row.h.
+KD_FN bool needs_exact_sums(Divergence divergence) {
+  return divergence == Divergence::kTotalVariation || divergence == Divergence::kAlphaBeta;
+}
 // Parameters go from 0 to here.
 KD_FN double largest_parameter(Divergence divergence) {
   return has_two_parameters(divergence) ? kLargestNumber : 1;
 }
+
+// A number's own type, or that of a vector's lanes (cpu/vector.h).
+template <class F>
+struct Scalar {
+  using type = F;
+};
+template <class F>
+using RealOf = typename Scalar<F>::type;
 
 // ---- functions with an fp64 twin ----------------------------------------------------------------
 
@@ -71,6 +85,23 @@ KD_FN double tanh_acc(double x) { return __builtin_tanh(x); }
 
 KD_FN double log_normal(double x) { return log_acc(x); }
 
+// log2 x of a mixture, with an error of 1e-7 beside the result's rounding.
+template <class F>
+KD_FN F log2_mixture(F x) {
+  return log_normal(x) * F(RealOf<F>(kLog2E));
+}
+#if defined(__CUDA_ARCH__)
+KD_FN float log2_mixture(float x) {
+  // The special function's error is 2^-22 between 1/2 and 2, and relative beyond.
+  const int32_t bits = bits_from_float(x),
+                e = (bits - kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
+  const float exponent = float_from_bits(kRoundToIntBits + (e >> 23)) - kRoundToInt;
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(float_from_bits(bits - e)));
+  return exponent + y;
+}
+#endif
+
 // -log(1 + x) where x is exact, small or not; `sum` is 1 + x, exact too where x is not small.
 KD_FN float neg_log(float x, float sum, bool small) {
   Mantissa<float> b = split(sum);
@@ -89,18 +120,13 @@ KD_FN double neg_log(double x, double sum, bool small) {
 // Below this a series is the more accurate.
 constexpr double kSmall = 0.25;
 
-// A number's own type, or that of a vector's lanes (cpu/vector.h).
-template <class F>
-struct Scalar {
-  using type = F;
-};
-template <class F>
-using RealOf = typename Scalar<F>::type;
-
 template <class F>
 KD_FN F magnitude(F x) {
   return select(x < F(0), -x, x);
 }
+#if defined(__CUDA_ARCH__)
+KD_FN float magnitude(float x) { return ::fabsf(x); }
+#endif
 
 // sum over k >= 0 of x^k / (k + first)!, |x| < kSmall, to the precision of F.
 template <int kFirst, class F>
@@ -176,168 +202,292 @@ KD_FN F times(F a, F e) {
   return select(a == F(0), F(0), a * e);
 }
 
-// log(p / m) and log(q / m) of the mixture m = of_p p + of_q q, from d = log p - log q; of_p + of_q = 1.
-template <class Real>
-struct Mixture {
-  Real p, q;
-};
-template <class Real>
-KD_FN Mixture<Real> mixture(Real d, Real of_p, Real of_q) {
-  bool p_larger = d >= Real(0);
-  Real size = magnitude(d);
-  Real of_larger = p_larger ? of_p : of_q, of_smaller = p_larger ? of_q : of_p;
-  // The larger over m is 1 / (of_larger + of_smaller w), w = exp(-size); w may underflow.
-  Real w = exp2_nonpositive(-size * Real(1.4426950408889634));
-  bool small = size < Real(kSmall);
-  Real x = of_smaller * (-size * exp_tail<1>(-size));
-  Real larger = neg_log(x, fma(of_smaller, w, of_larger), small);
-  larger = of_larger == Real(0) ? size : larger;
-  Real smaller = larger - size;
-  return {p_larger ? larger : smaller, p_larger ? smaller : larger};
-}
-
-// log(1 + x) and phi(x) = (1 + x) log(1 + x) - x where x is exact, small or not; `sum` as above.
-template <class Real>
-struct LogAndPhi {
-  Real log, phi;
-};
-KD_FN LogAndPhi<float> log_and_phi(float x, float sum, bool small) {
-  Mantissa<float> b = split(sum);
-  float e = small ? 0.0f : b.e, f = small ? x : b.m - 1.0f;
-  // log(1 + f) = f - f^2 / 2 + f^3 p
-  float p = log_coefficient(0);
-  KD_UNROLL
-  for (int i = 1; i < 8; ++i) p = fma(p, f, log_coefficient(i));
-  float log = fma(e, 0x1.62e43p-24f, fma(f * f, fma(f, p, -0.5f), f));
-  float series = f * f * fma(f, fma(f, p, p - 0.5f), 0.5f);
-  return {log, small ? series : fma(sum, log, -x)};
-}
-KD_FN LogAndPhi<double> log_and_phi(double x, double sum, bool small) {
-  double log = -neg_log(x, sum, small);
-  return {log, fma(sum, log, -x)};
-}
-
 // ---- the divergences ----------------------------------------------------------------------------
 
 template <class Real>
 struct ClassShare {
   Real f, a, b;
+  Real slope{};  // a / q, of policies with kSlope: at most some hundred, times slope_scale()
 };
 
-// Of one class: p, q, d = log p - log q, log_p and log_q. A class that both sides exclude has p = q = 0 and
-// d = NaN; it adds nothing.
-template <class Real>
+constexpr double kLargestGap = 2000;  // of logarithms, in bits: its exponential is 0
+// Of one class: p, q, w, the smaller of them over the larger, d = log p - log q, log2 p and log2 q. A class that both
+// sides exclude has p = q = 0 and d = NaN or finite; it adds nothing. kRounded: the gradient will be rounded to 16 bits,
+// so that an error of 1e-6 of a probability in its derivatives does not matter.
+template <class Real, bool kRounded = false>
 struct Element {
-  Real p, q, d, log_p, log_q;
+  Real p, q, w, d, log2_p, log2_q;
 };
+// |d| in bits, and w of it; not a number and infinity are kLargestGap, so that 0 times it is 0.
+template <class F>
+KD_FN F gap_of(F d) {
+  return at_most(magnitude(d) * F(RealOf<F>(kLog2E)), F(kLargestGap));
+}
+template <class F>
+KD_FN F smaller_over_larger(F d) {
+  return exp2_nonpositive(-gap_of(d));
+}
+
+// Terms of the power series in d: of fp32 for |d| < 1/2, of fp64 for |d| < 1/4.
+template <class Real>
+constexpr int kSeries = sizeof(Real) == 4 ? 8 : 16;
+
+// A divergence's parameters, and f / q, a / q and b / p of classes whose p and q are close as power series in d, where
+// the terms' own formulas cancel. The mixtures' have their nearest singularities at |d| >= pi.
+template <class F>
+struct Parameters {
+  static constexpr int kTerms = kSeries<RealOf<F>>;
+  F beta, second;
+  F close;  // |d| below this takes the series; 0: there are none
+  F f[kTerms], a[kTerms], b[kTerms];  // of d^0, d^1, ...
+
+  KD_FN Parameters without_series(double beta, double second) {
+    Parameters y = {};
+    y.beta = static_cast<F>(beta);
+    y.second = static_cast<F>(second);
+    return y;
+  }
+};
+
+// The sum over k >= kFirst of of[k] d^(k - kFirst).
+template <int kFirst, class F, int kTerms>
+KD_FN F series(const F (&of)[kTerms], F d) {
+  F y = of[kTerms - 1];
+  KD_UNROLL
+  for (int k = kTerms - 2; k >= kFirst; --k) y = fma(y, d, of[k]);
+  return y;
+}
 
 struct ForwardKL {
-  template <class F>
-  KD_FN ClassShare<F> share(const Element<F>& x, F, F) {
+  template <class F, bool kRounded>
+  KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>&) {
     return {excess(x.p, x.q, x.d), difference(x.q, x.p, -x.d), times(x.p, x.d)};
   }
 };
 
 struct ReverseKL {
-  template <class F>
-  KD_FN ClassShare<F> share(const Element<F>& x, F, F) {
+  template <class F, bool kRounded>
+  KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>&) {
     return {excess(x.q, x.p, -x.d), times(x.q, -x.d), difference(x.p, x.q, x.d)};
   }
 };
 
-// With L the larger of p and q, s its opposite's share of m, w = 1 + y the smaller over L, and
-// phi(x) = (1 + x) log(1 + x) - x: m = L (1 + s y) and f = L (s phi(y) - phi(s y)).
+// A term of a mixture m = share_p p + share_q q, share_p + share_q = 1: p, q and m over `top`, log2(p / m), log2(q / m).
+// It is the larger of p and q, so that nothing underflows with it and the logarithms are small and exact; or 1, with
+// the logarithms of p, q and m and their rounding.
+template <class F>
+struct Mixture {
+  F top, p, q, m, log2_p, log2_q;
+};
+template <class F>
+KD_FN Mixture<F> mixture(const Element<F, false>& x, F share_p, F share_q) {
+  using Real = RealOf<F>;
+  const F least(Real(1e-30));  // the logarithm of 0 would be infinite
+  share_p = at_least(share_p, least);
+  share_q = at_least(share_q, least);
+  const auto q_larger = x.d < F(0);
+  const F gap = gap_of(x.d);
+  Mixture<F> y;
+  y.top = select(q_larger, x.q, x.p);
+  y.p = select(q_larger, x.w, F(1));
+  y.q = select(q_larger, F(1), x.w);
+  y.m = fma(share_p, y.p, share_q * y.q);
+  const F larger = -log2_mixture(y.m), smaller = larger - gap;
+  y.log2_p = select(q_larger, smaller, larger);
+  y.log2_q = select(q_larger, larger, smaller);
+  return y;
+}
+template <class F>
+KD_FN Mixture<F> mixture(const Element<F, true>& x, F share_p, F share_q) {
+  using Real = RealOf<F>;
+  const F least(Real(-1e30)), tiny(Real(0x1p-126));
+  const F m = fma(share_p, x.p, fma(share_q, x.q, tiny)), log2_m = log2_mixture(m);
+  return {
+      F(1), x.p, x.q, m, at_least(x.log2_p, least) - log2_m, at_least(x.log2_q, least) - log2_m};
+}
+
+// A term from f over the mixture's top, a / q and b / p; where p and q are close, from their series.
+template <class F, bool kRounded>
+KD_FN ClassShare<F> share_of(const Element<F, kRounded>& x, const Mixture<F>& y, F f, F a, F b,
+                             const Parameters<F>& by) {
+  const auto close = magnitude(x.d) < by.close;
+  f = select(close, x.q * x.d * (x.d * series<2>(by.f, x.d)), y.top * f);
+  if constexpr (!kRounded) {
+    a = select(close, x.d * series<1>(by.a, x.d), a);
+    b = select(close, x.d * series<1>(by.b, x.d), b);
+  }
+  return {f, x.q * a, x.p * b, a};
+}
+
+template <class F>
+KD_FN F nats(F x) {
+  return x * F(RealOf<F>(kLn2));
+}
+
 struct JS {
-  template <class Real>
-  KD_FN ClassShare<Real> share(const Element<Real>& x, Real beta, Real) {
-    Real rest = Real(1) - beta;
-    bool p_larger = x.d >= Real(0);
-    Real size = magnitude(x.d);
-    Real larger = p_larger ? x.p : x.q, s = p_larger ? rest : beta;
-    size = size < Real(1000) ? size : Real(1000);  // w is 0; 0 times infinity is not
-    bool small = size < Real(kSmall);
-    Real w = exp2_nonpositive(-size * Real(1.4426950408889634));
-    Real tail = exp_tail<2>(-size);
-    Real y = small ? size * fma(size, tail, Real(-1)) : w - Real(1);
-    Real phi = small ? size * size * fma(-tail, Real(1) + size, Real(1))
-                     : fma(-w, Real(1) + size, Real(1));
-    LogAndPhi<Real> of_m = log_and_phi(s * y, fma(s, w, Real(1) - s), small);
-    Real f = larger * fma(s, phi, -of_m.phi);
-    Real of_smaller = -of_m.log - size;
-    return {f > Real(0) ? f : Real(0), rest * times(x.q, p_larger ? of_smaller : -of_m.log),
-            beta * times(x.p, p_larger ? -of_m.log : of_smaller)};
+  static constexpr bool kSlope = true;
+  template <class F, bool kRounded>
+  KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>& by) {
+    const F rest = F(1) - by.beta;
+    const Mixture<F> y = mixture(x, by.beta, rest);
+    const F a = nats(rest) * y.log2_q, b = nats(by.beta) * y.log2_p;
+    return share_of(x, y, fma(y.q, a, y.p * b), a, b, by);
   }
 };
 
 struct SkewForwardKL {
-  template <class Real>
-  KD_FN ClassShare<Real> share(const Element<Real>& x, Real beta, Real) {
-    Real rest = Real(1) - beta, m = fma(beta, x.p, rest * x.q);
-    Mixture<Real> e = mixture(x.d, beta, rest);
-    Real q_minus_p = difference(x.q, x.p, -x.d);
-    Real inv_m = inverse(m > Real(0x1p-126) ? m : Real(0x1p-126));
-    Real q_over_m = beta == Real(0) ? Real(1) : x.q * inv_m;  // q may underflow where it is m
-    return {excess(x.p, m, e.p), rest * rest * q_minus_p * q_over_m,
-            fma(beta * rest * q_minus_p, x.p * inv_m, times(x.p, e.p))};
+  static constexpr bool kSlope = true;
+  template <class F, bool kRounded>
+  KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>& by) {
+    const F rest = F(1) - by.beta;
+    const Mixture<F> y = mixture(x, by.beta, rest);
+    const F more = rest * (y.q - y.p), over_m = more * inverse(y.m);  // m - p, 1 - p / m
+    const F log_p = nats(y.log2_p);
+    return share_of(x, y, fma(y.p, log_p, more), rest * over_m, fma(by.beta, over_m, log_p), by);
   }
 };
 
 struct SkewReverseKL {
-  template <class Real>
-  KD_FN ClassShare<Real> share(const Element<Real>& x, Real beta, Real second) {
-    ClassShare<Real> y =
-        SkewForwardKL::share(Element<Real>{x.q, x.p, -x.d, x.log_q, x.log_p}, beta, second);
-    return {y.f, y.b, y.a};
+  static constexpr bool kSlope = true;
+  template <class F, bool kRounded>
+  KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>& by) {
+    const F rest = F(1) - by.beta;
+    const Mixture<F> y = mixture(x, rest, by.beta);
+    const F more = rest * (y.p - y.q), over_m = more * inverse(y.m);  // m - q, 1 - q / m
+    const F log_q = nats(y.log2_q);
+    return share_of(x, y, fma(y.q, log_q, more), fma(by.beta, over_m, log_q), rest * over_m, by);
   }
 };
 
 struct TotalVariation {
-  template <class Real>
-  KD_FN ClassShare<Real> share(const Element<Real>& x, Real, Real) {
-    Real y = difference(x.q, x.p, -x.d);
-    Real sign = y > Real(0) ? Real(0.5) : y < Real(0) ? Real(-0.5) : y * Real(0.5);
-    return {sign * y, sign * x.q, -sign * x.p};
+  static constexpr bool kSlope = true;
+  template <class F, bool kRounded>
+  KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>&) {
+    const F half(RealOf<F>(0.5));
+    const F sign = select(x.d < F(0), half, select(x.d == F(0), F(0), -half));  // of q - p
+    return {half * magnitude(difference(x.q, x.p, -x.d)), sign * x.q, -sign * x.p, sign};
   }
 };
 
-// alpha, beta > 0
+// alpha = beta, beta = second, both > 0
 struct AlphaBetaInside {
-  template <class Real>
-  KD_FN ClassShare<Real> share(const Element<Real>& x, Real alpha, Real beta) {
-    Real both = alpha + beta;
-    Real pc = exp_acc(both * x.log_p), qc = exp_acc(both * x.log_q);
-    Real inv_alpha = inverse(alpha), inv_beta = inverse(beta), inv_both = inverse(both);
-    Real product = exp_acc(fma(alpha, x.log_p, beta * x.log_q));
-    Real e = beta * x.d, of_d = both * exp_tail<2>(-both * x.d) - beta * exp_tail<2>(-e);
-    Real series = pc * (x.d * x.d * (of_d * inv_alpha));
-    Real direct = fma(inv_beta, pc, inv_alpha * qc) * inv_both - inv_alpha * inv_beta * product;
-    Real f = magnitude(both * x.d) < Real(kSmall) ? series : direct;
-    return {f < Real(0) ? Real(0) : f, inv_alpha * difference(qc, product, -alpha * x.d),
+  template <class F, bool kRounded>
+  KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>& by) {
+    const F alpha = by.beta, beta = by.second, both = alpha + beta;
+    const F inv_alpha = inverse(alpha), inv_beta = inverse(beta), inv_both = inverse(both);
+    const F pc = exp2_nonpositive(both * x.log2_p), qc = exp2_nonpositive(both * x.log2_q);
+    const F product = exp2_nonpositive(fma(alpha, x.log2_p, beta * x.log2_q));
+    const F e = beta * x.d, of_both = both * x.d;
+    const F of_d = both * exp_tail<2>(-of_both) - beta * exp_tail<2>(-e);
+    const F close = pc * (x.d * x.d * (of_d * inv_alpha));
+    const F direct = fma(inv_beta * inv_both, pc,
+                         fma(inv_alpha * inv_both, qc, -inv_alpha * inv_beta * product));
+    const F f = select(magnitude(of_both) < F(RealOf<F>(kSmall)), close, direct);
+    return {select(f < F(0), F(0), f), inv_alpha * difference(qc, product, -alpha * x.d),
             inv_beta * difference(pc, product, e)};
   }
 };
 
 // alpha or beta = 0
 struct AlphaBetaLimit {
-  template <class Real>
-  KD_FN ClassShare<Real> share(const Element<Real>& x, Real alpha, Real beta) {
-    Real both = alpha + beta, inv = inverse(both);
-    Real pc = exp_acc(both * x.log_p), qc = exp_acc(both * x.log_q);
-    bool of_p = beta == Real(0);
-    Real inner = of_p ? pc : qc, outer = of_p ? qc : pc, d = of_p ? x.d : -x.d;
-    Real f = inv * inv * excess(inner, outer, both * d), of_inner = times(inner, d),
-         of_outer = inv * difference(outer, inner, -both * d);
-    return {f, of_p ? of_outer : of_inner, of_p ? of_inner : of_outer};
+  template <class F, bool kRounded>
+  KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>& by) {
+    const F both = by.beta + by.second, inv = inverse(both);
+    const auto of_p = by.second == F(0);
+    const F pc = exp2_nonpositive(both * x.log2_p), qc = exp2_nonpositive(both * x.log2_q);
+    const F inner = select(of_p, pc, qc), outer = select(of_p, qc, pc), d = select(of_p, x.d, -x.d);
+    const F f = inv * inv * excess(inner, outer, both * d), of_inner = times(inner, d),
+            of_outer = inv * difference(outer, inner, -both * d);
+    return {f, select(of_p, of_outer, of_inner), select(of_p, of_inner, of_outer)};
   }
 };
 
-struct AlphaBeta {
-  template <class Real>
-  KD_FN ClassShare<Real> share(const Element<Real>& x, Real alpha, Real beta) {
-    return alpha == Real(0) || beta == Real(0) ? AlphaBetaLimit::share(x, alpha, beta)
-                                               : AlphaBetaInside::share(x, alpha, beta);
-  }
+// ---- power series -------------------------------------------------------------------------------
+
+// Of d, up to the power kTerms - 1.
+template <int kTerms>
+struct PowerSeries {
+  double of[kTerms];
 };
+template <int kTerms>
+KD_FN PowerSeries<kTerms> combine(double x, const PowerSeries<kTerms>& a, double y,
+                                  const PowerSeries<kTerms>& b) {
+  PowerSeries<kTerms> out;
+  for (int n = 0; n < kTerms; ++n) out.of[n] = x * a.of[n] + y * b.of[n];
+  return out;
+}
+template <int kTerms>
+KD_FN PowerSeries<kTerms> product(const PowerSeries<kTerms>& a, const PowerSeries<kTerms>& b) {
+  PowerSeries<kTerms> out = {};
+  for (int n = 0; n < kTerms; ++n) {
+    for (int k = 0; k <= n; ++k) out.of[n] += a.of[k] * b.of[n - k];
+  }
+  return out;
+}
+// exp(a) of a.of[0] = 0, from (exp a)' = a' exp a.
+template <int kTerms>
+KD_FN PowerSeries<kTerms> exponential(const PowerSeries<kTerms>& a) {
+  PowerSeries<kTerms> out = {1.0};
+  for (int n = 1; n < kTerms; ++n) {
+    for (int k = 1; k <= n; ++k) out.of[n] += k * a.of[k] * out.of[n - k];
+    out.of[n] /= n;
+  }
+  return out;
+}
+// log(a) of a.of[0] = 1, from a (log a)' = a'.
+template <int kTerms>
+KD_FN PowerSeries<kTerms> logarithm(const PowerSeries<kTerms>& a) {
+  PowerSeries<kTerms> out = {};
+  for (int n = 1; n < kTerms; ++n) {
+    double sum = n * a.of[n];
+    for (int k = 1; k < n; ++k) sum -= k * out.of[k] * a.of[n - k];
+    out.of[n] = sum / n;
+  }
+  return out;
+}
+
+template <class Real>
+KD_FN Parameters<Real> parameters_of(Divergence divergence, double beta, double second) {
+  Parameters<Real> y = Parameters<Real>::without_series(beta, second);
+  const bool skew_forward = divergence == Divergence::kSkewForwardKL;
+  if (divergence != Divergence::kJS && !skew_forward && divergence != Divergence::kSkewReverseKL)
+    return y;
+  y.close = sizeof(Real) == 4 ? Real(0.5) : Real(0.25);
+  using Series = PowerSeries<kSeries<Real>>;
+  const double rest = 1 - beta, of_p = divergence == Divergence::kSkewReverseKL ? rest : beta;
+  const Series one = {1.0}, log_ratio = {0.0, 1.0};
+  const Series p = exponential(log_ratio);  // over q, as all of these
+  const Series m = combine(of_p, p, 1 - of_p, one), log_m = logarithm(m);
+  const Series log_p = combine(1, log_ratio, -1, log_m), log_q = combine(-1, log_m, 0, one);
+  const Series p_over_m = exponential(log_p), q_over_m = exponential(log_q);
+  Series f, a, b;
+  if (divergence == Divergence::kJS) {
+    a = combine(rest, log_q, 0, one);
+    b = combine(beta, log_p, 0, one);
+    f = combine(1, a, 1, product(p, b));
+  } else if (skew_forward) {
+    a = combine(rest, one, -rest, p_over_m);
+    b = combine(1, log_p, beta, combine(1, one, -1, p_over_m));
+    f = combine(1, product(p, log_p), 1, combine(1, m, -1, p));
+  } else {
+    a = combine(1, log_q, beta, combine(1, one, -1, q_over_m));
+    b = combine(rest, one, -rest, q_over_m);
+    f = combine(1, log_q, 1, combine(1, m, -1, one));
+  }
+  for (int n = 0; n < kSeries<Real>; ++n) {
+    y.f[n] = static_cast<Real>(f.of[n]);
+    y.a[n] = static_cast<Real>(a.of[n]);
+    y.b[n] = static_cast<Real>(b.of[n]);
+  }
+  return y;
+}
+
+// Of policies with kSlope: what brings ClassShare::slope to a size that 16 bits hold.
+KD_FN double slope_scale(Divergence divergence, double beta) {
+  return divergence == Divergence::kSkewForwardKL ? beta : 1.0;
+}
+template <class Policy>
+constexpr bool kHasSlope = requires { Policy::kSlope; };
 
 // The usual terms, without what f adds, are f + plain (p - q), with derivatives a - plain q and b + plain p. A
 // sum over a part of the classes wants those.
@@ -351,10 +501,10 @@ KD_FN double plain_share(Divergence divergence, double beta) {
   }
 }
 
-// f(policy) for the policy of a divergence. Decoupled is KL(p || q) of the classes beside the label; what is
+// f(policy) for the policy of a divergence with these parameters. Decoupled is KL(p || q) of the classes beside the label; what is
 // special about it happens once a row.
 template <class F>
-KD_FN void with_policy(Divergence divergence, F f) {
+KD_FN void with_policy(Divergence divergence, double beta, double second, F f) {
   switch (divergence) {
     case Divergence::kForwardKL:
     case Divergence::kDecoupled: return f(ForwardKL{});
@@ -363,7 +513,8 @@ KD_FN void with_policy(Divergence divergence, F f) {
     case Divergence::kSkewForwardKL: return f(SkewForwardKL{});
     case Divergence::kSkewReverseKL: return f(SkewReverseKL{});
     case Divergence::kTotalVariation: return f(TotalVariation{});
-    case Divergence::kAlphaBeta: return f(AlphaBeta{});
+    case Divergence::kAlphaBeta:
+      return beta == 0 || second == 0 ? f(AlphaBetaLimit{}) : f(AlphaBetaInside{});
   }
 }
 

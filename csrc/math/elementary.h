@@ -91,6 +91,26 @@ KD_FN Real larger(Real a, Real b) {
   return a > b ? a : b;
 }
 
+// b where either is NaN.
+template <class Real>
+KD_FN Real smaller(Real a, Real b) {
+  return a < b ? a : b;
+}
+
+// x within a bound; the bound where x is NaN.
+template <class F>
+KD_FN F at_least(F x, F bound) {
+  return larger(x, bound);
+}
+template <class F>
+KD_FN F at_most(F x, F bound) {
+  return smaller(x, bound);
+}
+#if defined(__CUDA_ARCH__)
+KD_FN float at_least(float x, float bound) { return ::fmaxf(x, bound); }
+KD_FN float at_most(float x, float bound) { return ::fminf(x, bound); }
+#endif
+
 // 2^n, n in [-126, 127].
 KD_FN float exp2_int(int32_t n) { return float_from_bits((n + 127) << 23); }
 
@@ -139,10 +159,11 @@ KD_FN float power_of_low_bits(float k) {
 
 // 2^u for u <= 0: u = (z - max) log2(e) / T costs no more to make than the natural exponent, and reduces to
 // r = u - n exactly. Accurate down to -126, 0 below -126.5.
-KD_FN float exp2_polynomial(float u) {
-  u = u < -127.0f ? -127.0f : u;  // the comparison lets NaN through
-  float k = u + kRoundToInt;  // n stands in its low bits
-  return exp2_reduced(u - (k - kRoundToInt)) * power_of_low_bits(k);
+template <class F>
+KD_FN F exp2_polynomial(F u) {
+  u = larger(F(-127.0f), u);  // lets NaN through
+  F k = u + F(kRoundToInt);  // n stands in its low bits
+  return exp2_reduced(u - (k - F(kRoundToInt))) * power_of_low_bits(k);
 }
 
 // How exp2_shifted scales and shifts its arguments.

@@ -197,7 +197,8 @@ KD_FN Element<double> bucket_of(const RowTask& task, const RowState& x, const Ro
   // Where there are none its p is 0, whatever rounding leaves.
   bool any = x.part_p < 1 && x.entry_count < task.all_classes;
   double p = any ? 1 - x.part_p : 0.0, log_p = log_acc(p);
-  return {p, exp_acc(log_q), log_p - log_q, log_p, log_q};
+  const double d = log_p - log_q;
+  return {p, exp_acc(log_q), smaller_over_larger(d), d, log_p * kLog2E, log_q * kLog2E};
 }
 
 // factor: the row's weight over the denominator.
@@ -229,8 +230,9 @@ KD_FN RowGradient finish(const RowTask& task, const RowState& x, const RowNorm& 
   } else if (task.bucket) {
     const Element<double> rest = bucket_of(task, x, norm);
     ClassShare<double> share = {};
-    with_policy(task.divergence, [&](auto policy) {
-      share = decltype(policy)::share(rest, task.beta, task.second);
+    with_policy(task.divergence, task.beta, task.second, [&](auto policy) {
+      share =
+          decltype(policy)::share(rest, Parameters<double>::without_series(task.beta, task.second));
     });
     // Without a bucket p does not quite sum to 1, as f expects.
     if (rest.p == 0) f += plain_share(task.divergence, task.beta) * (x.part_p - 1);
@@ -310,8 +312,8 @@ KD_FN void statistics_of(const RowTask& task, const RowState& x, const RowNorm& 
   }
   if (task.bucket) {
     Element<double> rest = bucket_of(task, x, norm);
-    entropy_s -= times(rest.q, rest.log_q);
-    entropy_t -= times(rest.p, rest.log_p);
+    entropy_s -= times(rest.q, nats(rest.log2_q));
+    entropy_t -= times(rest.p, nats(rest.log2_p));
   }
   if (task.standardize) {
     lse_s -= norm.s.mean * norm.scale_s;

@@ -77,11 +77,12 @@ struct ElementNorm {
   }
   KD_FN Element<Real> element(const ElementNorm& x, Real u, Real t) {
     Element<Real> y;
-    y.log_q = log_q(x, u);
-    y.log_p = log_p(x, t);
+    y.log2_q = log_q(x, u) * Real(kLog2E);
+    y.log2_p = log_p(x, t) * Real(kLog2E);
     y.d = d(x, u, t);
-    y.q = exp2_nonpositive(y.log_q * Real(1.4426950408889634));
-    y.p = exp2_nonpositive(y.log_p * Real(1.4426950408889634));
+    y.w = smaller_over_larger(y.d);
+    y.q = exp2_nonpositive(y.log2_q);
+    y.p = exp2_nonpositive(y.log2_p);
     return y;
   }
 };
