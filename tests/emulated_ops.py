@@ -21,11 +21,26 @@ ROOT = Path(__file__).parent.parent
 ARCH = os.environ.get("KDKERNELS_EMULATED_ARCH", "90")
 
 
+def together(name, sources):
+    """A file that includes others: alone, each would read PyTorch's headers, for ten seconds."""
+    text = "".join(f'#include "{source}"\n' for source in sources)
+    file = ptx.CACHE / f"{name}.cpp"
+    with ptx.locked(file):
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+    return file
+
+
 def build():
     setup = ptx.setup_module()
-    sources = [Path(__file__).with_name("emulated_memory.cpp")]
-    for pattern in ("*.cpp", "ops/*.cpp", "cpu/*.cpp", "cuda/*.cu"):
-        sources += sorted((ROOT / "csrc").glob(pattern))
+    source = ROOT / "csrc"
+    memory = Path(__file__).with_name("emulated_memory.cpp")
+    sources = [
+        together("ops", [memory, *sorted(source.glob("ops/*.cpp"))]),
+        together("bindings", sorted(source.glob("*.cpp"))),
+        *sorted(source.glob("cpu/*.cpp")),
+        *sorted(source.glob("cuda/*.cu")),
+    ]
     # Without optimisation: the compiler takes minutes for kernels that run on no CPU here.
     host = [flag for flag in setup.CXX_FLAGS if not flag.startswith(("-O", "-std", "-W", "-fvis"))]
     host = [word for flag in [*host, "-O0"] for word in ("-Xcompiler", flag)]
@@ -35,8 +50,7 @@ def build():
         host += ["-isystem", path]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-fopenmp"]
-    include = [ROOT / "csrc"]
-    return ptx.build("_C", sources, ARCH, include=include, host=host, link=libraries)
+    return ptx.build("_C", sources, ARCH, include=[source], host=host, link=libraries)
 
 
 if "kdkernels" in sys.modules:

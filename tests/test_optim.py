@@ -743,6 +743,7 @@ def test_learning_rate_schedulers_and_new_groups():
         if step == 2:
             a.add_param_group({"params": params[2:], "std": 0.4, "lr": 0.01})
             b.add_param_group({"params": other[2:], "lr": 0.01})
+            assert [g["noise_step"] for g in a.param_groups] == [step, step]
             for scheduler in schedulers:
                 scheduler.base_lrs.append(0.01)
         for p in (params, other):

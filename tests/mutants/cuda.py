@@ -62,10 +62,26 @@ FAULTS = [
         LAUNCHERS + "more_rows_than_blocks",
     ),
     Fault(
+        "sums-of-terms-have-one-turn",
+        "csrc/cuda/long_rows.cuh",
+        """turn ^= 1;
+        reduce_lanes<Sum>(total);""",
+        "reduce_lanes<Sum>(total);",
+        LAUNCHERS + "more_rows_than_blocks",
+    ),
+    Fault(
+        "slopes-keep-their-scale",
+        "csrc/cuda/long_rows.cuh",
+        "sweep.other * math::inverse(scale)",
+        "sweep.other",
+        LAUNCHERS + "'test_emulated and divergence'",
+    ),
+    Fault(
         "parts-have-one-turn",
         "csrc/cuda/long_rows.cuh",
-        "    turn ^= 1;\n",
-        "",
+        """turn ^= 1;
+    sums = merge_lanes""",
+        "sums = merge_lanes",
         LAUNCHERS + "more_rows_than_blocks",
     ),
     Fault(

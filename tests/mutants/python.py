@@ -28,7 +28,7 @@ PYTHON = [
         """            if callable(std):
                 group["std"] = std
 """,
-        "",
+        "            pass\n",
         OPTIM + " -k 'schedules or stopping'",
     ),
     Fault(

@@ -191,7 +191,8 @@ class Copy:
         ninja = [sys.executable, "-m", "ninja", "-C", folder, *changed]
         code, seconds, user = self.run(ninja, log)
         if code == 0:
-            code, *more = self.run([*self.link, "-o", self.library, *self.objects()], log)
+            link = [*self.link, "-o", self.library, *self.objects(), *self.libraries]
+            code, *more = self.run(link, log)
             seconds, user = seconds + more[0], user + more[1]
         return code, seconds, user
 
@@ -214,7 +215,9 @@ class Copy:
             raise SystemExit(f"kdkernels: the extension of the tree does not load: see {log}")
         self.isa, folders, libraries, more = json.loads(path.read_text())
         self.link = shlex.split(os.environ.get("CXX", "c++")) + ["-shared", *more]
-        self.link += [f"-L{folder}" for folder in folders] + [f"-l{name}" for name in libraries]
+        # Behind the objects, whose symbols a linker looks for there.
+        self.libraries = [f"-L{folder}" for folder in folders]
+        self.libraries += [f"-l{name}" for name in libraries]
 
     # -- a fault
 
