@@ -21,10 +21,14 @@ from kdkernels.tools.bench import IGNORED, training_logits
 ERROR_OF_SUMS = {"forward_kl": 1e-7, "reverse_kl": 1e-7}
 
 
-def error_of_slopes(divergence, z):
-    """Of gradients that are rounded to 16 bits, a mixture's logarithms may be off by 1e-6."""
-    rounded = z.dtype.itemsize == 2 and divergence in ("js", "skew_forward_kl", "skew_reverse_kl")
-    return 2e-6 * z.double().softmax(-1) if rounded else 0
+def error_of_slopes(divergence, z, right):
+    """Of gradients that are rounded to 16 bits, a mixture's logarithms may be off by 1e-6; and on
+    CUDA those of bf16 wait in fp16.
+    """
+    if z.dtype.itemsize > 2 or divergence not in ("js", "skew_forward_kl", "skew_reverse_kl"):
+        return 0
+    kept = 6e-4 if z.dtype == torch.bfloat16 and on_emulator() else 0
+    return 2e-6 * z.double().softmax(-1) + kept * right.abs().amax(-1, keepdim=True)
 
 
 pytestmark = pytest.mark.quick
@@ -571,7 +575,7 @@ def test_small_divergences_keep_four_digits(divergence, dtype, classes):
                     1e-4 * largest
                     + HALF_ULP.get(dtype, 0) * right.abs()
                     + ERROR_OF_SUMS.get(divergence, 0)
-                    + error_of_slopes(divergence, z)
+                    + error_of_slopes(divergence, z, right)
                 )
                 assert ((got.double() - right).abs() <= allowed).all()
 
@@ -601,7 +605,7 @@ def test_frozen_teacher_from_near_to_far(divergence, dtype, classes):
             + HALF_ULP.get(dtype, 0) * right.abs()
             + 1e-7
             + ERROR_OF_SUMS.get(divergence, 0)
-            + error_of_slopes(divergence, z)
+            + error_of_slopes(divergence, z, right)
         )
         assert ((got.double() - right).abs() <= allowed).all()
 
@@ -1149,3 +1153,19 @@ def test_defaults_are_those_of_the_papers():
         "alpha_beta": {"divergence_alpha": 0.2, "beta": 0.7},
         "decoupled": {"divergence_alpha": 1.0, "beta": 8.0},
     }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("divergence", ["js", "skew_forward_kl", "skew_reverse_kl"])
+def test_mixtures_that_are_almost_one_side_keep_four_digits(divergence, dtype):
+    """Where D falls with the other side's share or with its square, and is still not negative."""
+    z, t = pair(6, 1000, dtype=dtype)
+    for beta in (0.01, 0.1, 0.4, 0.6, 0.9, 0.99):
+        options = {"divergence": divergence, "beta": beta, "reduction": "none"}
+        want, right, _ = fp64(z, t, **options)
+        loss, got = loss_and_students_gradient(distillation_loss, z, t, **options)
+        assert (loss >= 0).all()
+        torch.testing.assert_close(loss.double(), want, rtol=2e-4, atol=1e-12)
+        largest = right.abs().amax(-1, keepdim=True)
+        allowed = 1e-3 * largest + HALF_ULP.get(dtype, 0) * right.abs() + 2.0**-24
+        assert ((got.double() - right).abs() <= allowed).all()

@@ -412,7 +412,7 @@ double second_and_third_sweep(const LossParams& p, const T* z, const T* t,
   row.of_q = -row.other * sums.a;
   if (gradient != nullptr && sums.f + math::magnitude(sums.a) < kInfinite)
     third_sweep<T, kHard>(p.classes, row, ex, static_cast<const Real*>(ey), eh, label, gradient);
-  return sums.f + 0 * sums.a;
+  return (sums.f < 0 ? 0.0 : sums.f) + 0 * sums.a;  // the sum of rounded terms is not negative
 }
 
 template <class T, class Policy, math::CrossEntropy kHard>
@@ -648,7 +648,8 @@ bool plain_rows_with(const LossParams& p, int64_t begin, int64_t end, double* ro
     rows<T, math::ReverseSweeps, kHard>(p, begin, end, row_loss);
   } else if (p.divergence == Divergence::kJS && is_short) {
     short_rows<T, math::JS, kHard>(p, begin, end, row_loss);
-  } else if (p.divergence != Divergence::kDecoupled) {
+  } else if (p.divergence != Divergence::kDecoupled &&
+             (sizeof(T) > 2 || math::bears_rounding(p.divergence, p.beta))) {
     rows<T, math::AnySweeps, kHard>(p, begin, end, row_loss);
   } else {
     return false;

@@ -240,7 +240,10 @@ cudaError_t loss(const LossParams& p, cudaStream_t stream) {
       default: break;
     }
     // fp64 has no special functions to save.
-    if constexpr (sizeof(T) < 8) return launch_sweeps<T, AnySweeps>(p, stream);
+    if constexpr (sizeof(T) < 8) {
+      if (sizeof(T) > 2 || math::bears_rounding(p.divergence, p.beta))
+        return launch_sweeps<T, AnySweeps>(p, stream);
+    }
     return launch_general<T>(p, stream);
   });
 }

@@ -256,7 +256,7 @@ __device__ __forceinline__ Real more_sweeps(const LossParams& p, const Task<Real
       });
     }
   });
-  return terms.first;
+  return terms.first < Real(0) ? Real(0) : terms.first;  // of rounded terms
 }
 
 // held, kHeld: a block or a cluster a row. A block's slice of the row is copied to shared memory at once,

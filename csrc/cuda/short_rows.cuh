@@ -112,6 +112,7 @@ __device__ __forceinline__ Solved<T, Policy> solve(const LossParams& p, const Ta
     });
     reduce_lanes<Sum>(terms, lanes);
   }
+  terms[0] = terms[0] < Real(0) ? Real(0) : terms[0];  // of rounded terms
   out.loss = math::fma(out.sweep.of_term, terms[0], out.sweep.loss);
   return out;
 }

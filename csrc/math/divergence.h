@@ -102,6 +102,21 @@ KD_FN float log2_mixture(float x) {
 }
 #endif
 
+// log2(1 + x) for x <= 0, to the relative precision of x where that is small, else of `sum`, 1 + x.
+template <class F>
+KD_FN F log2_of_1_plus(F x, F sum) {
+  const Mantissa<F> b = split(sum);
+  const auto small = F(-0.25f) < x;
+  return log_reduced(select(small, x, b.m - F(1)), select(small, F(0), b.e)) * F(RealOf<F>(kLog2E));
+}
+KD_FN double log2_of_1_plus(double x, double sum) {
+#if defined(__CUDA_ARCH__)
+  return (x > -0.25 ? ::log1p(x) : ::log(sum)) * kLog2E;
+#else
+  return (x > -0.25 ? __builtin_log1p(x) : __builtin_log(sum)) * kLog2E;
+#endif
+}
+
 // -log(1 + x) where x is exact, small or not; `sum` is 1 + x, exact too where x is not small.
 KD_FN float neg_log(float x, float sum, bool small) {
   Mantissa<float> b = split(sum);
@@ -281,18 +296,15 @@ struct Mixture {
 };
 template <class F>
 KD_FN Mixture<F> mixture(const Element<F, false>& x, F share_p, F share_q) {
-  using Real = RealOf<F>;
-  const F least(Real(1e-30));  // the logarithm of 0 would be infinite
-  share_p = at_least(share_p, least);
-  share_q = at_least(share_q, least);
   const auto q_larger = x.d < F(0);
-  const F gap = gap_of(x.d);
   Mixture<F> y;
   y.top = select(q_larger, x.q, x.p);
   y.p = select(q_larger, x.w, F(1));
   y.q = select(q_larger, F(1), x.w);
-  y.m = fma(share_p, y.p, share_q * y.q);
-  const F larger = -log2_mixture(y.m), smaller = larger - gap;
+  const F tiny(RealOf<F>(1e-37));  // the logarithm of 0 would be infinite
+  y.m = fma(share_p, y.p, fma(share_q, y.q, tiny));
+  const F more = select(q_larger, share_p, share_q) * (x.w - F(1));  // m - 1
+  const F larger = -log2_of_1_plus(more, y.m), smaller = larger - gap_of(x.d);
   y.log2_p = select(q_larger, smaller, larger);
   y.log2_q = select(q_larger, larger, smaller);
   return y;
@@ -343,7 +355,8 @@ struct SkewForwardKL {
     const Mixture<F> y = mixture(x, by.beta, rest);
     const F more = rest * (y.q - y.p), over_m = more * inverse(y.m);  // m - p, 1 - p / m
     const F log_p = nats(y.log2_p);
-    return share_of(x, y, fma(y.p, log_p, more), rest * over_m, fma(by.beta, over_m, log_p), by);
+    const F f = kRounded ? fma(y.p, log_p, more) : excess(y.p, y.m, log_p);
+    return share_of(x, y, f, rest * over_m, fma(by.beta, over_m, log_p), by);
   }
 };
 
@@ -355,7 +368,8 @@ struct SkewReverseKL {
     const Mixture<F> y = mixture(x, rest, by.beta);
     const F more = rest * (y.p - y.q), over_m = more * inverse(y.m);  // m - q, 1 - q / m
     const F log_q = nats(y.log2_q);
-    return share_of(x, y, fma(y.q, log_q, more), fma(by.beta, over_m, log_q), rest * over_m, by);
+    const F f = kRounded ? fma(y.q, log_q, more) : excess(y.q, y.m, log_q);
+    return share_of(x, y, f, fma(by.beta, over_m, log_q), rest * over_m, by);
   }
 };
 
@@ -482,6 +496,15 @@ KD_FN Parameters<Real> parameters_of(Divergence divergence, double beta, double 
   return y;
 }
 
+// Whether kRounded keeps four digits of D: a term falls with a mixture's smaller share, or with its square.
+KD_FN bool bears_rounding(Divergence divergence, double beta) {
+  switch (divergence) {
+    case Divergence::kJS: return beta >= 0.05 && beta <= 0.95;
+    case Divergence::kSkewForwardKL:
+    case Divergence::kSkewReverseKL: return beta <= 0.6;
+    default: return true;
+  }
+}
 // Of policies with kSlope: what brings ClassShare::slope to a size that 16 bits hold.
 KD_FN double slope_scale(Divergence divergence, double beta) {
   return divergence == Divergence::kSkewForwardKL ? beta : 1.0;

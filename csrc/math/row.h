@@ -60,7 +60,7 @@ KD_FN RowMoments moments_of(double count, double moment, double square) {
   double mean = moment / count;
   double variance = (square - moment * mean) / (count - 1);
   // What rounding leaves of a row of equal logits.
-  bool flat = variance <= 1e-14 * mean * mean || variance == 0;
+  bool flat = variance <= (1e-14 + 2.3e-16 * count) * mean * mean || variance == 0;
 #if defined(__CUDA_ARCH__)
   double inv_std = flat ? 0.0 : ::rsqrt(variance);
 #else
@@ -205,7 +205,8 @@ KD_FN Element<double> bucket_of(const RowTask& task, const RowState& x, const Ro
 KD_FN RowGradient finish(const RowTask& task, const RowState& x, const RowNorm& norm,
                          double factor) {
   RowGradient y = {};
-  double f = x.f, a = x.a, b = x.b, a_of_q = 0, b_of_p = 0;
+  double f = x.f < 0 ? 0.0 : x.f;  // of rounded terms
+  double a = x.a, b = x.b, a_of_q = 0, b_of_p = 0;
   double of_rest = 0;  // a of all classes that are no entry
   double target = 1, weight_s = 0, weight_t = 0;
   if (task.aside_label) {
