@@ -18,6 +18,7 @@ def _is_command() -> bool:
 
 if TYPE_CHECKING or not _is_command():
     from kdkernels.public import *  # noqa: F403
+    from kdkernels.public import _C as _C
     from kdkernels.public import __all__ as __all__
 else:  # the command reads its arguments, and prints its help, before torch is imported
 

@@ -226,9 +226,8 @@ def distillation_loss(
     The same bits come out for any number of threads. Differentiable twice and more, and through
     ``torch.compile``. In fp32, gradients of forward and reverse KL are off by up to 1e-7 of a row's
     largest probability, times T. In 16 bits those of JS and the skewed KLs are off, beside their
-    rounding, by up to 1e-6 of the class's probability, and in bf16 on CUDA by up to 6e-4 of the
-    row's largest. On CUDA a label, or a number of a tensor option, that is out of range gives NaN
-    loss and zero gradient for its row.
+    rounding, by up to 1e-6 of the class's probability. On CUDA a label, or a number of a tensor
+    option, that is out of range gives NaN loss and zero gradient for its row.
 
     Raises:
         ValueError: shapes or devices differ, V is 0, a number or (on CPU) a label is out of range,

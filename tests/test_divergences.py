@@ -21,14 +21,10 @@ from kdkernels.tools.bench import IGNORED, training_logits
 ERROR_OF_SUMS = {"forward_kl": 1e-7, "reverse_kl": 1e-7}
 
 
-def error_of_slopes(divergence, z, right):
-    """Of gradients that are rounded to 16 bits, a mixture's logarithms may be off by 1e-6; and on
-    CUDA those of bf16 wait in fp16.
-    """
-    if z.dtype.itemsize > 2 or divergence not in ("js", "skew_forward_kl", "skew_reverse_kl"):
-        return 0
-    kept = 6e-4 if z.dtype == torch.bfloat16 and on_emulator() else 0
-    return 2e-6 * z.double().softmax(-1) + kept * right.abs().amax(-1, keepdim=True)
+def error_of_logarithms(divergence, z):
+    """Of gradients that are rounded to 16 bits, a mixture's logarithms may be off by 1e-6."""
+    rounded = z.dtype.itemsize == 2 and divergence in ("js", "skew_forward_kl", "skew_reverse_kl")
+    return 2e-6 * z.double().softmax(-1) if rounded else 0
 
 
 pytestmark = pytest.mark.quick
@@ -575,7 +571,7 @@ def test_small_divergences_keep_four_digits(divergence, dtype, classes):
                     1e-4 * largest
                     + HALF_ULP.get(dtype, 0) * right.abs()
                     + ERROR_OF_SUMS.get(divergence, 0)
-                    + error_of_slopes(divergence, z, right)
+                    + error_of_logarithms(divergence, z)
                 )
                 assert ((got.double() - right).abs() <= allowed).all()
 
@@ -605,7 +601,7 @@ def test_frozen_teacher_from_near_to_far(divergence, dtype, classes):
             + HALF_ULP.get(dtype, 0) * right.abs()
             + 1e-7
             + ERROR_OF_SUMS.get(divergence, 0)
-            + error_of_slopes(divergence, z, right)
+            + error_of_logarithms(divergence, z)
         )
         assert ((got.double() - right).abs() <= allowed).all()
 

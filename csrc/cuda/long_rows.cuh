@@ -172,9 +172,9 @@ constexpr int row_blocks(bool held, int element_size) {
 template <class T>
 constexpr int kHeldWarps = held_max_threads(sizeof(T)) / kWarp;
 
-// Slopes of a divergence's terms in the place of a vector of logits: in 16 bits with the digits of fp16.
+// Slopes of a divergence's terms in the place of a vector of logits.
 template <class T>
-using Slopes = Vector<std::conditional_t<sizeof(T) == 2, __half, T>>;
+using Slopes = Vector<T>;
 
 template <class Real>
 struct Pair {
@@ -211,9 +211,8 @@ __device__ __forceinline__ Real more_sweeps(const LossParams& p, const Task<Real
   math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
     using Terms = decltype(policy);
     if constexpr (!math::kTwoSweeps<Terms>) {
-      // Where rows are held, and gradients have fewer digits.
-      constexpr bool kSlopes = kHeld && math::kHasSlope<Terms> && !std::is_same_v<T, __half>;
-      const Real scale = static_cast<Real>(math::slope_scale(p.divergence, p.beta));
+      // Where rows are held; of 16 bits slopes would lose digits to their sum.
+      constexpr bool kSlopes = kHeld && math::kHasSlope<Terms> && sizeof(T) > 2;
       each([&](int s, const Vector<T>& z, const Vector<T>& t) {
         Real zs[kCount], ts[kCount];
         widen_all(z, zs);
@@ -225,14 +224,13 @@ __device__ __forceinline__ Real more_sweeps(const LossParams& p, const Task<Real
               Terms::share(sweep.element(task, zs[j], ts[j]), task.parameters);
           terms.first += x.f;
           terms.second += x.a;
-          if constexpr (kSlopes) narrow(scale * x.slope, slopes.value[j]);
+          if constexpr (kSlopes) narrow(x.slope, slopes.value[j]);
         }
         if constexpr (kSlopes) keep(s, slopes);
       });
       terms = reduce_row(terms.first, terms.second);
       sweep.of_q = -sweep.other * terms.second;
       if (p.gradient == nullptr) return;
-      const Real of_slope = sweep.other * math::inverse(scale);
       each([&](int s, const Vector<T>& z, const Vector<T>& t) {
         Real zs[kCount], ts[kCount];
         Vector<T> out;
@@ -247,7 +245,7 @@ __device__ __forceinline__ Real more_sweeps(const LossParams& p, const Task<Real
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
           if constexpr (kSlopes) {
-            narrow(sweep.gradient_of_slope(task, zs[j], ts[j], of_slope), out.value[j]);
+            narrow(sweep.gradient_of_slope(task, zs[j], ts[j]), out.value[j]);
           } else {
             narrow(sweep.template gradient<Terms>(task, zs[j], ts[j]), out.value[j]);
           }

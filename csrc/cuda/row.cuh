@@ -164,11 +164,11 @@ struct TermSweeps : SecondSweep<T, AnySweeps> {
     const Real a = Policy::share(x, task.parameters).a;
     return add_hard(task, z, math::fma(this->other, a, this->of_q * x.q));
   }
-  // From math::ClassShare::slope over its scale, by of_slope = other * scale.
-  __device__ __forceinline__ Real gradient_of_slope(const Task<Real>& task, Real z, Real slope,
-                                                    Real of_slope) const {
+  // From math::ClassShare::slope.
+  __device__ __forceinline__ Real gradient_of_slope(const Task<Real>& task, Real z,
+                                                    Real slope) const {
     const Real q = math::exp2_nonpositive(math::fma(z - this->max_s, task.scale, -log2_s));
-    return add_hard(task, z, q * math::fma(of_slope, slope, this->of_q));
+    return add_hard(task, z, q * math::fma(this->other, slope, this->of_q));
   }
   // The label's, without its own share.
   __device__ __forceinline__ Real gradient_of(const LossParams& p, const Task<Real>& task, Real z,

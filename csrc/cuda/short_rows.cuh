@@ -97,7 +97,7 @@ __device__ __forceinline__ Solved<T, Policy> solve(const LossParams& p, const Ta
         out.sweep.of_q = -out.sweep.other * terms[1];
         each([&](int k) {
           if constexpr (math::kHasSlope<Terms>) {
-            z[k] = out.sweep.gradient_of_slope(task, z[k], t[k], out.sweep.other);
+            z[k] = out.sweep.gradient_of_slope(task, z[k], t[k]);
           } else {
             z[k] = out.sweep.template gradient<Terms>(task, z[k], t[k]);
           }

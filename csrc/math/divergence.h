@@ -222,7 +222,7 @@ KD_FN F times(F a, F e) {
 template <class Real>
 struct ClassShare {
   Real f, a, b;
-  Real slope{};  // a / q, of policies with kSlope: at most some hundred, times slope_scale()
+  Real slope{};  // a / q, of policies with kSlope
 };
 
 constexpr double kLargestGap = 2000;  // of logarithms, in bits: its exponential is 0
@@ -504,10 +504,6 @@ KD_FN bool bears_rounding(Divergence divergence, double beta) {
     case Divergence::kSkewReverseKL: return beta <= 0.6;
     default: return true;
   }
-}
-// Of policies with kSlope: what brings ClassShare::slope to a size that 16 bits hold.
-KD_FN double slope_scale(Divergence divergence, double beta) {
-  return divergence == Divergence::kSkewForwardKL ? beta : 1.0;
 }
 template <class Policy>
 constexpr bool kHasSlope = requires { Policy::kSlope; };

@@ -70,13 +70,6 @@ FAULTS = [
         LAUNCHERS + "more_rows_than_blocks",
     ),
     Fault(
-        "slopes-keep-their-scale",
-        "csrc/cuda/long_rows.cuh",
-        "sweep.other * math::inverse(scale)",
-        "sweep.other",
-        LAUNCHERS + "'test_emulated and divergence'",
-    ),
-    Fault(
         "parts-have-one-turn",
         "csrc/cuda/long_rows.cuh",
         """turn ^= 1;
