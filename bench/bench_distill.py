@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import kdkernels
-from kdkernels.tools.bench import (
+from kdkernels.benchmark import (
     OURS,
     Comparison,
     backward,

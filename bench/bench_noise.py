@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels.tools.bench import (
+from kdkernels.benchmark import (
     OURS,
     Comparison,
     gpt2,

@@ -7,7 +7,7 @@ import torch
 from torch.utils import cpp_extension
 
 import kdkernels
-from kdkernels.tools.bench import (
+from kdkernels.benchmark import (
     OPTIMIZERS,
     OURS,
     Comparison,

@@ -1,32 +1,88 @@
 """Fused kernels for knowledge distillation and Gaussian noise injection in PyTorch."""
 
-import importlib.util
-import os
-import sys
-from typing import TYPE_CHECKING
+import torch  # first: the extension links to its libraries
+
+try:
+    from kdkernels import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"kdkernels._C does not load with torch {torch.__version__}; it must be built against the "
+        "torch that runs it: pip install --no-build-isolation --force-reinstall --no-deps ."
+    ) from error
+
+from kdkernels import reference
+from kdkernels.distill import (
+    DistillationLoss,
+    RowStatistics,
+    TopK,
+    distillation_loss,
+    divergences,
+    linear_distillation_loss,
+    sample_teacher,
+    topk_distillation_loss,
+    topk_teacher,
+)
+from kdkernels.noise import (
+    GradientNoiseLayer,
+    InputNoise,
+    add_noise_,
+    combine_noise_,
+    gradient_noise,
+    input_noise,
+    noise_dot,
+    noisy_linear_regression,
+    perturbed_parameters,
+    randn_like,
+    soft_regularization,
+)
+from kdkernels.optim import (
+    SGLD,
+    GradientNoise,
+    NoiseDominatesWarning,
+    NoiseNorms,
+    NoisyAdamW,
+    NoisySGD,
+    cosine,
+    evolution_step,
+    exponential,
+    mezo_step,
+    neelakantan,
+    pSGLD,
+)
 
 __version__ = "0.1.0"
-
-
-def _is_command() -> bool:
-    """Whether this process is the ``kdkernels`` command, or ``python -m kdkernels``."""
-    program = sys.argv[0] if getattr(sys, "argv", None) else ""
-    if program == "-m":
-        return ("-m", "kdkernels") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
-    return os.path.basename(program) == "kdkernels"
-
-
-if TYPE_CHECKING or not _is_command():
-    from kdkernels.public import *  # noqa: F403
-    from kdkernels.public import _C as _C
-    from kdkernels.public import __all__ as __all__
-else:  # the command reads its arguments, and prints its help, before torch is imported
-
-    def __getattr__(name: str):
-        if name.startswith("_") or importlib.util.find_spec(f"kdkernels.{name}") is not None:
-            raise AttributeError(name)
-        public = importlib.import_module("kdkernels.public")
-        globals().update({name: getattr(public, name) for name in public.__all__})
-        if name not in public.__all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return globals()[name]
+__all__ = [
+    "DistillationLoss",
+    "GradientNoise",
+    "GradientNoiseLayer",
+    "InputNoise",
+    "NoiseDominatesWarning",
+    "NoiseNorms",
+    "NoisyAdamW",
+    "NoisySGD",
+    "RowStatistics",
+    "SGLD",
+    "TopK",
+    "add_noise_",
+    "combine_noise_",
+    "cosine",
+    "distillation_loss",
+    "divergences",
+    "evolution_step",
+    "exponential",
+    "gradient_noise",
+    "input_noise",
+    "linear_distillation_loss",
+    "mezo_step",
+    "neelakantan",
+    "noise_dot",
+    "noisy_linear_regression",
+    "pSGLD",
+    "perturbed_parameters",
+    "randn_like",
+    "reference",
+    "sample_teacher",
+    "soft_regularization",
+    "topk_distillation_loss",
+    "topk_teacher",
+]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from kdkernels import benchmark
 from kdkernels.__main__ import main
-from kdkernels.tools import bench as benchmark
-from kdkernels.tools.bench import IGNORED, OURS, Comparison, training_logits
+from kdkernels.benchmark import IGNORED, OURS, Comparison, training_logits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import report  # noqa: E402

@@ -25,7 +25,6 @@ from torchvision import datasets
 import kdkernels
 from kdkernels import __main__ as command
 from kdkernels.train import TrainError, data, distillation, models, predictions
-from kdkernels.train.settings import Distil
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +47,7 @@ def offline(monkeypatch):
 
 
 def test_cifar100(tmp_path, offline):
-    with pytest.raises(TrainError, match=r"CIFAR-100 is not in .*train is missing.*data_dir"):
+    with pytest.raises(TrainError, match=r"CIFAR-100 is not in .*train is missing.*--data-dir"):
         data.load("cifar100", size=32, data_dir=str(tmp_path))
     layout = tmp_path / "cifar-100-python"
     layout.mkdir()
@@ -382,7 +381,7 @@ def test_the_first_images_of_a_folder_are_of_all_classes(tmp_path):
         assert images.first(14).labels.bincount().tolist() == [8, 4, 2]
     in_order = train.take(train.labels.argsort(stable=True))
     with pytest.raises(TrainError, match="the first 12 are of 1 of 3: shuffle them"):
-        distillation.images_of(Distil(train_samples=12), (in_order, test))
+        distillation.images_of(distillation.Settings(train_samples=12), (in_order, test))
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, cache):
@@ -485,7 +484,7 @@ def test_digits_are_not_flipped():
 
 
 def test_augmentations_that_make_no_sense():
-    with pytest.raises(TrainError, match="views requires augment"):
+    with pytest.raises(TrainError, match="--views is of --augment"):
         data.load("digits", size=16, views=2)
     with pytest.raises(TrainError, match="augment is 'mixup'; it takes none, crop"):
         noise_images(augment="mixup")
@@ -597,7 +596,7 @@ def test_a_mismatch_is_named(tmp_path):
     refused("views is 2 there and 3 here", data.load("digits", **options | {"views": 3})[0])
     refused("seed is 0 there and 4 here", data.load("digits", **options, seed=4)[0])
     refused("augment is crop there and none here", data.load("digits", size=8)[0])
-    refused("give views", data.load("digits", size=8, augment="crop")[0])
+    refused("give --views", data.load("digits", size=8, augment="crop")[0])
     relabelled = train.labels.clone()
     relabelled[0] += 1
     changed = dataclasses.replace(train, labels=relabelled, _whole_labels=relabelled)
@@ -642,7 +641,7 @@ def test_folders_that_hold_no_predictions(tmp_path):
 def test_logits_that_cannot_be_kept(tmp_path):
     train = data.load("digits", size=8)[0].first(40)
     large = teacher(scale=1e6)
-    with pytest.raises(TrainError, match="too large for float16: use dtype bfloat16"):
+    with pytest.raises(TrainError, match="too large for float16: use --dtype bfloat16"):
         predictions.write(tmp_path / "a", large, train)
     predictions.write(tmp_path / "b", large, train, dtype="bfloat16")
     with pytest.raises(TrainError, match="not finite"):
@@ -743,8 +742,8 @@ def test_predict_teacher(tmp_path, capsys):
     }  # fmt: skip
 
     for more, said in (
-        (["--top-k=11"], "top_k 11: the images have 10 classes"),
-        (["--augment=crop"], "views N"),
+        (["--top-k=11"], "--top-k 11: the images have 10 classes"),
+        (["--augment=crop"], "--views N"),
         (["--top-k=2"], "holds other predictions"),
         (["--teacher-weights=none"], "has not learnt these 10 classes"),
         (["--data=folder", f"--data-dir={tmp_path / 'none'}"], "is not a folder"),

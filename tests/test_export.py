@@ -12,16 +12,13 @@ import torch
 from torch import nn
 
 from kdkernels import __main__ as command
-from kdkernels.tools import export
-from kdkernels.tools.settings import Export
-from kdkernels.train import TrainError, data
+from kdkernels.train import TrainError, data, distillation, export
 from kdkernels.train.run_folder import RunFolder
-from kdkernels.train.settings import Distil
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-int8 = pytest.importorskip("kdkernels.tools.int8")
+int8 = pytest.importorskip("kdkernels.train.int8")
 
 # Steps enough for BatchNorm's running averages to catch up with the weights.
 DISTILL = [
@@ -54,7 +51,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def student(finished):
-    _, model = export._networks(Distil(image_size=16), 10)
+    _, model = export._networks(distillation.Settings(image_size=16), 10)
     tensors, _ = RunFolder.open(str(finished)).load("full")
     own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     model.load_state_dict(own)
@@ -169,7 +166,9 @@ def small_run(tmp_path, monkeypatch):
         return Small(classes), Small(classes)
 
     monkeypatch.setattr(export, "_networks", networks)
-    settings = Distil(image_size=8, batch_size=32, train_samples=160, test_samples=40, epochs=1)
+    settings = distillation.Settings(
+        image_size=8, batch_size=32, train_samples=160, test_samples=40, epochs=1
+    )
     folder = RunFolder.create(tmp_path / "run", {"distill": dataclasses.asdict(settings)})
     torch.manual_seed(1)
     for name in ("teacher", "full"):
@@ -179,7 +178,7 @@ def small_run(tmp_path, monkeypatch):
 
 
 def test_training_lowers_the_loss_and_goes_on_to_the_same_bits(small_run, tmp_path):
-    settings = Export(formats=("int8-qat",), epochs=3, lr=1e-2, threads=1)
+    settings = export.Settings(formats=("int8-qat",), epochs=3, lr=1e-2, threads=1)
     made = small_run.path / "export/full-int8-qat.onnx"
     export.run(small_run, settings, lambda *_: None, print)
     expected = made.read_bytes()
@@ -381,3 +380,11 @@ def test_without_a_teacher_the_other_formats_are_named(finished, tmp_path, capsy
     (copy / "checkpoints/teacher.safetensors").unlink()
     assert command.main(["export", str(copy), "--formats=int8-qat"]) == 2
     assert "teacher.safetensors" in one_sentence(capsys)
+
+
+def test_help_names_the_defaults():
+    for field in dataclasses.fields(export.Settings):
+        text = command._OF_EXPORT[field.name]["help"]
+        default = {"formats": "all three", "threads": "torch's choice", "lr": "1e-4"}
+        assert f"(default: {default.get(field.name, field.default)})" in text, field.name
+    assert export.Settings().lr == 1e-4 and len(export.Settings().formats) == 3

@@ -18,9 +18,8 @@ from torch import nn
 
 import kdkernels
 from kdkernels import __main__ as command
-from kdkernels.train import TrainError, data, distill, models
+from kdkernels.train import TrainError, data, distill, distillation, models
 from kdkernels.train.run_folder import RunFolder
-from kdkernels.train.settings import Distil
 
 
 class Small(nn.Module):
@@ -224,6 +223,26 @@ def test_settings_that_do_not_exist_are_named(digits, teacher, tmp_path, setting
     refused(match, teacher, Small(10), *digits, tmp_path, **{"noise": None} | settings)
 
 
+def test_settings_are_those_of_the_command(tmp_path, capsys):
+    """Both say the same of the ends of each range and of each name."""
+    for name, (kind, low, high, above) in distillation._NUMBERS.items():
+        ends = [low - 1, low, low + 1, *([] if high == math.inf else [high, high + 1])]
+        fits = [low < value <= high or (value == low and not above) for value in ends]
+        option = command._OF_DISTILL.get(name) or command._OPTIONS[name]
+        for value, fit in zip(map(kind, ends), fits, strict=True):
+            for parse in (
+                option["type"],
+                lambda value, name=name: distillation._number(name, value),
+            ):
+                try:
+                    assert parse(value) == value and fit
+                except (TrainError, argparse.ArgumentTypeError):
+                    assert not fit, (name, value)
+    for name, names in distillation._NAMES.items():
+        option = command._OF_DISTILL.get(name) or command._OPTIONS[name]
+        assert option["choices"] == names, name
+
+
 def test_what_is_no_model_and_no_images(digits, teacher, tmp_path):
     with pytest.raises(TypeError, match=r"teacher is a function; it must be a torch\.nn"):
         distill(lambda x: x, Small(10), *digits)
@@ -396,9 +415,9 @@ def test_augmented_distillation_asks_once_or_each_step(digits, teacher, tmp_path
         out=str(tmp_path / "kept"),
     )  # fmt: skip
     assert records(found.folder, kind="epoch")[0]["learner"] == "full"
-    with pytest.raises(TrainError, match="give views"):
-        Distil(augment="crop-flip", arms=("full",))
-    assert Distil(augment="crop-flip").arms == ("alone", "reference", "fused")
+    with pytest.raises(TrainError, match="--views"):
+        distillation.Settings(augment="crop-flip", arms=("full",))
+    assert distillation.Settings(augment="crop-flip").arms == ("alone", "reference", "fused")
 
 
 def test_kept_and_asked_teacher_agree(tmp_path):
@@ -615,7 +634,7 @@ def test_students_that_do_not_fit_get_one_sentence(tmp_path, capsys, student):
     call = ["distill", *TINY, f"--student={student}", f"--out={tmp_path / 'run'}"]
     assert command.main(call) == 2
     err = one_sentence(capsys)
-    assert "the student" in err and ("image_size" in err or "gives a" in err)
+    assert "the student" in err and ("--image-size" in err or "gives a" in err)
     assert not (tmp_path / "run").exists()
 
 

@@ -41,7 +41,7 @@ def lines(out, kind):
 
 
 def without_times(records):
-    names = ("phases", "seconds", "test_seconds", "others")
+    names = ("phases", "seconds", "test_seconds")
     kept = [{k: v for k, v in line.items() if k not in names} for line in records]
     return sorted(kept, key=lambda line: (line["learner"], line["step"]))
 

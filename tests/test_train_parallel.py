@@ -26,7 +26,6 @@ import kdkernels
 from kdkernels.train import TrainError, distributed
 from kdkernels.train.loop import Interrupt, Learner, Noise, accuracy, epoch_batches
 from kdkernels.train.run_folder import RunFolder
-from kdkernels.train.settings import PARALLEL
 
 SAMPLES, BATCH, EPOCHS = 23, 9, 2  # neither 2 nor 4 divides a batch
 LR = 1e-2
@@ -211,10 +210,10 @@ def joins_a_group(rank, world, out):
 
 def trains_as_one(rank, world, out):
     for case in cases(world):
-        for parallel in PARALLEL:
+        for parallel in distributed.PARALLEL:
             folder = at(out / f"{case.name}-{parallel}-{world}")
             if case.place == "regularizer" and parallel == "fsdp2":
-                with pytest.raises(TrainError, match="parallel ddp"):
+                with pytest.raises(TrainError, match="--parallel ddp"):
                     train(case, folder, parallel)
             else:
                 train(case, folder, parallel)
@@ -222,13 +221,13 @@ def trains_as_one(rank, world, out):
 
 def continues_one(rank, world, out):
     """From a checkpoint that one process wrote in the middle of an epoch."""
-    for parallel in PARALLEL:
+    for parallel in distributed.PARALLEL:
         train(CASES[1], at(out / f"from-one-{parallel}-{world}"), parallel)
 
 
 def stops_together(rank, world, out):
     """A wish of one rank stops all, and one process goes on."""
-    for parallel in PARALLEL:
+    for parallel in distributed.PARALLEL:
         folder = at(out / f"to-one-{parallel}-{world}")
         with pytest.raises(TrainError, match="interrupted, and saved"):
             train(CASES[1], folder, parallel, stop=lambda step: rank == world - 1 and step == 3)
@@ -237,7 +236,7 @@ def stops_together(rank, world, out):
 
 def has_rank_0s_model(rank, world, out):
     """Each rank made a model of its own, and seeds of its own in it."""
-    for parallel in PARALLEL:
+    for parallel in distributed.PARALLEL:
         torch.manual_seed(rank)
         model = nn.Sequential(nn.Linear(2, 3), kdkernels.InputNoise(0.1), nn.BatchNorm1d(3))
         model[0].weight.data += rank
@@ -317,11 +316,11 @@ def test_ranks_train_as_one_process(world, alone, tmp_path):
     with pytest.raises(TrainError, match="interrupted"):
         train(CASES[1], begun, stop=lambda step: step == 4)
     begun.close()
-    for parallel in PARALLEL:
+    for parallel in distributed.PARALLEL:
         shutil.copytree(begun.path, tmp_path / f"from-one-{parallel}-{world}")
     processes.ranks(all_checks, world, tmp_path)
 
-    for parallel in PARALLEL:
+    for parallel in distributed.PARALLEL:
         for case in cases(world):
             if (case.place, parallel) != ("regularizer", "fsdp2"):
                 assert_same(case, tmp_path / f"{case.name}-{parallel}-{world}", alone / case.name)

@@ -5,15 +5,16 @@
 Models and data are torchvision's and scikit-learn's, files are safetensors and JSON lines; the
 modules here only join them:
 
-- ``settings``: what ``distill`` is asked for, and how settings are checked and become options
-- ``data``, ``models``, ``loop``: what it trains on, what it trains, and how
 - ``distillation``: :func:`distill`, and experiment 2, a ResNet-18 to MobileNetV2 in five arms
+- ``data``, ``models``, ``loop``: what it trains on, what it trains, and how
 - ``predictions``: a teacher's predictions, made once and kept on disk
 - ``distributed``: the same over several processes
+- ``soft_regression``: experiment 1, linear regression under Gaussian input noise
+- ``soft_regularization``: experiment 3, a network with noise in four places
+- ``language_model``, ``text``: experiment 4, a language model's loss in four ways
+- ``tune``: a search for settings; ``export``, ``int8``: a student as ONNX files in fp32 and int8
 - ``run_folder``: everything a run leaves on disk, and how it is read again
-- ``console``, ``tensorboard``: what a person sees of it while it runs
-
-``kdkernels.experiments``, ``tools``, ``reports`` and ``commands`` stand on it.
+- ``report``, ``console``, ``tensorboard``: what a person sees of it
 """
 
 import importlib
@@ -25,15 +26,7 @@ if TYPE_CHECKING:
     from kdkernels.train.data import load as load_images
     from kdkernels.train.distillation import Distilled, distill
 
-__all__ = [
-    "Distilled",
-    "Images",
-    "SettingError",
-    "TrainError",
-    "distill",
-    "image_folder",
-    "load_images",
-]
+__all__ = ["Distilled", "Images", "TrainError", "distill", "image_folder", "load_images"]
 
 # Loaded when asked for: they import torchvision, which the command's --help does without.
 _LAZY = {
@@ -57,10 +50,6 @@ class TrainError(Exception):
     def __init__(self, message: str, status: int = 2):
         super().__init__(message)
         self.status = status
-
-
-class SettingError(TrainError, ValueError):
-    """A setting has a value that it does not take."""
 
 
 def __getattr__(name: str):

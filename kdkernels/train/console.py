@@ -48,7 +48,7 @@ def progress(run: Callable, settings, folder, console: Console, **more):
 
 
 def show(console: Console, tables) -> None:
-    """Print :class:`kdkernels.reports.report.Table` s."""
+    """Print :class:`kdkernels.train.report.Table` s."""
     for table in tables:
         drawn = Table(title=table.title, box=box.MARKDOWN, title_justify="left", title_style="bold")
         for number, column in enumerate(table.columns):

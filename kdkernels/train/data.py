@@ -13,7 +13,9 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import socket
+import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Generator
@@ -28,9 +30,11 @@ from torch.nn import functional as F
 
 from kdkernels.train import TrainError
 from kdkernels.train.run_folder import lock
-from kdkernels.train.settings import AUGMENT, DATA
 
-__all__ = ["Images", "folder", "load"]
+__all__ = ["AUGMENT", "DATA", "Images", "folder", "load"]
+
+DATA = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder")
+AUGMENT = ("none", "crop", "crop-flip", "resized-crop", "trivial")
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Of the training images, by channel.
@@ -109,14 +113,14 @@ class Images:
             raise TrainError(f"augment is {self.augment!r}; it takes {', '.join(AUGMENT)}")
         if self.augment == "none":
             if self.views is not None:
-                raise TrainError("views requires augment, which is not given")
+                raise TrainError("--views is of --augment, which is not given")
         elif self.views is not None and self.views < 1:
             raise TrainError(f"views is {self.views}; it takes at least 1")
         if self.augment == "trivial" and (self.white != 255 or not self.flips):
             # It turns by up to 135 degrees, and its colours are out of 255.
             raise TrainError(
-                "augment trivial turns images by up to 135 degrees, after which a 6 is a 9: "
-                "use augment crop for these"
+                "--augment trivial turns images by up to 135 degrees, after which a 6 is a 9: "
+                "use --augment crop for these"
             )
         self._transform = None
 
@@ -367,7 +371,7 @@ def _cifar(base: type, own, size: int, data_dir: str, imagenet: bool) -> tuple[I
     missing = [name for name in every if not (layout / name).is_file()]
     advice = (
         f"put {base.filename} from {base.url} there, unpacked, and name the folder that holds "
-        "it with data_dir"
+        "it with --data-dir"
     )
     with _reading(base.__name__.replace("R1", "R-1"), layout, missing, advice):
         if missing:
@@ -399,48 +403,50 @@ def _cifar_part(layout: Path, names: list[str], classes: int) -> tuple[torch.Ten
     return torch.from_numpy(np.concatenate(pixels)), torch.from_numpy(np.concatenate(labels))
 
 
-def _idx(path: Path) -> torch.Tensor:
-    """The bytes of a file in LeCun's IDX format, packed or not."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        content = file.read()
-    shape = np.frombuffer(content, ">i4", content[3], 4)
-    pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-    return torch.from_numpy(pixels.copy())
-
-
 def _fashion(size: int, data_dir: str, imagenet: bool) -> tuple[Images, Images]:
     from torchvision.datasets import FashionMNIST
 
-    packed = [name for name, _ in FashionMNIST.resources]  # images, labels: to train, to test
+    packed = [name for name, _ in FashionMNIST.resources]
     raw = Path(data_dir) / "FashionMNIST" / "raw"
-
-    def present() -> list[Path]:
-        for place in (raw, Path(data_dir), _DEBIAN):
-            bare = [place / name.removesuffix(".gz") for name in packed]
-            for files in (bare, [place / name for name in packed]):
-                if all(file.is_file() for file in files):
-                    return files
-        return []
-
-    files = present()
+    missing = [name for name in packed if not (raw / name.removesuffix(".gz")).is_file()]
+    # The loader reads unpacked files only: packed ones that lie ready are unpacked for it.
+    ready = [
+        place
+        for place in (raw, Path(data_dir), _DEBIAN)
+        if missing and all((place / name).is_file() for name in packed)
+    ]
     advice = (
         f"put {packed[0]} and its three fellows there, or install Debian's dataset-fashion-mnist"
     )
-    missing = [] if files else [n for n in packed if not (raw / n.removesuffix(".gz")).is_file()]
-    with _reading("Fashion-MNIST", files[0].parent if files else raw, missing, advice):
-        if not files:
-            FashionMNIST(data_dir, download=True)
-            files = present()
-        train_x, train_y, test_x, test_y = map(_idx, files)
-        for x, y in ((train_x, train_y), (test_x, test_y)):
-            if len(x) != len(y):
-                raise ValueError(f"{len(x)} images have {len(y)} labels")
+    with (
+        tempfile.TemporaryDirectory() as unpacked,
+        _reading("Fashion-MNIST", ready[0] if ready else raw, missing if not ready else [], advice),
+    ):
+        root = data_dir
+        if ready:
+            root = unpacked
+            place = Path(unpacked) / "FashionMNIST" / "raw"
+            place.mkdir(parents=True)
+            for name in packed:
+                with (
+                    gzip.open(ready[0] / name) as source,
+                    (place / name.removesuffix(".gz")).open("wb") as target,
+                ):
+                    shutil.copyfileobj(source, target)
+        download = bool(missing) and not ready
+        parts = [FashionMNIST(root, train=t, download=t and download) for t in (True, False)]
+        for part in parts:
+            if len(part.data) != len(part.targets):
+                raise ValueError(f"{len(part.data)} images have {len(part.targets)} labels")
 
     mean, std = _statistics(*(_IMAGENET if imagenet else _FASHION))
     train, test = (
-        Images(x[:, None], y.long(), 10, size, 255.0, mean, std, names=tuple(FashionMNIST.classes))
-        for x, y in ((train_x, train_y), (test_x, test_y))
-    )
+        Images(
+            part.data[:, None].contiguous(), part.targets, 10, size, 255.0, mean, std,
+            names=tuple(FashionMNIST.classes),
+        )
+        for part in parts
+    )  # fmt: skip
     return train, test
 
 
@@ -695,7 +701,7 @@ def folder(
     """
     root = Path(path).expanduser().resolve()
     if not root.is_dir():
-        raise TrainError(f"{root} is not a folder: data_dir names one with a folder a class")
+        raise TrainError(f"{root} is not a folder: --data-dir names one with a folder a class")
     split = _splits(root)
     place = split.get("train", root)
     test_place = split.get("test", split.get("val"))

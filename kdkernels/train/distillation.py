@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import json
 import math
+import numbers
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,8 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kdkernels
-from kdkernels import info
-from kdkernels.train import SettingError, TrainError, console, data, distributed, models
+from kdkernels.train import TrainError, console, data, distributed, models
 from kdkernels.train.data import Images
 from kdkernels.train.loop import (
     Interrupt,
@@ -41,14 +41,232 @@ from kdkernels.train.loop import (
 )
 from kdkernels.train.predictions import Predictions, differences, model_hash, write
 from kdkernels.train.run_folder import RunFolder, state_of
-from kdkernels.train.settings import ARMS, CONTROL, NOISY, Arm, Distil
 
 __all__ = [
-    "Distilled", "apart", "distill", "images_of", "plain_loss", "run", "try_on",
+    "ARMS", "CONTROL", "NOISY", "NOISE_STD", "Arm", "Distilled", "Settings", "apart", "distill",
+    "images_of", "plain_loss", "run", "try_on",
 ]  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What one arm does.
+
+    Attributes:
+        about: in words.
+        loss: ``"cross-entropy"``, ``"plain"`` (PyTorch's own functions) or ``"fused"``.
+        teacher: ``"never"``, ``"each step"``, or ``"once"`` (predictions made once and kept).
+        tuned: channels_last memory format, Adam's fused kernel, and the loss writes its gradient
+            over the logits.
+        epochs: stop after so many, whatever the settings say; None: no such limit.
+    """
+
+    about: str
+    loss: str
+    teacher: str
+    tuned: bool = False
+    epochs: int | None = None
+
+
+ARMS = {
+    "alone": Arm("student alone, cross-entropy", "cross-entropy", "never"),
+    "reference": Arm("plain PyTorch loss, teacher runs at each step", "plain", "each step"),
+    "fused": Arm("fused loss, teacher runs at each step", "fused", "each step"),
+    "cached": Arm("fused loss, teacher's predictions kept", "fused", "once"),
+    "full": Arm(
+        "fused loss in place, teacher's predictions kept, channels_last, fused Adam",
+        "fused", "once", tuned=True,
+    ),
+}  # fmt: skip
+
+CONTROL = "control"
 _CONTROL = Arm("the reference with kept predictions, one epoch", "plain", "once", epochs=1)
+"""The reference arm but for the rounding of the teacher's predictions: how far two curves of one
+procedure part for no better reason. Run where the arms reference and fused are."""
+
+NOISY = "noisy"
+"""The full arm with noise on its student. Run where noise is asked for."""
+
+NOISE_STD = {"input": 0.1, "gradient": 0.01, "parameter": 0.01, "regularizer": 0.01}
+"""Standard deviation where none is given, by the places of the noise."""
+
+
+# What settings take: names, or a kind of number, its range and whether that leaves out its low end.
+# The command's options say the same; a test holds them together.
+_NAMES = {
+    "schedule": ("constant", "cosine"),
+    "divergence": tuple(kdkernels.divergences()),
+    "device": ("auto", "cpu", "cuda"),
+    "noise": tuple(NOISE_STD),
+    "parallel": distributed.PARALLEL,
+    "normalize": ("data", "imagenet"),
+}
+_NUMBERS: dict[str, tuple[type, float, float, bool]] = {
+    "views": (int, 1, math.inf, False),
+    "validation": (float, 0, 0.9, False),
+    "batch_size": (int, 2, math.inf, False),
+    "lr": (float, 0, math.inf, True),
+    "weight_decay": (float, 0, math.inf, False),
+    "temperature": (float, 0, 1e6, True),
+    "alpha": (float, 0, 1, False),
+    "beta": (float, 0, 1, False),
+    "epochs": (int, 1, math.inf, False),
+    "teacher_epochs": (int, 0, math.inf, False),
+    "target_accuracy": (float, 0, 1, False),
+    "budget": (float, 0, math.inf, True),
+    "generations": (int, 1, math.inf, False),
+    "seed": (int, 0, 2**62, False),
+    "threads": (int, 1, math.inf, False),
+    "train_samples": (int, 2, math.inf, False),
+    "test_samples": (int, 1, math.inf, False),
+    "noise_std": (float, 0, 1e6, False),
+    "checkpoint_every": (int, 1, math.inf, False),
+}
+
+
+def _number(name: str, value: Any) -> int | float:
+    """A setting as Python's own number; TrainError says what it takes."""
+    kind, low, high, above = _NUMBERS[name]
+    known: Any = numbers.Integral if kind is int else numbers.Real
+    fits = isinstance(value, known) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not low <= value <= high or (above and value == low):
+        noun = "a whole number" if kind is int else "a number"
+        least = f"above {low}" if above else f"at least {low}"
+        most = "" if high == math.inf else f" and at most {high}"
+        raise TrainError(f"{name} is {value!r}; it must be {noun} {least}{most}")
+    return kind(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What experiment 2 is asked for; the command's options, with their defaults.
+
+    Attributes:
+        data: one of ``data.DATA``.
+        data_dir: where the data lies or goes.
+        image_size: side in pixels to which images are resized.
+        normalize: ``"data"`` or ``"imagenet"``, whose mean and deviation; None is ImageNet's for
+            ImageNet's weights, else the data's.
+        augment, views: as in :func:`kdkernels.train.data.load`. Without a number of views each
+            epoch sees new images, and no predictions can be kept.
+        validation: share of the training images that is held out and tested on instead of the
+            test images, 0..1; 0: none is.
+        teacher, student: as ``name`` in :func:`kdkernels.train.models.build`.
+        teacher_weights: as ``weights`` there.
+        teacher_predictions: a folder that ``kdkernels predict-teacher`` wrote; the arms that keep
+            predictions use it, and the teacher is not asked. Of a top k, at temperature 1 the rest
+            is one class more, at another the k classes share all. None: the run makes its own.
+        batch_size: images a step.
+        lr: Adam's learning rate, for the teacher and every arm.
+        schedule: ``"constant"``, or ``"cosine"``: half a cosine from lr to 0 over all epochs.
+        weight_decay: of AdamW, >= 0; 0 is Adam.
+        temperature: of the soft targets, > 0.
+        alpha: weight of the soft targets, 0..1; the labels have 1 - alpha.
+        divergence: one of :func:`kdkernels.divergences`.
+        beta: its parameter, where it has one; None is the divergence's default.
+        epochs: of each arm, at most.
+        teacher_epochs: None is 3 for a teacher that has yet to learn these classes, else 0.
+        target_accuracy: an arm stops at this test accuracy, 0..1; None: never early.
+        budget: seconds of training after which an arm begins no other epoch; None: no limit.
+        generations: of students; from the second one on each is taught by the one before.
+        seed: of initial weights, batches, dropout, noise and augmentation.
+        arms: names from ``ARMS``; None is all that the other settings allow.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        threads: CPU threads; None is torch's choice.
+        train_samples, test_samples: use only the first so many images; None is all.
+        noise: of the arm ``NOISY``, a key of ``NOISE_STD``; None: no such arm.
+        noise_std: its standard deviation, the weight of the regulariser, see
+            :class:`kdkernels.train.loop.Noise`; None is ``NOISE_STD[noise]``.
+        checkpoint_every: steps between checkpoints within an epoch; None: at its end only.
+        parallel: one of ``distributed.PARALLEL``, what trains where torchrun starts several ranks.
+    """
+
+    data: str = "digits"
+    data_dir: str = "data"
+    image_size: int = 32
+    normalize: str | None = None
+    augment: str = "none"
+    views: int | None = None
+    validation: float = 0.0
+    teacher: str = "resnet18"
+    student: str = "mobilenet_v2"
+    teacher_weights: str = "none"
+    teacher_predictions: str | None = None
+    batch_size: int = 64
+    lr: float = 1e-3
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    temperature: float = 4.0
+    alpha: float = 0.5
+    divergence: str = "forward_kl"
+    beta: float | None = None
+    epochs: int = 5
+    teacher_epochs: int | None = None
+    target_accuracy: float | None = None
+    budget: float | None = None
+    generations: int = 1
+    seed: int = 0
+    arms: tuple[str, ...] | None = None
+    device: str = "auto"
+    threads: int | None = None
+    train_samples: int | None = None
+    test_samples: int | None = None
+    noise: str | None = None
+    noise_std: float | None = None
+    checkpoint_every: int | None = None
+    parallel: str = "ddp"
+
+    def __post_init__(self):
+        optional = {f.name for f in dataclasses.fields(self) if f.default is None}
+        for name in (*_NUMBERS, *_NAMES):
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if name == "epochs" and value == 0 and type(value) is int:
+                continue  # a search's run, which only trains its teacher
+            if name in _NUMBERS:
+                object.__setattr__(self, name, _number(name, value))
+            elif value not in _NAMES[name]:
+                raise TrainError(f"{name} is {value!r}; it must be one of {_words(_NAMES[name])}")
+        if self.arms is not None:
+            known = isinstance(self.arms, tuple | list) and set(self.arms) <= ARMS.keys()
+            if not known or len(set(self.arms)) < len(self.arms):
+                raise TrainError(
+                    f"arms is {self.arms!r}; it must be a tuple of different names from "
+                    f"{_words(ARMS)}"
+                )
+            object.__setattr__(self, "arms", tuple(self.arms))
+        if self.noise is None and self.noise_std is not None:
+            raise TrainError("--noise-std is of --noise, which is not given")
+        if self.noise is not None and self.noise_std is None:
+            object.__setattr__(self, "noise_std", NOISE_STD[self.noise])
+        if self.normalize is None:
+            usual = "imagenet" if self.teacher_weights == "DEFAULT" else "data"
+            object.__setattr__(self, "normalize", usual)
+        takes = kdkernels.divergences()[self.divergence].parameters
+        if self.beta is not None and "beta" not in takes:
+            raise TrainError(f"--beta is no parameter of the divergence {self.divergence}")
+        if self.views is not None and self.augment == "none":
+            raise TrainError("--views is of --augment, which is not given")
+        barred = {}
+        if self.augment != "none" and self.views is None:
+            barred["once"] = (
+                "with --augment each epoch sees new images, of which no predictions can be kept: "
+                "give --views, the number of different views of an image"
+            )
+        if self.teacher_predictions is not None:
+            barred["each step"] = "with --teacher-predictions there is no teacher to ask"
+        possible = tuple(name for name, arm in ARMS.items() if arm.teacher not in barred)
+        arms = possible if self.arms is None else self.arms
+        object.__setattr__(self, "arms", arms)
+        for name in (*arms, *(["full"] if self.noise else [])):
+            if name not in possible:
+                reason = barred[ARMS[name].teacher]
+                raise TrainError(f"the arm {name} asks its teacher {ARMS[name].teacher}: {reason}")
+
+
+def _words(names) -> str:
+    return ", ".join(names)
 
 
 def plain_loss(
@@ -76,7 +294,7 @@ def plain_loss(
     return alpha * temperature**2 * soft + (1 - alpha) * F.cross_entropy(student, labels)
 
 
-def _loss(arm: Arm, settings: Distil, regularized: bool = False) -> Loss:
+def _loss(arm: Arm, settings: Settings, regularized: bool = False) -> Loss:
     if arm.loss == "cross-entropy":
         return lambda logits, _, labels: F.cross_entropy(logits, labels)
     soft: dict[str, Any] = {"temperature": settings.temperature, "alpha": settings.alpha}
@@ -110,7 +328,7 @@ def apart(one: list[float], other: list[float]) -> list[float]:
 
 
 def run(
-    settings: Distil,
+    settings: Settings,
     folder: RunFolder,
     on_step: Callable[[str, int, int], None],
     say: Callable,
@@ -147,7 +365,7 @@ def run(
 
 
 def images_of(
-    settings: Distil, images: tuple[Images, Images] | None = None
+    settings: Settings, images: tuple[Images, Images] | None = None
 ) -> tuple[Images, Images, Images]:
     """The images that predictions are made of, those trained on and those tested on.
 
@@ -253,7 +471,7 @@ def try_on(who: str, model: nn.Module, images: Images, noise: Noise | None = Non
     except Exception as error:  # a model may raise anything
         said = str(error).strip().splitlines()
         what = "cannot be trained on" if noise is not None and model.training else "does not take"
-        more = "its parameters must be torch.float32, and its input's size image_size"
+        more = "its parameters must be torch.float32, and its input's size --image-size"
         if noise is not None and noise.place == "regularizer":
             more = "the noise regularizer requires a model that can be differentiated twice"
         raise TrainError(
@@ -533,7 +751,7 @@ class _Run:
         return ask
 
 
-def _resumed(out: str | None, wanted: Distil) -> RunFolder:
+def _resumed(out: str | None, wanted: Settings) -> RunFolder:
     """The folder of a run of :func:`distill`, which only goes on with its own settings."""
     if out is None:
         raise TrainError("resume=True requires out, the folder of the run to continue")
@@ -551,39 +769,6 @@ def _resumed(out: str | None, wanted: Distil) -> RunFolder:
     folder.config["distill"] = here
     distributed.current().first(folder.hold)
     return folder
-
-
-def _settings(teacher, student, train: Images, test: Images, settings: dict) -> Distil:
-    """The settings of :func:`distill`, its arguments checked."""
-    ours = ("data", "data_dir", "image_size", "normalize", "augment", "views", "teacher", "student",
-            "teacher_weights", "teacher_predictions", "teacher_epochs", "validation")  # fmt: skip
-    for name in settings:
-        if name in ours:
-            raise TypeError(f"distill() got {name!r}, which its models and images say already")
-    for name, value, kind in (
-        ("teacher", teacher, nn.Module), ("student", student, nn.Module), ("train", train, Images),
-        ("test", test, Images),
-    ):  # fmt: skip
-        if not isinstance(value, kind):
-            given, takes = type(value).__name__, f"{kind.__module__}.{kind.__name__}"
-            raise TypeError(f"{name} is a {given}; it must be a {takes}")
-    for name, words in (
-        ("classes", "classes"), ("size", "pixels a side"), ("channels", "channels"),
-        ("names", "as its classes' names"),
-    ):  # fmt: skip
-        here, there = getattr(train, name), getattr(test, name)
-        if here != there and not (name == "names" and not (here and there)):
-            raise TrainError(f"train has {here} {words}, test {there}: they must be alike")
-    new_each_epoch = train.augment != "none" and train.views is None
-    settings.setdefault("arms", ("fused",) if new_each_epoch else ("full",))
-    wanted = Distil(
-        data="own images", image_size=train.size,
-        augment=train.preprocessing()["augment"], views=train.views,
-        teacher=type(teacher).__name__, student=type(student).__name__, **settings,
-    )  # fmt: skip
-    if not wanted.arms:
-        raise SettingError(f"arms is {wanted.arms}; it must be one or more of {', '.join(ARMS)}")
-    return wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -629,17 +814,45 @@ def distill(
         resume: continue the run in ``out`` from its last checkpoint; models, images and settings
             must be the same, but for ``epochs``.
         progress: show progress bars and a line an epoch.
-        settings: fields of :class:`kdkernels.train.settings.Distil`, such as ``epochs=20``,
-            ``temperature=4.0``, ``alpha=0.5``, ``generations=2``, ``noise="input"``; not those
-            that name data and models.
+        settings: fields of :class:`Settings`, such as ``epochs=20``, ``temperature=4.0``,
+            ``alpha=0.5``, ``generations=2``, ``noise="input"``; not those that name data and
+            models.
 
     Raises:
         TrainError: something is missing, or does not fit; nothing is written then.
         TypeError: a setting that there is not, or an argument of another kind.
     """
-    from kdkernels.reports import report  # the run's page, which stands on this module
+    from kdkernels.train import report  # it needs this module
 
-    wanted = _settings(teacher, student, train, test, settings)
+    ours = ("data", "data_dir", "image_size", "normalize", "augment", "views", "teacher", "student",
+            "teacher_weights", "teacher_predictions", "teacher_epochs", "validation")  # fmt: skip
+    for name in settings:
+        if name in ours:
+            raise TypeError(f"distill() got {name!r}, which its models and images say already")
+    for name, value, kind in (
+        ("teacher", teacher, nn.Module), ("student", student, nn.Module), ("train", train, Images),
+        ("test", test, Images),
+    ):  # fmt: skip
+        if not isinstance(value, kind):
+            given, takes = type(value).__name__, f"{kind.__module__}.{kind.__name__}"
+            raise TypeError(f"{name} is a {given}; it must be a {takes}")
+    for name, words in (
+        ("classes", "classes"), ("size", "pixels a side"), ("channels", "channels"),
+        ("names", "as its classes' names"),
+    ):  # fmt: skip
+        here, there = getattr(train, name), getattr(test, name)
+        if here != there and not (name == "names" and not (here and there)):
+            raise TrainError(f"train has {here} {words}, test {there}: they must be alike")
+    new_each_epoch = train.augment != "none" and train.views is None
+    settings.setdefault("arms", ("fused",) if new_each_epoch else ("full",))
+    wanted = Settings(
+        data="own images", image_size=train.size,
+        augment=train.preprocessing()["augment"], views=train.views,
+        teacher=type(teacher).__name__, student=type(student).__name__, **settings,
+    )  # fmt: skip
+    if not wanted.arms:
+        raise TrainError(f"arms is {wanted.arms}; it must be one or more of {_words(ARMS)}")
+    _number("epochs", wanted.epochs)
     try:  # before the teacher, which may share modules with it, is moved
         student = copy.deepcopy(student)
     except Exception as error:  # a module may raise anything
@@ -649,7 +862,7 @@ def distill(
         folder = _resumed(out, wanted)
     else:
         config = {"command": "distill()", "distill": dataclasses.asdict(wanted)}
-        config["machine"] = info.machine(wanted.threads)
+        config["machine"] = report.machine(wanted.threads)
         folder = RunFolder.create(out, config)
     screen = console.make(quiet=not progress or distributed.current().rank > 0)
     try:

@@ -28,7 +28,10 @@ from torch.overrides import TorchFunctionMode
 from kdkernels.noise.shards import rows_of_batch
 from kdkernels.train import TrainError
 
-__all__ = ["Ranks", "current", "engine", "first_to_say", "like", "was_cut", "whole"]
+__all__ = ["PARALLEL", "Ranks", "current", "engine", "first_to_say", "like", "was_cut", "whole"]
+
+PARALLEL = ("ddp", "fsdp2")
+"""DistributedDataParallel, or fully_shard: each rank keeps its share of weights and moments."""
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -173,8 +176,8 @@ def engine(model: nn.Module, parallel: str, device: torch.device, skips: bool = 
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0:
             raise TrainError(
-                f"parallel fsdp2 requires parameters of at least one dimension, and {name} has "
-                "none: use parallel ddp"
+                f"--parallel fsdp2 requires parameters of at least one dimension, and {name} has "
+                "none: use --parallel ddp"
             )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import kdkernels
-from kdkernels import info
 from kdkernels.train import TrainError, distributed
 from kdkernels.train.data import Images
 from kdkernels.train.run_folder import RunFolder, load_state, state_of, weights
@@ -94,20 +93,20 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise TrainError("device cuda: torch sees no CUDA device; use device cpu")
+        raise TrainError("--device cuda: torch sees no CUDA device; use --device cpu")
     if name == "cuda":
         ranks = distributed.current()
         if ranks.local >= torch.cuda.device_count():
             raise TrainError(
                 f"this machine has {torch.cuda.device_count()} GPUs, too few for its ranks: "
-                "lower --nproc-per-node, or use device cpu"
+                "lower --nproc-per-node, or use --device cpu"
             )
         name = f"cuda:{ranks.local}" if ranks.world > 1 else name
         row = torch.zeros(1, 2, device=name)
         try:
             kdkernels.distillation_loss(row, row)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise TrainError(f"device cuda: {str(error).splitlines()[0]}") from None
+            raise TrainError(f"--device cuda: {str(error).splitlines()[0]}") from None
     return torch.device(name)
 
 
@@ -292,7 +291,7 @@ class Learner:
         twin: the same loss by other means, asked at each step for the same logits, off the clock;
             what it says stands beside the loss in the metrics.
         checkpoint_every: steps between checkpoints within an epoch; None: at its end only.
-        parallel: ``"ddp"`` or ``"fsdp2"``, how several ranks train; they are those of
+        parallel: one of ``distributed.PARALLEL``, how several ranks train; they are those of
             :func:`kdkernels.train.distributed.current`. ``model`` stays whole on each rank, with
             the weights of the last checkpoint or epoch's end.
         skips: as :func:`kdkernels.train.distributed.engine` has it.
@@ -337,7 +336,7 @@ class Learner:
         if self.ranks.world > 1 and self.parallel == "fsdp2" and self.noise.place == "regularizer":
             raise TrainError(
                 "the noise regularizer differentiates gradients, which FSDP2 does not: use "
-                "parallel ddp"
+                "--parallel ddp"
             )
         self.engine = distributed.engine(self.model, self.parallel, self.device, self.skips)
         self.parameters = list(self.engine.parameters())
@@ -471,16 +470,72 @@ class Learner:
                 was saved), or batches that are not those of the checkpoint's unfinished epoch, or
                 too small for the ranks.
         """
+        ranks = self.ranks
         self._begin(batches)
-        watch = info.Others()
         clock = _Clock(self.device, self.seconds)
         view = train.view_of(self.epoch)
         for index in batches[self.within :]:
-            loss, twin = self._step(train, index, view, clock)
-            loss, twin, wished = self.ranks.sum([loss, twin, interrupt.wished])
-            self._log_step(folder, loss / self.ranks.world, twin / self.ranks.world)
+            clock.start()
+            rows = ranks.share(len(index))
+            own = index[rows]
+            # DDP and FSDP2 average gradients over ranks, and shares may differ in length.
+            weight = len(own) * ranks.world / len(index)
+            clean, labels = train.batch(own, self.memory_format, view)
+            inputs = self.noise.on_input(clean, self.step, rows.start)
+            clock.lap("data")
+            taught = None if self.predict is None else self.predict(clean, own, view)
+            clock.lap("teacher")
+            outputs: Any = None
+
+            def objective(inputs=inputs, taught=taught, labels=labels, index=index, weight=weight):
+                nonlocal outputs
+                with ranks.batch(len(index)):
+                    outputs = self._outputs(inputs)
+                clock.lap("student forward")
+                loss = self.loss(outputs, taught, labels)
+                return loss if weight == 1 else loss * weight
+
+            with self.noise.on_parameters(self.parameters, self.step):
+                loss = self.noise.on_loss(objective, self.parameters, self.step)
+                clock.lap("loss")
+                loss.backward()
+                clock.lap("backward")
+            if self.schedule is not None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.lr * self.schedule(self.step)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            clock.lap("optimizer")
+
+            twin = 0.0
+            if self.twin is not None:
+                twin = self.twin(outputs.detach(), taught, labels).item() * weight
+            value, twin, wished = ranks.sum([loss.item(), twin, interrupt.wished])
+            value, twin = value / ranks.world, twin / ranks.world
+            self.step += 1
+            self.within += 1
+            self.losses.append(value)
+            finite = math.isfinite(value)
+            shown = value if finite else str(value)  # JSON has no NaN
+            line = {"kind": "step", "learner": self.name, "step": self.step, "loss": shown}
+            if self.twin is not None and math.isfinite(twin):
+                line["twin"] = twin
+            folder.log(**line)
+            # What the step made would otherwise lie beside what the next one makes.
+            del outputs, taught, loss, objective
             on_step()
-            self._check_loss(folder)
+            if not finite:
+                kept = folder.path / "checkpoints" / f"{self.name}.safetensors"
+                where = (
+                    f"its last checkpoint is {kept}"
+                    if kept.exists()
+                    else "it has no checkpoint yet"
+                )
+                raise TrainError(
+                    f"the loss of {self.name} is {value} at step {self.step}: {where}; a smaller "
+                    "--lr may help",
+                    status=1,
+                )
             due = self.checkpoint_every is not None and self.step % self.checkpoint_every == 0
             if wished or (due and self.within < len(batches)):
                 self._keep_random()
@@ -490,73 +545,6 @@ class Learner:
                     f"interrupted, and saved: continue with --resume {folder.path}",
                     status=interrupt.status,
                 )
-        # Of several ranks each is another's other work.
-        return self._end(folder, watch.share() if self.ranks.world == 1 else None)
-
-    def _step(
-        self, train: Samples, index: torch.Tensor, view: int | None, clock: _Clock
-    ) -> tuple[float, float]:
-        """One step of training on this rank's share of a batch; its loss, and the twin's."""
-        ranks = self.ranks
-        clock.start()
-        rows = ranks.share(len(index))
-        own = index[rows]
-        # DDP and FSDP2 average gradients over ranks, and shares may differ in length.
-        weight = len(own) * ranks.world / len(index)
-        clean, labels = train.batch(own, self.memory_format, view)
-        inputs = self.noise.on_input(clean, self.step, rows.start)
-        clock.lap("data")
-        taught = None if self.predict is None else self.predict(clean, own, view)
-        clock.lap("teacher")
-        outputs: Any = None
-
-        def objective():
-            nonlocal outputs
-            with ranks.batch(len(index)):
-                outputs = self._outputs(inputs)
-            clock.lap("student forward")
-            loss = self.loss(outputs, taught, labels)
-            return loss if weight == 1 else loss * weight
-
-        with self.noise.on_parameters(self.parameters, self.step):
-            loss = self.noise.on_loss(objective, self.parameters, self.step)
-            clock.lap("loss")
-            loss.backward()
-            clock.lap("backward")
-        if self.schedule is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * self.schedule(self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        clock.lap("optimizer")
-        if self.twin is None:
-            return loss.item(), 0.0
-        return loss.item(), self.twin(outputs.detach(), taught, labels).item() * weight
-
-    def _log_step(self, folder: RunFolder, loss: float, twin: float) -> None:
-        self.step += 1
-        self.within += 1
-        self.losses.append(loss)
-        shown = loss if math.isfinite(loss) else str(loss)  # JSON has no NaN
-        line = {"kind": "step", "learner": self.name, "step": self.step, "loss": shown}
-        if self.twin is not None and math.isfinite(twin):
-            line["twin"] = twin
-        folder.log(**line)
-
-    def _check_loss(self, folder: RunFolder) -> None:
-        """That the last step's loss is finite."""
-        if math.isfinite(self.losses[-1]):
-            return
-        kept = folder.path / "checkpoints" / f"{self.name}.safetensors"
-        where = f"its last checkpoint is {kept}" if kept.exists() else "it has no checkpoint yet"
-        raise TrainError(
-            f"the loss of {self.name} is {self.losses[-1]} at step {self.step}: {where}; a smaller "
-            "lr may help",
-            status=1,
-        )
-
-    def _end(self, folder: RunFolder, others: float | None) -> float:
-        """Test, write the epoch's line and a checkpoint; its seconds of training."""
         self._keep_random()
         self._gather()
         self.epoch += 1
@@ -564,14 +552,20 @@ class Learner:
         self.measures = self.evaluate(self.model)
         norms = [] if self.gradient_noise is None else self.gradient_noise.norms()
         folder.log(
-            sync=True, kind="epoch", learner=self.name, epoch=self.epoch, step=self.step,
-            loss=sum(self.losses) / len(self.losses), **self.measures,
-            lr=self.optimizer.param_groups[0]["lr"], phases=self.seconds,
-            seconds=sum(self.seconds.values()), others=others,
+            sync=True,
+            kind="epoch",
+            learner=self.name,
+            epoch=self.epoch,
+            step=self.step,
+            loss=sum(self.losses) / len(self.losses),
+            **self.measures,
+            lr=self.optimizer.param_groups[0]["lr"],
+            phases=self.seconds,
+            seconds=sum(self.seconds.values()),
             test_seconds=time.perf_counter() - began,
             **({"noise_to_gradient": norms[0].ratio} if norms and norms[0].gradient > 0 else {}),
-        )  # fmt: skip
-        spent = self.ranks.first(lambda: sum(self.seconds.values()))
+        )
+        spent = ranks.first(lambda: sum(self.seconds.values()))
         self.within, self.losses = 0, []
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.save(folder)
@@ -594,7 +588,7 @@ class Learner:
         if least < self.ranks.world:
             raise TrainError(
                 f"a batch of {least} samples is too small for {self.ranks.world} ranks: choose "
-                "another batch_size or train_samples, or start fewer ranks"
+                "another --batch-size or --train-samples, or start fewer ranks"
             )
         sizes = zlib.crc32(repr([len(index) for index in batches]).encode())
         order = zlib.crc32(torch.cat(batches).cpu().numpy().tobytes(), sizes)

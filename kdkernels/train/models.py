@@ -31,7 +31,7 @@ def _read(name: str, weights: str) -> dict[str, torch.Tensor]:
             place = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
             raise TrainError(
                 f"{name}'s ImageNet weights could not be downloaded from {published.url} "
-                f"({reason}): put that file at {place}, or use teacher_weights none"
+                f"({reason}): put that file at {place}, or use --teacher-weights none"
             ) from None
     weights = os.path.expanduser(weights)
     try:
@@ -182,7 +182,7 @@ def build(name: str, classes: int, size: int, weights: str = "none") -> tuple[nn
     if weights == "DEFAULT" and (own or size <= SMALL):
         raise TrainError(
             f"ImageNet weights are of torchvision's models and need an image size above {SMALL}: "
-            "below, the first layer is another one; give image_size 224 or teacher_weights none"
+            "below, the first layer is another one; give --image-size 224 or --teacher-weights none"
         )
     what, wanted = f"the weights {weights}", model.state_dict()
     state = _fitted(_read(name, weights), wanted, what)

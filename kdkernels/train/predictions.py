@@ -54,7 +54,7 @@ def views_of(images: Images) -> list[int | None]:
     if images.views is None:
         raise TrainError(
             "each epoch augments the images anew, so that the teacher's predictions cannot be made "
-            "once: give views N for N views in turn, or arms that ask the teacher at each step"
+            "once: give --views N for N views in turn, or arms that ask the teacher at each step"
         )
     return list(range(images.views))
 
@@ -214,7 +214,7 @@ def _kept(logits: torch.Tensor, manifest: dict) -> dict[str, torch.Tensor]:
         if logits.isfinite().all():
             raise TrainError(
                 f"a logit of the teacher is {logits.abs().max().item():g}, too large for "
-                f"{manifest['dtype']}: use dtype bfloat16 or float32"
+                f"{manifest['dtype']}: use --dtype bfloat16 or float32"
             )
         raise TrainError("a logit of the teacher is not finite: its weights are of no use")
     return {name: value.cpu() for name, value in found.items()}

@@ -43,11 +43,9 @@ from torch.nn import functional as F
 
 import kdkernels
 from kdkernels import info
-from kdkernels.info import disturbed
-from kdkernels.tools.settings import Bench
 
 __all__ = [
-    "IGNORED", "OURS", "Comparison", "Logits", "dense", "duration", "experiment_1",
+    "IGNORED", "OURS", "Comparison", "Logits", "dense", "disturbed", "duration", "experiment_1",
     "gpt2", "interval", "lines", "machine", "measure", "noise", "optimizer", "plain_loss", "quick",
     "ratio", "record", "resnet18", "slug", "summary", "take_turns", "top_k", "training_logits",
 ]  # fmt: skip
@@ -163,6 +161,16 @@ def take_turns(
         if collecting:
             gc.enable()
     return rounds
+
+
+def _others() -> float | None:
+    """Processor seconds that were not this process's, stolen ones included; None: not Linux."""
+    try:
+        spent = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
+    except (OSError, ValueError):
+        return None
+    idle, waiting = spent[3:5]
+    return (sum(spent) - idle - waiting) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 @contextlib.contextmanager
@@ -298,9 +306,11 @@ def measure(comparison: Comparison, seconds: float = 8.0, least: int = 7) -> dic
     calls = {name: calls[name] for name in (base, *others)}
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     began = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    watch = info.Others()
+    before, start = _others(), time.perf_counter()
     rounds = take_turns(calls, seconds, least, comparison.before)
-    others = watch.share()
+    processors = (os.cpu_count() or 1) * (time.perf_counter() - start)
+    after = _others()
+    others = None if before is None or after is None else max(0.0, (after - before) / processors)
     if torch.get_num_threads() != threads:
         raise RuntimeError(f"{comparison.title}: a case has changed the number of threads")
     cases = summary(
@@ -379,9 +389,15 @@ HEAD = (
 )
 
 
+def disturbed(result: dict) -> str:
+    """Says so where other work had more than 5 % of the processors' time; else empty."""
+    others = result["others"] or 0.0
+    return f"(disturbed: other work had {others:.0%} of the processors)" * (others > 0.05)
+
+
 def lines(result: dict) -> list[str]:
     """A result as lines of a terminal, below ``HEAD``."""
-    shown = [" ".join(filter(None, (result["title"], disturbed(result["others"]))))]
+    shown = [" ".join(filter(None, (result["title"], disturbed(result))))]
     for number, (name, case) in enumerate(result["cases"].items()):
         middle, low, high = case["faster"]
         line = f"  {name:34}{duration(case['median']):>9}  "
@@ -739,7 +755,7 @@ def optimizer(kind: str, name: str, sizes: list[int]) -> Comparison:
 
 def experiment_1(replicas: int | None = None, steps: int = 1000) -> Comparison:
     """Experiment 1's regression by its three paths; with many replicas at once too, if given."""
-    from kdkernels.experiments.soft_regression import make_data, numpy_path, stationary, torch_path
+    from kdkernels.train.soft_regression import make_data, numpy_path, stationary, torch_path
 
     x, y, theta = make_data()
     x32, y32, theta32 = (torch.from_numpy(v).float() for v in (x, y, theta))
@@ -851,21 +867,3 @@ def quick(
         torch.set_num_threads(before)
         if file:
             file.close()
-
-
-def command(_: str, given: dict[str, Any]) -> int:
-    """``kdkernels bench``."""
-    settings = Bench(**given)
-    if not settings.quick:
-        print(
-            "kdkernels bench: give --quick for a table in a minute; the whole suite is "
-            "`make bench` in kdkernels' source folder",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        quick(settings.threads, settings.json)
-    except OSError as error:
-        print(f"kdkernels bench: cannot write {settings.json}: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0

@@ -3,13 +3,14 @@
 A small GPT learns from a larger one over byte-pair tokens: for each of N tokens of a batch the loss
 reads 2 V logits, V = 32,000, and V is larger than everything else in the model. The teacher is
 trained or loaded first. The arms start from the same student and see the same batches; they differ
-only in what the table ``LM_ARMS`` says, and take turns epoch by epoch. All of them, the reference
+only in what the table ``ARMS`` says, and take turns epoch by epoch. All of them, the reference
 too, step with Adam's fused kernel.
 """
 
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -28,9 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kdkernels
-from kdkernels.experiments import text
-from kdkernels.experiments.settings import LM_ARMS, LanguageModel, LmArm
-from kdkernels.train import TrainError
+from kdkernels.train import TrainError, text
 from kdkernels.train.distillation import apart, plain_loss
 from kdkernels.train.loop import (
     PHASES,
@@ -43,8 +42,51 @@ from kdkernels.train.loop import (
 )
 from kdkernels.train.run_folder import RunFolder
 
-__all__ = ["GPT", "operations", "results", "run", "traffic"]
+__all__ = ["ARMS", "GPT", "Arm", "Settings", "operations", "results", "run", "traffic"]
 
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What one arm does.
+
+    Attributes:
+        about: in words.
+        loss: ``"plain"`` and ``"compiled"`` (PyTorch's own functions on logits), ``"dense"``,
+            ``"top k"`` (kdkernels' losses of logits, in place) or ``"linear"`` (of hidden states
+            and heads).
+        kept: what the teacher says of a token is computed once, before the first epoch, and kept.
+        exact: the loss is the reference's but for rounding.
+    """
+
+    about: str
+    loss: str
+    kept: bool = False
+    exact: bool = True
+
+    @property
+    def passes(self) -> int | None:
+        """How often the loss reads or writes a tensor of ``[N, V]``; None: see :func:`traffic`."""
+        return {"dense": 3, "top k": 2, "linear": 0}.get(self.loss)
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """The parts of :func:`operations` that its steps compute."""
+        teacher = ("teacher body", "teacher head")
+        spared = () if not self.kept else teacher[:1] if self.loss == "linear" else teacher
+        return ("student body", "student head", *(part for part in teacher if part not in spared))
+
+
+ARMS = {
+    "reference": Arm("F.kl_div, F.log_softmax and F.cross_entropy of [N, V] logits", "plain"),
+    "compiled": Arm("the reference's loss under torch.compile", "compiled"),
+    "dense": Arm("kdkernels.distillation_loss in place", "dense"),
+    "topk": Arm(
+        "kdkernels.topk_distillation_loss in place, of the teacher's largest logits, kept once",
+        "top k", kept=True, exact=False,
+    ),
+    "linear": Arm("kdkernels.linear_distillation_loss of hidden states and heads", "linear"),
+    "full": Arm("linear, with the teacher's hidden states kept once", "linear", kept=True),
+}  # fmt: skip
 
 TURN = 50
 """Steps of the teacher's between checkpoints."""
@@ -53,6 +95,71 @@ TURN = 50
 # rounding only, which training magnifies from step to step.
 FIRST_STEPS = 1e-4
 AGREE = {"loss": 1e-5, "gradient": 1e-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What experiment 4 is asked for; the command's options, with their defaults.
+
+    Attributes:
+        text: a file or a folder, see :func:`kdkernels.train.text.documents`; None is the standard
+            library's sources.
+        vocabulary: V, entries of the byte-pair vocabulary.
+        context: tokens a window.
+        batch_size: windows a step.
+        student_width, student_layers, teacher_width, teacher_layers: of the two GPTs; a width is
+            below 64 or a multiple of it, 64 being a head's.
+        lr: Adam's learning rate, for the teacher and every arm; there is no warm-up and no
+            clipping, and with 1e-3 the loss jumps at single steps.
+        temperature: of the soft targets, > 0.
+        alpha: weight of the soft targets, 0..1; the next tokens have 1 - alpha.
+        k: largest classes of a token's teacher that the arm topk keeps.
+        epochs: of each arm, over its windows.
+        teacher_steps: of the teacher; None is 300, or 0 for a loaded one.
+        teacher_weights: ``"none"``, or a .safetensors file such as an earlier run's
+            checkpoints/teacher.safetensors.
+        train_samples: windows that the arms learn from, drawn at random; None is all.
+        test_samples: held-out windows that are tested on, drawn at random; None is all.
+        seed: of initial weights, windows and batches.
+        arms: names from ``ARMS``.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        threads: CPU threads; None is torch's choice.
+    """
+
+    text: str | None = None
+    vocabulary: int = 32_000
+    context: int = 128
+    batch_size: int = 8
+    student_width: int = 256
+    student_layers: int = 4
+    teacher_width: int = 384
+    teacher_layers: int = 6
+    lr: float = 5e-4
+    temperature: float = 2.0
+    alpha: float = 0.5
+    k: int = 64
+    epochs: int = 3
+    teacher_steps: int | None = None
+    teacher_weights: str = "none"
+    train_samples: int | None = 240
+    test_samples: int | None = 64
+    seed: int = 0
+    arms: tuple[str, ...] = ("reference", "dense", "topk", "linear", "full")
+    device: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self):
+        for name in ("student_width", "teacher_width"):
+            if getattr(self, name) > 64 and getattr(self, name) % 64:
+                option = name.replace("_", "-")
+                raise TrainError(
+                    f"--{option} {getattr(self, name)}: it takes a multiple of 64, or less than 64"
+                )
+        if self.k > self.vocabulary:
+            raise TrainError(f"--k {self.k} is more than the {self.vocabulary} of --vocabulary")
+        if self.teacher_steps is None:
+            steps = 300 if self.teacher_weights == "none" else 0
+            object.__setattr__(self, "teacher_steps", steps)
 
 
 class _Block(nn.Module):
@@ -185,7 +292,7 @@ class _Peak:
 # ---- how much work a step is ---------------------------------------------------------------------
 
 
-def operations(settings: LanguageModel, vocabulary: int) -> dict[str, float]:
+def operations(settings: Settings, vocabulary: int) -> dict[str, float]:
     """Floating-point operations of the matrix products of one step, by part.
 
     A product of ``[n, k]`` and ``[k, m]`` is 2 n k m; backward is twice the forward pass; of
@@ -223,7 +330,7 @@ class _Passes(TorchDispatchMode):
         return found
 
 
-def traffic(settings: LanguageModel, vocabulary: int) -> int:
+def traffic(settings: Settings, vocabulary: int) -> int:
     """How often the reference's loss and its gradient read or write a tensor of ``[N, V]``.
 
     Counted on a few rows, op by op: each op reads and writes each of its tensors once.
@@ -243,7 +350,7 @@ def traffic(settings: LanguageModel, vocabulary: int) -> int:
 # ---- the experiment ------------------------------------------------------------------------------
 
 
-def _loss(arm: LmArm, student: GPT, expert: GPT, settings: LanguageModel) -> Loss:
+def _loss(arm: Arm, student: GPT, expert: GPT, settings: Settings) -> Loss:
     soft: dict[str, Any] = {"temperature": settings.temperature, "alpha": settings.alpha}
     if arm.loss in ("plain", "compiled"):
         plain = torch.compile(plain_loss, dynamic=False) if arm.loss == "compiled" else plain_loss
@@ -264,7 +371,7 @@ def _loss(arm: LmArm, student: GPT, expert: GPT, settings: LanguageModel) -> Los
     )
 
 
-def _asked(arm: LmArm, expert: GPT, settings: LanguageModel) -> Callable:
+def _asked(arm: Arm, expert: GPT, settings: Settings) -> Callable:
     """What the teacher says of windows ``[b, c]``: logits, the k largest of them, or hidden states,
     by name.
     """
@@ -289,10 +396,7 @@ def _packed(said: dict[str, torch.Tensor]):
 
 
 def run(
-    settings: LanguageModel,
-    folder: RunFolder,
-    on_step: Callable[[str, int, int], None],
-    say: Callable,
+    settings: Settings, folder: RunFolder, on_step: Callable[[str, int, int], None], say: Callable
 ) -> None:
     """Run experiment 4, or what is left of it; everything it finds goes to the folder.
 
@@ -304,16 +408,14 @@ def run(
 
     Raises:
         TrainError: see :meth:`kdkernels.train.loop.Learner.train_epoch`,
-            :func:`kdkernels.experiments.text.load`, and the teacher's weights.
+            :func:`kdkernels.train.text.load`, and the teacher's weights.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainError("distill-lm runs in one process: start it without torchrun")
     device = choose_device(settings.device)
     try:
         with reproducible(settings.seed, settings.threads), Interrupt() as interrupt:
-            one = _Run(settings, folder, device, interrupt, on_step, say)
-            one.teach()
-            one.arms()
+            _run(settings, folder, device, interrupt, on_step, say)
     finally:
         folder.close()
 
@@ -323,192 +425,173 @@ def _given(model: GPT, path: str, digest: str) -> None:
     state_dict, of which nobody knows.
     """
     if not Path(path).exists():
-        raise TrainError(f"teacher_weights {path}: there is no such file")
+        raise TrainError(f"--teacher-weights {path}: there is no such file")
     run = Path(path).absolute().parent.parent / "language_model.json"
     if run.exists() and json.loads(run.read_text()).get("digest") != digest:
         raise TrainError(
-            f"teacher_weights {path} learned another text or vocabulary: its tokens mean others"
+            f"--teacher-weights {path} learned another text or vocabulary: its tokens mean others"
         )
     try:
         found = {name.removeprefix("model."): value for name, value in load_file(path).items()}
     except (SafetensorError, OSError) as error:
-        raise TrainError(f"teacher_weights {path} cannot be read: {error}") from None
+        raise TrainError(f"--teacher-weights {path} cannot be read: {error}") from None
     for name, weight in model.state_dict().items():
         shape = tuple(found[name].shape) if name in found else None
         if shape != tuple(weight.shape):
             what = "no such tensor" if shape is None else f"one of {list(shape)}"
             raise TrainError(
-                f"teacher_weights {path} is of another model: {name} should be "
+                f"--teacher-weights {path} is of another model: {name} should be "
                 f"{list(weight.shape)}, and the file has {what}"
             )
         with torch.no_grad():
             weight.copy_(found[name])
 
 
-class _Run:
-    """A run under way: the text, the teacher, and what the arms share."""
+def _run(settings, folder, device, interrupt, on_step, say):
+    everything, held, tokenizer = text.load(
+        settings.text, settings.vocabulary, settings.context, device, say
+    )
+    vocabulary = tokenizer.get_vocab_size()
+    if settings.k > vocabulary:
+        raise TrainError(f"--k {settings.k} is more than the vocabulary's {vocabulary} entries")
+    train = everything.sample(settings.train_samples, settings.seed)
+    held = held.sample(settings.test_samples, settings.seed)
 
-    def __init__(self, settings: LanguageModel, folder, device, interrupt, on_step, say):
-        self.settings, self.folder, self.device = settings, folder, device
-        self.interrupt, self.on_step, self.say = interrupt, on_step, say
-        self.everything, held, tokenizer = text.load(
-            settings.text, settings.vocabulary, settings.context, device, say
-        )
-        self.vocabulary = tokenizer.get_vocab_size()
-        if settings.k > self.vocabulary:
-            raise TrainError(
-                f"k is {settings.k}; the vocabulary of this text has {self.vocabulary} entries"
-            )
-        self.train = self.everything.sample(settings.train_samples, settings.seed)
-        self.held = held.sample(settings.test_samples, settings.seed)
-        started = folder.read_json("language_model.json")
-        if started is not None and started["digest"] != self.train.digest:
-            raise TrainError("the text is not what it was when this run began: start a new one")
-        self.expert = self.made(settings.seed, settings.teacher_width, settings.teacher_layers)
-        self.start = self.made(settings.seed + 1, settings.student_width, settings.student_layers)
-        if settings.teacher_weights != "none" and folder.load("teacher") is None:
-            _given(self.expert, settings.teacher_weights, self.train.digest)
-        folder.begin()
-        if started is None:
-            folder.write_json("language_model.json", self.work())
-
-    def work(self) -> dict[str, Any]:
-        """What the run learns from and computes, as JSON."""
-        return {
-            "digest": self.train.digest, "vocabulary": self.vocabulary,
-            "text_tokens": len(self.everything.tokens),
-            "windows": len(self.train), "held_out_windows": len(self.held),
-            "teacher_parameters": sum(p.numel() for p in self.expert.parameters()),
-            "student_parameters": sum(p.numel() for p in self.start.parameters()),
-            "operations": operations(self.settings, self.vocabulary),
-            "passes": traffic(self.settings, self.vocabulary),
-        }  # fmt: skip
-
-    def made(self, seed: int, width: int, layers: int) -> GPT:
-        torch.manual_seed(seed)
-        return GPT(self.vocabulary, self.settings.context, width, layers)
-
-    def tested(self, batches, peak: _Peak | None = None) -> Callable:
+    def tested(batches, peak=None):
         """What an epoch of these batches adds to its line of the metrics."""
 
         def evaluate(model):
-            found = held_out(model, self.held, self.settings.batch_size)
-            found["tokens"] = sum(map(len, batches)) * self.settings.context
+            found = held_out(model, held, settings.batch_size)
+            found["tokens"] = sum(map(len, batches)) * settings.context
             return found if peak is None else found | {"peak_bytes": peak.bytes}
 
         return evaluate
 
-    def line(self, learner: Learner, when: str) -> None:
-        self.say(
+    def line(learner, when):
+        say(
             f"{learner.name}: {when}, held-out loss {learner.measures['held_out_loss']:.3f}, "
             f"perplexity {learner.measures['perplexity']:,.0f}"
         )
 
-    def batches(self, number: int, samples=None) -> list[torch.Tensor]:
-        count = len(self.train if samples is None else samples)
-        size, seed = self.settings.batch_size, self.settings.seed
-        return epoch_batches(count, size, seed, number, self.device)
+    started = folder.read_json("language_model.json")
+    if started is not None and started["digest"] != train.digest:
+        raise TrainError("the text is not what it was when this run began: start a new one")
 
-    def teach(self) -> None:
-        """Train the teacher for what is left of its steps."""
-        settings = self.settings
-        teacher = Learner(
-            "teacher", self.expert.to(self.device),
-            lambda logits, _, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten()),
-            None, self.tested(()), settings.lr, settings.seed, tuned=True,
+    def made(seed, width, layers):
+        torch.manual_seed(seed)
+        return GPT(vocabulary, settings.context, width, layers)
+
+    model = made(settings.seed, settings.teacher_width, settings.teacher_layers)
+    start = made(settings.seed + 1, settings.student_width, settings.student_layers)
+    if settings.teacher_weights != "none" and folder.load("teacher") is None:
+        _given(model, settings.teacher_weights, train.digest)
+    folder.begin()
+    if started is None:
+        folder.write_json(
+            "language_model.json",
+            {
+                "digest": train.digest, "vocabulary": vocabulary,
+                "text_tokens": len(everything.tokens),
+                "windows": len(train), "held_out_windows": len(held),
+                "teacher_parameters": sum(p.numel() for p in model.parameters()),
+                "student_parameters": sum(p.numel() for p in start.parameters()),
+                "operations": operations(settings, vocabulary),
+                "passes": traffic(settings, vocabulary),
+            },
         )  # fmt: skip
-        teacher.load(self.folder)
-        steps = settings.teacher_steps or 0  # None only until the settings are made
-        a_pass = len(self.batches(0, self.everything))
-        while teacher.epoch < math.ceil(steps / TURN):
-            # The text may be shorter than all steps: then it is gone over again, in another order.
-            begin, batches = teacher.epoch * TURN, []
-            end = min(begin + TURN, steps)
-            for number in range(begin // a_pass, (end - 1) // a_pass + 1):
-                first = number * a_pass
-                these = self.batches(number, self.everything)
-                batches += these[max(begin - first, 0) : end - first]
-            teacher.evaluate = self.tested(batches)
-            teacher.train_epoch(
-                self.everything, batches, self.folder, self.interrupt,
-                lambda: self.on_step("teacher", teacher.step, steps),
-            )  # fmt: skip
-            self.line(teacher, f"step {teacher.step} of {steps}")
-        if not teacher.measures:
-            teacher.measures = teacher.evaluate(teacher.model)
-            self.line(teacher, "as it is")
-        teacher.save(self.folder, optimizer=False)
-        self.expert.eval().requires_grad_(False)
+    teacher = Learner(
+        "teacher", model.to(device),
+        lambda logits, _, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten()),
+        None, tested(()), settings.lr, settings.seed, tuned=True,
+    )  # fmt: skip
+    teacher.load(folder)
+    turns = math.ceil(settings.teacher_steps / TURN)
+    while teacher.epoch < turns:
+        # The text may be shorter than all steps: then it is gone over again, in another order.
+        begin, batches = teacher.epoch * TURN, []
+        end = min(begin + TURN, settings.teacher_steps)
+        a_pass = len(epoch_batches(len(everything), settings.batch_size, 0, 0, "cpu"))
+        for number in range(begin // a_pass, (end - 1) // a_pass + 1):
+            these = epoch_batches(
+                len(everything), settings.batch_size, settings.seed, number, device
+            )
+            first = number * a_pass
+            batches += these[max(begin - first, 0) : end - first]
+        teacher.evaluate = tested(batches)
+        teacher.train_epoch(
+            everything, batches, folder, interrupt,
+            lambda: on_step("teacher", teacher.step, settings.teacher_steps),
+        )  # fmt: skip
+        line(teacher, f"step {teacher.step} of {settings.teacher_steps}")
+    if not teacher.measures:
+        teacher.measures = teacher.evaluate(teacher.model)
+        line(teacher, "as it is")
+    teacher.save(folder, optimizer=False)
+    expert = model.eval().requires_grad_(False)
+    teacher.optimizer.state.clear()
 
-    def kept(self, arm: LmArm) -> tuple[dict[str, torch.Tensor], float]:
-        """The teacher's output for all windows, made once, and the seconds that took."""
+    def kept(arm: Arm) -> tuple[dict[str, torch.Tensor], float]:
+        """What the teacher says of all windows, made once, and the seconds that took."""
         name = "teacher-" + ("topk" if arm.loss == "top k" else "hidden")
-        found = self.folder.load(name)
+        found = folder.load(name)
         if found is None:
-            settings, parts = self.settings, []
-            ask = _asked(arm, self.expert, settings)
+            ask, parts = _asked(arm, expert, settings), []
             began = time.perf_counter()
-            for index in torch.arange(len(self.train), device=self.device).split(
-                settings.batch_size
-            ):
-                parts.append({k: v.cpu() for k, v in ask(self.train.batch(index)[0]).items()})
+            for index in torch.arange(len(train), device=device).split(settings.batch_size):
+                parts.append({k: v.cpu() for k, v in ask(train.batch(index)[0]).items()})
             rows = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             state = {"seconds": time.perf_counter() - began}
             if arm.loss == "top k":
                 inside = (rows["values"].float() / settings.temperature).logsumexp(-1)
                 state["share"] = (inside - rows["logsumexp"]).exp().mean().item()
-            self.folder.save(name, rows, state)
+            folder.save(name, rows, state)
             found = rows, state
         return found[0], found[1]["seconds"]
 
-    def learner(self, name: str, steps: int) -> Learner:
-        """An arm's student, where its checkpoint left it."""
-        arm, settings = LM_ARMS[name], self.settings
-        student = copy.deepcopy(self.start).to(self.device)
+    batches = [
+        epoch_batches(len(train), settings.batch_size, settings.seed, number, device)
+        for number in range(settings.epochs)
+    ]
+    steps = sum(len(found) for found in batches)
+    learners = []
+    for name in settings.arms:
+        arm = ARMS[name]
+        student = copy.deepcopy(start).to(device)
         student.bare = arm.loss == "linear"
-        ask, took = _asked(arm, self.expert, settings), 0.0
-
-        def predict(tokens, index, view):
-            return _packed(ask(tokens))
-
+        ask, took = _asked(arm, expert, settings), 0.0
+        predict = lambda tokens, index, view, ask=ask: _packed(ask(tokens))  # noqa: E731
         if arm.kept:
-            rows, took = self.kept(arm)
-
-            def predict(tokens, index, view):
-                return _packed({k: v[index.cpu()].to(self.device) for k, v in rows.items()})
-
+            rows, took = kept(arm)
+            predict = lambda tokens, index, view, rows=rows: _packed(  # noqa: E731
+                {key: value[index.cpu()].to(device) for key, value in rows.items()}
+            )
         learner = Learner(
-            name, student, _loss(arm, student, self.expert, settings), predict, self.tested(()),
+            name, student, _loss(arm, student, expert, settings), predict, tested(()),
             settings.lr, settings.seed + 2, tuned=True,
         )  # fmt: skip
-        learner.load(self.folder)
+        learner.load(folder)
         if learner.step == 0:
             learner.seconds["teacher"] += took
         if arm.loss == "compiled" and learner.step < steps:  # compiles off the clock
-            _asked_once(learner, self.train, self.batches(0)[0])
-        return learner
+            _asked_once(learner, train, batches[0][0])
+        learners.append(learner)
 
-    def arms(self) -> None:
-        """Train the arms in turns, epoch by epoch."""
-        settings, folder = self.settings, self.folder
-        batches = [self.batches(number) for number in range(settings.epochs)]
-        steps = sum(map(len, batches))
-        learners = [self.learner(name, steps) for name in settings.arms]
-        if folder.read_json("agreement.json") is None:
-            folder.write_json("agreement.json", _agreement(learners, self.train, batches[0][0]))
-        for epoch in range(settings.epochs):
-            for learner in learners:
-                if learner.epoch > epoch:
-                    continue
-                peak = _Peak(learner)
+    if folder.read_json("agreement.json") is None:
+        folder.write_json("agreement.json", _agreement(learners, train, batches[0][0]))
 
-                def stepped(learner=learner, peak=peak):
-                    peak.read()
-                    self.on_step(learner.name, learner.step, steps)
+    for epoch in range(settings.epochs):
+        for learner in learners:
+            if learner.epoch > epoch:
+                continue
+            peak = _Peak(learner)
 
-                learner.evaluate = self.tested(batches[epoch], peak)
-                learner.train_epoch(self.train, batches[epoch], folder, self.interrupt, stepped)
-                self.line(learner, f"epoch {learner.epoch} of {settings.epochs}")
+            def stepped(learner=learner, peak=peak):
+                peak.read()
+                on_step(learner.name, learner.step, steps)
+
+            learner.evaluate = tested(batches[epoch], peak)
+            learner.train_epoch(train, batches[epoch], folder, interrupt, stepped)
+            line(learner, f"epoch {learner.epoch} of {settings.epochs}")
 
 
 def _asked_once(learner: Learner, train: text.Text, index: torch.Tensor):
@@ -530,7 +613,7 @@ def _agreement(learners: list[Learner], train: text.Text, index: torch.Tensor) -
     found = {
         learner.name: _asked_once(learner, train, index)
         for learner in learners
-        if LM_ARMS[learner.name].exact and learner.step == 0
+        if ARMS[learner.name].exact and learner.step == 0
     }
     if "reference" not in found:
         return {}
@@ -545,17 +628,6 @@ def _agreement(learners: list[Learner], train: text.Text, index: torch.Tensor) -
         name: {"loss": (abs(loss - base) / base).item(), "gradient": away(others)}
         for name, (loss, others) in found.items()
     }
-
-
-def _curves(folder: RunFolder) -> tuple[dict[str, list], dict[str, list]]:
-    """By learner its losses, a step each, and its epochs' lines."""
-    losses, epochs = {}, {}
-    for line in folder.metrics():
-        if line["kind"] == "step":
-            losses.setdefault(line["learner"], []).append(line["loss"])
-        elif line["kind"] == "epoch":
-            epochs.setdefault(line["learner"], []).append(line)
-    return losses, epochs
 
 
 def results(folder: RunFolder) -> dict | None:
@@ -573,7 +645,12 @@ def results(folder: RunFolder) -> dict | None:
         it), ``work`` (see language_model.json),
         ``models_bytes`` (both models and the student's moments) and ``checks``.
     """
-    losses, epochs = _curves(folder)
+    losses, epochs = {}, {}
+    for line in folder.metrics():
+        if line["kind"] == "step":
+            losses.setdefault(line["learner"], []).append(line["loss"])
+        elif line["kind"] == "epoch":
+            epochs.setdefault(line["learner"], []).append(line)
     work = folder.read_json("language_model.json")
     if work is None or not epochs.keys() - {"teacher"}:
         return None
@@ -594,7 +671,7 @@ def results(folder: RunFolder) -> dict | None:
         }  # fmt: skip
         if name == "teacher":
             continue
-        arm = LM_ARMS[name]
+        arm = ARMS[name]
         passes = work["passes"] if arm.loss == "plain" else arm.passes
         arms[name]["operations"] = sum(work["operations"][part] for part in arm.products)
         arms[name]["logits_bytes"] = None if passes is None else passes * logits
@@ -617,7 +694,7 @@ def results(folder: RunFolder) -> dict | None:
         if base is None or name in ("teacher", "reference"):
             continue
         curves[name] = apart(losses["reference"], losses[name])
-        if not LM_ARMS[name].exact:
+        if not ARMS[name].exact:
             continue
         found = [
             (f"{key} of the first batch, same weights", agreement[name][key], limit)

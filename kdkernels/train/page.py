@@ -1,4 +1,131 @@
-<!doctype html>
+"""How a page looks: its HTML and CSS, the colours of arms, and figures as SVG that follow both.
+
+A page is one file: no scripts, nothing from a network. Its figures are matplotlib's, whose text
+stays text and whose colours become the page's, so that they turn with a dark screen.
+"""
+
+import io
+import re
+from typing import Any
+
+import jinja2
+import markupsafe
+import matplotlib
+from matplotlib.figure import Figure
+
+__all__ = ["COLOURS", "INK", "PHASE_COLOURS", "SIZE", "STYLE", "colour", "png", "render", "svg"]
+
+INK, GRID, PAPER = "#23272e", "#c8cdd5", "#fefefe"
+"""Text and lines, the grid, and what lies behind a figure; the page turns them with the screen."""
+
+# Okabe and Ito's colours, which colour-blind people tell apart; an arm has one wherever it stands.
+GREY, ORANGE, BLUE, SKY, GREEN, PINK, AMBER, RED = (
+    "#7a7f87", "#d55e00", "#0072b2", "#4aa3df", "#009e73", "#c2629b", "#c98a00", "#c1121f",
+)  # fmt: skip
+COLOURS = {
+    "alone": GREY, "reference": ORANGE, "fused": BLUE, "cached": SKY, "full": GREEN,
+    "noisy": PINK, "teacher": AMBER, "control": INK,
+    "numpy": GREY, "torch": ORANGE,
+    "none": GREY, "input": BLUE, "gradient": ORANGE, "parameter": GREEN, "regularizer": PINK,
+    "compiled": GREY, "dense": BLUE, "topk": PINK, "linear": SKY,
+}  # fmt: skip
+PHASE_COLOURS = ("#a9afb8", "#aa4499", "#44aa99", "#d1372c", "#4477aa", "#c9b458")
+"""Of :data:`kdkernels.train.loop.PHASES`, in their order."""
+
+_DARK = {
+    GREY: "#a0a6b0", ORANGE: "#ff8a3c", BLUE: "#4da3e8", SKY: "#9ad4ff", GREEN: "#2fc79a",
+    PINK: "#ec93c6", AMBER: "#e8b13a", RED: "#ff6b6b", "#aa4499": "#cf77c0", "#4477aa": "#6f9fd8",
+    "#d1372c": "#f0665c",
+}  # fmt: skip
+SIZE = (4.8, 3.3)
+"""Inches of a figure that keeps its letters' size on a phone; two stand beside each other on a
+desk. A wider one is scrolled on a phone."""
+
+STYLE: dict[Any, Any] = {
+    "font.size": 9.5, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.6, "grid.linewidth": 0.6,
+    "grid.color": GRID, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
+    "axes.linewidth": 0.7, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
+    "legend.fontsize": 8, "figure.dpi": 130, "svg.fonttype": "none",
+}  # fmt: skip
+"""matplotlib's settings for every figure; draw within ``matplotlib.rc_context(STYLE)``."""
+
+
+def colour(learner: str) -> str:
+    """The colour of an arm; ``full-g2``, its second generation, and ``full-7``, seed 7, have it."""
+    return COLOURS.get(learner, COLOURS.get(learner.split("-")[0], GREY))
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a picture, on white."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def svg(figure: Figure, name: str) -> markupsafe.Markup:
+    """A figure to stand in a page.
+
+    Args:
+        figure: text and lines in ``INK``, arms in ``COLOURS``.
+        name: goes before the ids inside, which a page must not have twice.
+    """
+    picture = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None})
+    text = picture.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.S)
+    text = re.sub(r' (?:xmlns(?::xlink)?|version)="[^"]*"', "", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{name.replace("_", " ")}"', 1)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    # Coordinates to a hundredth of a point; what stands between the tags is for people.
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)
+    text = re.sub(r"\n\s*", "\n", text)
+    for light, name in _PAGE_COLOURS.items():
+        text = text.replace(light, f"var({name})")
+    return markupsafe.Markup(text)
+
+
+_PAGE_COLOURS = {INK: "--ink", GRID: "--grid", PAPER: "--card"} | {
+    light: f"--c{light[1:]}" for light in _DARK
+}
+
+
+_LEARNER = re.compile(rf"({'|'.join(COLOURS)})(-g\d+)?$")
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or re.match(r"[+\-−]?[\d.]", cell) is not None
+
+
+def _sides(table) -> list[str]:
+    """For each column ``"number"`` where its cells are, else ``"text"``."""
+    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.columns)
+    return [
+        "number" if number and any(cells) and all(map(_is_number, cells)) else "text"
+        for number, cells in enumerate(columns)
+    ]
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+_ENVIRONMENT = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_ENVIRONMENT.filters |= {"sides": _sides, "anchor": _anchor}
+_ENVIRONMENT.globals |= {
+    "arm_colour": lambda cell: _PAGE_COLOURS[colour(cell)] if _LEARNER.match(cell) else None,
+    "light": {name: light for light, name in _PAGE_COLOURS.items() if light in _DARK},
+    "dark": {_PAGE_COLOURS[light]: dark for light, dark in _DARK.items()},
+}
+
+_PAGE = _ENVIRONMENT.from_string(
+    """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
@@ -123,8 +250,8 @@ style="background: var({{ arm_colour(cell) }}); border-color: var({{ arm_colour(
 <div class="plots">
 {% for plot in section.plots %}
 <figure{% if plot.wide %} class="wide"{% endif %}>
-{% if plot.caption.title %}
-<figcaption>{{ plot.caption.title }}{% if plot.caption.about %}<small>{{ plot.caption.about }}</small>
+{% if plot.caption %}
+<figcaption>{{ plot.caption[0] }}{% if plot.caption[1] %}<small>{{ plot.caption[1] }}</small>
 {% endif %}</figcaption>
 {% endif %}
 {{ plot.svg }}
@@ -147,3 +274,22 @@ style="background: var({{ arm_colour(cell) }}); border-color: var({{ arm_colour(
 {% endfor %}
 </details></section>
 </body></html>
+"""
+)
+
+
+def render(**content) -> str:
+    """A page.
+
+    Args:
+        title: of the browser's window.
+        kicker: small, above the headline.
+        headline: the finding, one sentence.
+        lead: lines below it.
+        cards: pairs (value, what it is).
+        sections: with ``title``, ``tables`` (:class:`kdkernels.train.report.Table`) and ``plots``:
+            dictionaries ``svg``, ``wide`` and ``caption`` (a pair of title and explanation, or
+            None).
+        settings: dictionaries by their heading, at the end, folded.
+    """
+    return _PAGE.render(**content)

@@ -157,7 +157,7 @@ def calibrate(model: nn.Module, batches: list[torch.Tensor]) -> torch.fx.GraphMo
     if not apart <= _ALIKE:
         raise TrainError(
             f"the graph that becomes integers differs from the student by {apart:.1e} of the "
-            "largest logit before anything is rounded: leave int8 and int8-qat out of formats"
+            "largest logit before anything is rounded: leave int8 and int8-qat out of --formats"
         )
     return graph
 

@@ -90,7 +90,7 @@ def documents(source: str | None = None) -> list[str]:
     """
     root = Path(sysconfig.get_paths()["stdlib"] if source is None else source)
     if not root.exists():
-        raise TrainError(f"text {source}: there is no such file or folder")
+        raise TrainError(f"--text {source}: there is no such file or folder")
     paths = [root] if root.is_file() else []
     for folder, inside, names in os.walk(root):
         inside[:] = [
@@ -110,11 +110,11 @@ def documents(source: str | None = None) -> list[str]:
         except UnicodeDecodeError:
             continue
         except OSError as error:
-            raise TrainError(f"text: cannot read {path}: {error.strerror}") from None
+            raise TrainError(f"--text: cannot read {path}: {error.strerror}") from None
         if text and "\0" not in text:
             texts.append(text)
     if not texts:
-        raise TrainError(f"text {source}: no text in UTF-8 there")
+        raise TrainError(f"--text {source}: no text in UTF-8 there")
     return texts
 
 
@@ -218,7 +218,7 @@ def load(
             if windows < 1:
                 raise TrainError(
                     f"the {name} text has {count:,} tokens, less than a window of {context} and "
-                    "the token after it: give a longer text or a smaller context"
+                    "the token after it: give a longer --text or a smaller --context"
                 )
             tokens = np.memmap(path, "<i4", "r")
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -9,21 +9,18 @@ with a fresh eps ~ N(0, sigma^2) at every step: one for all samples (``per-step`
 :func:`kdkernels.noisy_linear_regression`, where the whole loop is one kernel.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
 import kdkernels
-from kdkernels import info
-from kdkernels.experiments.settings import Regression
 
-__all__ = ["PATHS", "make_data", "numpy_path", "run", "stationary", "torch_path"]
+__all__ = ["NOISE", "PATHS", "make_data", "numpy_path", "run", "stationary", "torch_path"]
 
+NOISE = ("per-step", "per-sample")
 PATHS = ("numpy", "torch", "fused")
 
 AGREEMENT = 1e-5
@@ -153,7 +150,18 @@ def _shared_noise(seed: int, shape: tuple, sigma: float) -> Callable[[int], torc
     return lambda step: (kdkernels.randn_like(like, seed=seed, step=step) * sigma).view(-1, 1)
 
 
-def run(settings: Regression, on_step: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def run(
+    *,
+    steps: int = 1000,
+    lr: float = 0.01,
+    lam: float = 0.01,
+    sigma: float = 1.0,
+    noise: str = "per-step",
+    replicas: int = 4096,
+    repeats: int = 5,
+    seed: int = 0,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> dict:
     """Run experiment 1: agreement of the paths, mean over many seeds, and times.
 
     The agreement feeds all three paths the noise of :func:`kdkernels.randn_like`. In the timings
@@ -163,29 +171,112 @@ def run(settings: Regression, on_step: Callable[[str], None] = lambda _: None) -
     one call of the kernel. Paths are timed in turn, ``repeats`` times, after one untimed run.
 
     Args:
-        settings: as in the module's formula; ``replicas`` is the number of seeds.
-        on_step: called with what comes next, to show progress.
+        steps, lr, lam: as in the module's formula.
+        sigma: standard deviation of eps, in the unit of x.
+        noise: ``"per-step"`` or ``"per-sample"``.
+        replicas: number of seeds, ``seed .. seed + replicas - 1``.
+        repeats: timed runs of each path.
+        seed: of the first replica.
+        on_step: told what comes next, to show progress.
 
     Returns:
-        A dictionary ready for JSON: settings, ``agreement``, ``mean``, ``times``, ``others`` (the
-        share of the processors that other processes had meanwhile), ``checks``, and ``plot`` with
-        what the plots need.
+        A dictionary ready for JSON: settings, ``agreement``, ``mean``, ``times``, ``checks``, and
+        ``plot`` with what the plots need.
     """
-    paths = _Paths(settings)
+    x, y, theta = make_data()
+    x32, y32, theta32 = (torch.from_numpy(v).float() for v in (x, y, theta))
+    size = () if noise == "per-step" else (len(x),)
+    loop = {"steps": steps, "lr": lr, "lam": lam}
+
+    def fused(seeds, trajectory=False):
+        return kdkernels.noisy_linear_regression(
+            x32, y32, float(theta[0, 0]), **loop, sigma=sigma, seed=seeds, noise=noise,
+            trajectory=trajectory,
+        )  # fmt: skip
+
     on_step("agreement of the three paths")
-    difference, curves = paths.agreement()
-    on_step(f"{settings.replicas:,} seeds")
-    seeds = torch.arange(settings.seed, settings.seed + settings.replicas)
-    many = paths.fused(seeds, trajectory=True).double().numpy()
-    mean = paths.mean(many[-1])
-    watch = info.Others()
-    times = paths.times(seeds, on_step)
+    difference, paths = 0.0, {}
+    for number in range(3):
+        shared = _shared_noise(seed + number, size, sigma)
+        found = {
+            "numpy": numpy_path(x, y, theta, lambda t, eps=shared: eps(t).numpy(), **loop)[:, 0],
+            "torch": torch_path(x32, y32, theta32, shared, **loop)[:, 0].numpy(),
+            "fused": fused(seed + number, trajectory=True).numpy(),
+        }
+        for a, b in (("numpy", "torch"), ("numpy", "fused"), ("torch", "fused")):
+            difference = max(difference, float(np.abs(found[a] - found[b]).max()))
+        paths = paths or {name: values.tolist() for name, values in found.items()}
+
+    on_step(f"{replicas:,} seeds")
+    seeds = torch.arange(seed, seed + replicas)
+    many = fused(seeds, trajectory=True).double().numpy()
+    expected, spread = stationary(x, y, lr=lr, lam=lam, sigma=sigma, noise=noise)
+    final = many[-1]
+    error = float(final.std(ddof=1) / np.sqrt(replicas))
+    away = float((final.mean() - expected) / error)
+
+    generator = np.random.default_rng(seed)
+    random = torch.Generator().manual_seed(seed)
+
+    def numpy_run(count):
+        shape = (1 if noise == "per-step" else len(x), count)
+        return numpy_path(
+            x, y, theta, lambda _: sigma * generator.standard_normal(shape), **loop
+        )  # fmt: skip
+
+    def torch_run(count):
+        shape = (1 if noise == "per-step" else len(x), count)
+        return torch_path(
+            x32, y32, theta32, lambda _: sigma * torch.randn(shape, generator=random), **loop
+        )  # fmt: skip
+
+    runs = {
+        ("numpy", 1): lambda: numpy_run(1),
+        ("torch", 1): lambda: torch_run(1),
+        ("fused", 1): lambda: fused(seed),
+        ("numpy", replicas): lambda: numpy_run(replicas),
+        ("torch", replicas): lambda: torch_run(replicas),
+        ("fused", replicas): lambda: fused(seeds),
+    }
+    seconds = {key: [] for key in runs}
+    for turn in range(repeats + 1):
+        on_step(f"timing, run {turn} of {repeats}" if turn else "timing, warm-up")
+        for (name, count), call in runs.items():
+            # One replica of the kernel is too short for the clock: many calls make one reading.
+            calls = 50 if name == "fused" and count == 1 else 1
+            began = time.perf_counter()
+            for _ in range(calls):
+                call()
+            if turn:
+                seconds[name, count].append((time.perf_counter() - began) / calls / count)
+
+    times = []
+    for (name, count), values in seconds.items():
+        ratios = [a / b for a, b in zip(values, seconds["fused", count], strict=True)]
+        times.append(
+            {
+                "path": name,
+                "replicas": count,
+                "seconds_per_replica": statistics.median(values),
+                "fused_is_faster": statistics.median(ratios),
+                "least": min(ratios),
+                "most": max(ratios),
+            }
+        )
+
     low, high = np.percentile(many, (5, 95), axis=1)
-    away = abs(mean["standard_errors_away"])
     return {
-        "settings": dataclasses.asdict(settings),
+        "settings": {
+            **loop, "sigma": sigma, "noise": noise, "replicas": replicas, "repeats": repeats,
+            "seed": seed,
+        },
         "agreement": {"difference": difference, "seeds": 3},
-        "mean": mean, "times": times, "others": watch.share(),
+        "mean": {
+            "theta": float(final.mean()), "standard_error": error, "stationary": expected,
+            "standard_errors_away": away, "spread": float(final.std(ddof=1)),
+            "spread_expected": spread,
+        },
+        "times": times,
         "checks": [
             {
                 "name": "the three paths agree in theta when fed the same noise",
@@ -193,115 +284,12 @@ def run(settings: Regression, on_step: Callable[[str], None] = lambda _: None) -
             },
             {
                 "name": "mean theta is the stationary value, in standard errors",
-                "value": away, "limit": STANDARD_ERRORS, "passed": away <= STANDARD_ERRORS,
+                "value": abs(away), "limit": STANDARD_ERRORS,
+                "passed": abs(away) <= STANDARD_ERRORS,
             },
         ],
         "plot": {
-            "paths": curves, "mean": many.mean(1).tolist(), "low": low.tolist(),
-            "high": high.tolist(), "final": many[-1].tolist(),
+            "paths": paths, "mean": many.mean(1).tolist(), "low": low.tolist(),
+            "high": high.tolist(), "final": final.tolist(),
         },
     }  # fmt: skip
-
-
-class _Paths:
-    """The three paths of one setting."""
-
-    def __init__(self, settings: Regression):
-        self.settings = settings
-        self.loop = {"steps": settings.steps, "lr": settings.lr, "lam": settings.lam}
-        self.x, self.y, self.theta = make_data()
-        self.x32, self.y32, self.theta32 = (
-            torch.from_numpy(v).float() for v in (self.x, self.y, self.theta)
-        )
-        self.rows = 1 if settings.noise == "per-step" else len(self.x)
-        self.generator = np.random.default_rng(settings.seed)
-        self.random = torch.Generator().manual_seed(settings.seed)
-
-    def fused(self, seeds, trajectory: bool = False) -> torch.Tensor:
-        return kdkernels.noisy_linear_regression(
-            self.x32, self.y32, float(self.theta[0, 0]), **self.loop, sigma=self.settings.sigma,
-            seed=seeds, noise=self.settings.noise, trajectory=trajectory,
-        )  # fmt: skip
-
-    def run_numpy(self, count: int) -> np.ndarray:
-        def noise(_):
-            return self.settings.sigma * self.generator.standard_normal((self.rows, count))
-
-        return numpy_path(self.x, self.y, self.theta, noise, **self.loop)
-
-    def run_torch(self, count: int) -> torch.Tensor:
-        def noise(_):
-            return self.settings.sigma * torch.randn((self.rows, count), generator=self.random)
-
-        return torch_path(self.x32, self.y32, self.theta32, noise, **self.loop)
-
-    def agreement(self) -> tuple[float, dict[str, list[float]]]:
-        """The largest difference in theta over three seeds, and the first one's paths."""
-        size = () if self.settings.noise == "per-step" else (self.rows,)
-        difference, paths = 0.0, {}
-        for number in range(3):
-            seed = self.settings.seed + number
-            shared = _shared_noise(seed, size, self.settings.sigma)
-            as_numpy = numpy_path(
-                self.x, self.y, self.theta, lambda t, eps=shared: eps(t).numpy(), **self.loop
-            )
-            found = {
-                "numpy": as_numpy[:, 0],
-                "torch": torch_path(self.x32, self.y32, self.theta32, shared, **self.loop)[
-                    :, 0
-                ].numpy(),
-                "fused": self.fused(seed, trajectory=True).numpy(),
-            }
-            for a, b in (("numpy", "torch"), ("numpy", "fused"), ("torch", "fused")):
-                difference = max(difference, float(np.abs(found[a] - found[b]).max()))
-            paths = paths or {name: values.tolist() for name, values in found.items()}
-        return difference, paths
-
-    def mean(self, final: np.ndarray) -> dict[str, float]:
-        """Theta's mean and spread over replicas beside what the formula says."""
-        s = self.settings
-        expected, spread = stationary(
-            self.x, self.y, lr=s.lr, lam=s.lam, sigma=s.sigma, noise=s.noise
-        )
-        error = float(final.std(ddof=1) / np.sqrt(s.replicas))
-        return {
-            "theta": float(final.mean()), "standard_error": error, "stationary": expected,
-            "standard_errors_away": float((final.mean() - expected) / error),
-            "spread": float(final.std(ddof=1)), "spread_expected": spread,
-        }  # fmt: skip
-
-    def times(self, seeds: torch.Tensor, on_step: Callable[[str], None]) -> list[dict]:
-        """Seconds a replica of each path, for one replica and for all at once."""
-        replicas, repeats = self.settings.replicas, self.settings.repeats
-        runs = {
-            ("numpy", 1): lambda: self.run_numpy(1),
-            ("torch", 1): lambda: self.run_torch(1),
-            ("fused", 1): lambda: self.fused(self.settings.seed),
-            ("numpy", replicas): lambda: self.run_numpy(replicas),
-            ("torch", replicas): lambda: self.run_torch(replicas),
-            ("fused", replicas): lambda: self.fused(seeds),
-        }
-        seconds = {key: [] for key in runs}
-        for turn in range(repeats + 1):
-            on_step(f"timing, run {turn} of {repeats}" if turn else "timing, warm-up")
-            for (name, count), call in runs.items():
-                # One replica of the kernel is too short for the clock: many calls are one reading.
-                calls = 50 if name == "fused" and count == 1 else 1
-                began = time.perf_counter()
-                for _ in range(calls):
-                    call()
-                if turn:
-                    took = time.perf_counter() - began
-                    seconds[name, count].append(took / calls / count)
-        times = []
-        for (name, count), values in seconds.items():
-            ratios = [a / b for a, b in zip(values, seconds["fused", count], strict=True)]
-            times.append(
-                {
-                    "path": name, "replicas": count,
-                    "seconds_per_replica": statistics.median(values),
-                    "fused_is_faster": statistics.median(ratios), "least": min(ratios),
-                    "most": max(ratios),
-                }
-            )  # fmt: skip
-        return times

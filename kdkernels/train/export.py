@@ -2,7 +2,7 @@
 
 All three are ONNX files that onnxruntime runs as they are, on servers and on phones. The int8
 files hold quantise and dequantise operations around each layer (QDQ), which the runtime fuses
-into integer kernels. One graph, of :mod:`kdkernels.tools.int8`, serves both of them: calibrated
+into integer kernels. One graph, of :mod:`kdkernels.train.int8`, serves both of them: calibrated
 only, or trained on for a few epochs with the teacher's predictions and the rounding in place.
 (torch.compile of an int8 graph needs PyTorch and a compiler on the device, and was slower.)
 
@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import statistics
 import time
 import warnings
@@ -27,7 +28,6 @@ import torch
 from torch import nn
 
 import kdkernels
-from kdkernels.tools.settings import FORMATS, Export
 from kdkernels.train import TrainError, data, distillation, models
 from kdkernels.train.loop import (
     Interrupt,
@@ -38,9 +38,15 @@ from kdkernels.train.loop import (
     reproducible,
 )
 from kdkernels.train.run_folder import RunFolder, load_state, state_of, weights
-from kdkernels.train.settings import ARMS, NOISY, Distil
 
-__all__ = ["BATCHES", "FOLDER", "run"]
+__all__ = ["FORMATS", "FOLDER", "Settings", "run", "sections", "tables"]
+
+FORMATS = {
+    "onnx": ("", "fp32"),
+    "int8": ("-int8", "int8, calibrated"),
+    "int8-qat": ("-int8-qat", "int8, trained for it"),
+}
+"""What can be written: the end of the file's name, and what the table calls it."""
 
 FOLDER = "export"
 """Everything goes into this folder of the run's."""
@@ -56,18 +62,37 @@ TOLERANCE = 1e-4
 """Largest difference of onnxruntime's fp32 logits from PyTorch's, of the largest logit."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is asked for; the command's options, with their defaults.
+
+    Attributes:
+        arm: whose student; a name with a checkpoint in the run's folder.
+        formats: names from ``FORMATS``.
+        epochs: of training with quantisation.
+        lr: Adam's learning rate in it.
+        threads: CPU threads, in training and in what is measured; None is torch's choice.
+    """
+
+    arm: str = "full"
+    formats: tuple[str, ...] = tuple(FORMATS)
+    epochs: int = 3
+    lr: float = 1e-4
+    threads: int | None = None
+
+
 @dataclasses.dataclass
 class _Finished:
     """What a finished run left: its settings, its student, and its images."""
 
-    settings: Distil
+    settings: distillation.Settings
     student: nn.Module
     sha256: str
     train: data.Images
     test: data.Images
 
 
-def _networks(settings: Distil, classes: int) -> tuple[nn.Module, nn.Module]:
+def _networks(settings: distillation.Settings, classes: int) -> tuple[nn.Module, nn.Module]:
     """The run's teacher and student with random weights; what the checkpoints are loaded into."""
     return (
         models.build(settings.teacher, classes, settings.image_size)[0],
@@ -100,7 +125,7 @@ def _finished(folder: RunFolder, arm: str) -> _Finished:
             f"the models and images of {folder.path} were given in Python: export its student "
             "there, with torch.onnx.export(found.student, ...)"
         )
-    settings = Distil(**asked)
+    settings = distillation.Settings(**asked | {"arms": tuple(asked["arms"])})
     found = folder.load(arm)
     if found is None or arm not in _arms(folder):
         there = ", ".join(_arms(folder)) or "none"
@@ -125,7 +150,7 @@ def _finished(folder: RunFolder, arm: str) -> _Finished:
 def _arms(folder: RunFolder) -> list[str]:
     """Arms that have a checkpoint, in any generation."""
     names = sorted(path.stem for path in (folder.path / "checkpoints").glob("*.safetensors"))
-    known = {*ARMS, NOISY}
+    known = {*distillation.ARMS, distillation.NOISY}
     return [n for n in names if n in known or n.rpartition("-g")[0] in known]
 
 
@@ -135,7 +160,7 @@ def _taught(folder: RunFolder, run: _Finished):
     if found is None:
         raise TrainError(
             f"{folder.path} has no checkpoints/teacher.safetensors, which int8-qat needs; "
-            "leave it out of formats"
+            "leave it out of --formats"
         )
     expert = _load(_networks(run.settings, run.train.classes)[0], found[0], "teacher")
     expert = expert.requires_grad_(False).to(memory_format=torch.channels_last)
@@ -157,7 +182,7 @@ def _batches(images: data.Images, count: int, size: int = 64) -> list[torch.Tens
 
 def _trained(folder, home, run, settings, interrupt, on_step, say):
     """The student with quantisation in its graph, trained on; continues a checkpoint in home."""
-    from kdkernels.tools import int8
+    from kdkernels.train import int8
 
     name = f"{settings.arm}-int8-qat"
     soft = {
@@ -353,16 +378,8 @@ def _measured(folder: RunFolder, run: _Finished, files: dict[str, bytes]) -> lis
     return rows
 
 
-def _about(run: _Finished) -> dict:
-    """What was measured on, and how."""
-    return {
-        "input": _input(run.test), "data": run.settings.data, "test_images": len(run.test),
-        "rounds": ROUNDS, "calibration": min(CALIBRATION, len(run.train)),
-    }  # fmt: skip
-
-
 def run(
-    folder: RunFolder, settings: Export, on_step: Callable[[str, int, int], None], say: Callable
+    folder: RunFolder, settings: Settings, on_step: Callable[[str, int, int], None], say: Callable
 ) -> dict:
     """Write the files and measure them.
 
@@ -373,7 +390,7 @@ def run(
         say: called with a line for the person who watches.
 
     Returns:
-        What export/results.json says now. A format that the student cannot be
+        What export/results.json says now, for :func:`tables`. A format that the student cannot be
         exported in is said and left out; its sentence is under ``"failed"`` by the format.
 
     Raises:
@@ -387,7 +404,7 @@ def run(
         import onnxscript  # noqa: F401
         import torchao
 
-        from kdkernels.tools import int8
+        from kdkernels.train import int8
     finished = _finished(folder, settings.arm)
     home = folder.path / FOLDER
     home.mkdir(exist_ok=True)
@@ -435,9 +452,75 @@ def run(
     found = home.read_json("results.json") or {"arms": {}}
     found["arms"][settings.arm] = {
         "rows": rows, "failed": {name: str(error) for name, error in failed.items()},
-        "threads": threads, "epochs": settings.epochs, "lr": settings.lr,
+        "threads": threads, "input": _input(finished.test),
+        "data": finished.settings.data, "test_images": len(finished.test), "rounds": ROUNDS,
+        "epochs": settings.epochs, "lr": settings.lr,
+        "calibration": min(CALIBRATION, len(finished.train)),
         "versions": f"torch {torch.__version__}, torchao {torchao.__version__}, onnxruntime "
         f"{onnxruntime.__version__}",
-    } | _about(finished)  # fmt: skip
+    }  # fmt: skip
     home.write_json("results.json", found)
     return found
+
+
+def _milliseconds(latency: dict) -> str:
+    digits = max(0, 2 - math.floor(math.log10(latency["median"] * 1e3)))
+    texts = (f"{latency[key] * 1e3:.{digits}f}" for key in ("median", "low", "high"))
+    return "{} ({} .. {})".format(*texts)
+
+
+def tables(found: dict) -> list:
+    """A table an arm.
+
+    Args:
+        found: what export/results.json says.
+
+    Returns:
+        :class:`kdkernels.train.report.Table`, for the terminal and the report.
+    """
+    from kdkernels.train.report import Table
+
+    made = []
+    for arm, of in found["arms"].items():
+        against = "ONNX" if any(r["format"] == "onnx" for r in of["rows"]) else "PyTorch"
+        rows = [
+            [
+                "PyTorch, fp32" if row["format"] == "pytorch" else FORMATS[row["format"]][1],
+                f"{row['accuracy']:.2%}",
+                f"{row['agreement']:.2%}",
+                f"{row['bytes']:,}",
+            ]
+            + [
+                cell
+                for size in BATCHES
+                for cell in (
+                    _milliseconds(row["latency"][str(size)]),
+                    f"{row['latency'][str(size)]['speedup']:.2f}",
+                )
+            ]
+            for row in of["rows"]
+        ]
+        made.append(
+            Table(
+                f"Export: the student of arm {arm}",
+                ["format", "test accuracy", "agrees with fp32", "bytes"]
+                + [column for size in BATCHES for column in (f"ms, batch {size}", "speed-up")],
+                rows,
+                f"{of['data']}, {of['test_images']:,} test images. Milliseconds a call on the CPU, "
+                f"threads: {of['threads']}; median (10th .. 90th percentile) of {of['rounds']} "
+                f"rounds in which the formats take turns; speed-up: over {against} in fp32, "
+                "median of the rounds. PyTorch's bytes are those of its weights. "
+                f"Calibrated: on {of['calibration']} training images. Trained for it: "
+                f"{of['epochs']} epochs of distillation at lr {of['lr']:g} with int8's rounding "
+                f"in the graph. {of['versions']}.",
+            )
+        )
+    return made
+
+
+def sections(folder: RunFolder) -> list:
+    """What was exported, for :func:`kdkernels.train.report.write`."""
+    from kdkernels.train.report import Section
+
+    found = folder.read_json(f"{FOLDER}/results.json") or {"arms": {}}
+    return [Section("Export", tables(found), results=found)]

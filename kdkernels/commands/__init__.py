@@ -1,1 +1,0 @@
-"""What the commands do that join experiments or tools with reports."""

@@ -1,1 +1,0 @@
-"""What a run has to show: tables, plots and pages."""
