@@ -56,7 +56,7 @@ def test_losses_at_any_size_become_rows_of_json(tmp_path, capsys):
     "loss",
     [
         ours.Loss("forward_kl", "float32", 100, 640, 0.1),
-        ours.Loss("js", "float32", 60, 300, options=("prompts",)),
+        ours.Loss("js", "float32", 60, 640, options=("prompts",)),
     ],
 )
 def test_few_rows_stand_for_all(loss, monkeypatch):

@@ -61,11 +61,13 @@ KD_FN bool near(double x, double most) { return -most <= x && x <= most; }
 // Near a row's largest logit: the largest of some classes, or 0 where that is not finite.
 template <class T>
 KD_FN double guess(const T* row, int64_t classes) {
-  using V = Vector<typename Compute<T>::type>;
+  using Real = typename Compute<T>::type;
+  using V = Vector<Real>;
   constexpr int kLooks = 4;
   double max;
   if (classes < V::kLanes) {
-    max = widen(row[0]);
+    max = static_cast<double>(largest(
+        load_part(row, static_cast<int>(classes), -std::numeric_limits<Real>::infinity())));
   } else {
     V m = load(row);
     for (int look = 1; look < kLooks; ++look) {
@@ -365,9 +367,7 @@ void third_sweep(int64_t classes, const math::RowResult<double>& row, const Real
   for (int64_t i = 0; i < whole; i += V::kLanes) store(at(i), gradient + i);
   if (whole < classes) store_part(at(whole), static_cast<int>(classes - whole), gradient + whole);
   if (label >= 0) {
-    Real y =
-        math::fma(of_a.lanes[0], a[label], math::fma(of_ex.lanes[0], ex[label], -uniform.lanes[0]));
-    if constexpr (kOwn) y = math::fma(of_hard.lanes[0], eh[label], y);
+    const Real y = at(label / V::kLanes * V::kLanes).lanes[label % V::kLanes];
     narrow(y - static_cast<Real>(row.at_label), gradient[label]);
   }
 }
@@ -396,10 +396,8 @@ double second_and_third_sweep(const LossParams& p, const T* z, const T* t,
   if (math::needs_exact_sums(p.divergence)) {
     const double excess =
         excess_sweep(z, t, p.classes, Elements<T>(by, row), ex, static_cast<const Real*>(ey));
-    if (near(excess, 1e-3)) {
-      row.above += math::log_acc(1 + excess);
-      row.inv_s /= 1 + excess;
-    }
+    // Of the ratio alone: each side's probabilities add up to 1 as they are.
+    if (math::magnitude(excess) < math::kLargestExcess) row.above += math::log_acc(1 + excess);
   }
   const Elements<T> elements(by, row);
   const math::Parameters<Real>& parameters = parameters_of<Real>(p);
@@ -648,8 +646,7 @@ bool plain_rows_with(const LossParams& p, int64_t begin, int64_t end, double* ro
     rows<T, math::ReverseSweeps, kHard>(p, begin, end, row_loss);
   } else if (p.divergence == Divergence::kJS && is_short) {
     short_rows<T, math::JS, kHard>(p, begin, end, row_loss);
-  } else if (p.divergence != Divergence::kDecoupled &&
-             (sizeof(T) > 2 || math::bears_rounding(p.divergence, p.beta))) {
+  } else if (math::has_third_sweep(p.divergence, p.beta, sizeof(T) == 2)) {
     rows<T, math::AnySweeps, kHard>(p, begin, end, row_loss);
   } else {
     return false;

@@ -158,17 +158,9 @@ KD_FN Doubles exp2_nonpositive(Doubles x) {
   for (int i = 0; i < Doubles::kLanes; ++i) x.lanes[i] = __builtin_exp2(x.lanes[i]);
   return x;
 }
-KD_FN Doubles exp_nonpositive(Doubles x) {
-  for (int i = 0; i < Doubles::kLanes; ++i) x.lanes[i] = __builtin_exp(x.lanes[i]);
-  return x;
-}
 KD_FN Doubles log2_of_1_plus(Doubles x, Doubles sum) {
   for (int i = 0; i < Doubles::kLanes; ++i)
     x.lanes[i] = math::log2_of_1_plus(x.lanes[i], sum.lanes[i]);
-  return x;
-}
-KD_FN Doubles log_normal(Doubles x) {
-  for (int i = 0; i < Doubles::kLanes; ++i) x.lanes[i] = __builtin_log(x.lanes[i]);
   return x;
 }
 template <class Real>

@@ -236,12 +236,11 @@ cudaError_t loss(const LossParams& p, cudaStream_t stream) {
     switch (p.divergence) {
       case math::Divergence::kForwardKL: return launch_sweeps<T, ForwardSweeps>(p, stream);
       case math::Divergence::kReverseKL: return launch_sweeps<T, ReverseSweeps>(p, stream);
-      case math::Divergence::kDecoupled: return launch_general<T>(p, stream);
       default: break;
     }
     // fp64 has no special functions to save.
     if constexpr (sizeof(T) < 8) {
-      if (sizeof(T) > 2 || math::bears_rounding(p.divergence, p.beta))
+      if (math::has_third_sweep(p.divergence, p.beta, sizeof(T) == 2))
         return launch_sweeps<T, AnySweeps>(p, stream);
     }
     return launch_general<T>(p, stream);

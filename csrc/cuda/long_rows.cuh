@@ -172,10 +172,6 @@ constexpr int row_blocks(bool held, int element_size) {
 template <class T>
 constexpr int kHeldWarps = held_max_threads(sizeof(T)) / kWarp;
 
-// Slopes of a divergence's terms in the place of a vector of logits.
-template <class T>
-using Slopes = Vector<T>;
-
 template <class Real>
 struct Pair {
   Real first, second;
@@ -190,7 +186,7 @@ struct alignas(16) LossShare {
 
 // The sweeps behind the first of a divergence with three: the sum of the row's terms, and its gradient but for the label's
 // share. each(visit): visit(s, z, t) for the thread's slots; reduce_row(a, b): the sums of both over the row's threads;
-// keep(s, slopes): these stand in the teacher's place from now on; write(s, gradient).
+// keep(s, slopes): t is these from now on; write(s, gradient).
 template <bool kHeld, class T, class Real, class Each, class ReduceRow, class Keep, class Write>
 __device__ __forceinline__ Real more_sweeps(const LossParams& p, const Task<Real>& task,
                                             TermSweeps<T>& sweep, Each each, ReduceRow reduce_row,
@@ -217,7 +213,7 @@ __device__ __forceinline__ Real more_sweeps(const LossParams& p, const Task<Real
         Real zs[kCount], ts[kCount];
         widen_all(z, zs);
         widen_all(t, ts);
-        [[maybe_unused]] Slopes<T> slopes;
+        [[maybe_unused]] Vector<T> slopes;
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
           const math::ClassShare<Real> x =
@@ -235,13 +231,7 @@ __device__ __forceinline__ Real more_sweeps(const LossParams& p, const Task<Real
         Real zs[kCount], ts[kCount];
         Vector<T> out;
         widen_all(z, zs);
-        if constexpr (kSlopes) {
-          Slopes<T> slopes;
-          memcpy(&slopes, &t, sizeof slopes);
-          widen_all(slopes, ts);
-        } else {
-          widen_all(t, ts);
-        }
+        widen_all(t, ts);
 #pragma unroll
         for (int j = 0; j < kCount; ++j) {
           if constexpr (kSlopes) {
@@ -482,9 +472,7 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
         reduce_lanes<Sum>(total);
         return Pair<Real>{total[0], total[1]};
       };
-      auto keep = [&](int s, const auto& slopes) {
-        memcpy(&t_slots[s * threads], &slopes, sizeof slopes);
-      };
+      auto keep = [&](int s, const Vector<T>& slopes) { t_slots[s * threads] = slopes; };
       auto write = [&](int s, const Vector<T>& out) {
         if (s < whole) {
           *reinterpret_cast<Vector<T>*>(g_row + at(s)) = out;

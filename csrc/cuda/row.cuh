@@ -148,7 +148,7 @@ struct TermSweeps : SecondSweep<T, AnySweeps> {
   }
   // After the sum of q - p: see math::refine.
   __device__ __forceinline__ void refine(Real excess) {
-    if (!(math::magnitude(excess) < Real(1e-3))) return;
+    if (!(math::magnitude(excess) < Real(math::kLargestExcess))) return;
     const Real more = math::fma(excess * excess, Real(-0.5), excess);  // log(1 + excess)
     this->above += more;
     log2_s += more * Real(math::kLog2E);

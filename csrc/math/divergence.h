@@ -33,6 +33,8 @@ KD_FN bool has_two_parameters(Divergence divergence) {
 KD_FN bool needs_exact_sums(Divergence divergence) {
   return divergence == Divergence::kTotalVariation || divergence == Divergence::kAlphaBeta;
 }
+// The sum over classes of q - p is 0 but for the rounding of both sums, which leaves less than this.
+constexpr double kLargestExcess = 1e-3;
 // Parameters go from 0 to here.
 KD_FN double largest_parameter(Divergence divergence) {
   return has_two_parameters(divergence) ? kLargestNumber : 1;
@@ -496,12 +498,14 @@ KD_FN Parameters<Real> parameters_of(Divergence divergence, double beta, double 
   return y;
 }
 
-// Whether kRounded keeps four digits of D: a term falls with a mixture's smaller share, or with its square.
-KD_FN bool bears_rounding(Divergence divergence, double beta) {
+// Whether three sweeps over whole rows of plain logits give four digits of D. With kRounded not where a mixture's smaller
+// share is small: a term falls with it, or with its square.
+KD_FN bool has_third_sweep(Divergence divergence, double beta, bool rounded) {
   switch (divergence) {
-    case Divergence::kJS: return beta >= 0.05 && beta <= 0.95;
+    case Divergence::kDecoupled: return false;  // its label stands beside the others
+    case Divergence::kJS: return !rounded || (beta >= 0.05 && beta <= 0.95);
     case Divergence::kSkewForwardKL:
-    case Divergence::kSkewReverseKL: return beta <= 0.6;
+    case Divergence::kSkewReverseKL: return !rounded || beta <= 0.6;
     default: return true;
   }
 }
