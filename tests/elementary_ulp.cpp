@@ -118,6 +118,7 @@ void sweep(const char* name, F f, Ref ref, bool (*in_domain)(float), bool (*flat
 }
 
 bool always(float) { return true; }
+bool nonpositive(float x) { return !(x > 0); }
 bool never(float) { return false; }
 bool flat_exp(float x) { return !(std::fabs(x) > 0x1p-20f && std::fabs(x) < 110); }
 bool flat_log(float x) { return !(x > 0 && x < INFINITY); }
@@ -140,7 +141,8 @@ int main(int argc, char** argv) {
   run("log", [](float x) { return math::log(x); }, log_fp64, always, flat_log);
   run("exp2_nonpositive", [](float x) { return math::exp2_nonpositive(x); },
       [](double x) { return std::exp2(x); }, normal_exp2);
-  run("expm1", [](float x) { return math::expm1(x); }, [](double x) { return std::expm1(x); });
+  run("expm1_nonpositive", [](float x) { return math::expm1_nonpositive(x); },
+      [](double x) { return std::expm1(x); }, nonpositive);
   run("log1p", [](float x) { return math::log1p(x); }, [](double x) { return std::log1p(x); });
   run("sinpi", [](float x) { return sincospi(x).sin; }, sinpi_fp64);
   run("cospi", [](float x) { return sincospi(x).cos; }, cospi_fp64);

@@ -27,25 +27,12 @@ void store_state(const math::RowState& x, int64_t rows, int64_t row, double* sta
   for (int i = 0; i < math::kRowState; ++i) state[i * rows + row] = fields[i];
 }
 
-// in[0, n) as computed values, padded with excluded classes; their maximum.
-template <class T, class Real>
-Real widen_row(const T* in, int64_t n, int64_t padded, Real* out) {
-  Real m = -std::numeric_limits<Real>::max();
-#pragma omp simd reduction(max : m)
-  for (int64_t i = 0; i < n; ++i) {
-    Real x = widen(in[i]);
-    out[i] = x;
-    m = x > m ? x : m;
-  }
-  for (int64_t i = n; i < padded; ++i) out[i] = -kInfinity<Real>;
-  return m;
-}
-
 // One call's walk over rows. The members after `row` are of one row.
 template <class T>
 struct RowWalk {
   using Real = typename Compute<T>::type;
-  using Transform = math::Transform<Real>;
+  using V = Vector<Real>;
+  using Transform = math::Transform<V>;
 
   const LossParams& p;
   const math::RowTask task;
@@ -128,7 +115,7 @@ struct RowWalk {
 
     x = p.state != nullptr && first_stage > kMoments ? load_state(p.state, p.rows, row)
                                                      : math::RowState{};
-    load();
+    read_row();
     if ((p.stages & kMoments) != 0 && task.standardize) find_moments();
     set_aside();
     math::scales(task, x, exact);
@@ -184,22 +171,27 @@ struct RowWalk {
     return nullptr;
   }
 
-  void load() {
+  Real load_logits(const T* in, const Transform of, Real* out) const {
+    const Real excluded = -kInfinity<Real>;
+    if (Transform::nothing(of)) {
+      return load_row(in, own.n, own.padded, excluded, out, [](V x) KD_INLINE_LAMBDA { return x; });
+    }
+    return load_row(in, own.n, own.padded, excluded, out,
+                    [=](V x) KD_INLINE_LAMBDA { return Transform::apply(of, x); });
+  }
+
+  void read_row() {
     label_u = label_t = max_u = max_t = 0;
     total_u = 0;
     if (dense) {
       own.u = in_place(z_row, !Transform::nothing(of_student), max_u);
       if (own.u == nullptr) {
-        max_u = widen_row(z_row, own.n, own.padded, u);
+        max_u = load_logits(z_row, of_student, u);
         own.u = u;
-        if (!Transform::nothing(of_student)) {
-          transform(of_student, u, own.padded);
-          max_u = max_of(u, own.padded);
-        }
       }
     }
     if (label_here >= 0) {
-      label_u = Transform::apply(of_student, static_cast<Real>(widen(z_row[label_here])));
+      label_u = Transform::apply(of_student, V(Real(widen(z_row[label_here])))).lanes[0];
     }
     if (task.cross_entropy && task.smoothing > 0 && (p.stages & kSums) != 0) {
       const Real* logits = own.u;
@@ -226,21 +218,16 @@ struct RowWalk {
   }
 
   Real load_one(int k, Real* out) const {
-    Real max = widen_row(teacher_row(k), own.n, own.padded, out);
-    if (!p.probs && Transform::nothing(of_teacher)) return max;
-    if (p.probs) {
-#pragma omp simd
-      for (int64_t i = 0; i < own.n; ++i) out[i] = math::log_acc(out[i]);
-    } else {
-      transform(of_teacher, out, own.padded);
-    }
-    return max_of(out, own.padded);
+    if (!p.probs) return load_logits(teacher_row(k), of_teacher, out);
+    return load_row(teacher_row(k), own.n, own.padded, Real(0), out,
+                    [](V x) KD_INLINE_LAMBDA { return log_acc(x); });
   }
 
   // Several teachers as one: the logarithm of their mixture times the temperature, so that it is logits again.
   // A share may underflow where its logarithm does not.
   void mix_teachers() {
     Real* out = t;
+    const bool log_mix = p.log_mix;
     bool first = true;
     for (int k = 0; k < p.teachers; ++k) {
       if (p.teacher_weights[k] == 0) continue;
@@ -250,20 +237,18 @@ struct RowWalk {
       double sum = p.log_mix ? 1.0
                              : exponential_sum(logits, own.padded, max,
                                                static_cast<Real>(scale * math::kLog2E));
-      Real factor = static_cast<Real>(p.log_mix ? scale * w : scale),
-           shift = static_cast<Real>(p.log_mix ? 0.0 : math::log_acc(w / sum));
-      bool log_mix = p.log_mix;
-#pragma omp simd
-      for (int64_t i = 0; i < own.padded; ++i) {
-        Real y = math::fma(logits[i] - max, factor, shift);
-        out[i] = first ? y : log_mix ? out[i] + y : math::log_add(out[i], y);
-      }
+      const V factor(static_cast<Real>(p.log_mix ? scale * w : scale)),
+          shift(static_cast<Real>(p.log_mix ? 0.0 : math::log_acc(w / sum))), top(max);
+      for_vectors<Real>(own.padded, [&, out, logits](int64_t i) KD_INLINE_LAMBDA {
+        V y = fma(load(logits + i) - top, factor, shift);
+        if (!first) y = log_mix ? load(out + i) + y : math::log_add(load(out + i), y);
+        store(y, out + i);
+      });
       first = false;
     }
-    Real temperature = static_cast<Real>(task.temperature);
-#pragma omp simd
-    for (int64_t i = 0; i < own.padded; ++i) out[i] *= temperature;
-    max_t = max_of(out, own.padded);
+    const V temperature(static_cast<Real>(task.temperature));
+    max_t = load_row(out, own.padded, own.padded, -kInfinity<Real>, out,
+                     [=](V x) KD_INLINE_LAMBDA { return x * temperature; });
   }
 
   // Of one teacher's logits, standardised or not.
@@ -293,7 +278,8 @@ struct RowWalk {
       entry_u[k] = here ? static_cast<Real>(widen(z_row[at])) : -kInfinity<Real>;
       entry_t[k] = here ? values[k] : -kInfinity<Real>;
     }
-    transform(of_student, entry_u, entry.padded);
+    load_row(entry_u, entry.padded, entry.padded, -kInfinity<Real>, entry_u,
+             [of = of_student](V x) KD_INLINE_LAMBDA { return Transform::apply(of, x); });
   }
 
   // ---- moments, maxima, sums ----
@@ -327,7 +313,8 @@ struct RowWalk {
     const Lane<Real>& best = compared();
     Real top_s = static_cast<Real>(task.entries ? x.entry_max_s : x.max_s),
          top_t = static_cast<Real>(task.entries ? x.entry_max_t : x.max_t);
-    int64_t s = where(best.u, best.n, top_s), t = where(best.t, best.n, top_t);
+    int64_t s = where(best.u, best.n, best.padded, top_s),
+            t = where(best.t, best.n, best.padded, top_t);
     x.best_s = static_cast<double>(p.first_class + (task.entries ? column[s] : s));
     x.best_t = static_cast<double>(p.first_class + (task.entries ? column[t] : t));
   }
@@ -492,26 +479,25 @@ struct RowWalk {
     if (!soft) of.of_a = 0;
     const Real* a = soft ? own.a : own.q;
     const Real at_label = label_here >= 0 ? label_gradient(g, of, a[label_here]) : Real(0);
-    if (Transform::nothing(of_student) && of.of_z == Real(0)) {
-      write_gradient(own, a, of, out);
-    } else {
-      make_gradient(own, a, of, of_student, own.a);
-      for (int64_t i = 0; i < own.n; ++i) narrow(own.a[i], out[i]);
-    }
+    write_gradient(own, a, of, of_student, out);
     if (label_here >= 0) narrow(at_label, out[label_here]);
+  }
+
+  Real back(Real at, Real gradient) const {
+    return Transform::back(of_student, V(at), V(gradient)).lanes[0];
   }
 
   Real label_gradient(const math::RowGradient& g, const LaneGradient<Real>& of, Real a) const {
     using Gradient = LaneGradient<Real>;
-    Real y;
+    const V u(label_u);
+    V y;
     if (task.aside_label) {
       double hard = task.cross_entropy ? g.of_hard * math::exp_acc(label_u - g.hard_max) : 0.0;
-      y = static_cast<Real>(g.label_s + hard - g.uniform);
+      y = V(static_cast<Real>(g.label_s + hard - g.uniform));
     } else {
-      y = Gradient::add_hard(of, Gradient::soft(of, a, own.q[label_here]), label_u);
+      y = Gradient::add_hard(of, Gradient::soft(of, V(a), V(own.q[label_here])), u);
     }
-    y = Gradient::add_z(of, y, label_u) - static_cast<Real>(g.at_label);
-    return Transform::back(of_student, label_u, y);
+    return back(label_u, Gradient::add_z(of, y, u).lanes[0] - static_cast<Real>(g.at_label));
   }
 
   void write_entries(const math::RowGradient& g) {
@@ -519,12 +505,12 @@ struct RowWalk {
     LaneGradient<Real> of =
         lane_gradient(g, soft ? g.of_q * inverse_s(x.entry_max_s) : 0.0, x.entry_max_s);
     if (!soft) of.of_a = 0;
-    make_gradient(entry, soft ? entry.a : entry.q, of, of_student, entry.a);
+    write_gradient(entry, soft ? entry.a : entry.q, of, of_student, entry.a);
     for (int64_t k = 0; k < entry.n; ++k) {
       const bool here = column[k] >= 0;
       Real y = here ? entry.a[k] : Real(0);
       if (here && column[k] == label_here) {
-        y -= Transform::back(of_student, entry.u[k], static_cast<Real>(g.at_label));
+        y -= back(entry.u[k], static_cast<Real>(g.at_label));
       }
       if (p.entry_gradient != nullptr) narrow(y, entry_gradient_row()[k]);
       if (p.gradient != nullptr && here) narrow(y, gradient_row()[column[k]]);
@@ -540,27 +526,33 @@ struct RowWalk {
     const Real of_b = static_cast<Real>(g.of_b),
                of_p = static_cast<Real>(g.of_p * inverse_t(x.max_t)),
                of_tz = static_cast<Real>(g.of_tz), mean = static_cast<Real>(exact.t.mean);
-    const Real* logits = own.t;
-    Real *b = own.b, *e = own.p;
-#pragma omp simd
-    for (int64_t i = 0; i < own.padded; ++i) {
-      Real y = math::fma(of_b, b[i], of_p * e[i]);
-      y = logits[i] == -kInfinity<Real> ? y : math::fma(of_tz, logits[i] - mean, y);
-      b[i] = Transform::back(of_teacher, logits[i], y);
-    }
-    if (task.aside_label && label_here >= 0) {
-      Real y = static_cast<Real>(g.label_t);
-      if (label_t != -kInfinity<Real>) y = math::fma(of_tz, label_t - mean, y);
-      b[label_here] = Transform::back(of_teacher, label_t, y);
-    }
-    if (p.probs) {  // of the logarithm so far
-      const T* probabilities = teacher_row(0);
-      for (int64_t i = 0; i < own.n; ++i) {
-        Real probability = widen(probabilities[i]);
-        b[i] = probability == Real(0) ? Real(0) : b[i] / probability;
+    const Real *logits = own.t, *b = own.b, *e = own.p;
+    const T* probabilities = p.probs ? teacher_row(0) : nullptr;
+    const int64_t n = own.n;
+    auto at = [of_tz, mean, probabilities, of = of_teacher](V t, V y, V probability)
+                  KD_INLINE_LAMBDA {
+      if (of_tz != 0) y = select(t == V(-kInfinity<Real>), y, fma(V(of_tz), t - V(mean), y));
+      y = Transform::back(of, t, y);
+      // In probabilities it is of their logarithm so far.
+      return probabilities == nullptr
+                 ? y
+                 : select(probability == V(Real(0)), V(Real(0)), y / probability);
+    };
+    write_row(n, out, [=](int64_t i) KD_INLINE_LAMBDA {
+      const V one(Real(1));
+      V probability = one;
+      if (probabilities != nullptr) {
+        probability = i + V::kLanes <= n
+                          ? load(probabilities + i)
+                          : load_part(probabilities + i, static_cast<int>(n - i), Real(1));
       }
+      return at(load(logits + i), fma(V(of_b), load(b + i), V(of_p) * load(e + i)), probability);
+    });
+    if (task.aside_label && label_here >= 0) {
+      const Real probability = p.probs ? widen(probabilities[label_here]) : Real(1);
+      narrow(at(V(label_t), V(static_cast<Real>(g.label_t)), V(probability)).lanes[0],
+             out[label_here]);
     }
-    for (int64_t i = 0; i < own.n; ++i) narrow(b[i], out[i]);
   }
 };
 

@@ -26,7 +26,7 @@ bool elementary(const char* f, const float* x, float* y, int64_t n) {
   KD_ELEMENTARY("exp2_nonpositive", exp2_nonpositive(x[i]))
   KD_ELEMENTARY("log", log(x[i]))
   KD_ELEMENTARY("log1p", log1p(x[i]))
-  KD_ELEMENTARY("expm1", expm1(x[i]))
+  KD_ELEMENTARY("expm1_nonpositive", expm1_nonpositive(x[i]))
   KD_ELEMENTARY("sinpi", sincospi(x[i]).sin)
   KD_ELEMENTARY("cospi", sincospi(x[i]).cos)
   // Of math/distribution.h, of words whose bits are x's.

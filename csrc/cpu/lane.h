@@ -32,29 +32,64 @@ KD_FN Real finite_max(double max) {
   return math::larger(static_cast<Real>(max), -std::numeric_limits<Real>::max());
 }
 
+// at(i) for the first class i of every vector.
+template <class Real, class At>
+KD_FN void for_vectors(int64_t padded, At at) {
+  for (int64_t i = 0; i < padded; i += Vector<Real>::kLanes) at(i);
+}
+
 template <class Real>
 KD_FN Real max_of(const Real* x, int64_t padded) {
-  Real m = -std::numeric_limits<Real>::max();
-#pragma omp simd reduction(max : m)
-  for (int64_t i = 0; i < padded; ++i) m = x[i] > m ? x[i] : m;
-  return m;
+  using V = Vector<Real>;
+  V m(-std::numeric_limits<Real>::max());
+  for_vectors<Real>(padded, [&](int64_t i) KD_INLINE_LAMBDA { m = larger(load(x + i), m); });
+  return largest(m);
 }
 
-// The first of the classes with this logit.
+// out = f(in), padded with excluded classes, where f(pad) is -inf; the maximum.
+template <class T, class Real, class F>
+KD_FN Real load_row(const T* in, int64_t n, int64_t padded, Real pad, Real* out, F f) {
+  using V = Vector<Real>;
+  V m(-std::numeric_limits<Real>::max());
+  const int64_t whole = n / V::kLanes * V::kLanes;
+  auto add = [&](V x, int64_t i) KD_INLINE_LAMBDA {
+    store(x, out + i);
+    m = larger(x, m);
+  };
+  for_vectors<Real>(whole, [&](int64_t i) KD_INLINE_LAMBDA {
+    __builtin_prefetch(in + i + kAheadBytes / sizeof(T));
+    add(f(load(in + i)), i);
+  });
+  for (int64_t i = whole; i < padded; i += V::kLanes) {
+    add(f(i < n ? load_part(in + i, static_cast<int>(n - i), pad) : V(pad)), i);
+  }
+  return largest(m);
+}
+
+// Writes at(i), the values of the vector at class i, to out[0, n).
+template <class T, class At>
+KD_FN void write_row(int64_t n, T* out, At at) {
+  constexpr int kLanes = Vector<typename Compute<T>::type>::kLanes;
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) store(at(i), out + i);
+  if (whole < n) store_part(at(whole), static_cast<int>(n - whole), out + whole);
+}
+
+// The first of n classes with this logit; 0 where there is none.
 template <class Real>
-KD_FN int64_t where(const Real* x, int64_t n, Real value) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (x[i] == value) return i;
+int64_t where(const Real* x, int64_t n, int64_t padded, Real value) {
+  using V = Vector<Real>;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t last = first + kBlock < padded ? first + kBlock : padded;
+    V found(Real(0));
+    for (int64_t i = first; i < last; i += V::kLanes) {
+      found = select(load(x + i) == V(value), V(Real(1)), found);
+    }
+    for (int64_t i = first; largest(found) > 0 && i < n; ++i) {
+      if (x[i] == value) return i;
+    }
   }
   return 0;
-}
-
-template <class Real>
-KD_FN void transform(const math::Transform<Real>& f, Real* x, int64_t padded) {
-  using Transform = math::Transform<Real>;
-  if (Transform::nothing(f)) return;
-#pragma omp simd
-  for (int64_t i = 0; i < padded; ++i) x[i] = Transform::apply(f, x[i]);
 }
 
 // count, sum and sum of squares of the finite logits.
@@ -194,44 +229,37 @@ double excess_of_q(const Lane<Real>& x, const math::ElementNorm<Real>& norm, dou
 // math::RowGradient for the classes of a lane, of_e being for exponentials in place of probabilities.
 template <class Real>
 struct LaneGradient {
+  using V = Vector<Real>;
   Real of_a, of_e, of_hard, hard_max, uniform, of_z, mean;
 
-  KD_FN Real soft(const LaneGradient& g, Real a, Real e) {
-    return math::fma(g.of_a, a, math::fma(g.of_e, e, -g.uniform));
+  KD_FN V soft(const LaneGradient& g, V a, V e) {
+    return fma(V(g.of_a), a, fma(V(g.of_e), e, V(-g.uniform)));
   }
-  KD_FN Real add_hard(const LaneGradient& g, Real soft, Real u) {
-    return math::fma(g.of_hard, math::exp2_nonpositive((u - g.hard_max) * kLog2EOf<Real>), soft);
+  KD_FN V add_hard(const LaneGradient& g, V y, V u) {
+    return fma(V(g.of_hard), exp2_nonpositive((u - V(g.hard_max)) * V(kLog2EOf<Real>)), y);
   }
-  KD_FN Real add_z(const LaneGradient& g, Real y, Real u) {
-    return u == -kInfinity<Real> ? y : math::fma(g.of_z, u - g.mean, y);
+  KD_FN V add_z(const LaneGradient& g, V y, V u) {
+    return select(u == V(-kInfinity<Real>), y, fma(V(g.of_z), u - V(g.mean), y));
   }
 };
 
-// What most losses need: nothing but `soft` and cross-entropy's exponentials, rounded to where it goes.
+// Through the transform f; to memory of any dtype.
 template <class T, class Real>
-void write_gradient(const Lane<Real>& x, const Real* a, const LaneGradient<Real>& g, T* out) {
+void write_gradient(const Lane<Real>& x, const Real* a, const LaneGradient<Real>& of,
+                    const math::Transform<Vector<Real>>& f, T* out) {
+  using V = Vector<Real>;
   using Gradient = LaneGradient<Real>;
-  if (g.of_hard == Real(0)) {
-#pragma omp simd
-    for (int64_t i = 0; i < x.n; ++i) narrow(Gradient::soft(g, a[i], x.q[i]), out[i]);
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < x.n; ++i) {
-      narrow(Gradient::add_hard(g, Gradient::soft(g, a[i], x.q[i]), x.u[i]), out[i]);
-    }
-  }
-}
-
-// The same in computed values, through the transform as well.
-template <class Real>
-void make_gradient(const Lane<Real>& x, const Real* a, const LaneGradient<Real>& g,
-                   const math::Transform<Real>& f, Real* out) {
-  using Gradient = LaneGradient<Real>;
-#pragma omp simd
-  for (int64_t i = 0; i < x.padded; ++i) {
-    Real y = Gradient::add_hard(g, Gradient::soft(g, a[i], x.q[i]), x.u[i]);
-    out[i] = math::Transform<Real>::back(f, x.u[i], Gradient::add_z(g, y, x.u[i]));
-  }
+  const Gradient g = of;  // copies, which no store can change
+  const math::Transform<V> transform = f;
+  const Real *u = x.u, *e = x.q;
+  write_row(x.n, out, [=](int64_t i) KD_INLINE_LAMBDA {
+    V y = Gradient::soft(g, load(a + i), load(e + i));
+    if (g.of_hard != 0) y = Gradient::add_hard(g, y, load(u + i));
+    if (g.of_z != 0) y = Gradient::add_z(g, y, load(u + i));
+    return math::Transform<V>::nothing(transform)
+               ? y
+               : math::Transform<V>::back(transform, load(u + i), y);
+  });
 }
 
 }  // namespace

@@ -163,6 +163,16 @@ KD_FN Doubles log2_of_1_plus(Doubles x, Doubles sum) {
     x.lanes[i] = math::log2_of_1_plus(x.lanes[i], sum.lanes[i]);
   return x;
 }
+KD_FN Floats log_acc(Floats x) { return math::log(x); }
+KD_FN Doubles log_acc(Doubles x) {
+  for (int i = 0; i < Doubles::kLanes; ++i) x.lanes[i] = __builtin_log(x.lanes[i]);
+  return x;
+}
+KD_FN Doubles log_normal(Doubles x) { return log_acc(x); }
+KD_FN Doubles tanh_acc(Doubles x) {
+  for (int i = 0; i < Doubles::kLanes; ++i) x.lanes[i] = __builtin_tanh(x.lanes[i]);
+  return x;
+}
 template <class Real>
 KD_FN Vector<Real> inverse(Vector<Real> x) {
   return Vector<Real>(Real(1)) / x;

@@ -65,13 +65,6 @@ KD_FN double inverse(double x) { return 1.0 / x; }
 
 KD_FN float exp_acc(float x) { return exp(x); }
 KD_FN float log_acc(float x) { return log(x); }
-KD_FN float tanh_acc(float x) {
-  // Odd, and accurate at 0 as expm1 is.
-  float magnitude = x < 0.0f ? -x : x;
-  float e = expm1(-2.0f * magnitude);
-  float y = -e * inverse(e + 2.0f);
-  return x < 0.0f ? -y : (x == x ? y : x);
-}
 #if defined(__CUDA_ARCH__)
 KD_FN double exp_acc(double x) { return ::exp(x); }
 KD_FN double log_acc(double x) { return ::log(x); }
@@ -86,6 +79,13 @@ KD_FN double tanh_acc(double x) { return __builtin_tanh(x); }
 #endif
 
 KD_FN double log_normal(double x) { return log_acc(x); }
+
+// Odd, and accurate at 0 as expm1 is. F: float, or a vector of them.
+template <class F>
+KD_FN F tanh_acc(F x) {
+  const F e = expm1_nonpositive(select(x < F(0), x, -x) * F(2)), y = -e * inverse(e + F(2));
+  return select(x < F(0), -y, y);
+}
 
 // log2 x of a mixture, with an error of 1e-7 beside the result's rounding.
 template <class F>

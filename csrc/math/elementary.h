@@ -5,7 +5,7 @@
 // Largest errors against fp64 over every fp32 argument (tests/elementary_ulp.cpp):
 //
 //   exp 0.88 ulp    exp2_nonpositive 0.80 ulp    log 0.94 ulp
-//   log1p 1.55 ulp  expm1 1.33 ulp               sinpi 0.97 ulp, cospi 0.88 ulp
+//   log1p 1.55 ulp  expm1_nonpositive 0.89 ulp   sinpi 0.97 ulp, cospi 0.88 ulp
 //
 // Method: argument reduction to a small interval (Cody and Waite, 1980), then a polynomial fitted to
 // least maximal relative error with its coefficients rounded to fp32 one after the other.
@@ -203,27 +203,20 @@ KD_FN double exp2_nonpositive(double u) {
 #endif
 }
 
-// e^x - 1.
-KD_FN float expm1(float x) {
-  x = x < -18.0f ? -18.0f : x;
-  x = x > 89.0f ? 89.0f : x;
-  float k = fma(x, 0x1.715476p+0f, kRoundToInt);
-  int32_t n = bits_from_float(k) - kRoundToIntBits;
-  k -= kRoundToInt;
-  float r = fma(k, -0x1.62e43p-1f, x);
-  r = fma(k, 0x1.05c61p-29f, r);
-  float q = 0x1.9e6ec6p-13f;
-  q = fma(q, r, 0x1.6d3a3ap-10f);
-  q = fma(q, r, 0x1.1112dap-7f);
-  q = fma(q, r, 0x1.5554f8p-5f);
-  q = fma(q, r, 0x1.555554p-3f);
-  q = fma(q, r, 0.5f);
-  float p = fma(r * r, q, r);
-  // 2^n p + (2^n - 1), at half scale so that n = 128 does not overflow early; 2^n - 1 is exact up to 24.
-  float s = exp2_int(n - 1);
-  float y = n <= 24 ? fma(s, p, s - 0.5f) : s + fma(s, p, -0.5f);
-  y = n == 0 ? p : y + y;
-  return x == 0.0f ? x : y;  // keeps -0
+// e^x - 1 for x <= 0. F: float, or a vector of them.
+template <class F>
+KD_FN F expm1_nonpositive(F x) {
+  x = larger(F(-18.0f), x);  // lets NaN through
+  const F k = fma(x, F(0x1.715476p+0f), F(kRoundToInt)), n = k - F(kRoundToInt);
+  const F r = fma(n, F(0x1.05c61p-29f), fma(n, F(-0x1.62e43p-1f), x));
+  F q(0x1.9e6ec6p-13f);
+  q = fma(q, r, F(0x1.6d3a3ap-10f));
+  q = fma(q, r, F(0x1.1112dap-7f));
+  q = fma(q, r, F(0x1.5554f8p-5f));
+  q = fma(q, r, F(0x1.555554p-3f));
+  q = fma(q, r, F(0.5f));
+  const F p = fma(r * r, q, r), power = power_of_low_bits(k);
+  return fma(power, p, power - F(1.0f));
 }
 
 // Of (log(1 + f) - f + f^2 / 2) / f^3, |f| <= 1/3, the highest power first.
@@ -265,13 +258,14 @@ KD_FN F log_normal(F x) {
   return log_reduced(b.m - F(1.0f), b.e);
 }
 
-// log x; -inf at 0, NaN below.
-KD_FN float log(float x) {
-  bool subnormal = x < 0x1p-126f;
-  Mantissa<float> b = split(subnormal ? x * 0x1p23f : x);
-  float y = log_reduced(b.m - 1.0f, b.e - (subnormal ? 0x17p23f : 0.0f));
-  y = x > 0.0f ? y : (x == 0.0f ? -__builtin_inff() : __builtin_nanf(""));
-  return x < __builtin_inff() ? y : x;  // inf and NaN are their own logarithms; NaN compares false
+// log x; -inf at 0, NaN below. F: float, or a vector of them.
+template <class F>
+KD_FN F log(F x) {
+  const auto subnormal = x < F(0x1p-126f);
+  const Mantissa<F> b = split(select(subnormal, x * F(0x1p23f), x));
+  F y = log_reduced(b.m - F(1.0f), b.e - select(subnormal, F(0x17p23f), F(0.0f)));
+  y = select(F(0.0f) < x, y, select(x == F(0.0f), F(-__builtin_inff()), F(__builtin_nanf(""))));
+  return select(x < F(__builtin_inff()), y, x);  // inf and NaN are their own
 }
 
 // log(1 + x); -inf at -1, NaN below.

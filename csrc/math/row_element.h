@@ -6,9 +6,10 @@
 namespace kdkernels {
 namespace math {
 
-// u = cap tanh(scale z / cap), or scale z without a cap (0). Infinities stay.
-template <class Real>
+// u = cap tanh(scale z / cap), or scale z without a cap (0). Infinities stay. F: a number, or a vector of them.
+template <class F>
 struct Transform {
+  using Real = RealOf<F>;
   Real scale, inner, cap, inv_cap;
 
   KD_FN Transform of(double scale, double cap) {
@@ -17,22 +18,28 @@ struct Transform {
             static_cast<Real>(cap), static_cast<Real>(capped ? 1 / cap : 0.0)};
   }
   KD_FN bool nothing(const Transform& x) { return x.cap == Real(0) && x.scale == Real(1); }
-  KD_FN Real apply(const Transform& x, Real z) {
-    Real u = x.cap > Real(0) ? x.cap * tanh_acc(z * x.inner) : z * x.scale;
-    return magnitude(z) == Real(__builtin_inf()) ? z : u;  // a cap hides no infinity
+  KD_FN F apply(const Transform& x, F z) {
+    const F infinity{static_cast<Real>(__builtin_inf())};
+    const F u = x.cap > Real(0) ? F(x.cap) * tanh_acc(z * F(x.inner)) : z * F(x.scale);
+    return select(magnitude(z) == infinity, z, u);  // a cap hides no infinity
   }
   // dL/dz of g = dL/du.
-  KD_FN Real back(const Transform& x, Real u, Real g) {
-    Real y = u * x.inv_cap;
-    Real slope = x.cap > Real(0) ? x.scale * ((Real(1) - y) * (Real(1) + y)) : x.scale;
-    return u == -Real(__builtin_inf()) && x.cap > Real(0) ? Real(0) : g * slope;
+  KD_FN F back(const Transform& x, F u, F g) {
+    const F scaled = g * F(x.scale);
+    if (!(x.cap > Real(0))) return scaled;
+    const F y = u * F(x.inv_cap), slope = (F(1) - y) * (F(1) + y);
+    return select(u == F(-static_cast<Real>(__builtin_inf())), F(0), scaled * slope);
   }
 };
 
-// log(e^a + e^b), as row.h has it in fp64.
-KD_FN float log_add(float a, float b) {
-  float larger = a > b ? a : b, smaller = a > b ? b : a;
-  return larger == -__builtin_inff() ? larger : larger + log(1.0f + exp(smaller - larger));
+// log(e^a + e^b), as row.h has it in fp64. F: float, or a vector of them.
+template <class F>
+KD_FN F log_add(F a, F b) {
+  using Real = RealOf<F>;
+  const auto first = b < a;
+  const F larger = select(first, a, b), smaller = select(first, b, a);
+  const F y = larger + log_normal(F(1) + exp2_nonpositive((smaller - larger) * F(Real(kLog2E))));
+  return select(larger == F(-static_cast<Real>(__builtin_inf())), larger, y);
 }
 
 // RowNorm for elements.
