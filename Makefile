@@ -3,6 +3,7 @@
 # make test        build and run all tests
 # make mutants     put small faults into the sources, one at a time, and see that tests fail (an hour);
 #                  ARGS="NAME ..." those alone
+# make fuzz        random calls of the public ops against the reference (4 minutes); N=100000 SEED=0
 # make lint        check the style of Python and C++; make format puts it right
 # make bench       the benchmarks beside what people use, into bench/results (10 minutes); ARGS="-k noise" and others
 # make bench-full  the same for all sizes, with more rounds (an hour)
@@ -49,7 +50,7 @@ SITE_PACKAGES = $(shell $(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_
 SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(addsuffix \
   /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-* $(SITE_PACKAGES)/nvidia/*)))
 
-.PHONY: setup reproduce quick test mutants lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
+.PHONY: setup reproduce quick test fuzz mutants lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -65,6 +66,9 @@ quick: setup
 
 test: setup
 	@$(PYTEST) --durations=25
+
+fuzz: setup
+	@PYTHONPATH=tests $(BIN)/python -m fuzz --calls $(or $(N),100000) --seed $(or $(SEED),0)
 
 mutants: setup
 	@PYTHONPATH=tests $(BIN)/python -m mutants.run $(ARGS)

@@ -63,6 +63,19 @@ struct FromPython<std::string_view> {
   }
   std::string_view get() { return text; }
 };
+// An int, or what stands for one; no float of any type.
+template <>
+struct FromPython<int64_t> {
+  int64_t number;
+  bool load(PyObject* object) {
+    auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object));
+    number = index ? PyLong_AsLongLong(index.ptr()) : 0;
+    const bool sound = PyErr_Occurred() == nullptr;
+    PyErr_Clear();
+    return sound;
+  }
+  int64_t get() { return number; }
+};
 template <>
 struct FromPython<c10::SymInt> : FromPython<int64_t> {};
 

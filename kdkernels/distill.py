@@ -1,6 +1,7 @@
 """Distillation losses."""
 
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
@@ -10,7 +11,7 @@ from torch.compiler import is_compiling
 from torch.distributed import ProcessGroup
 
 from kdkernels import _C, reference
-from kdkernels.errors import INT, NUMBER, TENSOR, check, for_floats
+from kdkernels.errors import INT, NUMBER, OPTIONAL_TENSOR, STRING, TENSOR, check, for_floats
 from kdkernels.reference import Divergence, RowStatistics
 
 
@@ -246,8 +247,7 @@ def distillation_loss(
     """
     call = locals()
     teachers, several = _listed(teacher_logits, student_logits)
-    if teacher_weights is not None and not several:
-        raise ValueError("teacher_weights goes with several teachers only")
+    _check_teacher_weights(teacher_weights, several)
     if several:
         call["teacher_logits"] = teachers
     # The kernels make the gradient of one teacher.
@@ -389,7 +389,7 @@ def _taken_by(function, call: dict) -> dict:
 def _plain(call: dict, teachers: Sequence[Tensor]) -> bool:
     """Whether plain PyTorch makes the loss: asked for, or for the gradient of `teachers`."""
     backend, process_group = call["backend"], call["process_group"]
-    if backend not in ("fused", "reference"):
+    if not (isinstance(backend, str) and backend in ("fused", "reference")):
         raise ValueError(f'backend is "{backend}"; it takes "fused" or "reference"')
     plain = backend == "reference" or (
         torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in teachers)
@@ -432,6 +432,16 @@ def _listed(teachers, leading: Tensor) -> tuple[list, bool]:
     return list(teachers) if several else [teachers], several
 
 
+def _check_teacher_weights(weights, several: bool) -> None:
+    """What the ops, to which no weights are an empty list, cannot tell."""
+    if weights is None:
+        return
+    if not several:
+        raise ValueError("teacher_weights goes with several teachers only")
+    if isinstance(weights, (list, tuple)) and not weights:
+        raise ValueError("teacher_weights is empty; it takes a number a teacher")
+
+
 def _wishes(call: dict) -> int:
     """What is asked for beside the loss, as the ops take it."""
     bits = 0
@@ -469,7 +479,7 @@ def _packed(call: dict) -> tuple[list, list]:
         if rows_may_differ:
             rows.append(value if row_tensor else None)
         if choices:
-            if value not in choices:
+            if not (isinstance(value, str) and value in choices):
                 raise ValueError(f'{name} is "{value}"; it takes one of {", ".join(choices)}')
             value = choices.index(value)
         options.append(None if row_tensor else value)
@@ -638,12 +648,10 @@ def topk_teacher(
         >>> top.values, top.indices
         (tensor([[3., 2.]]), tensor([[1, 2]], dtype=torch.int32))
     """
-    check("teacher_logits", teacher_logits, TENSOR)
     check("k", k, INT)
-    _check_temperature(temperature)
-    classes = teacher_logits.shape[-1]
-    if not 1 <= k <= min(classes, reference.MAX_TOP_K):
-        raise ValueError(f"k is {k}; it takes from 1 to {min(classes, reference.MAX_TOP_K)}")
+    k, most = operator.index(k), min(_classes(teacher_logits), reference.MAX_TOP_K)
+    _check_draw(teacher_logits, k, most, temperature)
+    check("by", by, OPTIONAL_TENSOR)
     if by is not None and by.shape != teacher_logits.shape:
         raise ValueError(
             f"by has shape {list(by.shape)}; it takes that of teacher_logits, "
@@ -687,12 +695,11 @@ def sample_teacher(
     Raises:
         ValueError: k or ``proposal_power`` is not as said.
     """
-    check("teacher_logits", teacher_logits, TENSOR)
     check("k", k, INT)
-    _check_temperature(temperature)
+    _classes(teacher_logits)
+    k = operator.index(k)
+    _check_draw(teacher_logits, k, reference.MAX_TOP_K, temperature)
     check("proposal_power", proposal_power, NUMBER)
-    if not 1 <= k <= reference.MAX_TOP_K:
-        raise ValueError(f"k is {k}; it takes from 1 to {reference.MAX_TOP_K}")
     if not 0 <= proposal_power < float("inf"):
         raise ValueError(f"proposal_power is {proposal_power}; it takes a number of at least 0")
     log_p = torch.log_softmax(_tempered(teacher_logits.detach(), temperature), -1)
@@ -718,8 +725,29 @@ def sample_teacher(
     )
 
 
-def _check_temperature(temperature: float | Tensor) -> None:
-    if isinstance(temperature, Tensor):  # the loss checks a tensor's numbers
+def _classes(teacher_logits: Tensor) -> int:
+    check("teacher_logits", teacher_logits, TENSOR)
+    reference.check_floating("teacher_logits", teacher_logits)
+    if teacher_logits.dim() == 0:
+        raise ValueError("teacher_logits has shape []; it takes [*, V]")
+    return teacher_logits.shape[-1]
+
+
+def _check_draw(teacher_logits: Tensor, k: int, most: int, temperature: float | Tensor) -> None:
+    if not 1 <= k <= most:
+        raise ValueError(f"k is {k}; it takes from 1 to {most}")
+    rows = teacher_logits.shape[:-1]
+    if isinstance(temperature, Tensor):  # the loss checks its numbers
+        if temperature.is_complex():
+            raise TypeError(f"temperature has dtype {temperature.dtype}; it takes a real dtype")
+        if temperature.dim() > 0 and temperature.device != teacher_logits.device:
+            raise ValueError(
+                f"temperature is on {temperature.device}, teacher_logits on {teacher_logits.device}"
+            )
+        if temperature.shape not in ((), rows) or temperature.layout != torch.strided:
+            raise ValueError(
+                f"temperature has shape {list(temperature.shape)}; it takes [] or {list(rows)}"
+            )
         return
     check("temperature", temperature, NUMBER)
     if not 0 < temperature < float("inf"):
@@ -731,6 +759,8 @@ def _tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
         temperature = temperature.unsqueeze(-1)
+    # A Fraction, too, is a number.
+    temperature = temperature.to(acc) if isinstance(temperature, Tensor) else float(temperature)
     return logits.to(acc) / temperature
 
 
@@ -941,13 +971,13 @@ def linear_distillation_loss(
     )
     others = _OF_DENSE_TEACHERS if form == "values" else ("tail", "teacher_logsumexp")
     reference.refuse_others(call, others, "teacher_" + form)
+    check("teacher_kind", teacher_kind, STRING)
     if form == "hidden" and teacher_kind != "logits":
         raise ValueError(f'teacher_kind is "{teacher_kind}"; with teacher_hidden it takes "logits"')
     teachers, several = [call["teacher_" + form]], False
     if form == "logits":
         teachers, several = _listed(teacher_logits, student_hidden)
-    if not several and teacher_weights is not None:
-        raise ValueError("teacher_weights goes with several teachers only")
+    _check_teacher_weights(teacher_weights, several)
     if form != "values":
         call["tail"] = "none"
     divisor, group = _divisor(call), ""

@@ -6,6 +6,7 @@ dtype's precision. Losses are differentiable to any order in everything that req
 """
 
 import math
+import operator
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -358,6 +359,7 @@ class _Rows:
         total = loss.sum()
         if reduction == "mean":
             divisor = self.total_weight if num_items is None else num_items
+            divisor = divisor.reshape(()) if isinstance(divisor, Tensor) else divisor
             total = total / divisor if num_items is not None or divisor != 0 else total * 0
         return total
 
@@ -663,7 +665,7 @@ def _linear(side, hidden, weight, bias, dtype) -> Tensor:
         if dims == 1 and x is None:
             continue
         _take(name, x, TENSOR)
-        _check_floating(name, x)
+        check_floating(name, x)
         if x.dtype != dtype:
             raise TypeError(f"{name} has dtype {x.dtype}, student_hidden {dtype}")
         if x.dim() != dims if dims else x.dim() == 0:
@@ -720,9 +722,8 @@ def refuse_others(call: dict, names: Sequence[str], teacher: str) -> None:
     """Options that do not go with a form of teacher must be the defaults."""
     for name in names:
         value, default = call[name], _DEFAULTS[name]
-        if isinstance(value, Tensor) or (
-            value is not default and (default is None or value != default)
-        ):
+        same = isinstance(value, (bool, int, float, str)) and value == default
+        if value is not default and not same:
             raise ValueError(f"{name} does not go with {teacher}")
 
 
@@ -736,7 +737,8 @@ def _check_choice(name, value, choices):
         raise ValueError(f"{name} is {value!r}; it takes one of {', '.join(choices)}")
 
 
-def _check_floating(name, tensor):
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Of a dtype that the losses take, and dense."""
     if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"{name} has dtype {tensor.dtype}; it takes a floating-point dtype")
     if tensor.layout != torch.strided:
@@ -745,7 +747,7 @@ def _check_floating(name, tensor):
 
 def _check_student(student, labels, weight):
     _take("student_logits", student, TENSOR)
-    _check_floating("student_logits", student)
+    check_floating("student_logits", student)
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ValueError(f"student_logits has shape {list(student.shape)}; it takes [*, V], V >= 1")
     for name, rows in (("labels", labels), ("weight", weight)):
@@ -790,7 +792,7 @@ def _check_teachers(student, teacher, weights) -> tuple[list[Tensor], list[float
         )
     for one in teachers:
         _take("teacher_logits", one, TENSOR)
-        _check_floating("teacher_logits", one)
+        check_floating("teacher_logits", one)
         if one.dtype != student.dtype:
             raise TypeError(f"teacher_logits has dtype {one.dtype}, student_logits {student.dtype}")
         if one.shape != student.shape:
@@ -825,7 +827,7 @@ def _check_teachers(student, teacher, weights) -> tuple[list[Tensor], list[float
 def _check_entries(student, values, indices):
     _take("teacher_values", values, TENSOR)
     _take("teacher_indices", indices, TENSOR)
-    _check_floating("teacher_values", values)
+    check_floating("teacher_values", values)
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"teacher_indices has dtype {indices.dtype}; it takes int32 or int64")
     if values.dim() == 0 or values.shape[:-1] != student.shape[:-1]:
@@ -850,7 +852,7 @@ def _check_logsumexp(student, logsumexp, tail, kind, temperature):
     if logsumexp is not None:
         if tail == "renormalize":
             raise ValueError('teacher_logsumexp does not go with tail="renormalize"')
-        _check_floating("teacher_logsumexp", logsumexp)
+        check_floating("teacher_logsumexp", logsumexp)
         _check_rows("teacher_logsumexp", logsumexp, student)
     elif tail != "renormalize" and (
         kind != "log_probs" or isinstance(temperature, Tensor) or temperature != 1
@@ -974,8 +976,12 @@ def randn_like(
 def _listed(tensors, stream, offset) -> list:
     """(tensor, its stream and offset) for each of a list."""
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    streams = [stream + k for k in range(len(tensors))] if isinstance(stream, int) else stream
-    offsets = [offset] * len(tensors) if isinstance(offset, int) else offset
+    streams = list(stream) if isinstance(stream, (list, tuple)) else [stream]
+    offsets = list(offset) if isinstance(offset, (list, tuple)) else [offset]
+    if len(streams) == 1:
+        streams = [operator.index(streams[0]) + k for k in range(len(tensors))]
+    if len(offsets) == 1:
+        offsets *= len(tensors)
     places = [{"stream": s, "offset": o} for s, o in zip(streams, offsets, strict=True)]
     return list(zip(tensors, places, strict=True))
 

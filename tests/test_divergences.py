@@ -641,7 +641,7 @@ def test_rows_of_training_keep_four_digits(
     rtol = 1e-8 if dtype == torch.float64 else 1e-4
     atol = (1e-14 if dtype == torch.float64 else 3e-8) * temperature**2  # 1e-14: the right one's
     torch.testing.assert_close(loss.double(), want, rtol=rtol, atol=atol)
-    # Of a class with nearly all of the probability terms as large as q cancel, and those as large as D.
+    # Of a class with nearly all of the probability terms as large as q or as D cancel.
     lost = rtol * 3e-3 * want[:, None] + (0 if dtype == torch.float64 else 2e-7 * temperature**2)
     lost = lost + error_of_logarithms(divergence, z)
     if divergence == "total_variation":  # whose gradient is not continuous where p = q

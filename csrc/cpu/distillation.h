@@ -66,8 +66,8 @@ KD_FN double guess(const T* row, int64_t classes) {
   constexpr int kLooks = 4;
   double max;
   if (classes < V::kLanes) {
-    max = static_cast<double>(largest(
-        load_part(row, static_cast<int>(classes), -std::numeric_limits<Real>::infinity())));
+    max = static_cast<double>(
+        largest(load_part(row, static_cast<int>(classes), -std::numeric_limits<Real>::infinity())));
   } else {
     V m = load(row);
     for (int look = 1; look < kLooks; ++look) {

@@ -291,7 +291,8 @@ bool is_one(const Tensor& grad_output, bool per_row, double scale, bool last) {
 }
 
 double gradient_scale(const LossCall& call, at::ScalarType type) {
-  if (type != at::kHalf || call.rows.weight.has_value() || call.rows.has_options()) {
+  const bool unbounded = call.options.teacher_kind == TeacherKind::kProbs;  // over a probability
+  if (type != at::kHalf || call.rows.weight.has_value() || call.rows.has_options() || unbounded) {
     return 1;
   }
   // Forward KL's gradient is at most T; others grow with the logarithm of a ratio of probabilities.

@@ -214,6 +214,7 @@ Tensor gradient_noise(const Tensor& x, const OptionalTensor& std_tensor, double 
 
 Tensor noise_dot(at::TensorList tensors, c10::SymIntArrayRef noise,
                  const TensorOptionals& noise_tensors) {
+  check_list("tensors", tensors);
   return NoiseDot::apply(tensors, KeptNoise(noise, noise_tensors));
 }
 

@@ -60,8 +60,8 @@ def _by_name(name: str, values: Sequence) -> dict[str, tuple[object, str]]:
     seed, step, _, streams, offsets, *rest = given.pop("noise")
     out: dict[str, tuple[object, str]]
     out = {k: (value, _KINDS[k]) for k, value in given.items() if k in _KINDS}
-    if isinstance(given.get("std"), list):
-        del out["std"]  # checked already
+    if name == "add_noise_":
+        del out["std"]  # a list, which is checked already
     out |= {"seed": (seed, INT), "step": (step, INT), "stream": (rest[:streams], INTS)}
     return out | {"offset": (rest[streams : streams + offsets], INTS)}
 
@@ -100,10 +100,10 @@ def noise_of_list(tensors: list[Tensor], seed, step, stream, offset, distributio
     return local, *noise_of(seed, step, distribution, streams, offsets, runs)
 
 
-def signed(seed: int) -> int:
+def signed(seed: int, name: str = "seed") -> int:
     """A seed as the int64 of the same bits."""
     if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {seed}; it must be an int in [-2^63, 2^64)")
+        raise ValueError(f"{name} is {seed}; it must be an int in [-2^63, 2^64)")
     return seed - 2**64 if seed >= 2**63 else seed
 
 
@@ -112,12 +112,12 @@ def _drawn_seed() -> Tensor:
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
-def fixed_seed(seed: int | None) -> int:
+def fixed_seed(seed: int | None, name: str = "seed") -> int:
     """The seed itself, or for None a random one, as an int that several calls can share."""
     if seed is None:
         return int(_drawn_seed())
-    check("seed", seed, INT)
-    return signed(seed.__index__())
+    check(name, seed, INT)
+    return signed(seed.__index__(), name)
 
 
 def distribution_index(name: str) -> int:
@@ -132,7 +132,7 @@ def tensors_of(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
     """One tensor or several as a list; the list is checked."""
     if type(tensors) is not list and isinstance(tensors, Tensor):
         return [tensors]
-    if not hasattr(tensors, "__iter__"):
+    if not hasattr(tensors, "__iter__") or isinstance(tensors, (str, bytes)):
         kind = type(tensors).__name__
         raise TypeError(f"{name} is a {kind}; it must be a tensor or a sequence of tensors")
     tensors = list(tensors)
@@ -151,7 +151,8 @@ def stds_of(std) -> tuple:
             raise TypeError(f"std has dtype {std.dtype}; as a tensor it must be a floating one")
         std = std.detach().reshape(-1) if std.dim() == 0 else std.detach()
         return [0.0], std.to(torch.float64)
-    stds = [std] if isinstance(std, (int, float)) or not hasattr(std, "__iter__") else list(std)
+    single = isinstance(std, (int, float, str, bytes)) or not hasattr(std, "__iter__")
+    stds = [std] if single else list(std)
     for value in stds:
         if not fits(value, NUMBER):
             raise TypeError(f"std holds a {type(value).__name__}; it must hold numbers")

@@ -142,7 +142,7 @@ def gradient_noise(
         multiplicative: multiply the gradient by 1 + std * eps instead of adding.
         seed, step, stream, offset, distribution: see the module.
     """
-    if not multiplicative and (ranks := ranks_of_batch()) > 1:
+    if (ranks := ranks_of_batch()) > 1 and not multiplicative:
         std = std * ranks
     return _on_one(
         "gradient_noise", x, std, multiplicative, seed, step, stream, offset, distribution
@@ -244,7 +244,7 @@ def combine_noise_(
         raise TypeError(f"coefficients has dtype {coefficients.dtype}; it must be a floating one")
     if not isinstance(seeds, Tensor):
         seeds = torch.tensor(
-            [fixed_seed(seed) for seed in _sequence("seeds", seeds)], dtype=torch.int64
+            [fixed_seed(seed, "seeds") for seed in _sequence("seeds", seeds)], dtype=torch.int64
         )
     local, *noise = noise_of_list(tensors, 0, step, stream, offset, distribution)
     call_op("combine_noise_", local, coefficients.to(torch.float64), seeds, *noise)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from kdkernels import _C
-from kdkernels.errors import INT, NUMBER, TENSOR, check, fits, for_floats
+from kdkernels.errors import BOOL, INT, NUMBER, STRING, TENSOR, check, explain, fits, for_floats
 from kdkernels.noise.arguments import OPS, signed
 
 
@@ -60,6 +60,7 @@ def noisy_linear_regression(
         >>> print(f"{theta.mean().item():.2f} {ridge.item():.2f}")
         1.14 1.14
     """
+    check("noise", noise, STRING)
     if noise not in ("per-step", "per-sample"):
         raise ValueError(f'noise is "{noise}"; it must be "per-step" or "per-sample"')
     check("x", x, TENSOR)
@@ -79,6 +80,9 @@ def noisy_linear_regression(
     for name, value in named.items():
         if not isinstance(value, Tensor) and not fits(value, NUMBER):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be {NUMBER} or a tensor")
+    for name, value in {**named, "seed": seed}.items():
+        if isinstance(value, Tensor) and value.is_meta != x.is_meta:
+            raise ValueError(f"{name} is on {value.device}, x on {x.device}")
     numbers = [torch.as_tensor(v, dtype=torch.float64, device=x.device) for v in named.values()]
     numbers.append(torch.as_tensor(seed, device=x.device))
     for name, value in zip([*named, "seed"], numbers, strict=True):
@@ -95,19 +99,14 @@ def noisy_linear_regression(
     call: Any = _C
     if is_compiling():
         call, x = OPS, for_floats(x, floats)
-    out = call.noisy_linear_regression(
-        _samples("x", x),
-        _samples("y", y),
-        theta,
-        lr,
-        lam,
-        sigma,
-        seed,
-        steps,
-        stream,
-        noise == "per-sample",
-        trajectory,
-    )
+    samples, per_sample = (_samples("x", x), _samples("y", y)), noise == "per-sample"
+    try:
+        out = call.noisy_linear_regression(
+            *samples, theta, lr, lam, sigma, seed, steps, stream, per_sample, trajectory
+        )
+    except TypeError as error:
+        kinds = {"steps": (steps, INT), "stream": (stream, INT), "trajectory": (trajectory, BOOL)}
+        raise explain(error, **kinds) from None
     return out.reshape(out.shape[:-1] + shape).to(x.dtype)
 
 

@@ -60,6 +60,13 @@ class NoisyOptimizer(torch.optim.Optimizer):
         # Seed and step are kept in the groups, which every kind of checkpoint saves.
         seed = fixed_seed(seed)
         defaults |= {"maximize": maximize, "capturable": capturable}
+        if not isinstance(params, Tensor):  # which torch.optim refuses by name
+            if not hasattr(params, "__iter__"):
+                kind = type(params).__name__
+                raise TypeError(f"params is a {kind}; it must be an iterable of tensors or groups")
+            params = list(params)
+            if not params:
+                raise ValueError("params is empty")
         super().__init__(params, defaults | {"seed": seed, "noise_step": 0})
         self._place_counts()
 
