@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import kdkernels
-from kdkernels.benchmark import (
+from kdkernels.tools.bench import (
     OURS,
     Comparison,
     backward,

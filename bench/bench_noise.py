@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels.benchmark import (
+from kdkernels.tools.bench import (
     OURS,
     Comparison,
     gpt2,

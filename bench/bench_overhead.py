@@ -7,7 +7,7 @@ import torch
 from torch.utils import cpp_extension
 
 import kdkernels
-from kdkernels.benchmark import (
+from kdkernels.tools.bench import (
     OPTIMIZERS,
     OURS,
     Comparison,

@@ -3,7 +3,7 @@
 import torch
 
 import kdkernels
-from kdkernels.benchmark import OURS, Comparison, experiment_1
+from kdkernels.tools.bench import OURS, Comparison, experiment_1
 from kdkernels.train import models
 from kdkernels.train.distillation import plain_loss
 

@@ -1,6 +1,6 @@
 """What the benchmarks share: their options, the fixture `compare`, and what a run leaves behind.
 
-How a comparison is measured is in kdkernels/benchmark.py, what its page looks like in report.py.
+How a comparison is measured is in kdkernels/tools/bench.py, what its page looks like in report.py.
 """
 
 import importlib.metadata
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import report
-from kdkernels import benchmark as measuring
+from kdkernels.tools import bench as measuring
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",

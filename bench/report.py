@@ -15,9 +15,9 @@ import markupsafe
 import matplotlib
 from matplotlib.figure import Figure
 
-from kdkernels import benchmark as measuring
-from kdkernels.benchmark import OURS, duration, interval, ratio, times
-from kdkernels.train.report import STYLE
+from kdkernels.reports.page import STYLE
+from kdkernels.tools import bench as measuring
+from kdkernels.tools.bench import OURS, duration, interval, ratio, times
 
 SUITES = {
     "distill": "Distillation losses: loss and gradient",
@@ -347,7 +347,7 @@ def shown(result):
         "suite": result["suite"],
         "bytes": size(result["bytes"]),
         "rounds": result["rounds"],
-        "disturbed": measuring.disturbed(result),
+        "disturbed": measuring.disturbed(result["others"]),
         "missing": result["missing"],
         "cases": [row(result, case) for case in result["cases"]],
     }

@@ -18,7 +18,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 import kdkernels
-from kdkernels.__main__ import _parser
+from kdkernels.__main__ import make_parser
 
 DOCS = Path(__file__).resolve().parent
 PICTURES = DOCS.parent / "build" / "docs-pictures"
@@ -74,7 +74,7 @@ class Commands(SphinxDirective):
     """Every command and its options, as its own --help has them."""
 
     def run(self):
-        [commands] = (a for a in _parser()._actions if isinstance(a.choices, dict))
+        [commands] = (a for a in make_parser()._actions if isinstance(a.choices, dict))
         return [self.command(*item) for item in commands.choices.items()]
 
     def command(self, name, parser):

@@ -1,7 +1,10 @@
 """What this build of kdkernels is and what it runs on: ``python -m kdkernels info``."""
 
 import importlib.metadata
+import os
 import platform
+import time
+from pathlib import Path
 
 CPU_ONLY = (
     "CPU only: for CUDA, run `KDKERNELS_CUDA=1 pip install --no-build-isolation .` "
@@ -35,6 +38,56 @@ def collect():
             for capability in [torch.cuda.get_device_capability(i)]
         ],
     }
+
+
+def machine(threads: int | None = None) -> dict[str, str]:
+    """What a run ran on: processor, threads, versions, GPUs."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [r for r in cpuinfo.read_text().splitlines() if r.startswith("model name")]
+        name = names[0].split(":", 1)[1].strip() if names else name
+    facts = collect()
+    found = {
+        "processor": f"{name}, {os.cpu_count()} cores visible; kernels use {facts['isa']}",
+        "threads": str(threads or facts["threads"]),
+        "versions": f"kdkernels {_version()}, torch {facts['torch']}, torchvision "
+        f"{_version('torchvision')}, Python {facts['python']}",
+    }
+    if facts["gpus"]:
+        found["GPUs"] = ", ".join(facts["gpus"])
+    return found
+
+
+def _others() -> float | None:
+    """Processor seconds that were not this process's, stolen ones included; None: not Linux."""
+    try:
+        spent = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
+    except (OSError, ValueError):
+        return None
+    idle, waiting = spent[3:5]
+    return (sum(spent) - idle - waiting) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+class Others:
+    """Watches what other processes take of the processors' time, from when it is made."""
+
+    def __init__(self):
+        self._before, self._began = _others(), time.perf_counter()
+
+    def share(self) -> float | None:
+        """Their share until now, 0..1; None where the system does not tell."""
+        after = _others()
+        if self._before is None or after is None:
+            return None
+        processors = (os.cpu_count() or 1) * (time.perf_counter() - self._began)
+        return max(0.0, (after - self._before) / processors)
+
+
+def disturbed(share: float | None) -> str:
+    """Says so where other work had more than 5 % of the processors' time; else empty."""
+    share = share or 0.0
+    return f"(disturbed: other work had {share:.0%} of the processors)" * (share > 0.05)
 
 
 def describe(facts):
@@ -73,8 +126,13 @@ def main():
     return 0
 
 
-def _version():
+def command(_name: str, _given: dict) -> int:
+    """``kdkernels info``."""
+    return main()
+
+
+def _version(package="kdkernels"):
     try:
-        return importlib.metadata.version("kdkernels")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdkernels import benchmark
 from kdkernels.__main__ import main
-from kdkernels.benchmark import IGNORED, OURS, Comparison, training_logits
+from kdkernels.tools import bench as benchmark
+from kdkernels.tools.bench import IGNORED, OURS, Comparison, training_logits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import report  # noqa: E402
@@ -177,7 +177,7 @@ def test_quick(short_samples, tmp_path):
 def test_the_command_names_what_is_wrong(capsys, tmp_path):
     assert main(["bench"]) == 2 and "give --quick" in capsys.readouterr().err
     assert main(["bench", "--quick", "--threads", "0"]) == 2
-    assert "'0' is not a whole number at least 1" in capsys.readouterr().err
+    assert "'0' is given; it must be a whole number of at least 1" in capsys.readouterr().err
     assert main(["bench", "--quick", "--json", str(tmp_path / "no" / "x.json")]) == 2
     assert "cannot write" in capsys.readouterr().err
 

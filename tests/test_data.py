@@ -24,7 +24,8 @@ from torchvision import datasets
 
 import kdkernels
 from kdkernels import __main__ as command
-from kdkernels.train import TrainError, data, distillation, models, predictions
+from kdkernels.train import TrainError, checks, data, models, predictions
+from kdkernels.train.settings import AUGMENT, Distil
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,7 @@ def offline(monkeypatch):
 
 
 def test_cifar100(tmp_path, offline):
-    with pytest.raises(TrainError, match=r"CIFAR-100 is not in .*train is missing.*--data-dir"):
+    with pytest.raises(TrainError, match=r"CIFAR-100 is not in .*train is missing.*data_dir"):
         data.load("cifar100", size=32, data_dir=str(tmp_path))
     layout = tmp_path / "cifar-100-python"
     layout.mkdir()
@@ -215,7 +216,7 @@ def test_folder_is_decoded_resized_and_cropped(tmp_path, cache, monkeypatch):
         raise AssertionError("decoded twice")
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_decode", never)
+        patch.setattr("kdkernels.train.folder._decode", never)
         again, _ = data.load("folder", data_dir=str(root), size=20)
         assert torch.equal(again.pixels, train.pixels)
         with pytest.raises(TrainError, match="decoded twice"):  # of another size it is not
@@ -381,7 +382,7 @@ def test_the_first_images_of_a_folder_are_of_all_classes(tmp_path):
         assert images.first(14).labels.bincount().tolist() == [8, 4, 2]
     in_order = train.take(train.labels.argsort(stable=True))
     with pytest.raises(TrainError, match="the first 12 are of 1 of 3: shuffle them"):
-        distillation.images_of(distillation.Settings(train_samples=12), (in_order, test))
+        checks.images_of(Distil(train_samples=12), (in_order, test))
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, cache):
@@ -424,7 +425,7 @@ def half_dark(image):
     return image // 2 if torch.rand(()) < 0.5 else image
 
 
-@pytest.mark.parametrize("augment", [*data.AUGMENT[1:], half_dark])
+@pytest.mark.parametrize("augment", [*AUGMENT[1:], half_dark])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_view_is_a_function_of_seed_number_and_view(augment, channels):
     images = noise_images(channels=channels, augment=augment, views=3, seed=5)
@@ -484,7 +485,7 @@ def test_digits_are_not_flipped():
 
 
 def test_augmentations_that_make_no_sense():
-    with pytest.raises(TrainError, match="--views is of --augment"):
+    with pytest.raises(TrainError, match="views requires augment"):
         data.load("digits", size=16, views=2)
     with pytest.raises(TrainError, match="augment is 'mixup'; it takes none, crop"):
         noise_images(augment="mixup")
@@ -596,7 +597,7 @@ def test_a_mismatch_is_named(tmp_path):
     refused("views is 2 there and 3 here", data.load("digits", **options | {"views": 3})[0])
     refused("seed is 0 there and 4 here", data.load("digits", **options, seed=4)[0])
     refused("augment is crop there and none here", data.load("digits", size=8)[0])
-    refused("give --views", data.load("digits", size=8, augment="crop")[0])
+    refused("give views", data.load("digits", size=8, augment="crop")[0])
     relabelled = train.labels.clone()
     relabelled[0] += 1
     changed = dataclasses.replace(train, labels=relabelled, _whole_labels=relabelled)
@@ -641,7 +642,7 @@ def test_folders_that_hold_no_predictions(tmp_path):
 def test_logits_that_cannot_be_kept(tmp_path):
     train = data.load("digits", size=8)[0].first(40)
     large = teacher(scale=1e6)
-    with pytest.raises(TrainError, match="too large for float16: use --dtype bfloat16"):
+    with pytest.raises(TrainError, match="too large for float16: use dtype bfloat16"):
         predictions.write(tmp_path / "a", large, train)
     predictions.write(tmp_path / "b", large, train, dtype="bfloat16")
     with pytest.raises(TrainError, match="not finite"):
@@ -742,8 +743,8 @@ def test_predict_teacher(tmp_path, capsys):
     }  # fmt: skip
 
     for more, said in (
-        (["--top-k=11"], "--top-k 11: the images have 10 classes"),
-        (["--augment=crop"], "--views N"),
+        (["--top-k=11"], "top_k 11: the images have 10 classes"),
+        (["--augment=crop"], "views N"),
         (["--top-k=2"], "holds other predictions"),
         (["--teacher-weights=none"], "has not learnt these 10 classes"),
         (["--data=folder", f"--data-dir={tmp_path / 'none'}"], "is not a folder"),

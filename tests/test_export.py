@@ -12,13 +12,16 @@ import torch
 from torch import nn
 
 from kdkernels import __main__ as command
-from kdkernels.train import TrainError, data, distillation, export
+from kdkernels.tools import export
+from kdkernels.tools.settings import Export
+from kdkernels.train import TrainError, data
 from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.settings import Distil
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-int8 = pytest.importorskip("kdkernels.train.int8")
+int8 = pytest.importorskip("kdkernels.tools.int8")
 
 # Steps enough for BatchNorm's running averages to catch up with the weights.
 DISTILL = [
@@ -51,7 +54,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def student(finished):
-    _, model = export._networks(distillation.Settings(image_size=16), 10)
+    _, model = export._networks(Distil(image_size=16), 10)
     tensors, _ = RunFolder.open(str(finished)).load("full")
     own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     model.load_state_dict(own)
@@ -166,9 +169,7 @@ def small_run(tmp_path, monkeypatch):
         return Small(classes), Small(classes)
 
     monkeypatch.setattr(export, "_networks", networks)
-    settings = distillation.Settings(
-        image_size=8, batch_size=32, train_samples=160, test_samples=40, epochs=1
-    )
+    settings = Distil(image_size=8, batch_size=32, train_samples=160, test_samples=40, epochs=1)
     folder = RunFolder.create(tmp_path / "run", {"distill": dataclasses.asdict(settings)})
     torch.manual_seed(1)
     for name in ("teacher", "full"):
@@ -178,9 +179,9 @@ def small_run(tmp_path, monkeypatch):
 
 
 def test_training_lowers_the_loss_and_goes_on_to_the_same_bits(small_run, tmp_path):
-    settings = export.Settings(formats=("int8-qat",), epochs=3, lr=1e-2, threads=1)
+    settings = Export(formats=("int8-qat",), epochs=3, lr=1e-2, threads=1)
     made = small_run.path / "export/full-int8-qat.onnx"
-    export.run(small_run, settings, lambda *_: None, print)
+    export.run(settings, small_run, lambda *_: None, print)
     expected = made.read_bytes()
     lines = [json.loads(line) for line in (made.parent / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "epoch"]
@@ -193,11 +194,11 @@ def test_training_lowers_the_loss_and_goes_on_to_the_same_bits(small_run, tmp_pa
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(TrainError, match="the same command again") as stopped:
-        export.run(small_run, settings, stop, print)
+        export.run(settings, small_run, stop, print)
     assert stopped.value.status == 130
     assert not made.exists()
     steps = []
-    export.run(small_run, settings, lambda learner, done, total: steps.append(done), print)
+    export.run(settings, small_run, lambda learner, done, total: steps.append(done), print)
     # It stops after the step in hand, which may be the next one.
     assert steps in (list(range(8, 16)), list(range(9, 16)))
     assert made.read_bytes() == expected
@@ -205,7 +206,7 @@ def test_training_lowers_the_loss_and_goes_on_to_the_same_bits(small_run, tmp_pa
     for change, first in ({"epochs": 4}, 16), ({"lr": 1e-3}, 1), ({"epochs": 1}, 1):
         steps.clear()
         asked = dataclasses.replace(settings, **change)
-        export.run(small_run, asked, lambda learner, done, total: steps.append(done), print)
+        export.run(asked, small_run, lambda learner, done, total: steps.append(done), print)
         assert steps[0] == first
         assert made.read_bytes() != expected
 
@@ -214,7 +215,7 @@ def test_wrong_network_is_named(small_run, capsys):
     tensors = {f"model.{k}": v for k, v in Small(7).state_dict().items()}
     small_run.save("full", tensors, {"epoch": 1})
     assert command.main(["export", str(small_run.path)]) == 2
-    assert "not of the network" in one_sentence(capsys)
+    assert "is of another model: size mismatch" in one_sentence(capsys)
 
 
 @pytest.fixture
@@ -380,11 +381,3 @@ def test_without_a_teacher_the_other_formats_are_named(finished, tmp_path, capsy
     (copy / "checkpoints/teacher.safetensors").unlink()
     assert command.main(["export", str(copy), "--formats=int8-qat"]) == 2
     assert "teacher.safetensors" in one_sentence(capsys)
-
-
-def test_help_names_the_defaults():
-    for field in dataclasses.fields(export.Settings):
-        text = command._OF_EXPORT[field.name]["help"]
-        default = {"formats": "all three", "threads": "torch's choice", "lr": "1e-4"}
-        assert f"(default: {default.get(field.name, field.default)})" in text, field.name
-    assert export.Settings().lr == 1e-4 and len(export.Settings().formats) == 3

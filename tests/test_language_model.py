@@ -15,10 +15,14 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdkernels import __main__ as command
-from kdkernels.train import TrainError, language_model, text
-from kdkernels.train.language_model import ARMS, GPT, Settings
-from kdkernels.train.loop import Interrupt, Learner
+from kdkernels.experiments import language_model, text
+from kdkernels.experiments.language_model import GPT
+from kdkernels.experiments.settings import LM_ARMS, LanguageModel
+from kdkernels.reports import language_model as pages
+from kdkernels.train import TrainError
+from kdkernels.train.loop import Learner
 from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.session import Interrupt
 
 SOURCES = str(Path(sysconfig.get_paths()["stdlib"], "json"))
 DEFAULTS = ("reference", "dense", "topk", "linear", "full")
@@ -169,44 +173,44 @@ def models(vocabulary=320, context=16):
     return student, expert.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("arm", [name for name in ARMS if name not in ("reference", "compiled")])
+@pytest.mark.parametrize("arm", [name for name in LM_ARMS if name not in ("reference", "compiled")])
 def test_loss_and_gradients_are_the_references(arm):
     """The top k of all classes is all of the teacher, but for fp16."""
-    settings = Settings(k=320, vocabulary=320)
+    settings = LanguageModel(k=320, vocabulary=320)
     generator = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(320, (2, 4, 16), generator=generator)
     student, expert = models()
     found = {}
     for name in ("reference", arm):
         model = copy.deepcopy(student)
-        model.bare = ARMS[name].loss == "linear"
-        ask = language_model._asked(ARMS[name], expert, settings)
-        loss = language_model._loss(ARMS[name], model, expert, settings)(
+        model.bare = LM_ARMS[name].loss == "linear"
+        ask = language_model._asked(LM_ARMS[name], expert, settings)
+        loss = language_model._loss(LM_ARMS[name], model, expert, settings)(
             model(tokens), language_model._packed(ask(tokens)), labels
         )
         loss.backward()
         found[name] = loss, [p.grad for p in model.parameters()]
-    tolerance = {"rtol": 1e-5, "atol": 1e-7} if ARMS[arm].exact else {"rtol": 1e-2, "atol": 1e-4}
+    tolerance = {"rtol": 1e-5, "atol": 1e-7} if LM_ARMS[arm].exact else {"rtol": 1e-2, "atol": 1e-4}
     torch.testing.assert_close(found[arm][0], found["reference"][0], **tolerance)
     for ours, theirs in zip(found[arm][1], found["reference"][1], strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance | {"atol": tolerance["atol"] * 10})
 
 
 def test_compiled_loss_is_the_references():
-    settings = Settings(vocabulary=320)
+    settings = LanguageModel(vocabulary=320)
     student, expert = models()
     tokens, labels = torch.randint(320, (2, 4, 16))
     logits, taught = student(tokens), expert(tokens)
     plain, compiled = (
-        language_model._loss(ARMS[name], student, expert, settings)(logits, taught, labels)
+        language_model._loss(LM_ARMS[name], student, expert, settings)(logits, taught, labels)
         for name in ("reference", "compiled")
     )
     torch.testing.assert_close(compiled, plain)
 
 
 def test_operations_are_what_torch_counts():
-    settings = Settings(
-        vocabulary=64, context=16, batch_size=2, student_width=32, student_layers=3,
+    settings = LanguageModel(
+        context=16, batch_size=2, student_width=32, student_layers=3,
         teacher_width=64, teacher_layers=1, k=4,
     )  # fmt: skip
     student = GPT(64, 16, 32, 3)
@@ -227,7 +231,7 @@ def test_passes_are_counted():
         (x.exp() + x).view(100, 4).sum()
     assert passes.count == 2 + 3 + 1
     # At the least each of two logits is read and a gradient is written.
-    assert language_model.traffic(Settings(), 1000) > 3
+    assert language_model.traffic(LanguageModel(), 1000) > 3
 
 
 def test_held_out_loss_in_chunks():
@@ -260,15 +264,15 @@ class Random:
 def test_linear_takes_less_memory(tmp_path):
     """1,024 tokens of 16,384 classes: logits of 67 MB."""
     folder = RunFolder.create(str(tmp_path / "run"), {})
-    settings = Settings(vocabulary=16384, k=4)
+    settings = LanguageModel(vocabulary=16384, k=4)
     student, expert = models(16384, 128)
     peaks = {}
     for name in ("reference", "linear"):
         model = copy.deepcopy(student)
         model.bare = name == "linear"
-        ask = language_model._asked(ARMS[name], expert, settings)
+        ask = language_model._asked(LM_ARMS[name], expert, settings)
         learner = Learner(
-            name, model, language_model._loss(ARMS[name], model, expert, settings),
+            name, model, language_model._loss(LM_ARMS[name], model, expert, settings),
             lambda tokens, *_, ask=ask: language_model._packed(ask(tokens)),
             lambda model: {}, 1e-3, 0, tuned=True,
         )  # fmt: skip
@@ -298,7 +302,7 @@ def run(tmp_path_factory):
 
 
 def test_arms_learn_and_follow_reference(run):
-    found = language_model.results(RunFolder.open(str(run)))
+    found = pages.results(RunFolder.open(str(run)))
     arms = found["arms"]
     assert tuple(arms) == ("teacher", *DEFAULTS)
     assert all(check["passed"] for check in found["checks"]) and len(found["checks"]) == 9
@@ -325,7 +329,7 @@ def test_arms_learn_and_follow_reference(run):
 def test_report(run):
     page = html.unescape((run / "report.html").read_text())
     for name in DEFAULTS:
-        assert f"{name}: {ARMS[name].about}" in page
+        assert f"{name}: {LM_ARMS[name].about}" in page
     for name in ("lm_speed", "lm_phases", "lm_losses", "lm_held_out"):
         assert (run / "plots" / f"{name}.png").stat().st_size > 5000
     found = json.loads((run / "results.json").read_text())["language_model"]
@@ -349,9 +353,9 @@ def test_resumed_run_has_the_same_bits(run, tmp_path):
 
     for _ in range(4):
         with pytest.raises(Stop):
-            language_model.run(Settings(**TINY), folder, on_step, lambda line: None)
+            language_model.run(LanguageModel(**TINY), folder, on_step, lambda line: None)
         folder = RunFolder.open(str(tmp_path / "run"))
-    language_model.run(Settings(**TINY), folder, on_step, lambda line: None)
+    language_model.run(LanguageModel(**TINY), folder, on_step, lambda line: None)
     assert not stops
     for name in ("teacher", *DEFAULTS):
         file = f"checkpoints/{name}.safetensors"
@@ -383,7 +387,7 @@ def test_more_epochs_and_given_teacher(run, tmp_path, capsys):
 def test_text_shorter_than_the_teachers_steps(tmp_path):
     """The text is gone over again, in another order."""
     (tmp_path / "text").write_text(Path(SOURCES, "scanner.py").read_text()[:3000])
-    settings = Settings(
+    settings = LanguageModel(
         **TINY | {"text": str(tmp_path / "text"), "vocabulary": 257, "teacher_steps": 120},
         arms=("linear",),
     )  # fmt: skip
@@ -399,11 +403,14 @@ def test_text_shorter_than_the_teachers_steps(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"text": "/nowhere"}, "--text /nowhere: there is no such file"),
-        ({"vocabulary": 5}, "--vocabulary: '5' is not a whole number at least 257"),
-        ({"student_width": 100}, "--student-width 100: it takes a multiple of 64"),
-        ({"k": 400}, "--k 400 is more than the 320 of --vocabulary"),
-        ({"arms": "dense,fused"}, "'dense,fused' is not a list of different names"),
+        ({"text": "/nowhere"}, "text /nowhere: there is no such file"),
+        (
+            {"vocabulary": 5},
+            "--vocabulary: '5' is given; it must be a whole number of at",
+        ),
+        ({"student_width": 100}, "student_width is 100; it must be a multiple of 64"),
+        ({"k": 400}, "k is 400; it must be at most vocabulary, which is 320"),
+        ({"arms": "dense,fused"}, "'dense,fused' is given; it must be different names"),
         ({"teacher_weights": "/nowhere.safetensors"}, "/nowhere.safetensors: there is no such"),
         ({"teacher_weights": __file__}, "test_language_model.py cannot be read"),
         ({"context": 10**4}, "has .* tokens, less than a window of 10000"),
@@ -451,18 +458,3 @@ def test_one_process(monkeypatch, tmp_path, capsys):
 def test_resume_takes_no_other_option(run, capsys):
     assert command.main(["distill-lm", f"--resume={run}", "--k=3"]) == 2
     assert "only --epochs, --text may be given" in capsys.readouterr().err
-
-
-def test_help_names_the_defaults(capsys):
-    with pytest.raises(SystemExit):
-        command.main(["distill-lm", "--help"])
-    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
-    table = command._OPTIONS | command._OF_LM
-    for field in dataclasses.fields(Settings):
-        assert "--" + field.name.replace("_", "-") in shown
-        if field.name not in ("text", "arms", "threads", "teacher_steps"):
-            default = field.default
-            said = re.search(r"default: ([^)]*)\)", table[field.name]["help"]).group(1)
-            assert said == str(default) or float(said) == default, field.name
-    assert Settings().arms == DEFAULTS == tuple(name for name in ARMS if name != "compiled")
-    assert Settings().teacher_steps == 300 and "(default: 300, or 0" in shown

@@ -18,8 +18,10 @@ from torch import nn
 
 import kdkernels
 from kdkernels import __main__ as command
-from kdkernels.train import TrainError, data, distill, distillation, models
+from kdkernels import reports
+from kdkernels.train import TrainError, data, distill, models
 from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.settings import Distil
 
 
 class Small(nn.Module):
@@ -89,8 +91,9 @@ def test_distill_own_models(digits, teacher, tmp_path, capsys):
     before = {key: value.clone() for key, value in student.state_dict().items()}
     out = tmp_path / "run"
     found = distill(
-        teacher, student, *digits, epochs=6, lr=3e-3, threads=1, out=str(out), progress=False
-    )
+        teacher, student, *digits, epochs=6, lr=3e-3, threads=1, out=str(out), progress=False,
+        report=reports.write,
+    )  # fmt: skip
     assert found.folder == out and (out / "report.html").exists()
     assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
     assert found.accuracy > 0.6  # a tenth by chance
@@ -213,8 +216,9 @@ def test_a_model_made_by_its_first_images(digits, teacher, tmp_path):
      {"target_accuracy": 95}, {"parallel": "dp"}, {"epochs": 1.5}, {"epochs": True},
      {"divergence": "kl"}, {"noise": "dropout"}, {"generations": 0}, {"checkpoint_every": 0},
      {"lr": float("nan")}, {"lr": "1e-3"}, {"temperature": 0}, {"alpha": 1.01}, {"batch_size": 1},
-     {"arms": "full"}, {"arms": ()}, {"arms": ("best",)}, {"arms": ("full", "full")}, {"seed": -1},
-     {"device": "gpu"}, {"budget": 0}, {"threads": 0}, {"train_samples": 1}, {"noise_std": -1},
+     {"batch_size": 0}, {"arms": "full"}, {"arms": ()}, {"arms": ("best",)},
+     {"arms": ("full", "full")}, {"seed": -1}, {"device": "gpu"}, {"budget": 0},
+     {"threads": 0}, {"train_samples": 1}, {"noise_std": -1},
      {"beta": 2}, {"epochs": None}],
     ids=str,
 )  # fmt: skip
@@ -223,31 +227,18 @@ def test_settings_that_do_not_exist_are_named(digits, teacher, tmp_path, setting
     refused(match, teacher, Small(10), *digits, tmp_path, **{"noise": None} | settings)
 
 
-def test_settings_are_those_of_the_command(tmp_path, capsys):
-    """Both say the same of the ends of each range and of each name."""
-    for name, (kind, low, high, above) in distillation._NUMBERS.items():
-        ends = [low - 1, low, low + 1, *([] if high == math.inf else [high, high + 1])]
-        fits = [low < value <= high or (value == low and not above) for value in ends]
-        option = command._OF_DISTILL.get(name) or command._OPTIONS[name]
-        for value, fit in zip(map(kind, ends), fits, strict=True):
-            for parse in (
-                option["type"],
-                lambda value, name=name: distillation._number(name, value),
-            ):
-                try:
-                    assert parse(value) == value and fit
-                except (TrainError, argparse.ArgumentTypeError):
-                    assert not fit, (name, value)
-    for name, names in distillation._NAMES.items():
-        option = command._OF_DISTILL.get(name) or command._OPTIONS[name]
-        assert option["choices"] == names, name
+def test_a_wrong_setting_is_a_value_error(digits, teacher):
+    with pytest.raises(
+        ValueError, match="batch_size is 0; it must be a whole number of at least 2"
+    ):
+        distill(teacher, Small(10), *digits, batch_size=0)
 
 
 def test_what_is_no_model_and_no_images(digits, teacher, tmp_path):
     with pytest.raises(TypeError, match=r"teacher is a function; it must be a torch\.nn"):
         distill(lambda x: x, Small(10), *digits)
     with pytest.raises(
-        TypeError, match="train is a list; it must be a kdkernels.train.data.Images"
+        TypeError, match="train is a list; it must be a kdkernels.train.images.Images"
     ):
         distill(teacher, Small(10), [], digits[1])
     train, test = digits
@@ -393,7 +384,7 @@ def test_a_run_of_python_is_refused_by_the_command(digits, teacher, tmp_path, ca
 def test_a_tilde_is_the_home_folder(digits, teacher, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    options = {"epochs": 1, "threads": 1, "progress": False}
+    options = {"epochs": 1, "threads": 1, "progress": False, "report": reports.write}
     distill(teacher, Small(10), digits[0].first(50), digits[1], out="~/run", **options)
     torch.save(wide(10).state_dict(), tmp_path / "home/t.pth")
     call = ["distill", *TINY, "--teacher-weights=~/t.pth", "--epochs=1", "--arms=full"]
@@ -415,9 +406,9 @@ def test_augmented_distillation_asks_once_or_each_step(digits, teacher, tmp_path
         out=str(tmp_path / "kept"),
     )  # fmt: skip
     assert records(found.folder, kind="epoch")[0]["learner"] == "full"
-    with pytest.raises(TrainError, match="--views"):
-        distillation.Settings(augment="crop-flip", arms=("full",))
-    assert distillation.Settings(augment="crop-flip").arms == ("alone", "reference", "fused")
+    with pytest.raises(TrainError, match="give views"):
+        Distil(augment="crop-flip", arms=("full",))
+    assert Distil(augment="crop-flip").arms == ("alone", "reference", "fused")
 
 
 def test_kept_and_asked_teacher_agree(tmp_path):
@@ -634,7 +625,7 @@ def test_students_that_do_not_fit_get_one_sentence(tmp_path, capsys, student):
     call = ["distill", *TINY, f"--student={student}", f"--out={tmp_path / 'run'}"]
     assert command.main(call) == 2
     err = one_sentence(capsys)
-    assert "the student" in err and ("--image-size" in err or "gives a" in err)
+    assert "the student" in err and ("image_size" in err or "gives a" in err)
     assert not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import json
 import math
 import re
 import statistics
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from kdkernels import __main__ as command
-from kdkernels.train import compare, distillation, distillation_report, page, report
+from kdkernels.reports import compare, page, report
+from kdkernels.reports.distillation import ladder
 from kdkernels.train.loop import PHASES
 from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.settings import ARMS, Distil
 
 MACHINE = {"processor": "a processor", "threads": "1", "versions": "kdkernels 1"}
 # Seconds of each epoch by arm: teacher and backward, all else is nothing.
@@ -28,8 +31,8 @@ SECONDS = {
 def write_run(path, seed=0, seconds=SECONDS, accuracy=None, tests=None, **settings):
     """A run's folder as distill leaves it; ``accuracy``: the last epoch's, by arm."""
     settings = {"epochs": max(map(len, seconds.values())), **settings}
-    names = tuple(name for name in seconds if name in distillation.ARMS)
-    wanted = dataclasses.asdict(distillation.Settings(arms=names, seed=seed, **settings))
+    names = tuple(name for name in seconds if name in ARMS)
+    wanted = dataclasses.asdict(Distil(arms=names, seed=seed, **settings))
     folder = RunFolder.create(str(path), {"command": "distill", "distill": wanted, "threads": 1,
                                           "machine": MACHINE})  # fmt: skip
     for name, epochs in seconds.items():
@@ -173,7 +176,7 @@ def test_ladder_without_some_arms(arms, names):
         ]
         for name in arms
     }
-    rungs = distillation_report.ladder(epochs)
+    rungs = ladder(epochs)
     assert [rung["arm"] for rung in rungs] == names
     if not rungs:
         return
@@ -196,7 +199,7 @@ def test_ladder_compares_the_epochs_that_all_have():
         "reference": [{"phases": phases | {"loss": 3.0}}] * 5,
         "fused": [{"phases": phases | {"loss": 2.0}}] * 2,
     }
-    assert [rung["seconds"] for rung in distillation_report.ladder(epochs)] == [6.0, 4.0]
+    assert [rung["seconds"] for rung in ladder(epochs)] == [6.0, 4.0]
 
 
 def test_summary_by_hand(run):
@@ -255,8 +258,8 @@ def headline(folder):
 
 def test_headlines(tmp_path, run):
     assert headline(run[0]) == (
-        "Fused with kept predictions: 5.0 times faster than plain PyTorch at equal accuracy "
-        "(+25.0 ± 25.0 points)"
+        "Fused with kept predictions: 5.0 times faster than plain PyTorch with 100.0% test "
+        "accuracy against 75.0% (one seed)"
     )
     labels = torch.zeros(400, dtype=torch.long)
     wrong = torch.ones(400, dtype=torch.long)
@@ -264,19 +267,20 @@ def test_headlines(tmp_path, run):
     slow = {"reference": [(1.0, 1.0)], "fused": [(2.0, 2.0)]}
     found = headline(write_run(tmp_path / "slow", seconds=slow, tests=tests))
     assert found == (
-        "The fused loss: 2.0 times slower than plain PyTorch at 100.0 points higher accuracy"
+        "The fused loss: 2.0 times slower than plain PyTorch with 75.0% test accuracy against "
+        "75.0% (one seed)"
     )
     one = write_run(tmp_path / "one", seconds={"full": SECONDS["full"]})
     assert headline(one) == (
-        "Fused with kept predictions: 75.0% test accuracy after 2.0 seconds of training"
+        "Fused with kept predictions: 75.0% test accuracy after 2.0 seconds of training (one seed)"
     )
     two = {name: SECONDS[name] for name in ("reference", "full")}
     plain = headline(write_run(tmp_path / "plain", seconds=two, accuracy={"full": 0.7}))
-    assert plain.endswith("than plain PyTorch with 70.0% test accuracy against 75.0%")
+    assert plain.endswith("with 70.0% test accuracy against 75.0% (one seed)")
     aimed = write_run(tmp_path / "aimed", seconds=two, target_accuracy=0.6)
     assert headline(aimed) == (
         "Fused with kept predictions: 60.0% test accuracy after 2.0 seconds, plain PyTorch after "
-        "10.0"
+        "10.0 (one seed)"
     )
 
 
@@ -288,13 +292,13 @@ def test_a_run_without_a_student_has_a_page(tmp_path):
 
 def test_an_experiment_joins_by_one_line(tmp_path, monkeypatch):
     """Its module is asked for sections where the folder holds its part, or its file."""
-    module = type(sys)("kdkernels.train.extra")
+    module = type(sys)("kdkernels.reports.extra")
     section = report.Section(
-        "Extra", [report.Table("An extra table", ["a"], [["1"]])], results={"value": 1},
+        "Extra", [report.table("An extra table", [{"a": "1"}])], results={"value": 1},
         checks=[{"name": "wrong", "value": 2.0, "limit": 1.0, "passed": False}],
     )  # fmt: skip
     module.sections = lambda folder: [section]
-    monkeypatch.setitem(sys.modules, "kdkernels.train.extra", module)
+    monkeypatch.setitem(sys.modules, "kdkernels.reports.extra", module)
     monkeypatch.setitem(report.SECTIONS, "extra/results.json", "extra:sections")
     folder = write_run(tmp_path / "run")
     tables, passed = report.write(folder)
@@ -307,7 +311,7 @@ def test_an_experiment_joins_by_one_line(tmp_path, monkeypatch):
 
 
 def test_numbers_in_plots_keep_their_digits():
-    figure = page.Figure(figsize=page.SIZE)
+    figure = page.canvas()[0]
     figure.text(0.123456, 0.5, "0.987654 ± 0.001234", color=page.INK)
     text = page.svg(figure, "digits")
     assert "0.987654 ± 0.001234" in text and "var(--ink)" in text
@@ -315,7 +319,7 @@ def test_numbers_in_plots_keep_their_digits():
 
 
 def test_colours_turn_with_the_screen():
-    assert len({page.COLOURS[name] for name in distillation.ARMS}) == len(distillation.ARMS)
+    assert len({page.COLOURS[name] for name in ARMS}) == len(ARMS)
     assert page.colour("full-g2") == page.colour("full-3") == page.COLOURS["full"]
     for light in {*page.COLOURS.values()} - {page.INK}:
         assert light in page._DARK, light
@@ -381,7 +385,7 @@ def test_what_differs_between_groups_is_a_column(tmp_path):
     assert [row[:3] for row in table.rows if row[0] == "full"] == [
         ["full", "1.0", "2"], ["full", "4.0", "2"],
     ]  # fmt: skip
-    assert "in both settings" in (tmp_path / "page.html").read_text()
+    assert "in 2 of 2 settings" in (tmp_path / "page.html").read_text()
 
 
 def test_groups_that_differ_in_much_get_letters(tmp_path):
@@ -506,3 +510,29 @@ def test_a_full_disk_stops_the_curves_not_the_run(tmp_path):
     log_epoch(folder, 2, 1.0)
     folder.close()
     assert len(list(folder.metrics())) == 6
+
+
+def test_equality_needs_an_interval_over_seeds(tmp_path):
+    def said(name, aways):
+        paths = [
+            str(write_run(tmp_path / f"{name}{seed}", seed, accuracy={"full": 0.75 + away}).path)
+            for seed, away in enumerate(aways)
+        ]
+        compare.write(paths, str(tmp_path / "page.html"))
+        return re.search("<h1>(.*?)</h1>", (tmp_path / "page.html").read_text(), re.S)[1]
+
+    assert "at equal accuracy (-0.2 to +0.2 points, 3 seeds)" in said("a", [0.001, -0.001, 0.0])
+    assert "with no difference of accuracy shown (" in said("b", [0.05, -0.04, 0.01])
+    assert "at higher accuracy (+" in said("c", [0.05, 0.05, 0.06])
+    assert "with +0.0 points of accuracy (one seed)" in said("d", [0.0])
+
+
+def test_a_busy_machine_is_named(tmp_path):
+    folder = write_run(tmp_path / "run")
+    lines = [
+        line | ({"others": 0.4} if line["kind"] == "epoch" else {}) for line in folder.metrics()
+    ]
+    (folder.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.write(folder)
+    text = (folder.path / "report.html").read_text()
+    assert "The machine was busy (disturbed: other work had 40% of the processors)" in text

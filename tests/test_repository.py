@@ -1,5 +1,6 @@
-"""What the repository says of itself is so: the stub, the targets that are named, versions."""
+"""What the repository says of itself is so: the stub, targets, versions, which way imports go."""
 
+import ast
 import re
 import runpy
 import tomllib
@@ -58,3 +59,38 @@ def test_versions_agree():
     assert f">={pythons[0]}" == project["project"]["requires-python"]
     wheels = project["tool"]["cibuildwheel"]["build"].split()
     assert wheels == [f"cp{python.replace('.', '')}-manylinux*" for python in pythons]
+
+
+# Of the package's parts, which others each may import; the ops are everything that is no part.
+MAY_IMPORT = {
+    "train": {"ops"},
+    "experiments": {"ops", "train"},
+    "tools": {"ops", "train", "experiments"},
+    "reports": {"ops", "train", "experiments", "tools"},
+    "commands": {"ops", "train", "experiments", "tools", "reports"},
+    "ops": set(),
+}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            if node.module == "kdkernels":
+                yield from (f"kdkernels.{name.name}" for name in node.names)
+
+
+def test_imports_go_one_way():
+    package = ROOT / "kdkernels"
+    for path in package.rglob("*.py"):
+        own = path.relative_to(package).parts[0]
+        if own == "__main__.py":
+            continue
+        own = own if own in MAY_IMPORT else "ops"
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "kdkernels" and len(parts) > 1:
+                part = parts[1] if parts[1] in MAY_IMPORT else "ops"
+                assert part in MAY_IMPORT[own] | {own}, f"{path} imports {name}"

@@ -20,16 +20,12 @@ from torchvision import models as tv
 
 import kdkernels
 from kdkernels import __main__ as command
-from kdkernels.train import (
-    TrainError,
-    data,
-    distillation,
-    models,
-    soft_regression,
-    soft_regularization,
-)
+from kdkernels.experiments import soft_regression, soft_regularization
+from kdkernels.experiments.settings import PLACES, Network, Regression
+from kdkernels.train import TrainError, data, models
 from kdkernels.train.loop import epoch_batches
 from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.settings import ARMS, NOISE_STD, Distil
 
 # One thread: two that spin on a busy machine's two cores wait for each other most of the time.
 TINY = [
@@ -65,9 +61,9 @@ def test_data_is_the_articles():
     assert np.abs(y - 2 * x - 1).max() < 0.4
 
 
-@pytest.mark.parametrize("noise", soft_regression.NOISE)
+@pytest.mark.parametrize("noise", ["per-step", "per-sample"])
 def test_three_paths_agree_and_report(noise):
-    found = soft_regression.run(noise=noise, steps=150, replicas=32, repeats=1)
+    found = soft_regression.run(Regression(noise=noise, steps=150, replicas=32, repeats=1))
     assert found["agreement"]["difference"] <= 1e-5
     assert found["checks"][0]["passed"]
     assert {(t["path"], t["replicas"]) for t in found["times"]} == {
@@ -77,7 +73,7 @@ def test_three_paths_agree_and_report(noise):
     json.dumps(found)
 
 
-@pytest.mark.parametrize("noise", soft_regression.NOISE)
+@pytest.mark.parametrize("noise", ["per-step", "per-sample"])
 @pytest.mark.parametrize(("lr", "lam", "sigma"), [(0.01, 0.01, 1.0), (0.02, 0.5, 0.5)])
 def test_stationary_mean_and_spread(noise, lr, lam, sigma):
     x, y, theta = soft_regression.make_data()
@@ -126,9 +122,9 @@ def test_distill_end_to_end(run):
     page = (run / "report.html").read_text()
     assert page.count("<svg") == 8 and 'src="http' not in page
     results = json.loads((run / "results.json").read_text())["distill"]
-    assert set(results["arms"]) == {"teacher", *distillation.ARMS, "noisy"}
+    assert set(results["arms"]) == {"teacher", *ARMS, "noisy"}
     assert "noisy: full, with gradient noise of std 0.01 / (1 + step)" in page
-    for arm in (*distillation.ARMS, "noisy"):
+    for arm in (*ARMS, "noisy"):
         assert len(records(run, kind="epoch", learner=arm)) == 2
         # 49 images in batches of 16 leave one over, which BatchNorm cannot take alone.
         assert len(records(run, kind="step", learner=arm)) == 6
@@ -197,10 +193,10 @@ def test_ctrl_c_and_kill_then_resume_give_the_same_weights(run, tmp_path):
         "distill", *TINY, "--noise=gradient",
     )  # fmt: skip
     assert command.main(["distill", f"--resume={out}"]) in (0, 1)
-    assert_same_run(out, run, ("teacher", "control", "noisy", *distillation.ARMS))
+    assert_same_run(out, run, ("teacher", "control", "noisy", *ARMS))
 
 
-@pytest.mark.parametrize("place", distillation.NOISE_STD)
+@pytest.mark.parametrize("place", NOISE_STD)
 def test_distill_with_noise(run, tmp_path, place):
     """The student's noise alone parts the noisy arm from the full one, from where it comes in."""
     out = tmp_path / "run"
@@ -330,7 +326,7 @@ def networks(tmp_path_factory):
     return out
 
 
-RUNS = [f"{arm}-{seed}" for seed in (0, 1) for arm in soft_regularization.ARMS]
+RUNS = [f"{arm}-{seed}" for seed in (0, 1) for arm in PLACES]
 
 
 def test_networks_end_to_end(networks, capsys):
@@ -339,7 +335,7 @@ def test_networks_end_to_end(networks, capsys):
     page = (networks / "report.html").read_text()
     assert "Mean over 2 seeds" in page and page.count("<svg") == 2
     results = json.loads((networks / "results.json").read_text())["soft_regularization"]
-    assert results["seeds"] == [0, 1] and list(results["arms"]) == list(soft_regularization.ARMS)
+    assert results["seeds"] == [0, 1] and list(results["arms"]) == list(PLACES)
     settings = json.loads((networks / "config.json").read_text())["soft_regularization"]
     assert settings["image_size"] == 8 and settings["input_std"] == 0.5
     for name, arm in results["arms"].items():
@@ -359,7 +355,7 @@ def test_arms_of_a_seed_share_weights_and_batches(tmp_path):
     assert command.main([*NETWORK, *none, "--seeds=1", "--epochs=2", f"--out={out}"]) == 0
     logits = {
         arm: load_file(out / f"checkpoints/{arm}-0-predictions.safetensors")["logits"]
-        for arm in soft_regularization.ARMS
+        for arm in PLACES
     }
     for arm in ("input", "gradient", "parameter"):
         assert torch.equal(logits[arm], logits["none"]), arm
@@ -401,7 +397,7 @@ def test_resnet18_in_all_arms(tmp_path):
     out = tmp_path / "run"
     arguments = [*NETWORK[:1], "--model=resnet18", "--train-samples=16", *NETWORK[3:]]
     assert command.main([*arguments, "--seeds=1", "--epochs=1", f"--out={out}"]) == 0
-    assert len(records(out, kind="epoch")) == len(soft_regularization.ARMS)
+    assert len(records(out, kind="epoch")) == len(PLACES)
     results = json.loads((out / "results.json").read_text())["soft_regularization"]
     assert all(arm["accuracy"]["spread"] is None for arm in results["arms"].values())
 
@@ -570,11 +566,11 @@ def test_damaged_configs_are_named(tmp_path, capsys, content, said):
         (["distill", "--lr=fast"], "fast"),
         (["distill", "--arms=fused,best"], "alone, reference, fused, cached, full"),
         (["distill", "--data=imagenet"], "imagenet"),
-        (["distill", "--teacher-weights=DEFAULT"], "--image-size 224"),
+        (["distill", "--teacher-weights=DEFAULT"], "image_size 224"),
         (["distill", "--teacher-weights=/none/such.pth"], "such.pth"),
         (["distill", "--resume=/none/such"], "no config.json"),
         (["distill", "--noise=per-step"], "per-step"),
-        (["distill", "--noise-std=0.1"], "--noise, which is not given"),
+        (["distill", "--noise-std=0.1"], "noise_std requires noise"),
         (["distill", "--noise=input", "--noise-std=-1"], "at least 0"),
         (["soft-reg", "--noise=pink"], "pink"),
         (["soft-reg", "--epochs=3"], "--epochs is for --model mlp and resnet18, not linear"),
@@ -600,7 +596,7 @@ def test_bad_arguments_get_one_sentence(arguments, said, tmp_path, monkeypatch, 
     assert not list(tmp_path.glob("runs/*"))
 
 
-@pytest.mark.parametrize("name", ["", "info", "reproduce", "soft-reg", "distill", "compare"])
+@pytest.mark.parametrize("name", ["", *command.COMMANDS])
 def test_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main([*name.split(), "--help"])
@@ -608,22 +604,43 @@ def test_help(name, capsys):
     assert "usage: kdkernels" in capsys.readouterr().out
 
 
-def test_help_names_the_defaults():
-    for field in dataclasses.fields(distillation.Settings):
-        if field.name in ("lr", "arms") or field.default is None:
-            continue
-        assert f"(default: {field.default})" in command._OPTIONS[field.name]["help"], field.name
-    for name in ("steps", "lam", "sigma", "noise", "replicas", "repeats"):
-        default = soft_regression.run.__kwdefaults__[name]
-        assert f"(default: {default})" in command._OPTIONS[name]["help"], name
-    networks = {name: soft_regularization.Settings(model=name) for name in ("mlp", "resnet18")}
-    for name in ("epochs", "input_std", "gradient_std", "parameter_std", "regularizer_lam"):
-        values = ", ".join(f"{getattr(s, name)} {model}" for model, s in networks.items())
-        assert f"(default: {values})" in command._OF_SOFT[name]["help"], name
-    assert "(default: 5)" in command._OF_SOFT["seeds"]["help"] and networks["mlp"].seeds == 5
-    places = ", ".join(f"{std} {place}" for place, std in distillation.NOISE_STD.items())
-    assert f"(default: {places})" in command._OPTIONS["noise_std"]["help"]
-    assert distillation.Settings.lr == 1e-3 and soft_regression.run.__kwdefaults__["lr"] == 0.01
+def test_help_names_every_default():
+    [commands] = (a for a in command.make_parser()._actions if isinstance(a.choices, dict))
+    for name, parser in commands.choices.items():
+        for action in parser._actions:
+            optional = action.option_strings and not action.required and action.nargs != 0
+            assert not optional or "(default" in action.help, (name, action.dest)
+
+
+@pytest.mark.parametrize(
+    ("settings", "value", "must"),
+    [(Distil, {"batch_size": 0}, "a whole number of at least 2"),
+     (Distil, {"arms": ("full", "full")}, "different names from alone"),
+     (Network, {"input_std": float("nan")}, "a number of at least 0 and at most 1e+06"),
+     (Regression, {"noise": "pink"}, "one of per-step, per-sample")],
+    ids=str,
+)  # fmt: skip
+def test_ranges_guard_python_as_well(settings, value, must):
+    [(name, given)] = value.items()
+    with pytest.raises(ValueError) as error:
+        settings(**value)
+    assert str(error.value).startswith(f"{name} is {given!r}; it must be {must}")
+
+
+def test_help_needs_no_torch():
+    program = (
+        "import sys; from kdkernels.__main__ import make_parser; make_parser().format_help(); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_the_library_is_imported_when_it_is_used():
+    program = (
+        "import sys, kdkernels; assert 'torch' not in sys.modules; kdkernels.InputNoise(0.1); "
+        "sys.exit(not set(kdkernels.__all__) <= set(dir(kdkernels)) or hasattr(kdkernels, 'no'))"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_missing_package_gets_one_sentence(tmp_path):

@@ -16,8 +16,12 @@ from torch import nn
 
 import kdkernels
 from kdkernels import __main__ as command
-from kdkernels.train import TrainError, console, distillation, tune
+from kdkernels.reports import search
+from kdkernels.tools import tune
+from kdkernels.tools.settings import Search
+from kdkernels.train import TrainError, console, distillation
 from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.settings import Distil
 
 TINY = {
     "teacher": "tests.test_tune:net", "student": "tests.test_tune:net", "image_size": 16,
@@ -48,7 +52,7 @@ def done(out, name=tune.SEARCH):
 def searched(tmp_path, name="run", settings=None, **given):
     """Search in this process, without the comparison on the test images."""
     asked = {"command": "tune", "machine": {}, "distill": TINY | given}
-    asked["tune"] = vars(tune.Settings(**{"confirm": 0} | (settings or {})))
+    asked["tune"] = vars(Search(**{"confirm": 0} | (settings or {})))
     tune.check(asked)
     folder = RunFolder.create(str(tmp_path / name), asked)
     tune.run(folder, console.make(quiet=True), threads=1)
@@ -72,7 +76,7 @@ def test_a_search_in_words():
     assert "noise" not in found and not set(tune.NOISE) & set(found)
     assert set(space("noise=none|input").dimensions) == {"noise", "input_std"}
     assert set(space("beta=0.1|0.2", divergence="js").dimensions) == {"beta"}
-    assert set(space(tune.Settings().search).dimensions) == set(tune.SPACE) - {"lr"}
+    assert set(space(Search().search).dimensions) == set(tune.SPACE) - {"lr"}
 
 
 @pytest.mark.parametrize(
@@ -94,8 +98,8 @@ def test_a_search_in_words():
         ("divergence=", {}, "give some of forward_kl"),
         ("beta=0.1:0.5", {}, "no divergence that is tried takes: forward_kl"),
         ("noise=none|input,gradient_std", {}, "no noise that is tried takes: none, input"),
-        ("temperature", {"temperature": 2.0}, "temperature=2.0 in --search"),
-        ("divergence=js|forward_kl", {"beta": 0.3, "divergence": "js"}, "--divergence is given"),
+        ("temperature", {"temperature": 2.0}, "temperature=2.0 in search"),
+        ("divergence=js|forward_kl", {"beta": 0.3, "divergence": "js"}, "divergence is given"),
     ],
 )
 def test_a_wrong_search_is_one_sentence(search, given, said, capsys):
@@ -114,23 +118,16 @@ def test_beta_and_std_are_of_their_divergence_and_noise():
     assert len({json.dumps(p) for p in points}) == len(points)
     for name in kdkernels.divergences():  # every one that is searched, the trainer takes
         values = {"beta": 0.5} if found.needs("beta", {"divergence": name}) else {}
-        distillation.Settings(divergence=name, **values)
+        Distil(divergence=name, **values)
 
 
 def test_defaults_are_tried_where_they_are_inside():
     usual = {"temperature": 4.0, "alpha": 0.5, "divergence": "forward_kl", "noise": "none"}
-    assert space(tune.Settings().search).defaults() == [usual]
+    assert space(Search().search).defaults() == [usual]
     assert space("temperature=5:8,alpha").defaults() == []
     assert space("beta,input_std", divergence="js", noise="input").defaults() == [
         {"beta": 0.5, "input_std": 0.1}
     ]
-
-
-def test_help_and_settings_have_the_same_defaults():
-    for name, default in vars(tune.Settings()).items():
-        said = command._OF_TUNE[name]["help"]
-        assert f"(default: {30 if name == 'trials' else default}" in said
-    assert set(tune.SPACE) <= set(command._OF_TUNE["search"]["help"].replace(",", " ").split())
 
 
 # Searching
@@ -236,6 +233,8 @@ def test_the_hopeless_trial_is_pruned(tmp_path):
         "search": "lr=0.01|0.011|0.012|0.013|0.014|0.0000001", "sampler": "grid", "prune": "median",
     }  # fmt: skip
     out = searched(tmp_path, settings=settings, epochs=3, train_samples=480)
+    folder = RunFolder.open(str(out))
+    search.write(tune.Study(folder, tune.SEARCH), None)
     states = {trial.params["lr"]: trial.state.name for trial in done(out)}
     assert states.pop(1e-7) == "PRUNED" and set(states.values()) == {"COMPLETE"}
     page = (out / "report.html").read_text()
@@ -295,10 +294,10 @@ def test_two_workers_killed_and_resumed_share_one_grid(tmp_path, monkeypatch):
         process.wait()
         process.stderr.close()
 
-        let(10)
         process = started(f"--resume={out}", "--workers=2", "--threads=1")
         # The killed command's workers may still finish trials; this one has to be at work itself.
         wait_for(process, lambda: (tmp_path / "shown").read_text())
+        let(10)
         least = finished(out) + 2
         wait_for(process, lambda: finished(out) >= least)
         process.send_signal(signal.SIGINT)

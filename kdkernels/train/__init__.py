@@ -5,35 +5,44 @@
 Models and data are torchvision's and scikit-learn's, files are safetensors and JSON lines; the
 modules here only join them:
 
-- ``distillation``: :func:`distill`, and experiment 2, a ResNet-18 to MobileNetV2 in five arms
-- ``data``, ``models``, ``loop``: what it trains on, what it trains, and how
+- ``settings``: what ``distill`` is asked for, and how settings are checked and become options
+- ``images``, ``data``, ``folder``: what it trains on; ``models``: what it trains
+- ``loop``: a learner's steps and epochs; ``noise``: in them; ``session``: around them
+- ``call``: :func:`distill`
+- ``distillation``: experiment 2, a ResNet-18 to MobileNetV2 in five arms; ``checks``: before it
 - ``predictions``: a teacher's predictions, made once and kept on disk
-- ``distributed``: the same over several processes
-- ``soft_regression``: experiment 1, linear regression under Gaussian input noise
-- ``soft_regularization``: experiment 3, a network with noise in four places
-- ``language_model``, ``text``: experiment 4, a language model's loss in four ways
-- ``tune``: a search for settings; ``export``, ``int8``: a student as ONNX files in fp32 and int8
+- ``distributed``: the same over several processes; ``whole_batch``: with the result of one
 - ``run_folder``: everything a run leaves on disk, and how it is read again
-- ``report``, ``console``, ``tensorboard``: what a person sees of it
+- ``console``, ``tensorboard``: what a person sees of it while it runs
+
+``kdkernels.experiments``, ``tools``, ``reports`` and ``commands`` stand on it.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kdkernels.train.data import Images
-    from kdkernels.train.data import folder as image_folder
+    from kdkernels.train.call import Distilled, distill
     from kdkernels.train.data import load as load_images
-    from kdkernels.train.distillation import Distilled, distill
+    from kdkernels.train.folder import folder as image_folder
+    from kdkernels.train.images import Images
 
-__all__ = ["Distilled", "Images", "TrainError", "distill", "image_folder", "load_images"]
+__all__ = [
+    "Distilled",
+    "Images",
+    "SettingError",
+    "TrainError",
+    "distill",
+    "image_folder",
+    "load_images",
+]
 
 # Loaded when asked for: they import torchvision, which the command's --help does without.
 _LAZY = {
-    "Distilled": ("distillation", "Distilled"),
-    "Images": ("data", "Images"),
-    "distill": ("distillation", "distill"),
-    "image_folder": ("data", "folder"),
+    "Distilled": ("call", "Distilled"),
+    "Images": ("images", "Images"),
+    "distill": ("call", "distill"),
+    "image_folder": ("folder", "folder"),
     "load_images": ("data", "load"),
 }
 
@@ -50,6 +59,10 @@ class TrainError(Exception):
     def __init__(self, message: str, status: int = 2):
         super().__init__(message)
         self.status = status
+
+
+class SettingError(TrainError, ValueError):
+    """A setting has a value that it does not take."""
 
 
 def __getattr__(name: str):

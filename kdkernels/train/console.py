@@ -14,8 +14,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-__all__ = ["make", "progress", "show"]
-
 
 def make(quiet: bool = False) -> Console:
     """A console for stdout; ``quiet``: one that shows nothing."""
@@ -27,11 +25,7 @@ def make(quiet: bool = False) -> Console:
 
 
 def progress(run: Callable, settings, folder, console: Console, **more):
-    """Call ``run(settings, folder, on_step, say, **more)`` under progress bars, a bar a learner.
-
-    Returns:
-        What ``run`` returns.
-    """
+    """What ``run(settings, folder, on_step, say, **more)`` returns, called under progress bars."""
     columns = (
         TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("steps"), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
@@ -48,7 +42,7 @@ def progress(run: Callable, settings, folder, console: Console, **more):
 
 
 def show(console: Console, tables) -> None:
-    """Print :class:`kdkernels.train.report.Table` s."""
+    """Print :class:`kdkernels.reports.report.Table` s."""
     for table in tables:
         drawn = Table(title=table.title, box=box.MARKDOWN, title_justify="left", title_style="bold")
         for number, column in enumerate(table.columns):

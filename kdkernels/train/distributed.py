@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node=4 -m kdkernels distill --parallel fsdp2
 
-Every rank runs the same program on its share of each batch, and the result is that of one process,
-to rounding: a step's loss is the mean over the whole batch, BatchNorm takes its mean and variance
-from the whole batch, dropout draws the whole batch's mask and takes the rank's rows of it, noise
-is a function of where a number stands in the whole. Rank 0 alone writes files and prints. Gloo
-carries CPU tensors, NCCL CUDA ones.
+Every rank runs the same program on its share of each batch: a step's loss is the mean over the
+whole batch, and kdkernels' noise is a function of where a number stands in it. BatchNorm and
+dropout are each rank's own, as DDP and FSDP2 have them; with ``exact`` they are those of the whole
+batch, and the result is that of one process, to rounding. Rank 0 alone writes files and prints.
+Gloo carries CPU tensors, NCCL CUDA ones.
 """
 
 import atexit
@@ -22,16 +22,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from kdkernels.noise.shards import rows_of_batch
 from kdkernels.train import TrainError
-
-__all__ = ["PARALLEL", "Ranks", "current", "engine", "first_to_say", "like", "was_cut", "whole"]
-
-PARALLEL = ("ddp", "fsdp2")
-"""DistributedDataParallel, or fully_shard: each rank keeps its share of weights and moments."""
+from kdkernels.train.whole_batch import WholeBatch
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -40,12 +34,9 @@ _Found = TypeVar("_Found")
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, this one among them. A process alone is rank 0 of 1.
+    """The processes of a run, this one among them: number ``rank`` of ``world``, alone 0 of 1.
 
-    Attributes:
-        rank: of this process, from 0.
-        world: how many there are.
-        local: of this process among those of its machine: the number of its GPU.
+    ``local`` is its number among those of its machine: that of its GPU.
     """
 
     rank: int = 0
@@ -92,12 +83,18 @@ class Ranks:
         shares = (Ranks(rank, self.world).share(count) for rank in range(self.world))
         return torch.cat([p[: s.stop - s.start] for p, s in zip(parts, shares, strict=True)])
 
-    def batch(self, count: int):
+    def batch(self, count: int, exact: bool):
         """A context for the forward pass of this rank's share of ``count`` samples.
 
-        What the model draws or measures over its batch is that of all ``count``.
+        The noise of kdkernels' layers is that of these rows among all ``count``; with ``exact``,
+        what else the model draws or measures over its batch is so, too.
         """
-        return contextlib.nullcontext() if self.world == 1 else _WholeBatch(self, count)
+        if self.world == 1:
+            return contextlib.nullcontext()
+        rows = self.share(count)
+        if exact:
+            return WholeBatch(rows, count)
+        return rows_of_batch(rows.start, rows.stop - rows.start, self.world)
 
 
 @functools.cache
@@ -156,7 +153,9 @@ def was_cut(error: Exception) -> bool:
 # ---- engines -------------------------------------------------------------------------------------
 
 
-def engine(model: nn.Module, parallel: str, device: torch.device, skips: bool = False) -> nn.Module:
+def engine(
+    model: nn.Module, parallel: str, device: torch.device, skips: bool = False, exact: bool = False
+) -> nn.Module:
     """What to train instead of ``model`` on several ranks; alone, the model itself.
 
     Args:
@@ -165,19 +164,20 @@ def engine(model: nn.Module, parallel: str, device: torch.device, skips: bool = 
             block where the model has a list of them; :func:`whole` gives its tensors back.
         device: the model's.
         skips: whether the loss leaves parameters out, for which DDP then looks in each step.
+        exact: BatchNorm takes its mean and variance from the whole batch.
     """
     if current().world == 1:
         return model
-    _share(model)
-    if device.type == "cuda":  # on the CPU _WholeBatch does its work
+    share(model)
+    if exact and device.type == "cuda":  # on the CPU WholeBatch does its work
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if parallel == "ddp":
         return nn.parallel.DistributedDataParallel(model, find_unused_parameters=skips)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 0:
             raise TrainError(
-                f"--parallel fsdp2 requires parameters of at least one dimension, and {name} has "
-                "none: use --parallel ddp"
+                f"parallel fsdp2 requires parameters of at least one dimension, and {name} has "
+                "none: use parallel ddp"
             )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -194,7 +194,7 @@ def engine(model: nn.Module, parallel: str, device: torch.device, skips: bool = 
     return sharded
 
 
-def _share(model: nn.Module) -> None:
+def share(model: nn.Module) -> None:
     """Give all ranks rank 0's weights, buffers and extra state, such as seeds drawn at random."""
     extra = {}
     for name, value in model.state_dict().items():
@@ -228,139 +228,3 @@ def like(tensor: torch.Tensor, other: Any) -> torch.Tensor:
     tensor = tensor.to(other.device, other.dtype)
     # Each rank has the whole, and cuts out its own part.
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
-
-
-# ---- the whole batch -----------------------------------------------------------------------------
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over ranks, whose gradient is the sum of their gradients."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _Sum.apply(gradient)
-
-
-# What draws a number for each element of its first argument.
-_DRAWING = {
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-    F.rrelu, F.gumbel_softmax, torch.rand_like, torch.randn_like, torch.bernoulli,
-}  # fmt: skip
-_DRAWING_IN_PLACE = {
-    torch.Tensor.bernoulli_, torch.Tensor.normal_, torch.Tensor.uniform_,
-    torch.Tensor.exponential_,
-}  # fmt: skip
-_DRAWING_OF_SIZE = {torch.rand, torch.randn}
-# What draws inside, where no mode reaches.
-_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
-
-
-class _WholeBatch(TorchFunctionMode):
-    """Inside, what a forward pass draws or measures over the batch is that of the whole batch.
-
-    That is dropout and what else draws a number a sample (stochastic depth), the noise of
-    kdkernels, and on the CPU BatchNorm, for which PyTorch's SyncBatchNorm takes CUDA tensors only.
-    Samples are expected along the first dimension. Ranks draw alike, so their generators stay
-    alike.
-    """
-
-    def __init__(self, ranks: Ranks, count: int):
-        super().__init__()
-        self.count, self.rows = count, ranks.share(count)
-        self.own = self.rows.stop - self.rows.start
-        self._noise = rows_of_batch(self.rows.start, self.own, ranks.world)
-
-    def __enter__(self):
-        self._noise.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self._noise.__exit__(None, None, None)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is F.batch_norm and kwargs.get("training") and not args[0].is_cuda:
-            kwargs.pop("training")
-            return self._batch_norm(*args, **kwargs)
-        if function in _DRAWING and kwargs.get("training", True) and self._samples(args[0]):
-            x = args[0]
-            kwargs.pop("inplace", None)
-            return function(self._among_all(x), *args[1:], **kwargs)[self._place(x)]
-        if function in _DRAWING_IN_PLACE and self._samples(args[0]):
-            x = args[0]
-            drawn = function(self._among_all(x), *args[1:], **kwargs)
-            return x.copy_(drawn[self._place(x)])
-        if function in _DRAWING_OF_SIZE:
-            kept = dict(kwargs)
-            size = kept.pop("size", args[0] if args and not isinstance(args[0], int) else args)
-            if len(size) > 0 and self._samples(torch.empty(size[0], 0)):
-                whole = (size[0] // self.own * self.count, *size[1:])
-                return function(whole, **kept)[self._place(torch.empty(size[0], 0))]
-        self._refuse(function, args, kwargs)
-        return function(*args, **kwargs)
-
-    def _refuse(self, function, args, kwargs) -> None:
-        if function is F.scaled_dot_product_attention:
-            draws = kwargs.get("dropout_p", 0) > 0
-        elif function is F.multi_head_attention_forward:
-            dropout = args[10] if len(args) > 10 else kwargs["dropout_p"]
-            draws = kwargs.get("training", True) and dropout > 0
-        elif function in _RECURRENT:  # the dropout's share is the only float, and training is next
-            place = next(i for i, value in enumerate(args) if isinstance(value, float))
-            draws = args[place] > 0 and args[place + 1]
-        else:
-            return
-        if draws:
-            raise TrainError(
-                f"{function.__name__} with dropout draws a mask of its own on each rank: take a "
-                "model without, or one process"
-            )
-
-    def _samples(self, x: torch.Tensor) -> bool:
-        return x.dim() > 0 and len(x) > 0 and len(x) % self.own == 0
-
-    def _place(self, x: torch.Tensor) -> slice:
-        """Where this rank's rows stand among all, several a sample or one."""
-        each = len(x) // self.own
-        return slice(self.rows.start * each, self.rows.stop * each)
-
-    def _among_all(self, x: torch.Tensor) -> torch.Tensor:
-        """The whole batch's rows, 0 but for those of this rank."""
-        # torch draws in the order of memory, which channels_last images have their own of.
-        layout = torch.contiguous_format
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            layout = torch.channels_last
-        rows = len(x) // self.own * self.count
-        everything = x.new_zeros(rows, *x.shape[1:]).contiguous(memory_format=layout)
-        everything[self._place(x)] = x
-        return everything
-
-    def _batch_norm(
-        self, x, running_mean, running_var, weight=None, bias=None, momentum=0.1, eps=1e-5
-    ):
-        """``torch.nn.functional.batch_norm`` in training, over all ranks' rows."""
-        over = [0, *range(2, x.dim())]
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        total = x.numel() // x.shape[1] // self.own * self.count
-        # Sums in fp64, as PyTorch has them on the CPU.
-        mean = _Sum.apply(x.sum(over, dtype=torch.float64)) / total
-        centred = x - mean.to(x.dtype).view(shape)
-        variance = _Sum.apply(centred.square().sum(over, dtype=torch.float64)) / total
-        out = centred * (variance + eps).rsqrt().to(x.dtype).view(shape)
-        if weight is not None:
-            out = out * weight.view(shape)
-        if bias is not None:
-            out = out + bias.view(shape)
-        if running_mean is not None:
-            with torch.no_grad():
-                unbiased = variance * (total / max(total - 1, 1))
-                running_mean.mul_(1 - momentum).add_(momentum * mean.to(x.dtype))
-                running_var.mul_(1 - momentum).add_(momentum * unbiased.to(x.dtype))
-        return out

@@ -15,8 +15,6 @@ from torchvision import models
 
 from kdkernels.train import TrainError, run_folder
 
-__all__ = ["SMALL", "build", "mlp"]
-
 SMALL = 64
 """Images at most this wide get the CIFAR stem: see :func:`build`."""
 
@@ -31,7 +29,7 @@ def _read(name: str, weights: str) -> dict[str, torch.Tensor]:
             place = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
             raise TrainError(
                 f"{name}'s ImageNet weights could not be downloaded from {published.url} "
-                f"({reason}): put that file at {place}, or use --teacher-weights none"
+                f"({reason}): put that file at {place}, or use teacher_weights none"
             ) from None
     weights = os.path.expanduser(weights)
     try:
@@ -182,7 +180,7 @@ def build(name: str, classes: int, size: int, weights: str = "none") -> tuple[nn
     if weights == "DEFAULT" and (own or size <= SMALL):
         raise TrainError(
             f"ImageNet weights are of torchvision's models and need an image size above {SMALL}: "
-            "below, the first layer is another one; give --image-size 224 or --teacher-weights none"
+            "below, the first layer is another one; give image_size 224 or teacher_weights none"
         )
     what, wanted = f"the weights {weights}", model.state_dict()
     state = _fitted(_read(name, weights), wanted, what)
@@ -209,12 +207,7 @@ def build(name: str, classes: int, size: int, weights: str = "none") -> tuple[nn
 
 
 def mlp(classes: int, inputs: int) -> nn.Module:
-    """Two hidden layers of 256 ReLUs, with random weights from torch's generator.
-
-    Args:
-        classes: number of outputs.
-        inputs: values an image, all its channels and pixels.
-    """
+    """Two hidden layers of 256 ReLUs, with random weights, of ``inputs`` values an image."""
     return nn.Sequential(
         nn.Flatten(), nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
         nn.Linear(256, classes),

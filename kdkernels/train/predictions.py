@@ -24,10 +24,8 @@ from torch import nn
 
 import kdkernels
 from kdkernels.train import TrainError
-from kdkernels.train.data import Images
+from kdkernels.train.images import Images
 from kdkernels.train.run_folder import RunFolder, lock, state_of
-
-__all__ = ["DTYPES", "Predictions", "differences", "model_hash", "views_of", "write"]
 
 DTYPES = ("float16", "bfloat16", "float32")
 _FORMAT = "kdkernels teacher predictions 1"
@@ -44,17 +42,13 @@ def model_hash(model: nn.Module) -> str:
 
 
 def views_of(images: Images) -> list[int | None]:
-    """The views that a teacher has to be asked about: ``[None]`` for images as they are.
-
-    Raises:
-        TrainError: each epoch sees new views, of which nothing can be kept.
-    """
+    """The views that a teacher has to be asked about: ``[None]`` for images as they are."""
     if images.augment == "none":
         return [None]
     if images.views is None:
         raise TrainError(
             "each epoch augments the images anew, so that the teacher's predictions cannot be made "
-            "once: give --views N for N views in turn, or arms that ask the teacher at each step"
+            "once: give views N for N views in turn, or arms that ask the teacher at each step"
         )
     return list(range(images.views))
 
@@ -161,11 +155,11 @@ def _begin(folder: RunFolder, manifest: dict) -> None:
         differs = differences(before, manifest)
         if differs:
             raise TrainError(
-                f"{folder.path} holds other predictions ({differs}): name another folder with --out"
+                f"{folder.path} holds other predictions ({differs}): out must name another folder"
             )
     elif any(not p.name.endswith(".tmp") for p in folder.path.iterdir()):
         raise TrainError(
-            f"{folder.path} holds something else than predictions: name a new folder with --out"
+            f"{folder.path} holds something else than predictions: out must name a new folder"
         )
     else:
         folder.write_json("manifest.json", manifest)
@@ -214,7 +208,7 @@ def _kept(logits: torch.Tensor, manifest: dict) -> dict[str, torch.Tensor]:
         if logits.isfinite().all():
             raise TrainError(
                 f"a logit of the teacher is {logits.abs().max().item():g}, too large for "
-                f"{manifest['dtype']}: use --dtype bfloat16 or float32"
+                f"{manifest['dtype']}: use dtype bfloat16 or float32"
             )
         raise TrainError("a logit of the teacher is not finite: its weights are of no use")
     return {name: value.cpu() for name, value in found.items()}
@@ -289,12 +283,7 @@ def differences(there: dict, here: dict) -> str:
 
 
 class Predictions:
-    """A folder of predictions, memory-mapped. Get one with :meth:`open` or from :func:`write`.
-
-    Attributes:
-        path: the folder.
-        manifest: the dictionary in manifest.json.
-    """
+    """A folder of predictions, memory-mapped. Get one with :meth:`open` or from :func:`write`."""
 
     def __init__(self, path: Path, manifest: dict, shards: list[dict[str, torch.Tensor]]):
         self.path = path
@@ -307,11 +296,7 @@ class Predictions:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Predictions":
-        """Open a finished folder.
-
-        Raises:
-            TrainError: it holds no predictions, or a shard of them is missing or damaged.
-        """
+        """Open a folder; TrainError where its predictions, or a shard, are missing or damaged."""
         path = Path(path).expanduser()
         manifest = _manifest(path)
         shards = []
@@ -348,10 +333,7 @@ class Predictions:
     def check(self, images: Images, model_hash: str | None = None) -> None:
         """Make sure that these are predictions of these images; :meth:`rows` then takes theirs.
 
-        Args:
-            images: those to train on: all of the set, or a part (:meth:`Images.first`,
-                :meth:`Images.split`).
-            model_hash: :func:`model_hash` of the teacher; None: any teacher.
+        ``images`` are all of the set, or a part; ``model_hash`` is of the teacher, None for any.
 
         Raises:
             TrainError: data, preprocessing or model differ; it says what does.
@@ -375,12 +357,9 @@ class Predictions:
         self._ids = images.ids.cpu()
 
     def rows(self, index: torch.Tensor, view: int | None = None) -> torch.Tensor | kdkernels.TopK:
-        """What the teacher said of these images.
+        """What the teacher said of the images ``index`` (``[b]`` int64) in a view of theirs.
 
-        Args:
-            index: ``[b]`` int64, numbers of the images that :meth:`check` was given; before it,
-                of the whole set's.
-            view: as :meth:`Images.batch` has it.
+        Numbers are of the images that :meth:`check` was given; before it, of the whole set's.
 
         Returns:
             Logits ``[b, classes]`` fp32, or ``TopK`` (values ``[b, k]`` fp32, indices ``[b, k]``

@@ -31,15 +31,12 @@ from torch import nn
 from kdkernels.train import TrainError, distributed
 from kdkernels.train.tensorboard import Events
 
-__all__ = ["RunFolder", "load_state", "lock", "state_of", "weights", "write_bytes"]
-
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, through a power cut too; folders above it are made.
 
     Raises:
-        TrainError: the disk is full, the folder is read-only, or whatever else the system says;
-            what was there before is there still, and nothing else.
+        TrainError: the system says why not; what was there before is there still.
     """
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -64,8 +61,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def lock(file: IO | int, kind: int) -> bool:
     """Lock an open file; False where the file system has no locks: then go on without one.
 
-    Raises:
-        BlockingIOError: another process has the lock, and ``kind`` has ``fcntl.LOCK_NB``.
+    BlockingIOError: another process has the lock, and ``kind`` has ``fcntl.LOCK_NB``.
     """
     try:
         fcntl.flock(file, kind)
@@ -108,13 +104,21 @@ def _unpacked(value: torch.Tensor) -> Any:
     return torch.load(io.BytesIO(value.numpy().tobytes()), weights_only=True)
 
 
-def load_state(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Load what :func:`state_of` gave, into the tensors that the model has.
+def load_state(model: nn.Module, tensors: dict[str, torch.Tensor], path: object) -> None:
+    """Load the model's part of a checkpoint, into the tensors that the model has.
 
     Raises:
-        RuntimeError: it is of another model, see :meth:`torch.nn.Module.load_state_dict`.
+        TrainError: it is of another model.
     """
-    model.load_state_dict(unpacked(tensors))
+    own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    try:
+        model.load_state_dict(unpacked(own))
+    except RuntimeError as error:
+        reason = " ".join(str(error).splitlines()[1:2]).strip()
+        raise TrainError(
+            f"the checkpoint {path} is of another model: {reason}; continue with the settings that "
+            "it was made with, or begin a new run in another out"
+        ) from None
 
 
 def unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -125,15 +129,10 @@ def unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     }
 
 
-def weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's state_dict in a checkpoint's tensors, which has the optimizer's beside it."""
-    return {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-
-
 def _unwritten(path: Path, error: OSError) -> TrainError:
     return TrainError(
         f"cannot write {path}: {error.strerror}; what was saved before is whole: make room there, "
-        "or whatever it lacks, and continue with --resume",
+        "or whatever it lacks, and resume the run",
         status=1,
     )
 
@@ -155,11 +154,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, out: str | None, config: dict) -> "RunFolder":
-        """Make the folder and its config.json.
-
-        Args:
-            out: where; ``runs/<local time>`` by default. It must be absent or empty.
-            config: what was asked for, as JSON.
+        """Make the folder (``runs/<local time>`` by default) and its config.json.
 
         Raises:
             TrainError: the folder holds something already, or cannot be made.
@@ -182,8 +177,7 @@ class RunFolder:
             if out is None:  # another process was faster
                 return cls._create(out, config)
             raise TrainError(
-                f"the folder {path} is in use: name a new one with --out, or continue that run "
-                f"with --resume {path}"
+                f"the folder {path} is in use: out must name a new one, or resume that run"
             ) from None
         except OSError as error:
             raise TrainError(f"cannot make the folder {path}: {error.strerror}") from None
@@ -197,11 +191,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str) -> "RunFolder":
-        """Open the folder of an earlier run.
-
-        Raises:
-            TrainError: it has no readable config.json.
-        """
+        """Open the folder of an earlier run; TrainError where it has no readable config.json."""
         place = Path(path).expanduser()
         try:
             config = json.loads((place / "config.json").read_bytes())
@@ -221,10 +211,8 @@ class RunFolder:
     def hold(self) -> None:
         """Take the folder's lock, if this process has it not yet; :meth:`close` gives it back.
 
-        Whatever writes metrics or checkpoints takes it; one may read without.
-
-        Raises:
-            TrainError: another process has it, or the folder cannot be written to.
+        Whatever writes metrics or checkpoints takes it; one may read without. TrainError: another
+        process has it, or the folder cannot be written to.
         """
         if self._lock is not None:
             return
@@ -239,7 +227,7 @@ class RunFolder:
             file.close()
             raise TrainError(
                 f"another process is training in {self.path}: wait for it or stop it, or begin a "
-                "run of its own with --out"
+                "run in another out"
             ) from None
         self._lock = file
 
@@ -256,11 +244,7 @@ class RunFolder:
             pass  # it holds more: that stays
 
     def write_bytes(self, name: str, content: bytes) -> Path:
-        """Write one file of the folder whole or not at all; returns its path.
-
-        Raises:
-            TrainError: see :func:`write_bytes`.
-        """
+        """Write one file of the folder as :func:`write_bytes` does; returns its path."""
         target = self.path / name
         if distributed.current().rank == 0:
             write_bytes(target, content)
@@ -279,19 +263,7 @@ class RunFolder:
             raise TrainError(f"{path} cannot be read: {error}") from None
 
     def save(self, name: str, tensors: dict[str, torch.Tensor], state: dict) -> Path:
-        """Write checkpoints/<name>.safetensors.
-
-        Args:
-            name: of the checkpoint, without suffix.
-            tensors: any shapes, dtypes and devices.
-            state: small things beside them, as JSON; kept in the file's metadata.
-
-        Returns:
-            The file's path.
-
-        Raises:
-            TrainError: see :func:`write_bytes`.
-        """
+        """Write checkpoints/<name>.safetensors, with ``state``, small things, as JSON in it."""
         if distributed.current().rank != 0:
             return self.path / "checkpoints" / f"{name}.safetensors"
         self.hold()
@@ -312,11 +284,7 @@ class RunFolder:
         return self.write_bytes(f"checkpoints/{name}.safetensors", content)
 
     def load(self, name: str) -> tuple[dict[str, torch.Tensor], dict] | None:
-        """Read checkpoints/<name>.safetensors as (tensors on the CPU, state); None if absent.
-
-        Raises:
-            TrainError: the file is there but cannot be read.
-        """
+        """Read checkpoints/<name>.safetensors as (tensors on the CPU, state); None if absent."""
         path = self.path / "checkpoints" / f"{name}.safetensors"
         if not path.exists():
             return None
@@ -337,15 +305,7 @@ class RunFolder:
             (self.path / "checkpoints" / f"{name}.safetensors").unlink(missing_ok=True)
 
     def log(self, sync: bool = False, **record) -> None:
-        """Append one line to metrics.jsonl.
-
-        Args:
-            sync: wait until the line is on the disk, for records that end an epoch.
-            record: the line's fields, as JSON.
-
-        Raises:
-            TrainError: see :func:`write_bytes`.
-        """
+        """Append one line to metrics.jsonl; ``sync``: wait until it is on the disk."""
         if distributed.current().rank != 0:
             return
         self.hold()

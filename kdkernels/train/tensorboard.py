@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Events"]
-
 _NOT_MEASURES = ("kind", "learner", "epoch", "step", "phases")
 
 

@@ -19,15 +19,9 @@ import torch
 import torchao.quantization.pt2e as pt2e
 from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-from torchao.quantization.pt2e.quantizer import (
-    QuantizationAnnotation,
-    QuantizationSpec,
-    Quantizer,
-)
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from kdkernels.train import TrainError
-
-__all__ = ["FakeQuantised", "calibrate", "converted"]
 
 _aten = torch.ops.aten
 # Operations with weights, and those whose every tensor is an activation.
@@ -126,23 +120,16 @@ def _prepared(model: nn.Module, example: torch.Tensor, activation, weight) -> to
 
 
 def converted(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """Integers in place of observers: int8 weights between quantise and dequantise operations.
-
-    Args:
-        graph: of :func:`calibrate` or :attr:`FakeQuantised.graph`; it is changed.
-    """
+    """Integers for the observers: int8 weights between quantise and dequantise operations."""
     return convert_pt2e(graph)
 
 
 def calibrate(model: nn.Module, batches: list[torch.Tensor]) -> torch.fx.GraphModule:
-    """Post-training quantisation, to be finished by :func:`converted`.
+    """Post-training quantisation of an fp32 model on the CPU, to be finished by :func:`converted`.
 
-    Ranges of activations are those of least squared error over the histogram of what ``batches``
-    cause (torchao's HistogramObserver); those of weights are their largest value.
-
-    Args:
-        model: fp32, on the CPU; not changed.
-        batches: inputs, each ``[b, channels, height, width]`` fp32, b >= 2.
+    Ranges of activations are those of least squared error over the histogram of what ``batches``,
+    each ``[b, channels, height, width]`` with b >= 2, cause (torchao's HistogramObserver); those of
+    weights are their largest value.
 
     Raises:
         TrainError: the graph is not the model even before it is rounded.
@@ -157,7 +144,7 @@ def calibrate(model: nn.Module, batches: list[torch.Tensor]) -> torch.fx.GraphMo
     if not apart <= _ALIKE:
         raise TrainError(
             f"the graph that becomes integers differs from the student by {apart:.1e} of the "
-            "largest logit before anything is rounded: leave int8 and int8-qat out of --formats"
+            "largest logit before anything is rounded: leave int8 and int8-qat out of formats"
         )
     return graph
 

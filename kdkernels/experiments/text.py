@@ -22,8 +22,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kdkernels.train import TrainError
 
-__all__ = ["END", "Text", "documents", "load"]
-
 END = "<|endoftext|>"
 """The token after each file; number 0."""
 
@@ -58,11 +56,7 @@ class Text:
         """None: windows have but one view."""
 
     def batch(self, index: torch.Tensor, memory_format=None, view=None):
-        """The windows ``index`` (``[b]`` int64), and what follows each of their tokens.
-
-        Returns:
-            Two ``[b, context]`` int64 tensors; the second is the first moved on by one token.
-        """
+        """The windows ``index`` and what follows each of their tokens: ``[b, context]`` int64."""
         begins = self.first[index.cpu().numpy()][:, None]
         rows = self.tokens[begins + np.arange(self.context + 1)].astype(np.int64)
         rows = torch.from_numpy(rows).to(self.device)
@@ -79,18 +73,14 @@ class Text:
 def documents(source: str | None = None) -> list[str]:
     """The texts of files, in the order of their paths.
 
-    Args:
-        source: a file, or a folder, whose files are taken with those of folders in it, but not
-            those with a name that begins with a dot; None: the ``.py`` files of the standard
-            library of the Python that runs, without installed packages. Files that are not UTF-8,
-            or hold a NUL, are left out.
-
-    Raises:
-        TrainError: there is no such file or folder, or no text in it.
+    ``source``: a file, or a folder, whose files are taken with those of folders in it, but not
+    those with a name that begins with a dot; None: the ``.py`` files of the standard library of the
+    Python that runs, without installed packages. Files that are not UTF-8, or hold a NUL, are left
+    out.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if source is None else source)
     if not root.exists():
-        raise TrainError(f"--text {source}: there is no such file or folder")
+        raise TrainError(f"text {source}: there is no such file or folder")
     paths = [root] if root.is_file() else []
     for folder, inside, names in os.walk(root):
         inside[:] = [
@@ -110,11 +100,11 @@ def documents(source: str | None = None) -> list[str]:
         except UnicodeDecodeError:
             continue
         except OSError as error:
-            raise TrainError(f"--text: cannot read {path}: {error.strerror}") from None
+            raise TrainError(f"text: cannot read {path}: {error.strerror}") from None
         if text and "\0" not in text:
             texts.append(text)
     if not texts:
-        raise TrainError(f"--text {source}: no text in UTF-8 there")
+        raise TrainError(f"text {source}: no text in UTF-8 there")
     return texts
 
 
@@ -182,16 +172,11 @@ def load(
     device: torch.device,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Text, Text, Tokenizer]:
-    """Training and held-out windows, and the tokenizer.
+    """Training and held-out windows of ``context`` tokens, and the tokenizer.
 
-    Windows follow each other without overlap; they run over the ends of files.
-
-    Args:
-        source: as :func:`documents` has it.
-        vocabulary: entries of the byte-pair vocabulary, at least 257; a small text gives fewer.
-        context: tokens a window.
-        device: where batches go.
-        say: called with a line if the vocabulary has yet to be trained.
+    Windows follow each other without overlap; they run over the ends of files. The vocabulary has
+    at least 257 entries; a small text gives fewer than asked for. ``say`` is called with a line if
+    it has yet to be trained.
 
     Raises:
         TrainError: as :func:`documents`; the cache cannot be written; the text is too short.
@@ -218,7 +203,7 @@ def load(
             if windows < 1:
                 raise TrainError(
                     f"the {name} text has {count:,} tokens, less than a window of {context} and "
-                    "the token after it: give a longer --text or a smaller --context"
+                    "the token after it: give a longer text or a smaller context"
                 )
             tokens = np.memmap(path, "<i4", "r")
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

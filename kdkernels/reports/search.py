@@ -9,21 +9,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from optuna.trial import TrialState
 
-from kdkernels.train import report, tune
-from kdkernels.train.page import COLOURS, INK, SIZE
-from kdkernels.train.report import Table
-from kdkernels.train.soft_regularization import difference
+from kdkernels.experiments.soft_regularization import difference
+from kdkernels.reports import report
+from kdkernels.reports.page import COLOURS, INK, SIZE, canvas, note
+from kdkernels.reports.report import Plot, Section, Table, table, with_error
+from kdkernels.tools import tune
 
-__all__ = ["write"]
 
-
-def _cells(params: dict, names: list[str]) -> list[str]:
+def _cells(params: dict, names: list[str]) -> dict[str, str]:
     """The columns ``names``; beta stands with its divergence, a std with its noise."""
     beside = {"divergence": f", beta {tune.text(params['beta'])}" if "beta" in params else ""}
     std = [tune.text(value) for name, value in params.items() if name in tune.NOISE]
     beside["noise"] = f", {std[0]}" if std else ""
-    return [tune.text(params[name]) + beside.get(name, "") if name in params else ""
-            for name in names]  # fmt: skip
+    return {
+        name.replace("_", " "): tune.text(params[name]) + beside.get(name, "")
+        for name in names
+        if name in params
+    }
 
 
 def _search_table(search: tune.Study) -> Table:
@@ -34,28 +36,20 @@ def _search_table(search: tune.Study) -> Table:
     dimensions = search.space.dimensions
     parents = {"beta": "divergence"} | dict.fromkeys(tune.NOISE, "noise")
     names = [name for name in dimensions if parents.get(name) not in dimensions]
-    seeds = f"seeds {plain.seed} to {plain.seed + settings.seeds - 1}"
     count = len(search.trials(*tune.DONE))
     teacher = (search.folder.read_json("search/teacher.json") or {})["accuracy"]
-    return Table(
+    return table(
         "Search: the best trials",
-        ["trial", "held-out accuracy", *(name.replace("_", " ") for name in names), "seconds"],
-        [
-            [
-                f"{trial.number}{', the defaults' if [trial.params] == usual else ''}",
-                tune.score(trial),
-                *_cells(trial.params, names),
-                f"{trial.user_attrs['seconds']:.1f}",
-            ]
+        (
+            {"trial": f"{trial.number}{', the defaults' * ([trial.params] == usual)}",
+             "held-out accuracy": tune.score(trial), **_cells(trial.params, names),
+             "seconds": f"{trial.user_attrs['seconds']:.1f}"}
             for trial in shown
-        ],
-        f"{count} trials by {settings.sampler}, {count - len(complete)} of them stopped early; "
-        f"{plain.student} taught by {plain.teacher} (accuracy {teacher:.1%}) on {plain.data} at "
-        f"{plain.image_size}x{plain.image_size}, {plain.epochs} epochs, "
-        f"{seeds if settings.seeds > 1 else f'seed {plain.seed}'}. Accuracies are on "
-        f"{settings.validation:.0%} of the training images, held out: on these the best of many "
-        "trials looks better than it is.",
-    )
+        ),
+        note("search", s=settings, plain=plain, count=count, stopped=count - len(complete),
+             teacher=teacher),
+        ["trial", "held-out accuracy", *(name.replace("_", " ") for name in names), "seconds"],
+    )  # fmt: skip
 
 
 def _words(params: dict) -> str:
@@ -69,28 +63,34 @@ def _confirm_table(confirm: tune.Study) -> tuple[Table, str]:
         values[trial.params["settings"]].append(tune.accuracy(trial))
     apart = difference(values[tune.BEST], values[tune.DEFAULTS])
     error = apart["standard_error"]
-    bought = f"{apart['mean'] * 100:+.2f}" + (f" ± {error * 100:.2f}" if error is not None else "")
+    bought = with_error(apart["mean"] * 100, None if error is None else error * 100, sign="+")
     bought = bought.replace(" ", "\u00a0")
-    rows = []
-    for which, row in values.items():
-        spread = f" ± {statistics.stdev(row) * 100:.2f}" if len(row) > 1 else ""
-        each = ", ".join(f"{value * 100:.2f}" for value in row)
-        rows.append([which, f"{statistics.fmean(row) * 100:.2f}{spread}", each])
-    table = Table(
+
+    def row(which, accuracies):
+        spread = statistics.stdev(accuracies) * 100 if len(accuracies) > 1 else None
+        return {
+            "settings": which,
+            "test accuracy, %": with_error(statistics.fmean(accuracies) * 100, spread),
+            "by seed, %": ", ".join(f"{value * 100:.2f}" for value in accuracies),
+        }
+
+    made = table(
         "Confirmation on the test images",
-        ["settings", "test accuracy, %", "by seed, %"],
-        rows,
-        f"Difference {bought} points{' (standard error over pairs of a seed)' if error else ''}. "
-        f"Trained on all training images, {confirm.plain.epochs} epochs, seeds {confirm.seeds[0]} "
-        f"to {confirm.seeds[-1]}, which the search did not see; mean ± standard deviation. The "
-        f"best trial's: {_words(confirm.study.user_attrs['best'])}.",
+        (row(which, accuracies) for which, accuracies in values.items()),
+        note(
+            "confirmation",
+            bought=bought,
+            error=error,
+            epochs=confirm.plain.epochs,
+            seeds=confirm.seeds,
+            best=_words(confirm.study.user_attrs["best"]),
+        ),
     )
-    return table, bought
+    return made, bought
 
 
 def _plot_history(search: tune.Study) -> Figure:
-    figure = Figure(figsize=SIZE, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = canvas()
     trials, stopped = search.trials(TrialState.COMPLETE), search.trials(TrialState.PRUNED)
     numbers, values = [t.number for t in trials], [tune.accuracy(t) for t in trials]
     axes.plot(
@@ -117,11 +117,12 @@ def _plot_settings(search: tune.Study) -> Figure:
     names = [n for n in search.space.dimensions if any(n in t.params for t in trials)]
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(3.2 * columns + 0.8, 2.9 * rows + 0.3), layout="constrained")
+    size = 3.2 * columns + 0.8, 2.9 * rows + 0.3
+    figure, grid = canvas(*size, rows, columns, sharey=True, squeeze=False)
     # A few hopeless trials must not press all others into one line: they lie on the lower edge.
     values = sorted(map(tune.accuracy, trials))
     floor = values[len(values) // 5] - 0.5 * (values[-1] - values[len(values) // 5])
-    every = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    every = list(grid.flat)
     for axes, name in zip(every, names, strict=False):
         dimension = search.space.dimensions[name]
         those = [t for t in trials if name in t.params]
@@ -153,8 +154,7 @@ def _plot_settings(search: tune.Study) -> Figure:
 
 
 def _plot_importances(importances: dict) -> Figure:
-    figure = Figure(figsize=(SIZE[0], 0.9 + 0.3 * len(importances)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = canvas(SIZE[0], 0.9 + 0.3 * len(importances))
     names = [name.replace("_", " ") for name in importances]
     axes.barh(names, list(importances.values()), color=COLOURS["fused"], height=0.62)
     axes.invert_yaxis()
@@ -170,14 +170,9 @@ def _row(trial) -> dict:
 
 
 def write(search: tune.Study, confirm: tune.Study | None) -> list[Table]:
-    """Write results.json, plots/*.png and report.html to the studies' folder.
+    """Write results.json, plots/*.png and report.html to the studies' folder; the tables.
 
-    Args:
-        search: with at least one complete trial.
-        confirm: complete; None where there was no comparison on the test images.
-
-    Returns:
-        The tables, to be printed.
+    ``confirm`` is None where there was no comparison on the test images.
     """
     folder, importances = search.folder, {}
     complete = search.trials(TrialState.COMPLETE)
@@ -186,34 +181,32 @@ def write(search: tune.Study, confirm: tune.Study | None) -> list[Table]:
             warnings.simplefilter("ignore")
             importances = optuna.importance.get_param_importances(search.study)
     best = search.study.best_trial
-    section = report.Section(
-        "Search for settings",
-        [_search_table(search)],
-        {"history": lambda: _plot_history(search)},
-        {
-            "history": ("The search", "Accuracy on held-out training images, trial after trial."),
-            "importances": (
-                "Which settings decide",
-                "PED-ANOVA (arXiv 2304.10255): how much a setting decides whether a trial is among "
-                "the better ones.",
-            ),
-            "settings": (
-                "Each setting against accuracy",
-                "A dot a trial, later ones darker; those far below others lie on the lower edge.",
-            ),
-        },
+    section = Section(
+        "Search for settings", [_search_table(search)],
         headline=f"The best of {len(complete)} trials has {tune.accuracy(best):.1%} on held-out "
         "images",
         lead=[_words(best.params)],
-    )
+    )  # fmt: skip
+    section.plots["history"] = Plot(
+        lambda: _plot_history(search), "The search",
+        "Accuracy on held-out training images, trial after trial.",
+    )  # fmt: skip
     if confirm is not None:
-        table, bought = _confirm_table(confirm)
-        section.tables.append(table)
+        made, bought = _confirm_table(confirm)
+        section.tables.append(made)
         section.headline = f"The search changed test accuracy by {bought} points"
-        section.cards = [(f"{row[1]} %", f"test accuracy, {row[0]}") for row in table.rows[::-1]]
+        section.headline += " (one seed)" * (len(confirm.seeds) == 1)
+        section.cards = [(f"{row[1]} %", f"test accuracy, {row[0]}") for row in made.rows[::-1]]
     if importances:
-        section.plots["importances"] = lambda: _plot_importances(importances)
-    section.plots["settings"] = lambda: _plot_settings(search)
+        section.plots["importances"] = Plot(
+            lambda: _plot_importances(importances), "Which settings decide",
+            "PED-ANOVA (arXiv 2304.10255): how much a setting decides whether a trial is among the "
+            "better ones.",
+        )  # fmt: skip
+    section.plots["settings"] = Plot(
+        lambda: _plot_settings(search), "Each setting against accuracy",
+        "A dot a trial, later ones darker; those far below others lie on the lower edge.",
+    )  # fmt: skip
     results = {
         "machine": folder.config["machine"], "best": folder.read_json("best.json"),
         "importances": importances, "trials": [_row(t) for t in search.trials(*tune.DONE)],

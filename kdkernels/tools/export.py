@@ -2,7 +2,7 @@
 
 All three are ONNX files that onnxruntime runs as they are, on servers and on phones. The int8
 files hold quantise and dequantise operations around each layer (QDQ), which the runtime fuses
-into integer kernels. One graph, of :mod:`kdkernels.train.int8`, serves both of them: calibrated
+into integer kernels. One graph, of :mod:`kdkernels.tools.int8`, serves both of them: calibrated
 only, or trained on for a few epochs with the teacher's predictions and the rounding in place.
 (torch.compile of an int8 graph needs PyTorch and a compiler on the device, and was slower.)
 
@@ -17,36 +17,22 @@ import hashlib
 import io
 import json
 import logging
-import math
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 import kdkernels
-from kdkernels.train import TrainError, data, distillation, models
-from kdkernels.train.loop import (
-    Interrupt,
-    Learner,
-    accuracy,
-    epoch_batches,
-    predictions,
-    reproducible,
-)
-from kdkernels.train.run_folder import RunFolder, load_state, state_of, weights
-
-__all__ = ["FORMATS", "FOLDER", "Settings", "run", "sections", "tables"]
-
-FORMATS = {
-    "onnx": ("", "fp32"),
-    "int8": ("-int8", "int8, calibrated"),
-    "int8-qat": ("-int8-qat", "int8, trained for it"),
-}
-"""What can be written: the end of the file's name, and what the table calls it."""
+from kdkernels.tools.settings import FORMATS, Export
+from kdkernels.train import TrainError, checks, loop, models, session
+from kdkernels.train.images import Images
+from kdkernels.train.run_folder import RunFolder, load_state, state_of
+from kdkernels.train.settings import ARMS, NOISY, Distil
 
 FOLDER = "export"
 """Everything goes into this folder of the run's."""
@@ -62,37 +48,18 @@ TOLERANCE = 1e-4
 """Largest difference of onnxruntime's fp32 logits from PyTorch's, of the largest logit."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is asked for; the command's options, with their defaults.
-
-    Attributes:
-        arm: whose student; a name with a checkpoint in the run's folder.
-        formats: names from ``FORMATS``.
-        epochs: of training with quantisation.
-        lr: Adam's learning rate in it.
-        threads: CPU threads, in training and in what is measured; None is torch's choice.
-    """
-
-    arm: str = "full"
-    formats: tuple[str, ...] = tuple(FORMATS)
-    epochs: int = 3
-    lr: float = 1e-4
-    threads: int | None = None
-
-
 @dataclasses.dataclass
 class _Finished:
     """What a finished run left: its settings, its student, and its images."""
 
-    settings: distillation.Settings
+    settings: Distil
     student: nn.Module
     sha256: str
-    train: data.Images
-    test: data.Images
+    train: Images
+    test: Images
 
 
-def _networks(settings: distillation.Settings, classes: int) -> tuple[nn.Module, nn.Module]:
+def _networks(settings: Distil, classes: int) -> tuple[nn.Module, nn.Module]:
     """The run's teacher and student with random weights; what the checkpoints are loaded into."""
     return (
         models.build(settings.teacher, classes, settings.image_size)[0],
@@ -100,23 +67,12 @@ def _networks(settings: distillation.Settings, classes: int) -> tuple[nn.Module,
     )
 
 
-def _load(model: nn.Module, tensors: dict[str, torch.Tensor], what: str) -> nn.Module:
-    try:
-        load_state(model, weights(tensors))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise TrainError(
-            f"the checkpoint {what} is not of the network that config.json names: {reason}"
-        ) from None
-    return model.eval()
+def _checkpoint(folder: RunFolder, name: str) -> Path:
+    return folder.path / "checkpoints" / f"{name}.safetensors"
 
 
 def _finished(folder: RunFolder, arm: str) -> _Finished:
-    """Read the run.
-
-    Raises:
-        TrainError: it is no run of distill, has no such arm, or the arm is not finished.
-    """
+    """Read the run; TrainError where it is none of distill, lacks the arm, or is not finished."""
     if "distill" not in folder.config:
         raise TrainError(f"{folder.path} holds no run of distill or reproduce to export from")
     asked = folder.config["distill"]
@@ -125,7 +81,7 @@ def _finished(folder: RunFolder, arm: str) -> _Finished:
             f"the models and images of {folder.path} were given in Python: export its student "
             "there, with torch.onnx.export(found.student, ...)"
         )
-    settings = distillation.Settings(**asked | {"arms": tuple(asked["arms"])})
+    settings = Distil(**asked)
     found = folder.load(arm)
     if found is None or arm not in _arms(folder):
         there = ", ".join(_arms(folder)) or "none"
@@ -140,17 +96,17 @@ def _finished(folder: RunFolder, arm: str) -> _Finished:
             f"arm {arm} has done {state['epoch']} of {settings.epochs} epochs: finish the run "
             f"with kdkernels distill --resume {folder.path}"
         )
-    _, train, test = distillation.images_of(settings)
-    student = _load(_networks(settings, train.classes)[1], tensors, arm)
-    path = folder.path / "checkpoints" / f"{arm}.safetensors"
+    _, train, test = checks.images_of(settings)
+    student, path = _networks(settings, train.classes)[1], _checkpoint(folder, arm)
+    load_state(student, tensors, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return _Finished(settings, student, digest, train, test)
+    return _Finished(settings, student.eval(), digest, train, test)
 
 
 def _arms(folder: RunFolder) -> list[str]:
     """Arms that have a checkpoint, in any generation."""
     names = sorted(path.stem for path in (folder.path / "checkpoints").glob("*.safetensors"))
-    known = {*distillation.ARMS, distillation.NOISY}
+    known = {*ARMS, NOISY}
     return [n for n in names if n in known or n.rpartition("-g")[0] in known]
 
 
@@ -160,11 +116,12 @@ def _taught(folder: RunFolder, run: _Finished):
     if found is None:
         raise TrainError(
             f"{folder.path} has no checkpoints/teacher.safetensors, which int8-qat needs; "
-            "leave it out of --formats"
+            "leave it out of formats"
         )
-    expert = _load(_networks(run.settings, run.train.classes)[0], found[0], "teacher")
-    expert = expert.requires_grad_(False).to(memory_format=torch.channels_last)
-    rows = predictions(expert, run.train, run.settings.batch_size, torch.channels_last)
+    expert = _networks(run.settings, run.train.classes)[0]
+    load_state(expert, found[0], _checkpoint(folder, "teacher"))
+    expert = expert.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    rows = loop.predictions(expert, run.train, run.settings.batch_size, torch.channels_last)
 
     def predict(images, index, view):
         if view is None:
@@ -175,14 +132,14 @@ def _taught(folder: RunFolder, run: _Finished):
     return predict
 
 
-def _batches(images: data.Images, count: int, size: int = 64) -> list[torch.Tensor]:
+def _batches(images: Images, count: int, size: int = 64) -> list[torch.Tensor]:
     index = torch.arange(min(count, len(images)))
     return [images.batch(part)[0] for part in index.split(size)]
 
 
 def _trained(folder, home, run, settings, interrupt, on_step, say):
     """The student with quantisation in its graph, trained on; continues a checkpoint in home."""
-    from kdkernels.train import int8
+    from kdkernels.tools import int8
 
     name = f"{settings.arm}-int8-qat"
     soft = {
@@ -193,11 +150,11 @@ def _trained(folder, home, run, settings, interrupt, on_step, say):
     torch.manual_seed(run.settings.seed)
     with _exported(run.student):
         model = int8.FakeQuantised(run.student, _batches(run.train, CALIBRATION, CALIBRATION)[0])
-    learner = Learner(
+    learner = loop.Learner(
         name, model, lambda logits, taught, labels: kdkernels.distillation_loss(
             logits, taught, labels, **soft
         ),
-        _taught(folder, run), lambda model: accuracy(model, run.test), settings.lr,
+        _taught(folder, run), lambda model: loop.accuracy(model, run.test), settings.lr,
         run.settings.seed + 3,
     )  # fmt: skip
     asked = {
@@ -211,7 +168,7 @@ def _trained(folder, home, run, settings, interrupt, on_step, say):
     home.write_json("config.json", home.config)
     learner.load(home)
     while learner.epoch < settings.epochs:
-        batches = epoch_batches(
+        batches = loop.epoch_batches(
             len(run.train), run.settings.batch_size, run.settings.seed + 3, learner.epoch, "cpu"
         )
         steps = len(batches) * settings.epochs
@@ -231,7 +188,9 @@ def _trained(folder, home, run, settings, interrupt, on_step, say):
             f"{name}: epoch {learner.epoch} of {settings.epochs}, test accuracy "
             f"{learner.measures['accuracy']:.1%}"
         )
-    accuracy(learner.model, run.test.first(2))  # brings the weights' ranges up to the last step
+    loop.accuracy(
+        learner.model, run.test.first(2)
+    )  # brings the weights' ranges up to the last step
     return model.graph
 
 
@@ -248,7 +207,7 @@ def _quiet():
         logging.disable(level)
 
 
-def _input(images: data.Images) -> dict:
+def _input(images: Images) -> dict:
     """How an application makes the file's input from an image."""
     return {
         "input": "images", "shape": ["batch", images.channels, images.size, images.size],
@@ -310,7 +269,7 @@ def _session(content: bytes, threads: int) -> Callable[[np.ndarray], np.ndarray]
     return lambda images: np.asarray(session.run(["logits"], {"images": images})[0])
 
 
-def _logits(model: Callable, images: data.Images) -> torch.Tensor:
+def _logits(model: Callable, images: Images) -> torch.Tensor:
     parts = torch.arange(len(images)).split(256)
     rows = [model(images.batch(part)[0].numpy()) for part in parts]
     return torch.from_numpy(np.concatenate(rows))
@@ -378,20 +337,21 @@ def _measured(folder: RunFolder, run: _Finished, files: dict[str, bytes]) -> lis
     return rows
 
 
+def _about(run: _Finished) -> dict:
+    """What was measured on, and how."""
+    return {
+        "input": _input(run.test), "data": run.settings.data, "test_images": len(run.test),
+        "rounds": ROUNDS, "calibration": min(CALIBRATION, len(run.train)),
+    }  # fmt: skip
+
+
 def run(
-    folder: RunFolder, settings: Settings, on_step: Callable[[str, int, int], None], say: Callable
+    settings: Export, folder: RunFolder, on_step: Callable[[str, int, int], None], say: Callable
 ) -> dict:
-    """Write the files and measure them.
+    """Write the files of a finished run of distill, and measure them.
 
-    Args:
-        folder: of a finished run of distill.
-        settings: what is asked for.
-        on_step: ``on_step(learner, steps done, steps in all)`` of training with quantisation.
-        say: called with a line for the person who watches.
-
-    Returns:
-        What export/results.json says now, for :func:`tables`. A format that the student cannot be
-        exported in is said and left out; its sentence is under ``"failed"`` by the format.
+    Returns what export/results.json says now. A format that the student cannot be exported in is
+    said and left out; its sentence is under ``"failed"`` by the format.
 
     Raises:
         TrainError: no such run or arm, the run is not finished, training was interrupted, or the
@@ -404,7 +364,7 @@ def run(
         import onnxscript  # noqa: F401
         import torchao
 
-        from kdkernels.train import int8
+        from kdkernels.tools import int8
     finished = _finished(folder, settings.arm)
     home = folder.path / FOLDER
     home.mkdir(exist_ok=True)
@@ -424,7 +384,11 @@ def run(
             graph = _trained(folder, home, finished, settings, interrupt, on_step, say)
         return _onnx(int8.converted(graph), finished)
 
-    with reproducible(finished.settings.seed, settings.threads), Interrupt() as interrupt, _quiet():
+    with (
+        session.reproducible(finished.settings.seed, settings.threads),
+        session.Interrupt() as interrupt,
+        _quiet(),
+    ):
         try:
             for name in settings.formats:
                 end, about = FORMATS[name]
@@ -452,75 +416,9 @@ def run(
     found = home.read_json("results.json") or {"arms": {}}
     found["arms"][settings.arm] = {
         "rows": rows, "failed": {name: str(error) for name, error in failed.items()},
-        "threads": threads, "input": _input(finished.test),
-        "data": finished.settings.data, "test_images": len(finished.test), "rounds": ROUNDS,
-        "epochs": settings.epochs, "lr": settings.lr,
-        "calibration": min(CALIBRATION, len(finished.train)),
+        "threads": threads, "epochs": settings.epochs, "lr": settings.lr,
         "versions": f"torch {torch.__version__}, torchao {torchao.__version__}, onnxruntime "
         f"{onnxruntime.__version__}",
-    }  # fmt: skip
+    } | _about(finished)  # fmt: skip
     home.write_json("results.json", found)
     return found
-
-
-def _milliseconds(latency: dict) -> str:
-    digits = max(0, 2 - math.floor(math.log10(latency["median"] * 1e3)))
-    texts = (f"{latency[key] * 1e3:.{digits}f}" for key in ("median", "low", "high"))
-    return "{} ({} .. {})".format(*texts)
-
-
-def tables(found: dict) -> list:
-    """A table an arm.
-
-    Args:
-        found: what export/results.json says.
-
-    Returns:
-        :class:`kdkernels.train.report.Table`, for the terminal and the report.
-    """
-    from kdkernels.train.report import Table
-
-    made = []
-    for arm, of in found["arms"].items():
-        against = "ONNX" if any(r["format"] == "onnx" for r in of["rows"]) else "PyTorch"
-        rows = [
-            [
-                "PyTorch, fp32" if row["format"] == "pytorch" else FORMATS[row["format"]][1],
-                f"{row['accuracy']:.2%}",
-                f"{row['agreement']:.2%}",
-                f"{row['bytes']:,}",
-            ]
-            + [
-                cell
-                for size in BATCHES
-                for cell in (
-                    _milliseconds(row["latency"][str(size)]),
-                    f"{row['latency'][str(size)]['speedup']:.2f}",
-                )
-            ]
-            for row in of["rows"]
-        ]
-        made.append(
-            Table(
-                f"Export: the student of arm {arm}",
-                ["format", "test accuracy", "agrees with fp32", "bytes"]
-                + [column for size in BATCHES for column in (f"ms, batch {size}", "speed-up")],
-                rows,
-                f"{of['data']}, {of['test_images']:,} test images. Milliseconds a call on the CPU, "
-                f"threads: {of['threads']}; median (10th .. 90th percentile) of {of['rounds']} "
-                f"rounds in which the formats take turns; speed-up: over {against} in fp32, "
-                "median of the rounds. PyTorch's bytes are those of its weights. "
-                f"Calibrated: on {of['calibration']} training images. Trained for it: "
-                f"{of['epochs']} epochs of distillation at lr {of['lr']:g} with int8's rounding "
-                f"in the graph. {of['versions']}.",
-            )
-        )
-    return made
-
-
-def sections(folder: RunFolder) -> list:
-    """What was exported, for :func:`kdkernels.train.report.write`."""
-    from kdkernels.train.report import Section
-
-    found = folder.read_json(f"{FOLDER}/results.json") or {"arms": {}}
-    return [Section("Export", tables(found), results=found)]

@@ -43,12 +43,8 @@ from torch.nn import functional as F
 
 import kdkernels
 from kdkernels import info
-
-__all__ = [
-    "IGNORED", "OURS", "Comparison", "Logits", "dense", "disturbed", "duration", "experiment_1",
-    "gpt2", "interval", "lines", "machine", "measure", "noise", "optimizer", "plain_loss", "quick",
-    "ratio", "record", "resnet18", "slug", "summary", "take_turns", "top_k", "training_logits",
-]  # fmt: skip
+from kdkernels.info import disturbed
+from kdkernels.tools.settings import Bench
 
 OURS = "kdkernels"
 SAMPLE_SECONDS = 0.02
@@ -163,16 +159,6 @@ def take_turns(
     return rounds
 
 
-def _others() -> float | None:
-    """Processor seconds that were not this process's, stolen ones included; None: not Linux."""
-    try:
-        spent = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]))
-    except (OSError, ValueError):
-        return None
-    idle, waiting = spent[3:5]
-    return (sum(spent) - idle - waiting) / os.sysconf("SC_CLK_TCK") - time.process_time()
-
-
 @contextlib.contextmanager
 def _silent_stderr():
     """The profiler's C++ has notes on starting, stopping and GPUs that are not there."""
@@ -254,17 +240,12 @@ class Comparison:
         per: int = 1,
         before: tuple[Callable, int] | None = None,
     ) -> None:
-        """Let a case take part.
+        """Let a case take part; the names of kdkernels' begin with ``OURS``.
 
         Args:
-            name: of the case; those of kdkernels begin with ``OURS``.
-            call: what is timed.
             check: in place of the comparison's; False where ``call`` is not the op, but a limit.
             per: the units of work in a call: times are of one.
             before: what is called before each sample, and how many calls at most a sample has.
-
-        Raises:
-            AssertionError: what the call gives is wrong.
         """
         checks = self.check if check is True else check
         if checks:
@@ -306,11 +287,9 @@ def measure(comparison: Comparison, seconds: float = 8.0, least: int = 7) -> dic
     calls = {name: calls[name] for name in (base, *others)}
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     began = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    before, start = _others(), time.perf_counter()
+    watch = info.Others()
     rounds = take_turns(calls, seconds, least, comparison.before)
-    processors = (os.cpu_count() or 1) * (time.perf_counter() - start)
-    after = _others()
-    others = None if before is None or after is None else max(0.0, (after - before) / processors)
+    others = watch.share()
     if torch.get_num_threads() != threads:
         raise RuntimeError(f"{comparison.title}: a case has changed the number of threads")
     cases = summary(
@@ -389,15 +368,9 @@ HEAD = (
 )
 
 
-def disturbed(result: dict) -> str:
-    """Says so where other work had more than 5 % of the processors' time; else empty."""
-    others = result["others"] or 0.0
-    return f"(disturbed: other work had {others:.0%} of the processors)" * (others > 0.05)
-
-
 def lines(result: dict) -> list[str]:
     """A result as lines of a terminal, below ``HEAD``."""
-    shown = [" ".join(filter(None, (result["title"], disturbed(result))))]
+    shown = [" ".join(filter(None, (result["title"], disturbed(result["others"]))))]
     for number, (name, case) in enumerate(result["cases"].items()):
         middle, low, high = case["faster"]
         line = f"  {name:34}{duration(case['median']):>9}  "
@@ -755,7 +728,7 @@ def optimizer(kind: str, name: str, sizes: list[int]) -> Comparison:
 
 def experiment_1(replicas: int | None = None, steps: int = 1000) -> Comparison:
     """Experiment 1's regression by its three paths; with many replicas at once too, if given."""
-    from kdkernels.train.soft_regression import make_data, numpy_path, stationary, torch_path
+    from kdkernels.experiments.soft_regression import make_data, numpy_path, stationary, torch_path
 
     x, y, theta = make_data()
     x32, y32, theta32 = (torch.from_numpy(v).float() for v in (x, y, theta))
@@ -826,12 +799,6 @@ def quick(
         seconds: for each comparison's rounds.
         largest: elements that a tensor may have, for a quick look at whether all of it runs.
         out: told each line.
-
-    Returns:
-        The record: see :func:`record`.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     before = torch.get_num_threads()
     file = open(path, "a") if path else None  # noqa: SIM115  an unwritable one fails before the work
@@ -867,3 +834,21 @@ def quick(
         torch.set_num_threads(before)
         if file:
             file.close()
+
+
+def command(_: str, given: dict[str, Any]) -> int:
+    """``kdkernels bench``."""
+    settings = Bench(**given)
+    if not settings.quick:
+        print(
+            "kdkernels bench: give --quick for a table in a minute; the whole suite is "
+            "`make bench` in kdkernels' source folder",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        quick(settings.threads, settings.json)
+    except OSError as error:
+        print(f"kdkernels bench: cannot write {settings.json}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0

@@ -14,15 +14,17 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from scipy import stats
 
-from kdkernels.train import TrainError, distillation_report, page, report
-from kdkernels.train.distillation_report import CLEAR, LADDER, NAMES, generation, plot_ladder, speed
-from kdkernels.train.page import INK, SIZE, colour
-from kdkernels.train.report import Section, Table
+from kdkernels.experiments.soft_regularization import difference
+from kdkernels.reports import distillation, report
+from kdkernels.reports.distillation import LADDER, NAMES, generation, plot_ladder, speed
+from kdkernels.reports.page import INK, SIZE, canvas, colour, note
+from kdkernels.reports.report import Plot, Section, Table, table, with_error
+from kdkernels.tools.settings import Compare
+from kdkernels.train import TrainError
+from kdkernels.train import console as terminal
 from kdkernels.train.run_folder import RunFolder
-from kdkernels.train.soft_regularization import difference
-
-__all__ = ["Group", "groups", "write"]
 
 _NO_SETTINGS = ("seed", "data_dir", "checkpoint_every")
 """Options that make no other experiment of a run."""
@@ -40,7 +42,7 @@ class Group:
     Attributes:
         settings: what they have in common.
         columns: what tells it from the other groups, by heading: settings, or a letter.
-        runs: seed -> :func:`kdkernels.train.distillation_report.results`.
+        runs: seed -> :func:`kdkernels.reports.distillation.results`.
         folders: seed -> path.
     """
 
@@ -102,7 +104,7 @@ def _read(path: str) -> tuple[dict, int, dict]:
             f"{path} is a run of {folder.config.get('command', 'something else')}: compare takes "
             "runs of distill and reproduce"
         )
-    found = distillation_report.results(folder)
+    found = distillation.results(folder)
     students = {} if found is None else {n: a for n, a in found["arms"].items() if n != "teacher"}
     if found is None or not students:
         raise TrainError(f"{path} has no finished epoch of a student yet; leave it out")
@@ -119,14 +121,10 @@ def _read(path: str) -> tuple[dict, int, dict]:
 
 
 def groups(paths: list[str]) -> list[Group]:
-    """Read runs and group them.
-
-    Args:
-        paths: folders of runs of ``distill`` or ``reproduce``.
+    """Read runs of distill or reproduce, and group them.
 
     Raises:
-        TrainError: one of them is no such run or not finished, or two are of one seed and the same
-            settings.
+        TrainError: one is no such run or not finished, or two have one seed and the same settings.
     """
     made = []
     for path in paths:
@@ -166,13 +164,13 @@ def _differing(found: list[Group]) -> list[str]:
 
 
 def _settings_table(found: list[Group], differing: list[str]) -> Table:
-    return Table(
+    return table(
         "Settings that differ",
-        ["setting", *(group.label() for group in found)],
-        [
-            [name.replace("_", " "), *(_text(group.settings.get(name)) for group in found)]
+        (
+            {"setting": name.replace("_", " ")}
+            | {group.label(): _text(group.settings.get(name)) for group in found}
             for name in differing
-        ],
+        ),
     )
 
 
@@ -181,85 +179,66 @@ def _mean(values, scale: float = 1, digits: int = 2) -> str:
     values = [value * scale for value in values]
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return with_error(statistics.fmean(values), spread, digits)
 
 
 def _less(apart: dict | None, digits: int = 2) -> str:
     if apart is None:
         return ""
     error = apart["standard_error"]
-    text = f"{apart['mean'] * 100:+.{digits}f}"
-    return text + (f" ± {error * 100:.{digits}f}" if error is not None else "")
+    return with_error(apart["mean"] * 100, None if error is None else error * 100, digits, "+")
 
 
 def _summary(found: list[Group]) -> Table:
-    tested = any(group.values(arm, "ece") for group in found for arm in group.arms())
-    aimed = any(group.values(arm, "seconds_to_target") for group in found for arm in group.arms())
-    rows = []
-    for group in found:
-        for arm in group.arms():
-            reached = group.values(arm, "seconds_to_target")
-            accuracy = group.values(arm, "accuracy")
-            rows.append(
-                [arm]
-                + list(group.columns.values())
-                + [str(len(accuracy)), _mean(accuracy.values(), 100)]
-                + [_less(group.less_reference(arm))]
-                + ([_mean(group.values(arm, "ece").values(), 100)] if tested else [])
-                + [_mean(group.values(arm, "seconds").values())]
-                + (
-                    [
-                        _mean(reached.values())
-                        + f" ({len(reached)} of {len(accuracy)})" * bool(reached)
-                    ]
-                    * aimed
-                )
-                + [_mean(group.values(arm, "speedup").values())]
-            )
-    return Table(
+    def row(group, arm):
+        reached = group.values(arm, "seconds_to_target")
+        accuracy = group.values(arm, "accuracy")
+        return {
+            "arm": arm,
+            **group.columns,
+            "seeds": len(accuracy),
+            "test accuracy, %": _mean(accuracy.values(), 100),
+            "minus reference's, points": _less(group.less_reference(arm)),
+            "ECE, %": _mean(group.values(arm, "ece").values(), 100),
+            "seconds": _mean(group.values(arm, "seconds").values()),
+            "seconds to target (seeds)": _mean(reached.values())
+            + f" ({len(reached)} of {len(accuracy)})" * bool(reached),
+            "times reference's speed": _mean(group.values(arm, "speedup").values()),
+        }
+
+    return table(
         "Accuracy and time over seeds",
-        ["arm", *found[0].columns, "seeds", "test accuracy, %",
-         "minus reference's, points"]
-        + (["ECE, %"] if tested else [])
-        + ["seconds"]
-        + (["seconds to target (seeds)"] if aimed else [])
-        + ["times reference's speed"],
-        rows,
-        "Mean ± standard deviation over seeds. A seed sets weights, batches, dropout and noise, of "
-        "teacher and students. Minus reference's: the difference of accuracy within each run, mean "
-        "over seeds ± its standard error. Speed: reference's seconds over the arm's, in each run, "
-        "whose arms took turns epoch by epoch. Seconds are of training steps; testing and "
-        "checkpoints are left out, and the teacher's training is nobody's. Generations after the "
-        "first are compared with reference's of the first by accuracy and with its own of that "
-        "generation by time.",
-    )  # fmt: skip
+        (row(group, arm) for group in found for arm in group.arms()),
+        note("compare"),
+    )
 
 
 def _ladder_table(group: Group) -> Table:
     rungs, label = group.ladder(), group.label()
 
-    def cell(rung, key):
-        spread = rung.get(f"{key}_spread")
-        return f"{rung[key]:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+    def row(rung):
+        names = {"seconds": "seconds"}
+        if rung is not rungs[0]:
+            names |= {
+                "saved": "seconds saved", "ratio": "times faster than the row above",
+                "speedup": "times faster than reference",
+            }  # fmt: skip
+        return {"arm": rung["arm"], "what it adds": rung["adds"]} | {
+            heading: with_error(rung[key], rung.get(f"{key}_spread"))
+            for key, heading in names.items()
+        }
 
-    return Table(
+    return table(
         "Where the speed comes from" + (f": {label}" if label else ""),
-        ["arm", "what it adds", "seconds", "seconds saved", "times faster than the row above",
-         "times faster than reference"],
-        [
-            [rung["arm"], rung["adds"], cell(rung, "seconds")]
-            + ([cell(rung, key) for key in ("saved", "ratio", "speedup")] if row else [""] * 3)
-            for row, rung in enumerate(rungs)
-        ],
+        map(row, rungs),
         f"Mean ± standard deviation over {rungs[0]['seeds']} seeds; the ratios are taken in each "
         "run." * (rungs[0]["seeds"] > 1),
-    )  # fmt: skip
+    )
 
 
 def _plot_accuracy(found: list[Group]) -> Figure:
-    figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.2 * (len(found) > 1)), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = canvas(SIZE[0], SIZE[1] + 0.2 * (len(found) > 1))
     seen = {}
     for number, group in enumerate(found):
         marker = _MARKERS[number % len(_MARKERS)]
@@ -292,6 +271,28 @@ def _plot_accuracy(found: list[Group]) -> Figure:
     return figure
 
 
+EQUAL = 1.0
+"""Points: accuracies are called equal where the interval of their difference is within as many."""
+
+
+def _accuracy_words(group: Group, name: str) -> str:
+    """What the 95 % interval of the difference of accuracy over seeds (Student's t) says."""
+    apart = group.less_reference(name)
+    if apart is None:
+        return ""
+    points, seeds = apart["mean"] * 100, len(group.values(name, "accuracy"))
+    if seeds == 1:
+        return f" with {points:+.1f} points of accuracy (one seed)"
+    wide = stats.t.ppf(0.975, seeds - 1) * (apart["standard_error"] or 0.0) * 100
+    low, high = points - wide, points + wide
+    interval = f"({low:+.1f} to {high:+.1f} points, {seeds} seeds)"
+    if low >= -EQUAL and high <= EQUAL:
+        return f" at equal accuracy {interval}"
+    if low <= 0 <= high:
+        return f" with no difference of accuracy shown {interval}"
+    return f" at {'higher' if low > 0 else 'lower'} accuracy {interval}"
+
+
 def _headline(found: list[Group]) -> tuple[str, list[tuple[str, str]]]:
     runs = sum(len(group.runs) for group in found)
     arms = {name for group in found for name in group.arms()}
@@ -304,111 +305,71 @@ def _headline(found: list[Group]) -> tuple[str, list[tuple[str, str]]]:
     sentence = f"{NAMES[name]}: {speed(speeds[0])} plain PyTorch"
     if len(ends) > 1:
         sentence = f"{NAMES[name]}: {ends[0]} to {ends[-1]} times the speed of plain PyTorch"
-    clear = []
-    for group in shown:
-        apart = group.less_reference(name) or {}
-        if abs(apart.get("standard_errors") or 0.0) > CLEAR:
-            clear.append(apart["mean"])
-    known = all(len(group.values(name, "speedup")) > 1 for group in shown)
-    if known and not clear and len(shown) == 1:
-        sentence += f" at equal accuracy ({_less(shown[0].less_reference(name), 1)} points)"
-    elif known and not clear:
-        several = "both" if len(shown) == 2 else f"all {len(shown)}"
-        sentence += f" at equal accuracy in {several} settings"
-    elif known and len(shown) == 1:
-        word = "higher" if clear[0] > 0 else "lower"
-        sentence += f" at {abs(clear[0]) * 100:.1f} points {word} accuracy"
-    elif known:
-        word = "another" if len(clear) == 1 else "other"
-        sentence += f", with {word} accuracy in {len(clear)} of {len(shown)} settings"
-    cards = []
-    if len(shown) == 1:
-        group = shown[0]
-        text = _mean(group.values(name, "speedup").values())
-        cards = [
-            (f"{text}×", f"the speed of plain PyTorch: {name} over reference"),
-            (f"{_less(group.less_reference(name))}", f"points of accuracy: {name} minus reference"),
-            (f"{_mean(group.values(name, 'accuracy').values(), 100, 1)} %",
-             f"test accuracy of {name}"),
-            (str(len(group.runs)), "seeds" if len(group.runs) > 1 else "seed"),
-        ]  # fmt: skip
+    if len(shown) > 1:
+        said = [_accuracy_words(group, name) for group in shown]
+        count = sum("equal" in words for words in said)
+        sentence += f", at equal accuracy in {count} of {len(shown)} settings"
+        return sentence[0].upper() + sentence[1:], []
+    sentence += _accuracy_words(shown[0], name)
+    group, values = shown[0], shown[0].values
+    cards = [
+        (f"{_mean(values(name, 'speedup').values())}×",
+         f"the speed of plain PyTorch: {name} over reference"),
+        (_less(group.less_reference(name)), f"points of accuracy: {name} minus reference"),
+        (f"{_mean(values(name, 'accuracy').values(), 100, 1)} %", f"test accuracy of {name}"),
+        (str(len(group.runs)), "seeds" if len(group.runs) > 1 else "seed"),
+    ]  # fmt: skip
     return sentence[0].upper() + sentence[1:], cards
 
 
 def write(paths: list[str], out: str = "compare.html") -> list[Table]:
-    """Compare runs on one page.
-
-    Args:
-        paths: see :func:`groups`.
-        out: the page.
-
-    Returns:
-        Its tables, to be printed.
-
-    Raises:
-        TrainError: see :func:`groups`, and a page that cannot be written.
-    """
+    """Compare runs on one page, ``out``; its tables, to be printed."""
     found = groups(paths)
-    headline, cards = _headline(found)
-    main = Section(
-        "Accuracy and time",
-        [_summary(found)],
-        {"accuracy_and_time": functools.partial(_plot_accuracy, found)},
-        {
-            "accuracy_and_time": (
-                "Accuracy against time",
-                "large: mean ± standard deviation over seeds; small: each seed",
-            )
-        },
-    )
+    main = Section("Accuracy and time", [_summary(found)])
+    main.plots["accuracy_and_time"] = Plot(
+        functools.partial(_plot_accuracy, found), "Accuracy against time",
+        "large: mean ± standard deviation over seeds; small: each seed",
+    )  # fmt: skip
     ladders = Section("Where the speed comes from")
     for number, group in enumerate(found, 1):
         if group.ladder():
             label = group.label()
             ladders.tables.append(_ladder_table(group))
-            ladders.plots[f"ladder_{number}"] = functools.partial(plot_ladder, group.ladder())
-            ladders.captions[f"ladder_{number}"] = (
-                "The speed-up ladder", f"{label}{'; ' * bool(label)}mean ± standard deviation",
+            ladders.plots[f"ladder_{number}"] = Plot(
+                functools.partial(plot_ladder, group.ladder()), "The speed-up ladder",
+                f"{label}{'; ' * bool(label)}mean ± standard deviation",
             )  # fmt: skip
     differing = _differing(found)
     if "group" in found[0].columns:
         main.tables.append(_settings_table(found, differing))
-    listed = Section(
-        "Runs",
-        [
-            Table(
-                "Folders",
-                ["folder", "seed", *found[0].columns],
-                [
-                    [group.folders[seed], str(seed), *group.columns.values()]
-                    for group in found
-                    for seed in group.runs
-                ],
-            )
-        ],
+    rows = (
+        {"folder": group.folders[seed], "seed": seed, **group.columns}
+        for group in found
+        for seed in group.runs
     )
+    listed = Section("Runs", [table("Folders", rows)])
     if len(found) == 1:  # then both plots stand beside each other
         main.plots |= ladders.plots
-        main.captions |= ladders.captions
         main.tables += ladders.tables
         ladders.plots = {}
     sections = [main, *([ladders] if ladders.plots else []), listed]
+    main.others = [
+        arm["others"] for g in found for run in g.runs.values() for arm in run["arms"].values()
+    ]
     common = {n: v for n, v in found[0].settings.items() if n not in differing and n != "arms"}
     seeds = sorted({seed for group in found for seed in group.runs})
     lead = "{} taught by {} on {}".format(
         *(_text(common[n]) if n in common else f"several {n}s" if n != "data" else "several data"
           for n in ("student", "teacher", "data"))
     )  # fmt: skip
-    html = page.render(
-        title="kdkernels: runs compared",
-        kicker=f"kdkernels · compare · {sum(len(group.runs) for group in found)} runs",
-        headline=headline,
-        lead=[f"{lead}; seeds {', '.join(map(str, seeds))}."
-              + " Equal accuracy: no difference beyond two standard errors over seeds."
-              * ("equal accuracy" in headline)],
-        cards=cards,
-        sections=[report.draw(section) for section in sections],
-        settings={"in all runs": {name: _text(value) for name, value in common.items()}},
+    main.headline, main.cards = _headline(found)
+    main.lead = [f"{lead}; seeds {', '.join(map(str, seeds))}."]
+    if "equal accuracy" in main.headline:
+        main.lead[0] += " Equal accuracy: the 95 % interval of the difference over seeds is within "
+        main.lead[0] += f"{EQUAL:g} point."
+    html = report.html(
+        sections, "runs compared", f"compare · {sum(len(group.runs) for group in found)} runs",
+        {"in all runs": {name: _text(value) for name, value in common.items()}},
     )  # fmt: skip
     try:
         path = Path(out)
@@ -419,3 +380,12 @@ def write(paths: list[str], out: str = "compare.html") -> list[Table]:
     except OSError as error:
         raise TrainError(f"cannot write {out}: {error.strerror}") from None
     return [table for section in sections[:-1] for table in section.tables]
+
+
+def command(_: str, given: dict[str, Any]) -> int:
+    """``kdkernels compare``."""
+    console = terminal.make()
+    settings = Compare(**{name: given[name] for name in given.keys() - {"runs"}})
+    terminal.show(console, write(given["runs"], settings.out))
+    console.print(f"the page is {settings.out}")
+    return 0

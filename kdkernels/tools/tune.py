@@ -34,42 +34,22 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 import kdkernels
+from kdkernels.tools.settings import Search
 from kdkernels.train import TrainError, console, data, distillation
 from kdkernels.train.run_folder import RunFolder, lock
+from kdkernels.train.settings import NOISE_STD, Distil, count, divergences
 
-__all__ = [
-    "BEST", "CONFIRM", "DEFAULTS", "DONE", "NOISE", "SEARCH", "SPACE", "Range", "Settings", "Space",
-    "Study", "check", "run", "score", "text",
-]  # fmt: skip
+
+@dataclasses.dataclass(frozen=True)
+class _TeacherOnly(Distil):
+    """Of an arm without epochs there is only the teacher, and its predictions."""
+
+    epochs: int = count(0, "none", 0, 0)
+
 
 SEARCH, CONFIRM = "search", "confirm"
 DEFAULTS, BEST = "the defaults", "the best trial's"
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a search is asked for.
-
-    Attributes:
-        search: see :class:`Space`.
-        sampler: ``"tpe"`` (tree-structured Parzen estimator), ``"random"`` or ``"grid"``; the
-            first two begin with the defaults, where these are in the space.
-        trials: finished ones in the end; None is 30, and for a grid all its points.
-        seeds: of one trial; its accuracy is their mean.
-        validation: share of the training images that is held out, 0..1.
-        prune: ``"median"`` or ``"hyperband"`` stops trials that do badly after an epoch; or
-            ``"none"``.
-        confirm: seeds of the comparison on the test images; 0: no such comparison.
-    """
-
-    search: str = "temperature,alpha,divergence,noise"
-    sampler: str = "tpe"
-    trials: int | None = None
-    seeds: int = 1
-    validation: float = 0.2
-    prune: str = "none"
-    confirm: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +82,9 @@ SPACE = {
     "temperature": Range(1.0, 16.0, log=True),
     "alpha": Range(0.0, 1.0),
     "lr": Range(1e-4, 1e-2, log=True),
-    "divergence": tuple(kdkernels.divergences()),
+    "divergence": divergences(),
     "beta": Range(0.05, 0.95),
-    "noise": ("none", *distillation.NOISE_STD),
+    "noise": ("none", *NOISE_STD),
     "input_std": Range(0.01, 1.0, log=True),
     "gradient_std": Range(0.001, 0.1, log=True),
     "parameter_std": Range(0.001, 0.1, log=True),
@@ -128,7 +108,7 @@ def _dimension(name: str, text: str) -> Range | tuple:
         if set(parts) <= set(usual) and len(set(parts)) == len(parts):
             return tuple(parts)
         known = ", ".join(usual)
-        raise TrainError(f"--search {name}={text}: give some of {known}, separated by |")
+        raise TrainError(f"search {name}={text}: give some of {known}, separated by |")
     least, most = _LIMITS.get(name, (sys.float_info.min, 1e6))
     with contextlib.suppress(ValueError):  # whatever float() and int() do not read
         numbers = [float(part) for part in (parts[:2] if ":" in text else parts)]
@@ -140,7 +120,7 @@ def _dimension(name: str, text: str) -> Range | tuple:
         if fits and a_range and numbers[0] < numbers[1]:
             return Range(numbers[0], numbers[1], usual.log, count)
     raise TrainError(
-        f"--search {name}={text}: give low:high, such as {usual.low:g}:{usual.high:g}, or numbers "
+        f"search {name}={text}: give low:high, such as {usual.low:g}:{usual.high:g}, or numbers "
         f"separated by |, each {f'in {least:g}..{most:g}' if name in _LIMITS else 'above 0'}"
     )
 
@@ -163,15 +143,15 @@ class Space:
     """
 
     def __init__(self, search: str, given: dict):
-        self.fixed = dataclasses.asdict(distillation.Settings(**given))
+        self.fixed = dataclasses.asdict(Distil(**given))
         self.fixed["noise"] = self.fixed["noise"] or "none"
         named = {}
         for item in search.split(","):
             name, equals, text = (part.strip() for part in item.partition("="))
             if name not in SPACE:
-                raise TrainError(f"--search {item}: {name!r} is not one of {', '.join(SPACE)}")
+                raise TrainError(f"search {item}: {name!r} is not one of {', '.join(SPACE)}")
             if name in named:
-                raise TrainError(f"--search has {name} twice")
+                raise TrainError(f"search has {name} twice")
             named[name] = _dimension(name, text) if equals else SPACE[name]
         for name in ("beta", *NOISE):
             parent = "divergence" if name == "beta" else "noise"
@@ -181,16 +161,15 @@ class Space:
                 named.setdefault(name, SPACE[name])
             elif name in named and not taken:
                 raise TrainError(
-                    f"--search has {name}, which no {parent} that is tried takes: "
-                    f"{', '.join(values)}"
+                    f"search has {name}, which no {parent} that is tried takes: {', '.join(values)}"
                 )
         self.dimensions = {name: named[name] for name in SPACE if name in named}
         for name in self.dimensions:
             option = "noise_std" if name in NOISE else name
             if option in given:
                 raise TrainError(
-                    f"--search tries {name}, and --{option.replace('_', '-')} is given: leave it "
-                    f"out, or write {name}={given[option]} in --search"
+                    f"search tries {name}, and {option} is given: leave it "
+                    f"out, or write {name}={given[option]} in search"
                 )
 
     def needs(self, name: str, chosen: dict) -> bool:
@@ -229,7 +208,7 @@ class Space:
     def defaults(self) -> list[dict]:
         """The values of the trial with the defaults; an empty list where they are outside."""
         own: dict[str, Any] = dict(self.fixed)
-        own |= {name: distillation.NOISE_STD[place] for name, place in NOISE.items()}
+        own |= {name: NOISE_STD[place] for name, place in NOISE.items()}
         own |= kdkernels.divergences()[own["divergence"]].parameters
         chosen = {name: own[name] for name in self.dimensions if self.needs(name, {})}
         return [chosen] if all(v in self.dimensions[n] for n, v in chosen.items()) else []
@@ -257,7 +236,7 @@ class Study:
 
     def __init__(self, folder: RunFolder, name: str):
         self.folder, self.name = folder, name
-        self.settings = Settings(**folder.config["tune"])
+        self.settings = Search(**folder.config["tune"])
         self.given = folder.config["distill"]
         self.space = Space(self.settings.search, self.given)
         self.plain = self.wanted({})
@@ -288,10 +267,10 @@ class Study:
             self.points = self.space.grid() if self.closed else self.space.defaults()
         self.limit = len(self.points) if self.closed else self.settings.trials or 30
 
-    def wanted(self, more: dict) -> distillation.Settings:
+    def wanted(self, more: dict) -> Distil:
         """What a trial asks of the trainer that has these options of its own."""
         validation = self.settings.validation if self.name == SEARCH else 0.0
-        return distillation.Settings(**self.given | {"validation": validation, "arms": ()} | more)
+        return Distil(**self.given | {"validation": validation, "arms": ()} | more)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Those in these states, all by default."""
@@ -339,10 +318,10 @@ class Study:
         if inner.read_json("teacher.json"):
             return
         (inner.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        # Of an arm without epochs there is only the teacher, and what it says.
-        wanted = dataclasses.replace(
-            self.plain, epochs=0, arms=("full",), noise=None, noise_std=None, threads=threads
-        )
+        given: dict[str, Any] = dataclasses.asdict(self.plain)
+        given |= {"epochs": 0, "arms": ("full",), "noise": None, "noise_std": None}
+        given["threads"] = threads
+        wanted = _TeacherOnly(**given)
         screen.print(f"{self.name}: the teacher learns and predicts")
         console.progress(distillation.run, wanted, inner, screen)
         found = inner.load("teacher-test")
@@ -351,12 +330,9 @@ class Study:
         inner.write_json("teacher.json", {"accuracy": right})
 
     def work(self, threads: int | None, parent: int = 0, after: Callable = lambda: None) -> None:
-        """Run trials until none is left.
+        """Run trials until none is left, calling ``after`` after each.
 
-        Args:
-            threads: CPU threads; None is torch's choice.
-            parent: id of the process without which this one shall not go on; 0: none.
-            after: called after each trial.
+        ``parent``: id of the process without which this one shall not go on; 0: none.
         """
         plain = self.plain
         images = data.load(
@@ -514,27 +490,25 @@ def score(trial: FrozenTrial) -> str:
 
 def check(config: dict) -> None:
     """Raise TrainError where a config's ``"tune"`` or ``"distill"`` asks for what cannot be."""
-    settings = Settings(**config["tune"])
+    settings = Search(**config["tune"])
     space = Space(settings.search, config["distill"])
     if settings.sampler == "grid" and settings.trials not in (None, len(space.grid())):
         raise TrainError(
-            f"--trials {settings.trials}: this grid has {len(space.grid())} points, and a trial is "
-            "a point; leave --trials out, or change --search"
+            f"trials {settings.trials}: this grid has {len(space.grid())} points, and a trial is "
+            "a point; leave trials out, or change search"
         )
 
 
-def run(folder: RunFolder, screen, workers: int = 1, threads: int | None = None) -> list:
-    """Run a search, or what is left of it, and write what it found to the folder.
+def run(
+    folder: RunFolder, screen, workers: int = 1, threads: int | None = None
+) -> tuple[Study, Study | None]:
+    """Run a search, or what is left of it, and write best.json.
 
-    Args:
-        folder: its config has ``"tune"``, the fields of :class:`Settings`, and ``"distill"``,
-            options of ``kdkernels distill``.
-        screen: a rich console.
-        workers: processes that run trials beside each other.
-        threads: CPU threads of each; None is torch's choice, shared out among the workers.
+    The folder's config has ``"tune"``, the fields of :class:`Search`, and ``"distill"``, options of
+    ``kdkernels distill``. ``threads`` are those of each worker.
 
     Returns:
-        The tables, to be printed.
+        The search, and the comparison on the test images, None where there was none.
 
     Raises:
         TrainError: another process is at work on this folder; a trial cannot run; Ctrl-C.
@@ -571,9 +545,7 @@ def _run(folder, screen, workers, threads):
             f"with kdkernels tune --resume {folder.path}",
             status,
         ) from None
-    from kdkernels.train import tune_report  # it needs this module
-
-    return tune_report.write(search, confirm)
+    return search, confirm
 
 
 def _write_best(folder: RunFolder, given: dict, best: dict) -> Path:

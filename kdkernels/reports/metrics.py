@@ -1,0 +1,51 @@
+"""What the lines of metrics.jsonl say of learners: losses, epochs, seconds, speed-ups."""
+
+import statistics
+from typing import Any
+
+from kdkernels.train.loop import PHASES
+from kdkernels.train.run_folder import RunFolder
+
+
+def curves_of(folder: RunFolder) -> tuple[dict[str, list[float]], dict[str, list[dict]], list]:
+    """By learner its losses, a step each, and its epochs' lines; and the twins' losses."""
+    losses, epochs, twins = {}, {}, []
+    for line in folder.metrics():
+        if line["kind"] == "step":
+            losses.setdefault(line["learner"], []).append(float(line["loss"]))
+            twins += [line["twin"]] if "twin" in line else []
+        elif line["kind"] == "epoch":
+            epochs.setdefault(line["learner"], []).append(line)
+    return losses, epochs, twins
+
+
+def spent(lines: list[dict]) -> dict[str, float]:
+    """Seconds by phase, over epochs' lines."""
+    return {phase: sum(line["phases"][phase] for line in lines) for phase in PHASES}
+
+
+def speedups(base: list[dict], lines: list[dict]) -> dict[str, Any]:
+    """How much faster the epochs of ``lines`` are than those of ``base``, in pairs."""
+    ratios = [a["seconds"] / b["seconds"] for a, b in zip(base, lines, strict=False)]
+    return {
+        "epoch_speedup": statistics.median(ratios),
+        "epoch_speedup_range": (min(ratios), max(ratios)),
+    }
+
+
+def speedup_cells(arm: dict) -> dict[str, str]:
+    """The cells of an arm's speed-up by epoch; empty for one that is compared with none."""
+    if "epoch_speedup" not in arm:
+        return {"by epoch: median (range)": ""}
+    low, high = arm["epoch_speedup_range"]
+    return {"by epoch: median (range)": f"{arm['epoch_speedup']:.2f} ({low:.2f} .. {high:.2f})"}
+
+
+def apart(one: list[float], other: list[float]) -> list[float]:
+    """``|other - one| / |one|`` of each step that both have."""
+    return [abs(b - a) / abs(a) for a, b in zip(one, other, strict=False)]
+
+
+def limited(name: str, value: float, limit: float) -> dict[str, Any]:
+    """A check: a value that must be at most its limit."""
+    return {"name": name, "value": value, "limit": limit, "passed": value <= limit}
