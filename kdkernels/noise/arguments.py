@@ -151,8 +151,10 @@ def stds_of(std) -> tuple:
             raise TypeError(f"std has dtype {std.dtype}; as a tensor it must be a floating one")
         std = std.detach().reshape(-1) if std.dim() == 0 else std.detach()
         return [0.0], std.to(torch.float64)
-    single = isinstance(std, (int, float, str, bytes)) or not hasattr(std, "__iter__")
-    stds = [std] if single else list(std)
+    if isinstance(std, (int, float, str, bytes)) or not hasattr(std, "__iter__"):
+        stds = [std]
+    else:
+        stds = list(std)
     for value in stds:
         if not fits(value, NUMBER):
             raise TypeError(f"std holds a {type(value).__name__}; it must hold numbers")
