@@ -492,24 +492,25 @@ void rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
 // costs a kLanes-th, and no vector is part empty.
 constexpr int kShortClasses = 32, kLanes = 16;
 
-template <class T, class Terms, math::CrossEntropy kHard>
-void short_rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
+template <class T, class Terms>
+void short_rows(const LossParams& p, math::CrossEntropy cross_entropy, int64_t begin, int64_t end,
+                double* row_loss) {
   using Real = typename Compute<T>::type;
-  constexpr bool kOwn = kHard == math::CrossEntropy::kOwn,
-                 kLabels = kHard != math::CrossEntropy::kNone;
+  const bool own = cross_entropy == math::CrossEntropy::kOwn,
+             labelled = cross_entropy != math::CrossEntropy::kNone;
   const int classes = static_cast<int>(p.classes);
   const Real scale = static_cast<Real>(math::kLog2E / p.temperature);
   const Real of_divergence = static_cast<Real>(p.alpha * p.temperature * p.temperature),
              of_soft = static_cast<Real>(p.alpha * p.temperature),
              of_label = static_cast<Real>((1 - p.alpha) * (1 - p.label_smoothing)),
              of_classes = static_cast<Real>((1 - p.alpha) * p.label_smoothing / p.classes);
-  const bool smooth = kLabels && p.label_smoothing > 0;
+  const bool smooth = labelled && p.label_smoothing > 0;
   const math::Parameters<Real> parameters = parameters_of<Real>(p);
   const Real inv_temperature = static_cast<Real>(1 / p.temperature);
   using Lanes = Real[kLanes];
   // Logits, probabilities and, in the place of p's, a of math::ClassShare.
   alignas(64) Lanes x[kShortClasses], y[kShortClasses], q[kShortClasses], a[kShortClasses],
-      hard[kOwn ? kShortClasses : 1];
+      hard[kShortClasses];
 
   for (int64_t first = begin; first < end; first += kLanes) {
     const int n = static_cast<int>(end - first < kLanes ? end - first : kLanes);
@@ -539,7 +540,7 @@ void short_rows(const LossParams& p, int64_t begin, int64_t end, double* row_los
       }
     }
     alignas(64) Lanes label_z = {};
-    for (int r = 0; r < n; ++r) label_z[r] = kLabels ? x[label[r]][r] - max_s[r] : Real(0);
+    for (int r = 0; r < n; ++r) label_z[r] = labelled ? x[label[r]][r] - max_s[r] : Real(0);
     for (int c = 0; c < classes; ++c) {
 #pragma omp simd
       for (int r = 0; r < kLanes; ++r) {
@@ -549,15 +550,19 @@ void short_rows(const LossParams& p, int64_t begin, int64_t end, double* row_los
         sum_s[r] += q[c][r];
         sum_t[r] += a[c][r];
         sum_z[r] += shifted;
-        if constexpr (kOwn) {
-          hard[c][r] = math::exp2_nonpositive(shifted * static_cast<Real>(math::kLog2E));
-          sum_hard[r] += hard[c][r];
-        }
+      }
+    }
+    for (int c = 0; own && c < classes; ++c) {
+#pragma omp simd
+      for (int r = 0; r < kLanes; ++r) {
+        hard[c][r] = math::exp2_nonpositive((x[c][r] - max_s[r]) * static_cast<Real>(math::kLog2E));
+        sum_hard[r] += hard[c][r];
       }
     }
 
     // d = log p - log q = (y - early - x - late) / T + above, as in math::ElementNorm.
-    alignas(64) Lanes inv_s, inv_t, early, late, above, loss = {}, sum_a = {}, log_hard = {};
+    alignas(64) Lanes inv_s, inv_t, early, late, above, log2_s, log2_t, loss = {}, sum_a = {},
+                                                                        log_hard = {};
 #pragma omp simd
     for (int r = 0; r < kLanes; ++r) {
       const Real offset = max_t[r] - max_s[r];
@@ -567,15 +572,44 @@ void short_rows(const LossParams& p, int64_t begin, int64_t end, double* row_los
       inv_s[r] = math::inverse(sum_s[r]);
       inv_t[r] = math::inverse(sum_t[r]);
       above[r] = math::log_normal(sum_s[r] * inv_t[r]);
-      if constexpr (kLabels) log_hard[r] = math::log_normal(kOwn ? sum_hard[r] : sum_s[r]);
+      log2_s[r] = math::log_normal(sum_s[r]) * static_cast<Real>(math::kLog2E);
+      log2_t[r] = math::log_normal(sum_t[r]) * static_cast<Real>(math::kLog2E);
+      log_hard[r] = math::log_normal(own ? sum_hard[r] : sum_s[r]);
     }
     for (int c = 0; c < classes; ++c) {
 #pragma omp simd
       for (int r = 0; r < kLanes; ++r) {
-        Real d = math::fma(y[c][r] - early[r] - x[c][r] - late[r], inv_temperature, above[r]);
         q[c][r] *= inv_s[r];
-        Real p_class = a[c][r] * inv_t[r];
-        math::Element<Real> element = {p_class, q[c][r], math::smaller_over_larger(d), d, d, d};
+        a[c][r] *= inv_t[r];
+      }
+    }
+    auto difference = [&](int c, int r) KD_INLINE_LAMBDA {
+      return math::fma(y[c][r] - early[r] - x[c][r] - late[r], inv_temperature, above[r]);
+    };
+    if (math::needs_exact_sums(p.divergence)) {
+      alignas(64) Lanes excess = {};
+      for (int c = 0; c < classes; ++c) {
+#pragma omp simd
+        for (int r = 0; r < kLanes; ++r) {
+          excess[r] += math::difference(q[c][r], a[c][r], -difference(c, r));
+        }
+      }
+#pragma omp simd
+      for (int r = 0; r < kLanes; ++r) {
+        const bool sound = math::magnitude(excess[r]) < static_cast<Real>(math::kLargestExcess);
+        above[r] += sound ? math::log_normal(1 + excess[r]) : Real(0);
+      }
+    }
+    for (int c = 0; c < classes; ++c) {
+#pragma omp simd
+      for (int r = 0; r < kLanes; ++r) {
+        const Real d = difference(c, r);
+        math::Element<Real> element = {a[c][r],
+                                       q[c][r],
+                                       math::smaller_over_larger(d),
+                                       d,
+                                       (y[c][r] - max_t[r]) * scale - log2_t[r],
+                                       (x[c][r] - max_s[r]) * scale - log2_s[r]};
         math::ClassShare<Real> share = Terms::share(element, parameters);
         loss[r] += share.f;
         a[c][r] = share.a;
@@ -593,27 +627,26 @@ void short_rows(const LossParams& p, int64_t begin, int64_t end, double* row_los
       of_a[r] = of_soft * factor;
       of_q[r] = -of_a[r] * sum_a[r];
       of_hard[r] = uniform[r] = at_label[r] = 0;
-      if constexpr (kLabels) {
+      if (labelled) {
         const Real of_both = of_label + of_classes * static_cast<Real>(classes);
         loss[r] += of_both * log_hard[r] - of_label * label_z[r] -
                    (smooth ? of_classes * sum_z[r] : Real(0));
         uniform[r] = of_classes * factor;
         at_label[r] = of_label * factor;
-        if constexpr (kOwn) {
-          of_hard[r] = of_both * factor * math::inverse(sum_hard[r]);
-        } else {
-          of_q[r] += of_both * factor;
-        }
+        of_hard[r] = own ? of_both * factor * math::inverse(sum_hard[r]) : Real(0);
+        of_q[r] += own ? Real(0) : of_both * factor;
       }
     }
     if (p.gradient != nullptr) {
       for (int c = 0; c < classes; ++c) {
 #pragma omp simd
         for (int r = 0; r < kLanes; ++r) {
-          Real g = math::fma(of_q[r], q[c][r], -uniform[r]);
-          if constexpr (kOwn) g = math::fma(of_hard[r], hard[c][r], g);
-          x[c][r] = math::fma(of_a[r], a[c][r], g);
+          x[c][r] = math::fma(of_a[r], a[c][r], math::fma(of_q[r], q[c][r], -uniform[r]));
         }
+      }
+      for (int c = 0; own && c < classes; ++c) {
+#pragma omp simd
+        for (int r = 0; r < kLanes; ++r) x[c][r] = math::fma(of_hard[r], hard[c][r], x[c][r]);
       }
     }
     for (int r = 0; r < n; ++r) {
@@ -624,7 +657,7 @@ void short_rows(const LossParams& p, int64_t begin, int64_t end, double* row_los
         divergence_rows_of<T>(p, first + r, first + r + 1, row_loss);
       } else if (p.gradient != nullptr) {
         T* g_row = static_cast<T*>(p.gradient) + (first + r) * p.gradient_stride;
-        if (kLabels && kept[r]) x[label[r]][r] -= at_label[r];
+        if (labelled && kept[r]) x[label[r]][r] -= at_label[r];
         for (int c = 0; c < classes; ++c) narrow(kept[r] ? x[c][r] : Real(0), g_row[c]);
       }
     }
@@ -634,18 +667,10 @@ void short_rows(const LossParams& p, int64_t begin, int64_t end, double* row_los
 // The rows of a call that is of plain logits by the kernels that are made for its divergence. False where none is.
 template <class T, math::CrossEntropy kHard>
 bool plain_rows_with(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
-  using math::Divergence;
-  const bool is_short = p.classes <= kShortClasses;
-  if (p.divergence == Divergence::kForwardKL && is_short) {
-    short_rows<T, math::ForwardKL, kHard>(p, begin, end, row_loss);
-  } else if (p.divergence == Divergence::kForwardKL) {
+  if (p.divergence == math::Divergence::kForwardKL) {
     rows<T, math::ForwardSweeps, kHard>(p, begin, end, row_loss);
-  } else if (p.divergence == Divergence::kReverseKL && is_short) {
-    short_rows<T, math::ReverseKL, kHard>(p, begin, end, row_loss);
-  } else if (p.divergence == Divergence::kReverseKL) {
+  } else if (p.divergence == math::Divergence::kReverseKL) {
     rows<T, math::ReverseSweeps, kHard>(p, begin, end, row_loss);
-  } else if (p.divergence == Divergence::kJS && is_short) {
-    short_rows<T, math::JS, kHard>(p, begin, end, row_loss);
   } else if (math::has_third_sweep(p.divergence, p.beta, sizeof(T) == 2)) {
     rows<T, math::AnySweeps, kHard>(p, begin, end, row_loss);
   } else {
@@ -658,12 +683,22 @@ template <class T>
 bool plain_rows_of(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
   using math::CrossEntropy;
   if (!is_of_plain_logits(p)) return false;
-  if (p.labels == nullptr || p.alpha == 1) {
-    return plain_rows_with<T, CrossEntropy::kNone>(p, begin, end, row_loss);
-  } else if (p.temperature == 1) {
-    return plain_rows_with<T, CrossEntropy::kShared>(p, begin, end, row_loss);
+  const CrossEntropy hard = p.labels == nullptr || p.alpha == 1 ? CrossEntropy::kNone
+                            : p.temperature == 1                ? CrossEntropy::kShared
+                                                                : CrossEntropy::kOwn;
+  if (p.classes <= kShortClasses && math::has_third_sweep(p.divergence, p.beta, false)) {
+    math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
+      short_rows<T, decltype(policy)>(p, hard, begin, end, row_loss);
+    });
+    return true;
   }
-  return plain_rows_with<T, CrossEntropy::kOwn>(p, begin, end, row_loss);
+  switch (hard) {
+    case CrossEntropy::kNone:
+      return plain_rows_with<T, CrossEntropy::kNone>(p, begin, end, row_loss);
+    case CrossEntropy::kShared:
+      return plain_rows_with<T, CrossEntropy::kShared>(p, begin, end, row_loss);
+    default: return plain_rows_with<T, CrossEntropy::kOwn>(p, begin, end, row_loss);
+  }
 }
 
 }  // namespace
