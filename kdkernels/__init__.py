@@ -1,10 +1,13 @@
 """Fused kernels for knowledge distillation and Gaussian noise injection in PyTorch.
 
-torch and the ops are imported when a name is first used: the command's help does without them.
+The import registers the ops with PyTorch. For the command alone, whose help does without torch,
+both wait until a name is first used.
 """
 
 import importlib
 import importlib.util
+import os.path
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -42,3 +45,8 @@ def _extension() -> Any:
             f"kdkernels._C does not load with torch {torch.__version__}; it must be built against "
             "the torch that runs it: pip install --no-build-isolation --force-reinstall --no-deps ."
         ) from error
+
+
+# What argv starts with while the package is imported by its script, and by python -m kdkernels.
+if os.path.basename((sys.argv or [""])[0]) not in ("kdkernels", "-m"):
+    from kdkernels.public import *  # noqa: F403

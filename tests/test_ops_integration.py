@@ -818,3 +818,9 @@ def test_kdkernels_isa_wrong():
 def test_set_isa_wrong():
     with pytest.raises(ValueError, match='isa is "sse9"; this machine runs baseline'):
         _C.set_isa("sse9")
+
+
+def test_the_import_registers_the_ops():
+    """As loading an exported program needs, which uses no name of the package."""
+    script = "import kdkernels, torch; assert torch.ops.kdkernels.noise_dot.default"
+    subprocess.run([sys.executable, "-c", script], check=True)

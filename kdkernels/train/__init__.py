@@ -45,6 +45,12 @@ _LAZY = {
     "image_folder": ("folder", "folder"),
     "load_images": ("data", "load"),
 }
+# What stands on the trainer is found here, too.
+_BESIDE = {
+    **dict.fromkeys(("export", "int8", "tune"), "tools"),
+    **dict.fromkeys(("language_model", "soft_regression", "soft_regularization"), "experiments"),
+    "compare": "reports",
+}
 
 
 class TrainError(Exception):
@@ -66,6 +72,8 @@ class SettingError(TrainError, ValueError):
 
 
 def __getattr__(name: str):
+    if name in _BESIDE:
+        return importlib.import_module(f"kdkernels.{_BESIDE[name]}.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _LAZY[name]
