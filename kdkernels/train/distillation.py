@@ -29,7 +29,8 @@ from kdkernels.train.images import Images
 from kdkernels.train.noise import Noise
 from kdkernels.train.predictions import Predictions, differences, model_hash, write
 from kdkernels.train.run_folder import RunFolder
-from kdkernels.train.settings import ARMS, CONTROL, NOISY, Arm, Distil
+from kdkernels.train.settings import ARMS, CONTROL, NOISY, Arm
+from kdkernels.train.settings import Distil as Settings
 
 _CONTROL = Arm("the reference with kept predictions, one epoch", "plain", "once", epochs=1)
 
@@ -55,7 +56,7 @@ def plain_loss(
     return alpha * temperature**2 * soft + (1 - alpha) * F.cross_entropy(student, labels)
 
 
-def _loss(arm: Arm, settings: Distil, regularized: bool = False) -> loop.Loss:
+def _loss(arm: Arm, settings: Settings, regularized: bool = False) -> loop.Loss:
     if arm.loss == "cross-entropy":
         return lambda logits, _, labels: F.cross_entropy(logits, labels)
     soft: dict[str, Any] = {"temperature": settings.temperature, "alpha": settings.alpha}
@@ -84,7 +85,7 @@ def _loss(arm: Arm, settings: Distil, regularized: bool = False) -> loop.Loss:
 
 
 def run(
-    settings: Distil,
+    settings: Settings,
     folder: RunFolder,
     on_step: Callable[[str, int, int], None],
     say: Callable,
