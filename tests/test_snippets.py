@@ -1,4 +1,6 @@
-"""Code that people copy runs: the examples of docstrings, and the README's blocks, in order."""
+"""Code that people copy runs: the examples of docstrings, the README's blocks in order, and those
+blocks of docs/ that the site shows without running them.
+"""
 
 import doctest
 import importlib
@@ -14,7 +16,7 @@ from torch import nn
 
 import kdkernels
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(kdkernels.__path__, "kdkernels.")
@@ -63,7 +65,7 @@ def test_docstrings():
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of images and the weights of a teacher, as the README's reader has them."""
+    """A folder of images and the weights of a teacher, as the reader of docs/train.md has them."""
     image, models = pytest.importorskip("PIL.Image"), pytest.importorskip("torchvision.models")
     for number in range(12):
         part = "train" if number < 8 else "test"
@@ -95,27 +97,42 @@ def a_readers():
     }  # fmt: skip
 
 
-def blocks(of_the_emulator):
-    found = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    return [block for block in found if ("import ptx" in block) == of_the_emulator]
+def blocks(page, fence):
+    return re.findall(
+        rf"^```{fence}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
+    )
 
 
-def test_readme(photos):
+def test_readme():
     imported = {}
-    for block in blocks(of_the_emulator=False):
+    for block in blocks("README.md", "python"):
         namespace = imported | a_readers()
         exec(compile(block, "README.md", "exec"), namespace)
         imported |= {k: v for k, v in namespace.items() if isinstance(v, types.ModuleType)}
     assert {"torch", "kdkernels"} <= imported.keys()
 
 
+def test_imports_of_the_readme():
+    """Those of the table of what to switch from."""
+    lines = re.findall(r"`(from kdkernels[^`]+)`", (ROOT / "README.md").read_text())
+    assert len(lines) == 4
+    for line in lines:
+        exec(line, {})
+
+
+def test_your_own_two_models(photos, tmp_path):
+    [block] = blocks("docs/train.md", re.escape("{code-block} python"))
+    exec(compile(block, "train.md", "exec"), {})
+    assert (tmp_path / "student.pth").exists()
+
+
 @pytest.mark.skipif(ptx.toolkit() is None, reason="needs nvcc")
-def test_readme_on_the_emulator(tmp_path):
+def test_a_kernel_of_ones_own_in_the_emulator(tmp_path):
     (tmp_path / "mine.cu").write_text("""
         __global__ void twice(float* x) { x[threadIdx.x] *= 2; }
         extern "C" void launch(float* x) { twice<<<1, 32>>>(x); }
     """)
-    [block] = blocks(of_the_emulator=True)
+    [block] = blocks("docs/emulator.md", re.escape("{code-block} python"))
     x = torch.ones(32)
-    exec(compile(block, "README.md", "exec"), {"x": x})
+    exec(compile(block, "emulator.md", "exec"), {"x": x})
     assert x.eq(2).all()
