@@ -19,8 +19,8 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
 ARCH = os.environ.get("KDKERNELS_EMULATED_ARCH", "90")
-# oneDNN's bf16 products by AMX read rows beyond their end and multiply by 0 what stands there, which
-# is not a number here; no other product does.
+# oneDNN's bf16 products by AMX read rows beyond their end and multiply what stands there by 0; here
+# it is not a number.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
