@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 FILES = ["test_distillation.py", "test_divergences.py", "test_linear.py", "test_regression.py"]
 # What is the same on every level, and what goes over the levels itself.
 LEFT_OUT = ["bad_argument", "compiles", "gradcheck", "isa", "opcheck", "ranks", "2_to_the_31"]
+LEFT_OUT += ["mean_of_theta"]  # of many seeds, each of which has the same bits on every level
 
 
 @pytest.mark.parametrize("level", _C.build_info()["isa_supported"][:-1])
