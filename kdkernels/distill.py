@@ -648,9 +648,7 @@ def topk_teacher(
         >>> top.values, top.indices
         (tensor([[3., 2.]]), tensor([[1, 2]], dtype=torch.int32))
     """
-    check("k", k, INT)
-    k, most = operator.index(k), min(_classes(teacher_logits), reference.MAX_TOP_K)
-    _check_draw(teacher_logits, k, most, temperature)
+    k = _count(teacher_logits, k, temperature, repeated=False)
     check("by", by, OPTIONAL_TENSOR)
     if by is not None and by.shape != teacher_logits.shape:
         raise ValueError(
@@ -695,10 +693,7 @@ def sample_teacher(
     Raises:
         ValueError: k or ``proposal_power`` is not as said.
     """
-    check("k", k, INT)
-    _classes(teacher_logits)
-    k = operator.index(k)
-    _check_draw(teacher_logits, k, reference.MAX_TOP_K, temperature)
+    k = _count(teacher_logits, k, temperature, repeated=True)
     check("proposal_power", proposal_power, NUMBER)
     if not 0 <= proposal_power < float("inf"):
         raise ValueError(f"proposal_power is {proposal_power}; it takes a number of at least 0")
@@ -725,15 +720,16 @@ def sample_teacher(
     )
 
 
-def _classes(teacher_logits: Tensor) -> int:
+def _count(teacher_logits: Tensor, k: int, temperature: float | Tensor, repeated: bool) -> int:
+    """k as an int, after a check of all three; repeated: a class may be drawn more than once."""
+    check("k", k, INT)
     check("teacher_logits", teacher_logits, TENSOR)
     reference.check_floating("teacher_logits", teacher_logits)
     if teacher_logits.dim() == 0:
         raise ValueError("teacher_logits has shape []; it takes [*, V]")
-    return teacher_logits.shape[-1]
-
-
-def _check_draw(teacher_logits: Tensor, k: int, most: int, temperature: float | Tensor) -> None:
+    k, most = operator.index(k), reference.MAX_TOP_K
+    if not repeated:
+        most = min(most, teacher_logits.shape[-1])
     if not 1 <= k <= most:
         raise ValueError(f"k is {k}; it takes from 1 to {most}")
     rows = teacher_logits.shape[:-1]
@@ -748,10 +744,11 @@ def _check_draw(teacher_logits: Tensor, k: int, most: int, temperature: float | 
             raise ValueError(
                 f"temperature has shape {list(temperature.shape)}; it takes [] or {list(rows)}"
             )
-        return
+        return k
     check("temperature", temperature, NUMBER)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it takes a finite number above 0")
+    return k
 
 
 def _tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:

@@ -312,7 +312,7 @@ def call_of(seed: int, number: int):
     if r.random() < 0.5:
         return function, call, True
     names = list(inspect.signature(function).parameters)
-    # Those that are there are spoiled more often than those that nobody gave.
+    # Arguments of the call are spoiled more often than those that it leaves out.
     name, value = r.choice(list(call) if r.random() < 0.7 else names), r.odd()
     large = isinstance(value, int) and value > 1000
     if name == "steps" and large:

@@ -215,7 +215,7 @@ class Comparison:
         before: case -> what is called before a sample of it, where a call needs what others spoilt,
             and the calls of one at most.
         missing: case -> why it could not take part.
-        inputs: for whoever adds peers.
+        inputs: for those who add peers.
     """
 
     def __init__(

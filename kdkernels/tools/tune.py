@@ -279,7 +279,7 @@ class Study:
     def queue(self) -> None:
         """Let all points wait that were not tried, and trials that were stopped halfway.
 
-        Nobody else may be at work on the study.
+        No other process may be at work on the study.
         """
         stale = self.trials(TrialState.RUNNING)
         for trial in stale:
@@ -361,7 +361,9 @@ class Study:
             except optuna.TrialPruned:
                 self.study.tell(trial, state=TrialState.PRUNED)
             except TrainError as error:
-                if error.status < 128:  # no signal: whoever started this process reads it there
+                if (
+                    error.status < 128
+                ):  # no signal: the process that started this one reads it there
                     trial.set_user_attr("error", str(error))
                     self.study.tell(trial, state=TrialState.FAIL)
                 raise

@@ -73,7 +73,7 @@ def _loss(arm: Arm, settings: Settings, regularized: bool = False) -> loop.Loss:
     def loss(logits, taught, labels):
         if isinstance(taught, torch.Tensor):
             return kdkernels.distillation_loss(logits, taught, labels, **soft)
-        # The kept logsumexp is of temperature 1; of another nobody knows what the rest has.
+        # The kept logsumexp is of temperature 1; of another the rest's share is not known.
         tail: dict[str, Any] = {"tail": "renormalize"}
         if settings.temperature == 1:
             tail = {"tail": "bucket", "teacher_logsumexp": taught.logsumexp}

@@ -102,7 +102,7 @@ def _decoded(root: Path, files: list[str], size: int, on_step: OnStep | None):
             "folder with room"
         ) from None
     # Read-only: copy on write would count as memory that the machine must have. Torch warns that
-    # it knows no such tensors; nobody writes to this one.
+    # it knows no such tensors; this one is not written to.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(np.load(pixels, mmap_mode="r")), json.loads(known.read_text())

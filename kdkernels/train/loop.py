@@ -247,7 +247,7 @@ class Learner:
             return line.get("learner") != self.name or line[unit] <= getattr(self, unit)
 
         folder.trim(before)
-        self.ranks.sum([0.0])  # nobody reads the metrics before they are trimmed
+        self.ranks.sum([0.0])  # the metrics are not read before they are trimmed
         return found is not None
 
     def train_epoch(
