@@ -363,9 +363,7 @@ void third_sweep(int64_t classes, const math::RowResult<double>& row, const Real
     if constexpr (kOwn) y = fma(of_hard, load(eh + i), y);
     return y;
   };
-  const int64_t whole = classes / V::kLanes * V::kLanes;
-  for (int64_t i = 0; i < whole; i += V::kLanes) store(at(i), gradient + i);
-  if (whole < classes) store_part(at(whole), static_cast<int>(classes - whole), gradient + whole);
+  write_row(classes, gradient, at);
   if (label >= 0) {
     const Real y = at(label / V::kLanes * V::kLanes).lanes[label % V::kLanes];
     narrow(y - static_cast<Real>(row.at_label), gradient[label]);

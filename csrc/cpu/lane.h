@@ -66,15 +66,6 @@ KD_FN Real load_row(const T* in, int64_t n, int64_t padded, Real pad, Real* out,
   return largest(m);
 }
 
-// Writes at(i), the values of the vector at class i, to out[0, n).
-template <class T, class At>
-KD_FN void write_row(int64_t n, T* out, At at) {
-  constexpr int kLanes = Vector<typename Compute<T>::type>::kLanes;
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) store(at(i), out + i);
-  if (whole < n) store_part(at(whole), static_cast<int>(n - whole), out + whole);
-}
-
 // The first of n classes with this logit; 0 where there is none.
 template <class Real>
 int64_t where(const Real* x, int64_t n, int64_t padded, Real value) {

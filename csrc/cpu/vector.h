@@ -307,6 +307,15 @@ KD_FN void store_part(Vector<typename Compute<T>::type> x, int n, T* out) {
   for (int i = 0; i < n; ++i) narrow(x.lanes[i], out[i]);
 }
 
+// Writes at(i), the values of the vector at element i, to out[0, n).
+template <class T, class At>
+KD_FN void write_row(int64_t n, T* out, At at) {
+  constexpr int kLanes = Vector<typename Compute<T>::type>::kLanes;
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) store(at(i), out + i);
+  if (whole < n) store_part(at(whole), static_cast<int>(n - whole), out + whole);
+}
+
 // ---- sums in fp64 -------------------------------------------------------------------------------
 
 template <class Real>
