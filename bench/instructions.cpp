@@ -68,10 +68,10 @@ int loss(math::Divergence divergence, Dtype dtype, int64_t rows, int64_t classes
   LossParams p = {};
   p.dtype = dtype;
   p.rows = rows;
-  p.classes = p.all_classes = p.student_stride = p.gradient_stride = classes;
+  p.classes = p.all_classes = classes;
+  p.student_rows.inner = p.gradient_rows.inner = p.teacher_rows[0].inner = classes;
   p.student = p.gradient = z.data();
   p.teacher_data[0] = t.data();
-  p.teacher_strides[0] = classes;
   p.row_loss = row_loss.data();
   p.temperature = 2;
   p.denominator.number = static_cast<double>(rows);

@@ -41,6 +41,25 @@ struct Denominator {
   bool is_kept_weight = false;
 };
 
+// Where the rows of a matrix lie, in elements: in runs of `run` rows that are `inner` apart; the runs are `outer` apart. So
+// does logits[:, :-1] of [batch, length, classes]. Most matrices are one run.
+struct RowStrides {
+  int64_t inner = 0, outer = 0, run = INT64_MAX;
+};
+KD_FN int64_t offset_of(const RowStrides& rows, int64_t row) {
+  if (row < rows.run) return row * rows.inner;
+  const int64_t run = row / rows.run;
+  return run * rows.outer + (row - run * rows.run) * rows.inner;
+}
+template <class T>
+KD_FN const T* row_at(const void* data, const RowStrides& rows, int64_t row) {
+  return static_cast<const T*>(data) + offset_of(rows, row);
+}
+template <class T>
+KD_FN T* row_at(void* data, const RowStrides& rows, int64_t row) {
+  return static_cast<T*>(data) + offset_of(rows, row);
+}
+
 constexpr double kLeastTemperature = 1e-15, kLargestTemperature = 1e15;
 using math::kLargestNumber;
 
@@ -61,10 +80,10 @@ enum RowOption {
 struct LossParams {
   Dtype dtype;
   int64_t rows, classes;
-  const void* student = nullptr;  // [rows, classes], dtype, row stride below
+  const void* student = nullptr;  // [rows, classes], dtype, its rows below
   void* gradient =
-      nullptr;  // [rows, classes], dtype, row stride below; null: only the loss is computed
-  int64_t student_stride = 0, gradient_stride = 0;
+      nullptr;  // [rows, classes], dtype, its rows below; null: only the loss is computed
+  RowStrides student_rows = {}, gradient_rows = {};
   const int64_t* labels = nullptr;  // [rows] or null
   const void* weight = nullptr;  // [rows], acc, or null
   int64_t ignore_index = -100;
@@ -83,14 +102,14 @@ struct LossParams {
   bool standardize = false;
 
   int teachers = 1;  // 1 to kMaxTeachers
-  // [rows, classes], dtype, row strides below; or of top-k one matrix of values [rows, entries], acc, contiguous
+  // [rows, classes], dtype, their rows below; or of top-k one matrix of values [rows, entries], acc, contiguous
   const void* teacher_data[kMaxTeachers] = {};
-  int64_t teacher_strides[kMaxTeachers] = {};
+  RowStrides teacher_rows[kMaxTeachers] = {};
   double teacher_weights[kMaxTeachers] = {1};  // sum 1
   bool probs = false;  // teachers are probabilities, else logits or log-probabilities
   bool log_mix = false;  // several are mixed as logarithms, else as probabilities
   void* teacher_gradient = nullptr;  // [rows, classes] of the only teacher, or null
-  int64_t teacher_gradient_stride = 0;
+  RowStrides teacher_gradient_rows = {};
   void* statistics = nullptr;  // [math::kStatistics, rows], acc, or null
 
   Tail tail = Tail::kNone;
@@ -113,8 +132,9 @@ struct LossParams {
 // data[r, i] *= factor[r], or *= factor[0]; nothing is touched where the factor is 1.
 struct ScaleParams {
   Dtype dtype;
-  void* data;  // [rows, classes], dtype, row stride below
-  int64_t rows, classes, stride;
+  void* data;  // [rows, classes], dtype
+  int64_t rows, classes;
+  RowStrides strides;
   const void* factor;  // [rows] or [1], acc
   bool per_row;
 };

@@ -51,6 +51,13 @@ PYBIND11_MODULE(launchers, m) {
       .value("float64", Dtype::kFloat64)
       .value("bfloat16", Dtype::kBFloat16)
       .value("float16", Dtype::kFloat16);
+  // A number stands for rows of one run.
+  py::class_<RowStrides>(m, "RowStrides", py::module_local())
+      .def(py::init([](int64_t inner) { return RowStrides{.inner = inner}; }))
+      .def(py::init([](int64_t inner, int64_t outer, int64_t run) {
+        return RowStrides{.inner = inner, .outer = outer, .run = run};
+      }));
+  py::implicitly_convertible<py::int_, RowStrides>();
   {
     using Struct = Denominator;
     // clang-format off
@@ -74,24 +81,24 @@ PYBIND11_MODULE(launchers, m) {
     using Struct = LossParams;
     Fields<Struct> fields(m, "LossParams");
     fields FIELD(dtype) FIELD(rows) FIELD(classes) FIELD(student) FIELD(gradient) FIELD(labels)
-        FIELD(weight) FIELD(row_loss) FIELD(loss) FIELD(student_stride) FIELD(gradient_stride)
+        FIELD(weight) FIELD(row_loss) FIELD(loss) FIELD(student_rows) FIELD(gradient_rows)
         FIELD(temperature) FIELD(alpha) FIELD(label_smoothing) FIELD(ignore_index)
         FIELD(denominator) FIELD(gradient_scale) FIELD(workspace) FIELD(divergence) FIELD(beta)
         FIELD(second) FIELD(logit_scale) FIELD(soft_cap) FIELD(teacher_logit_scale)
         FIELD(teacher_soft_cap) FIELD(standardize) FIELD(probs) FIELD(log_mix)
-        FIELD(teacher_gradient) FIELD(teacher_gradient_stride) FIELD(statistics) FIELD(tail)
+        FIELD(teacher_gradient) FIELD(teacher_gradient_rows) FIELD(statistics) FIELD(tail)
         FIELD(entries) FIELD(indices) FIELD(wide_indices) FIELD(teacher_logsumexp)
         FIELD(entry_gradient) FIELD(first_class) FIELD(all_classes) FIELD(stages) FIELD(state);
     fields.def("set_row_option", [](Struct& p, int option, uintptr_t data) {
       p.row_options[option] = reinterpret_cast<const void*>(data);
     });
     fields.def("set_teachers", [](Struct& p, const std::vector<uintptr_t>& data,
-                                  const std::vector<int64_t>& strides,
+                                  const std::vector<RowStrides>& strides,
                                   const std::vector<double>& weights) {
       p.teachers = static_cast<int>(data.size());
       for (size_t i = 0; i < data.size(); ++i) {
         p.teacher_data[i] = reinterpret_cast<const void*>(data[i]);
-        p.teacher_strides[i] = strides[i];
+        p.teacher_rows[i] = strides[i];
         p.teacher_weights[i] = weights[i];
       }
     });
@@ -99,7 +106,7 @@ PYBIND11_MODULE(launchers, m) {
   {
     using Struct = ScaleParams;
     Fields<Struct>(m, "ScaleParams")
-        FIELD(dtype) FIELD(data) FIELD(rows) FIELD(classes) FIELD(stride) FIELD(factor) FIELD(per_row);
+        FIELD(dtype) FIELD(data) FIELD(rows) FIELD(classes) FIELD(strides) FIELD(factor) FIELD(per_row);
   }
   py::enum_<math::Distribution>(m, "Distribution", py::module_local())
       .value("normal", math::Distribution::kNormal)

@@ -119,6 +119,13 @@ def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
+def strides_of(lib, rows):
+    """Where the rows of a matrix, or of a batch of sequences, lie."""
+    if rows.dim() == 2:
+        return lib.RowStrides(rows.stride(0))
+    return lib.RowStrides(rows.stride(1), rows.stride(0), rows.shape[1])
+
+
 def fill(struct, **fields):
     for name, value in fields.items():
         setattr(struct, name, value)
@@ -270,9 +277,9 @@ def distillation_launch(device, case):
         weight=address(weight),
         row_loss=address(row_loss),
         loss=address(loss),
-        student_stride=student.stride(0),
+        student_rows=strides_of(device.lib, student),
         all_classes=classes,
-        gradient_stride=0 if gradient is None else gradient.stride(0),
+        gradient_rows=0 if gradient is None else strides_of(device.lib, gradient),
         temperature=case.temperature,
         alpha=1.0 if case.alpha is None else case.alpha,
         label_smoothing=case.smoothing,
@@ -281,7 +288,7 @@ def distillation_launch(device, case):
         gradient_scale=1.0,
         workspace=address(workspace),
     )
-    p.set_teachers([address(teacher)], [teacher.stride(0)], [1.0])
+    p.set_teachers([address(teacher)], [strides_of(device.lib, teacher)], [1.0])
     device.lib.loss(p, device.stream)
     return cpu(loss=loss if loss is not None else row_loss, gradient=gradient)
 
@@ -573,8 +580,8 @@ def divergence_launch(device, case):
         weight=address(weight),
         row_loss=address(row_loss),
         loss=address(loss),
-        student_stride=classes + case.pad[0],
-        gradient_stride=classes + case.pad[0 if case.inplace else 2],
+        student_rows=classes + case.pad[0],
+        gradient_rows=classes + case.pad[0 if case.inplace else 2],
         temperature=case.temperature,
         alpha=1.0 if case.alpha is None else case.alpha,
         label_smoothing=case.smoothing,
@@ -591,7 +598,7 @@ def divergence_launch(device, case):
         standardize=case.standardize,
         probs=case.kind == "probs",
         log_mix=case.mixture == "log_probs",
-        teacher_gradient_stride=classes + case.pad[1],
+        teacher_gradient_rows=classes + case.pad[1],
         statistics=address(statistics),
         tail=getattr(lib.Tail, case.tail or "none"),
         entries=case.entries,
@@ -927,7 +934,7 @@ def scale_launch(device, case):
         data=address(data),
         rows=case.rows,
         classes=case.classes,
-        stride=case.classes + case.pad,
+        strides=case.classes + case.pad,
         factor=address(factor),
         per_row=case.per_row,
     )

@@ -78,7 +78,7 @@ def test_reference_is_what_pytorch_users_write(temperature, smoothing):
 # ---- everything at once -------------------------------------------------------------------------
 
 SHAPES = [(0, 3), (2, 0, 5), (1, 1), (4, 1), (1,), (9,), (1, 2), (3, 15), (5, 16), (4, 17)]
-SHAPES += [(2, 3, 33), (40, 10), (3, 1000), (2, 1023), (2, 1024), (3, 1025), (2, 2048)]
+SHAPES += [(2, 3, 33), (3, 4, 70), (40, 10), (3, 1000), (2, 1023), (2, 1024), (3, 1025), (2, 2048)]
 SHAPES += [(1, 2, 4113)]
 
 
@@ -91,6 +91,9 @@ class Problem:
     inplace: bool
     grad_output: torch.Tensor | None
     options: dict
+
+
+LAYOUTS = ("contiguous", "sliced", "shifted", "length first", "transposed", "stepped")
 
 
 @st.composite
@@ -140,8 +143,8 @@ def problems(draw, dtypes):
         grad_output = torch.tensor(grad_output)
     if grad_output is not None and dtype == torch.float64:
         grad_output = grad_output.double()
-    layout = draw(st.sampled_from(["contiguous", "sliced", "transposed", "stepped"]))
-    inplace = layout in ("contiguous", "sliced") and draw(st.booleans())
+    layout = draw(st.sampled_from(LAYOUTS))
+    inplace = layout not in ("transposed", "stepped") and draw(st.booleans())
     return Problem(student, teacher, labels, layout, inplace, grad_output, options)
 
 
@@ -153,6 +156,16 @@ def laid_out(values, layout):
 
         def view(b):
             return b[..., 1 : 1 + shape[-1]]
+    elif layout == "shifted" and len(shape) > 1:  # as logits[:, 1:] is
+        base = values.new_full((*shape[:-2], shape[-2] + 1, shape[-1]), NAN)
+
+        def view(b):
+            return b[..., 1:, :]
+    elif layout == "length first" and len(shape) > 2:
+        base = values.new_empty((*shape[:-3], shape[-2], shape[-3], shape[-1]))
+
+        def view(b):
+            return b.transpose(-3, -2)
     elif layout == "transposed":
         base = values.new_empty(shape[::-1])
 
@@ -885,7 +898,7 @@ def test_cuda_bad_rows_and_layouts():
     z, t = pair(4, 2500)
     z[1, 3], t[2] = NAN, -INF
     want = distillation_loss(z, t, reduction="none")
-    for layout in ("contiguous", "sliced", "transposed", "stepped"):
+    for layout in LAYOUTS:
         views = [view(base) for base, view in (laid_out(v.cuda(), layout) for v in (z, t))]
         got = distillation_loss(*views, reduction="none").cpu()
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, equal_nan=True)

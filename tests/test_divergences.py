@@ -63,6 +63,38 @@ def fp64(student, teacher, **options):
     )
 
 
+# ---- where rows lie ------------------------------------------------------------------------------
+
+IN_RUNS = {
+    "two sweeps": {"divergence": "forward_kl"},
+    "three sweeps": {"divergence": "js"},
+    "short": {"divergence": "js", "classes": 12},
+    "general": {"divergence": "reverse_kl", "logit_scale": 0.5, "return_statistics": True},
+    "decoupled": {"divergence": "decoupled"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", IN_RUNS)
+def test_rows_in_runs_are_read_where_they_lie(name, dtype):
+    """logits[:, :-1] against [:, 1:] of a teacher, and batches that come length first."""
+    options = dict(IN_RUNS[name])
+    z, t = pair(3, 5, options.pop("classes", 300), dtype=dtype)
+    labels = torch.randint(z.shape[-1], (3, 4), generator=generator(3))
+    options |= {"labels": labels, "alpha": 0.7}
+    for view in (lambda x, at: x[:, at : at + 4], lambda x, at: x.transpose(0, 1).contiguous().transpose(0, 1)[:, at : at + 4]):
+        got = loss_and_gradients(call_of_first, view(z, 0), view(t, 1), **options)
+        want = loss_and_gradients(
+            call_of_first, view(z, 0).contiguous(), view(t, 1).contiguous(), **options
+        )
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def call_of_first(*args, **options):
+    out = distillation_loss(*args, **options)
+    return out[0] if options.get("return_statistics") else out
+
+
 # ---- everything at once -------------------------------------------------------------------------
 
 

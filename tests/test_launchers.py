@@ -131,6 +131,40 @@ def test_shared_memory_that_a_block_has_to_opt_in_to(emulated_library, name):
             op.compare(case, *got, op.expected(case))
 
 
+class InRuns(launchers.Device):
+    """A device on which rows lie as those of logits[:, :-1] do: one of NaN after each three."""
+
+    RUN = 3
+
+    def put_rows(self, matrix, pad, offset, name):
+        runs = matrix.view(-1, self.RUN, matrix.shape[1])
+        with_gaps = torch.nn.functional.pad(runs, (0, pad, 0, 1), value=float("nan"))
+        return self.put(with_gaps, offset, name)[:, :-1, : matrix.shape[1]]
+
+    def new_rows(self, shape, dtype, pad, offset, name):
+        rows, classes = shape
+        whole = (rows // self.RUN, self.RUN + 1, classes + pad)
+        self.gradient = self.new(whole, dtype, offset, name)
+        return self.gradient[:, :-1, :classes]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("classes", [10, 100, 1000, 3000, 70000])
+def test_rows_in_runs(emulated_library, classes, dtype):
+    (op,) = (op for op in launchers.OPS if op.name == "distillation")
+    rows = 600 if classes == 10 else 6
+    for inplace in (False, True):
+        case = launchers.Distillation(dtype, rows, classes, alpha=0.5, inplace=inplace)
+        with emulated_library.run() as run:
+            device = InRuns(emulated_library.python, "cpu", run.buffer)
+            got = op.launch(device, case)
+        if not inplace:
+            assert device.gradient[:, -1].isnan().all(), "rows between runs were written"
+        got["gradient"] = got["gradient"].reshape(rows, classes)
+        op.compare(case, got, op.expected(case))
+
+
 class Far(launchers.Device):
     """A device on which rows lie beyond 2^31 elements of each other, in memory that no one uses."""
 

@@ -429,9 +429,9 @@ void rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
   const double scale_hard = scale_hard_real;
 
   for (int64_t row = begin; row < end; ++row) {
-    const T* z = static_cast<const T*>(p.student) + row * p.student_stride;
-    const T* t = static_cast<const T*>(p.teacher_data[0]) + row * p.teacher_strides[0];
-    T* gradient = static_cast<T*>(p.gradient) + (keep ? row * p.gradient_stride : 0);
+    const T* z = row_at<T>(p.student, p.student_rows, row);
+    const T* t = row_at<T>(p.teacher_data[0], p.teacher_rows[0], row);
+    T* gradient = keep ? row_at<T>(p.gradient, p.gradient_rows, row) : nullptr;
     const int64_t label = p.labels != nullptr ? p.labels[row] : -1;
     const double weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : 1.0;
     if ((p.labels != nullptr && label == p.ignore_index) || weight == 0) {
@@ -520,8 +520,8 @@ void short_rows(const LossParams& p, math::CrossEntropy cross_entropy, int64_t b
       weight[r] = r < n && p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : Real(1);
       kept[r] = r < n && weight[r] != 0 && (p.labels == nullptr || p.labels[row] != p.ignore_index);
       label[r] = kept[r] && p.labels != nullptr ? static_cast<int>(p.labels[row]) : 0;
-      const T* z_row = static_cast<const T*>(p.student) + row * p.student_stride;
-      const T* t_row = static_cast<const T*>(p.teacher_data[0]) + row * p.teacher_strides[0];
+      const T* z_row = row_at<T>(p.student, p.student_rows, row);
+      const T* t_row = row_at<T>(p.teacher_data[0], p.teacher_rows[0], row);
       for (int c = 0; c < classes; ++c) {
         x[c][r] = kept[r] ? widen(z_row[c]) : Real(0);
         y[c][r] = kept[r] ? widen(t_row[c]) : Real(0);
@@ -654,7 +654,7 @@ void short_rows(const LossParams& p, math::CrossEntropy cross_entropy, int64_t b
       if (kept[r] && !sound) {
         divergence_rows_of<T>(p, first + r, first + r + 1, row_loss);
       } else if (p.gradient != nullptr) {
-        T* g_row = static_cast<T*>(p.gradient) + (first + r) * p.gradient_stride;
+        T* g_row = row_at<T>(p.gradient, p.gradient_rows, first + r);
         if (labelled && kept[r]) x[label[r]][r] -= at_label[r];
         for (int c = 0; c < classes; ++c) narrow(kept[r] ? x[c][r] : Real(0), g_row[c]);
       }

@@ -109,7 +109,7 @@ struct RowWalk {
       leave_out(loss);
       return;
     }
-    z_row = static_cast<const T*>(p.student) + row * p.student_stride;
+    z_row = row_at<T>(p.student, p.student_rows, row);
     label_here = label - p.first_class;
     if (p.labels == nullptr || label_here < 0 || label_here >= p.classes) label_here = -1;
 
@@ -140,13 +140,13 @@ struct RowWalk {
   }
 
   Real& statistic(int i) const { return static_cast<Real*>(p.statistics)[i * p.rows + row]; }
-  T* gradient_row() const { return static_cast<T*>(p.gradient) + row * p.gradient_stride; }
+  T* gradient_row() const { return row_at<T>(p.gradient, p.gradient_rows, row); }
   T* teacher_gradient_row() const {
-    return static_cast<T*>(p.teacher_gradient) + row * p.teacher_gradient_stride;
+    return row_at<T>(p.teacher_gradient, p.teacher_gradient_rows, row);
   }
   T* entry_gradient_row() const { return static_cast<T*>(p.entry_gradient) + row * p.entries; }
   const T* teacher_row(int k) const {
-    return static_cast<const T*>(p.teacher_data[k]) + row * p.teacher_strides[k];
+    return row_at<T>(p.teacher_data[k], p.teacher_rows[k], row);
   }
 
   void fill_gradients(Real student, Real teacher) const {

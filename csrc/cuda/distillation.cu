@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(256) scale_kernel(const __grid_constant__ Scal
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
     Real factor = static_cast<const Real*>(p.factor)[p.per_row ? row : 0];
     if (factor == Real(1)) continue;
-    T* data = static_cast<T*>(p.data) + row * p.stride;
+    T* data = row_at<T>(p.data, p.strides, row);
     const Span<T, int64_t> span(data, data, data, p.classes);
     for (int64_t begin = static_cast<int64_t>(blockIdx.x) * blockDim.x; begin < span.body + kEdges;
          begin += static_cast<int64_t>(gridDim.x) * blockDim.x) {
@@ -211,8 +211,8 @@ cudaError_t launch_scale(const ScaleParams& p, cudaStream_t stream) {
   constexpr int kThreads = 256;
   if (p.rows == 0) return cudaSuccess;
   ScaleParams flat = p;
-  if (!p.per_row && p.stride == p.classes) {
-    flat.classes = flat.stride = p.rows * p.classes;
+  if (!p.per_row && offset_of(p.strides, p.rows - 1) == (p.rows - 1) * p.classes) {
+    flat.classes = p.rows * p.classes;
     flat.rows = 1;
   }
   int64_t items = flat.classes / (16 / static_cast<int>(sizeof(T))) + kEdges;

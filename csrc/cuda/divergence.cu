@@ -44,6 +44,10 @@ struct RowTaskMemory<Real, true> {
   }
 };
 
+// Classes that a thread takes at once. A task in shared memory leaves no registers for more than one, nor does fp64.
+template <class T, bool kPerRow>
+constexpr int kRowGroup = kPerRow || sizeof(T) == 8 ? 1 : 4;
+
 template <class T, bool kPerRow>
 constexpr int row_threads() {
   return divergence_threads(sizeof(T)) / (kPerRow && sizeof(T) == 2 ? 2 : 1);
@@ -64,7 +68,7 @@ __global__ void __launch_bounds__(row_threads<T, kPerRow>(), 1)
   __shared__ RowShared<Real> shared;
   const int thread = threadIdx.x;
   __shared__ RowTaskMemory<Real, kPerRow> of_row;
-  RowWalk<T> walk{p, of_row.task_or(task), shared};
+  RowWalk<T, kRowGroup<T, kPerRow>> walk{p, of_row.task_or(task), shared};
   // Loops may read ahead what a later pass writes.
   for (int i = thread; i < static_cast<int>(sizeof shared / sizeof(int)); i += blockDim.x)
     reinterpret_cast<int*>(&shared)[i] = 0;
@@ -164,12 +168,12 @@ cudaError_t launch(const LossParams& p, double inv_denominator,
   const int sides = task.own + task.reads_teacher;
   const DivergencePlan plan =
       plan_divergence(p.classes, p.entries, sizeof(T), task.cooked, sides, remaining);
-  const int entries = static_cast<int>(p.entries), acc = sizeof(Real);
+  const int entries = static_cast<int>(padded_entries(p.entries)), acc = sizeof(Real);
   const int side = plan.capacity * (task.cooked ? acc : static_cast<int>(sizeof(T))) + 16;
   task.capacity = plan.capacity;
   task.entry_u = entries * static_cast<int>(sizeof(int64_t));
   task.entry_t = task.entry_u + entries * acc;
-  task.student_image = (task.entry_t + entries * acc + 15) / 16 * 16;
+  task.student_image = task.entry_t + entries * acc;
   task.teacher_image = task.student_image + side;
   task.raw = task.student_image + sides * side;
   error = allow_shared(kernel, plan.shared, kDivergenceStatic + of_rows, device);

@@ -1,6 +1,8 @@
 // How a block goes over a row of any divergence: what stands in shared memory, and the loops over its classes.
 #pragma once
 
+#include <climits>
+
 #include "cuda/device.cuh"
 #include "math/row_element.h"
 
@@ -35,10 +37,13 @@ __device__ __forceinline__ Value* shared_at(int offset) {
   return reinterpret_cast<Value*>(reinterpret_cast<char*>(row_memory) + offset);
 }
 
-// Classes or entries that shared memory holds, as logits and in the end as gradients.
-template <class T, class Real>
+// Classes or entries that shared memory holds, as logits and in the end as gradients. Threads take them in groups of
+// neighbours; the places of the first and the last group that belong to no class hold -inf.
+template <class T, class Real, int kGroup>
 struct Lane {
+  using Group = Real[kGroup];
   int u, t;  // where, for shared_at
+  int lead;  // places of the first group before the first class
   int64_t first;  // class of the first, of the slice
   int n;
   bool wide;  // of the compute type
@@ -57,6 +62,59 @@ struct Lane {
     } else {
       narrow(x, shared_at<T>(data)[i]);
     }
+  }
+  // Of the group whose first class is i.
+  template <class Stored>
+  __device__ __forceinline__ static Vector<Stored, kGroup>& group_at(int data, int i) {
+    return *reinterpret_cast<Vector<Stored, kGroup>*>(shared_at<Stored>(data) + i);
+  }
+  __device__ __forceinline__ void get_group(int data, int i, Group& x) const {
+    if (sizeof(T) == sizeof(Real) || wide) {
+      const Vector<Real, kGroup> from = group_at<Real>(data, i);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) x[j] = from.value[j];
+    } else {
+      const Vector<T, kGroup> from = group_at<T>(data, i);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) x[j] = widen(from.value[j]);
+    }
+  }
+  __device__ __forceinline__ void put_group(int data, int i, const Group& x) const {
+    if (sizeof(T) == sizeof(Real) || wide) {
+      Vector<Real, kGroup> to;
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) to.value[j] = x[j];
+      group_at<Real>(data, i) = to;
+    } else {
+      Vector<T, kGroup> to;
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) narrow(x[j], to.value[j]);
+      group_at<T>(data, i) = to;
+    }
+  }
+  // visit(i, u, t) for this thread's groups, i being the first class of one, which is negative in the first.
+  template <class Visit>
+  __device__ __forceinline__ void each_group(Visit visit) const {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x) * kGroup - lead; i < n; i += blockDim.x * kGroup) {
+      Group z, y;
+      get_group(u, i, z);
+      if (has_teacher) {
+        get_group(t, i, y);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) y[j] = -Real(INFINITY);
+      }
+      visit(i, z, y);
+    }
+  }
+  // By the first threads, before the barrier that ends what else is written.
+  __device__ __forceinline__ void pad() const {
+    const int thread = threadIdx.x, behind = (kGroup - (lead + n) % kGroup) % kGroup;
+    if (thread >= lead + behind) return;
+    const int i = thread < lead ? thread - lead : n + thread - lead;
+    put(u, i, -Real(INFINITY));
+    if (has_teacher) put(t, i, -Real(INFINITY));
   }
 };
 
@@ -134,11 +192,17 @@ __device__ __forceinline__ void each_vector(int phase, Index n, Vectors visit_ve
   if (thread >= kCount && thread - kCount < tail) visit(n - tail + thread - kCount);
 }
 
-// n elements to an image in shared memory that lies past 16 bytes as they do; there after wait_copies and a barrier.
+// n elements to an image in shared memory, fast where that lies past 16 bytes as they do; there after wait_copies and a
+// barrier.
 template <class T>
 __device__ __forceinline__ void bring(const T* from, int n, T* image) {
-  each_vector<T>(phase_of(from), n, [&](int i) { copy_async(image + i, from + i); },
-                 [&](int i) { image[i] = from[i]; });
+  if (phase_of(from) == phase_of(image)) {
+    each_vector<T>(phase_of(from), n, [&](int i) { copy_async(image + i, from + i); },
+                   [&](int i) { image[i] = from[i]; });
+  } else {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < n; i += blockDim.x) image[i] = from[i];
+  }
   commit_copies();
 }
 
@@ -155,8 +219,8 @@ __device__ __forceinline__ void fill(T* to, int64_t n, Real value) {
 }
 
 // A lane's gradients, which stand in its image, to global memory.
-template <class T, class Real>
-__device__ __forceinline__ void write(const Lane<T, Real>& lane, int image, T* to) {
+template <class T, class Real, int kGroup>
+__device__ __forceinline__ void write(const Lane<T, Real, kGroup>& lane, int image, T* to) {
   const T* from = shared_at<T>(image);
   if ((sizeof(T) < sizeof(Real) && lane.wide) || phase_of(from) != phase_of(to)) {
     for (int i = threadIdx.x; i < lane.n; i += blockDim.x) narrow(lane.get(image, i), to[i]);
@@ -171,11 +235,11 @@ __device__ __forceinline__ void write(const Lane<T, Real>& lane, int image, T* t
 
 // One block's walk over rows. Members that a row changes are the same in all threads, but for what its own
 // classes add up to.
-template <class T>
+template <class T, int kGroup>
 struct RowWalk {
   using Real = typename Compute<T>::type;
   using Transform = math::Transform<Real>;
-  static constexpr int kCount = 16 / sizeof(T);
+  using Group = Real[kGroup];
 
   const LossParams& p;
   const DivergenceTask<Real>& task;
@@ -184,19 +248,19 @@ struct RowWalk {
   int64_t label;  // of the slice; may lie outside
   bool staged;  // the row's only chunk is in shared memory
   bool first_pass;
-  Lane<T, Real> lane;
+  Lane<T, Real, kGroup> lane;
 
   __device__ __forceinline__ const T* student_row() const {
-    return static_cast<const T*>(p.student) + row * p.student_stride;
+    return row_at<T>(p.student, p.student_rows, row);
   }
   __device__ __forceinline__ const T* teacher_row(int k) const {
-    return static_cast<const T*>(p.teacher_data[k]) + row * p.teacher_strides[k];
+    return row_at<T>(p.teacher_data[k], p.teacher_rows[k], row);
   }
   __device__ __forceinline__ T* gradient_row() const {
-    return static_cast<T*>(p.gradient) + row * p.gradient_stride;
+    return row_at<T>(p.gradient, p.gradient_rows, row);
   }
   __device__ __forceinline__ T* teacher_gradient_row() const {
-    return static_cast<T*>(p.teacher_gradient) + row * p.teacher_gradient_stride;
+    return row_at<T>(p.teacher_gradient, p.teacher_gradient_rows, row);
   }
   __device__ __forceinline__ double weight() const {
     return p.weight != nullptr ? static_cast<double>(static_cast<const Real*>(p.weight)[row]) : 1.0;
@@ -295,19 +359,22 @@ struct RowWalk {
 
   // The chunk of the row's own classes from `first` on, what is set aside of them as -inf.
   __device__ __forceinline__ void stage_chunk(int64_t first) {
-    lane = {task.student_image, task.teacher_image, first, chunk(first),
-            task.cooked,        task.reads_teacher, false};
     const T* z = student_row() + first;
     const T* t = task.reads_teacher ? teacher_row(0) + first : nullptr;
-    // Images lie past 16 bytes as what they are copied from, or to.
+    // Images lie past 16 bytes as what the student's is copied from, or to.
+    int phase = 0;
     if (!task.cooked) {
-      lane.u += phase_of(z) * sizeof(T);
-      lane.t += phase_of(t) * sizeof(T);
+      phase = phase_of(z);
     } else if (sizeof(T) == sizeof(Real)) {
-      if (p.gradient != nullptr) lane.u += phase_of(gradient_row() + first) * sizeof(T);
-      if (p.teacher_gradient != nullptr)
-        lane.t += phase_of(teacher_gradient_row() + first) * sizeof(T);
+      if (p.gradient != nullptr) {
+        phase = phase_of(gradient_row() + first);
+      } else if (p.teacher_gradient != nullptr) {
+        phase = phase_of(teacher_gradient_row() + first);
+      }
     }
+    const int shift = phase * static_cast<int>(sizeof(T));
+    lane = {task.student_image + shift, task.teacher_image + shift, phase % kGroup,      first,
+            chunk(first),               task.cooked,                task.reads_teacher, false};
     if (staged) return;
     staged = p.classes <= task.capacity;
     __syncthreads();  // the last chunk is no longer needed
@@ -318,6 +385,7 @@ struct RowWalk {
       if (t != nullptr) bring(t, lane.n, shared_at<T>(lane.t));
       wait_copies<0>();
     }
+    lane.pad();
     __syncthreads();
     if (first_pass && task.row.smoothing > 0 && task.row.cross_entropy) {
       Real sum = 0;
@@ -369,7 +437,16 @@ struct RowWalk {
       shared_at<Real>(task.entry_u)[k] = Transform::apply(task.student, u);
       shared_at<Real>(task.entry_t)[k] = here ? values[k] : -Real(INFINITY);
     });
+    entries_lane().pad();
+    const int entries = static_cast<int>(p.entries);
+    const int behind = (kGroup - entries % kGroup) % kGroup;
+    if (static_cast<int>(threadIdx.x) < behind)
+      shared_at<int64_t>(task.column)[entries + threadIdx.x] = -1;
     return __syncthreads_or(bad);
+  }
+
+  __device__ __forceinline__ Lane<T, Real, kGroup> entries_lane() const {
+    return {task.entry_u, task.entry_t, 0, 0, static_cast<int>(p.entries), true, true, true};
   }
 
   // Whether the label is one of the lane's classes.
@@ -453,9 +530,12 @@ struct RowWalk {
   // ---- one pass over one lane, or over one chunk of it ----
 
   __device__ __forceinline__ void add_moments(Real (&acc)[kTotals]) const {
-    each(lane.n, [&](int i) {
-      add_moment(acc, lane.get(lane.u, i));
-      if (lane.has_teacher) add_moment(acc + 4, lane.get(lane.t, i));
+    lane.each_group([&](int, const Group& u, const Group& t) {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        add_moment(acc, u[j]);
+        add_moment(acc + 4, t[j]);
+      }
     });
     if (task.row.aside_label && holds_label() && threadIdx.x == 0) {
       add_moment(acc, shared.label_u);
@@ -463,106 +543,139 @@ struct RowWalk {
     }
   }
 
+  // at: the first class that has it.
+  __device__ __forceinline__ void add_maximum(int first, const Group& x, Real& max,
+                                              int64_t& at) const {
+    Real largest = x[0];
+#pragma unroll
+    for (int j = 1; j < kGroup; ++j) largest = Max::apply(x[j], largest);
+    if (task.best && largest > max) {
+#pragma unroll
+      for (int j = kGroup - 1; j >= 0; --j) {
+        if (x[j] == largest) at = lane.first + first + j;
+      }
+    }
+    max = Max::apply(largest, max);
+  }
   __device__ __forceinline__ void add_maxima(Real (&acc)[kTotals], int64_t& at_s,
                                              int64_t& at_t) const {
-    each(lane.n, [&](int i) {
-      Real u = lane.get(lane.u, i);
-      Real t = lane.has_teacher ? lane.get(lane.t, i) : Lowest<Real>::value;
-      if (task.best) {
-        at_s = u > acc[0] ? lane.first + i : at_s;
-        at_t = t > acc[1] ? lane.first + i : at_t;
-      }
-      acc[0] = Max::apply(u, acc[0]);
-      acc[1] = Max::apply(t, acc[1]);
+    lane.each_group([&](int i, const Group& u, const Group& t) {
+      add_maximum(i, u, acc[0], at_s);
+      add_maximum(i, t, acc[1], at_t);
     });
   }
 
   __device__ __forceinline__ void add_sums(Real (&acc)[kTotals]) const {
     const Real max_s = shared.max_s[lane.entries], max_t = shared.max_t[lane.entries],
                scale_s = shared.scale_s, scale_t = shared.scale_t;
-    each(lane.n, [&](int i) {
-      Real u = lane.get(lane.u, i) - max_s;
-      acc[0] += math::exp2_nonpositive(u * scale_s);
-      if (lane.has_teacher)
-        acc[1] += math::exp2_nonpositive((lane.get(lane.t, i) - max_t) * scale_t);
-      if (task.row.cross_entropy) acc[2] += math::exp2_nonpositive(u * Real(kLog2E));
-      if (lane.entries) acc[3] += column(i) >= 0 ? Real(1) : Real(0);
+    lane.each_group([&](int i, const Group& u, const Group& t) {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j)
+        acc[0] += math::exp2_nonpositive((u[j] - max_s) * scale_s);
+      if (lane.has_teacher) {
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j)
+          acc[1] += math::exp2_nonpositive((t[j] - max_t) * scale_t);
+      }
+      if (task.row.cross_entropy) {
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j)
+          acc[2] += math::exp2_nonpositive((u[j] - max_s) * Real(kLog2E));
+      }
+      if (lane.entries) {
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) acc[3] += column(i + j) >= 0 ? Real(1) : Real(0);
+      }
     });
   }
 
   // What probabilities lack to a sum of 1, but for rounding.
   __device__ __forceinline__ void add_excess(Real (&acc)[kTotals]) const {
     const math::ElementNorm<Real> norm = shared.norm;
-    each(lane.n, [&](int i) {
-      const math::Element<Real> x =
-          math::ElementNorm<Real>::element(norm, lane.get(lane.u, i), lane.get(lane.t, i));
-      acc[0] += math::difference(x.q, x.p, -x.d);
+    lane.each_group([&](int, const Group& u, const Group& t) {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        const math::Element<Real> x = math::ElementNorm<Real>::element(norm, u[j], t[j]);
+        acc[0] += math::difference(x.q, x.p, -x.d);
+      }
     });
   }
 
   // Of a divergence: terms, or gradients in place of the logits; with the teacher's or without.
-  template <class Policy, bool kGradients, bool kTeacher>
+  template <class Policy, bool kGradients, bool kTeacher = false>
   __device__ __forceinline__ void divergence(Real (&acc)[kTotals]) const {
     const math::ElementNorm<Real> norm = shared.norm;
     const math::ElementGradient<Real>& g = shared.gradient;
     const int label_at = label_place();
     const bool entropies = p.statistics != nullptr || p.state != nullptr;
-    each(lane.n, [&](int i) {
-      const Real u = lane.get(lane.u, i), t = lane.get(lane.t, i);
-      const math::Element<Real> x = math::ElementNorm<Real>::element(norm, u, t);
-      const math::ClassShare<Real> share = Policy::share(x, task.parameters);
-      if constexpr (kGradients) {
-        put_student(i, u, math::fma(g.of_a, share.a, g.of_q * x.q), label_at);
-        if (kTeacher) put_teacher(i, t, math::fma(g.of_b, share.b, g.of_p * x.p));
-        return;
-      }
-      acc[0] += share.f;
-      acc[1] += share.a;
-      if (kTeacher) acc[2] += share.b;
-      if (entropies) {
-        acc[3] += math::times(x.q, math::nats(x.log2_q));
-        acc[4] += math::times(x.p, math::nats(x.log2_p));
-      }
-      if (lane.entries) acc[5] += x.q;
-      if (task.row.standardize) {
-        // What is excluded is so whatever mean and std are.
-        const Real z = u == -Real(INFINITY) ? Real(0) : (u - shared.mean_s) * shared.inv_std_s;
-        const Real zt = t == -Real(INFINITY) ? Real(0) : (t - shared.mean_t) * shared.inv_std_t;
-        acc[7] += math::times(share.a, z);
-        acc[8] += math::times(x.q, z);
-        if (kTeacher) {
-          acc[9] += math::times(share.b, zt);
-          acc[10] += math::times(x.p, zt);
+    lane.each_group([&](int i, Group& u, Group& t) {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        const math::Element<Real> x = math::ElementNorm<Real>::element(norm, u[j], t[j]);
+        const math::ClassShare<Real> share = Policy::share(x, task.parameters);
+        if constexpr (kGradients) {
+          u[j] = student_gradient(i + j, u[j], math::fma(g.of_a, share.a, g.of_q * x.q), label_at);
+          if (kTeacher) t[j] = teacher_gradient(t[j], math::fma(g.of_b, share.b, g.of_p * x.p));
+          continue;
         }
+        acc[0] += share.f;
+        acc[1] += share.a;
+        acc[2] += share.b;
+        if (entropies) {
+          acc[3] += math::times(x.q, math::nats(x.log2_q));
+          acc[4] += math::times(x.p, math::nats(x.log2_p));
+        }
+        if (lane.entries) acc[5] += x.q;
+        if (task.row.standardize) add_moved(u[j], t[j], x, share, acc);
+      }
+      if constexpr (kGradients) {
+        lane.put_group(lane.u, i, u);
+        if (kTeacher) lane.put_group(lane.t, i, t);
       }
     });
   }
 
-  // Where the label is in the lane; -1 if it is not. Of entries, each says so itself.
-  __device__ __forceinline__ int label_place() const {
-    return !lane.entries && holds_label() ? static_cast<int>(label - lane.first) : -1;
+  // What moves mean and std of standardised logits. What is excluded is so whatever they are.
+  __device__ __forceinline__ void add_moved(Real u, Real t, const math::Element<Real>& x,
+                                            const math::ClassShare<Real>& share,
+                                            Real (&acc)[kTotals]) const {
+    const Real z = u == -Real(INFINITY) ? Real(0) : (u - shared.mean_s) * shared.inv_std_s;
+    acc[7] += math::times(share.a, z);
+    acc[8] += math::times(x.q, z);
+    const Real zt = t == -Real(INFINITY) ? Real(0) : (t - shared.mean_t) * shared.inv_std_t;
+    acc[9] += math::times(share.b, zt);
+    acc[10] += math::times(x.p, zt);
   }
-  __device__ __forceinline__ void put_student(int i, Real u, Real soft, int label_at) const {
+
+  // Where the label is in the lane; a place of none if it is not. Of entries, each says so itself.
+  __device__ __forceinline__ int label_place() const {
+    return !lane.entries && holds_label() ? static_cast<int>(label - lane.first) : INT_MAX;
+  }
+  __device__ __forceinline__ Real student_gradient(int i, Real u, Real soft, int label_at) const {
     const math::ElementGradient<Real>& g = shared.gradient;
     Real y = math::ElementGradient<Real>::student(g, task.row.cross_entropy, u, soft);
     if (lane.entries ? column(i) == label : i == label_at) y -= g.at_label;
-    lane.put(lane.u, i, task.cooked ? Transform::back(task.student, u, y) : y);
+    return task.cooked ? Transform::back(task.student, u, y) : y;
   }
-  __device__ __forceinline__ void put_teacher(int i, Real t, Real soft) const {
+  __device__ __forceinline__ Real teacher_gradient(Real t, Real soft) const {
     Real y = math::ElementGradient<Real>::teacher(shared.gradient, t, soft);
-    lane.put(lane.t, i, p.probs ? y : Transform::back(task.teacher, t, y));
+    return p.probs ? y : Transform::back(task.teacher, t, y);
   }
 
   // Gradients of classes that have no share of their own in the divergence.
   __device__ __forceinline__ void other_gradients() const {
     const Real max = shared.max_s[0], scale = shared.scale_s, of_other = shared.gradient.of_other;
     const int label_at = label_place();
-    each(lane.n, [&](int i) {
-      const Real u = lane.get(lane.u, i);
-      Real soft = of_other;
-      if (of_other != Real(0)) soft *= math::exp2_nonpositive((u - max) * scale);
-      put_student(i, u, soft, label_at);
-      if (p.teacher_gradient != nullptr) lane.put(lane.t, i, Real(0));
+    lane.each_group([&](int i, Group& u, Group& t) {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        Real soft = of_other;
+        if (of_other != Real(0)) soft *= math::exp2_nonpositive((u[j] - max) * scale);
+        u[j] = student_gradient(i + j, u[j], soft, label_at);
+        t[j] = 0;
+      }
+      lane.put_group(lane.u, i, u);
+      if (p.teacher_gradient != nullptr) lane.put_group(lane.t, i, t);
     });
   }
 
@@ -572,8 +685,9 @@ struct RowWalk {
     if (task.row.aside_label && holds_label() && threadIdx.x == 0) {
       const math::ElementGradient<Real>& g = shared.gradient;
       const int at = static_cast<int>(label - lane.first);
-      put_student(at, shared.label_u, g.label_s, at);
-      if (p.teacher_gradient != nullptr) put_teacher(at, shared.label_t, g.label_t);
+      lane.put(lane.u, at, student_gradient(at, shared.label_u, g.label_s, at));
+      if (p.teacher_gradient != nullptr)
+        lane.put(lane.t, at, teacher_gradient(shared.label_t, g.label_t));
     }
     if (task.row.entries)
       each_entry([&](int k, int i) { lane.put(lane.u, i, shared_at<Real>(task.entry_u)[k]); });
@@ -704,7 +818,7 @@ struct RowWalk {
 #pragma unroll 1
       for (int64_t first = 0; first < (entries ? 1 : p.classes); first += task.capacity) {
         if (entries) {
-          lane = {task.entry_u, task.entry_t, 0, static_cast<int>(p.entries), true, true, true};
+          lane = entries_lane();
         } else {
           stage_chunk(first);
         }
@@ -715,12 +829,12 @@ struct RowWalk {
         if (stage >= kTerms && compared && (stage == kTerms || task.row.alpha > 0)) {
           math::with_policy(task.row.divergence, task.row.beta, task.row.second, [&](auto policy) {
             using Policy = decltype(policy);
-            if (p.teacher_gradient == nullptr) {
-              stage == kTerms ? divergence<Policy, false, false>(acc)
-                              : divergence<Policy, true, false>(acc);
+            if (stage == kTerms) {
+              divergence<Policy, false>(acc);
+            } else if (p.teacher_gradient == nullptr) {
+              divergence<Policy, true>(acc);
             } else {
-              stage == kTerms ? divergence<Policy, false, true>(acc)
-                              : divergence<Policy, true, true>(acc);
+              divergence<Policy, true, true>(acc);
             }
           });
         } else if (stage == kGradient) {
@@ -752,9 +866,9 @@ template <class T>
 __device__ __forceinline__ void blank(const LossParams& p, int64_t row) {
   using Real = typename Compute<T>::type;
   if (p.gradient != nullptr)
-    fill(static_cast<T*>(p.gradient) + row * p.gradient_stride, p.classes, Real(0));
+    fill(row_at<T>(p.gradient, p.gradient_rows, row), p.classes, Real(0));
   if (p.teacher_gradient != nullptr)
-    fill(static_cast<T*>(p.teacher_gradient) + row * p.teacher_gradient_stride, p.classes, Real(0));
+    fill(row_at<T>(p.teacher_gradient, p.teacher_gradient_rows, row), p.classes, Real(0));
   if (p.entry_gradient != nullptr)
     fill(static_cast<T*>(p.entry_gradient) + row * p.entries, p.entries, Real(0));
 }

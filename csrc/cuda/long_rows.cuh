@@ -285,10 +285,9 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
   const int stride = gridDim.x / cluster;
   for (int64_t r = blockIdx.x / cluster; r < p.rows; r += stride) {
     const Row<Real> row = read_row<Real>(p, r);
-    const T* z_row = static_cast<const T*>(p.student) + r * p.student_stride;
-    const T* t_row = static_cast<const T*>(p.teacher_data[0]) + r * p.teacher_strides[0];
-    T* g_row =
-        p.gradient != nullptr ? static_cast<T*>(p.gradient) + r * p.gradient_stride : nullptr;
+    const T* z_row = row_at<T>(p.student, p.student_rows, r);
+    const T* t_row = row_at<T>(p.teacher_data[0], p.teacher_rows[0], r);
+    T* g_row = p.gradient != nullptr ? row_at<T>(p.gradient, p.gradient_rows, r) : nullptr;
     const Span<T, Index> span(z_row, t_row, g_row, static_cast<Index>(p.classes));
     Index share = (span.body + cluster - 1) / cluster;
     share += share % 2;  // as in held_plan: whole sectors
@@ -490,8 +489,7 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
       if (g_row != nullptr && task.hard != CrossEntropy::kNone) {
         const Index label = static_cast<Index>(row.label);
         if (writes(label)) {
-          const T label_t =
-              static_cast<const T*>(p.teacher_data[0])[r * p.teacher_strides[0] + label];
+          const T label_t = t_row[label];
           narrow(sweep.gradient_of(p, task, label_z, widen(label_t)) - sweep.at_label,
                  g_row[label]);
         }
@@ -572,8 +570,7 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
           const Real weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[r] : Real(1);
           const Real at_label =
               (Real(1) - task.alpha) * (weight * factor) * (Real(1) - task.smoothing);
-          const T label_t =
-              static_cast<const T*>(p.teacher_data[0])[r * p.teacher_strides[0] + label];
+          const T label_t = t_row[label];
           narrow(sweep.element(task, label_z, widen(label_t)).gradient - at_label, g_row[label]);
         }
       }

@@ -143,6 +143,9 @@ constexpr int divergence_threads(int element_size) { return element_size == 8 ? 
 constexpr int kChunkBytes = 24 * 1024;
 constexpr int kDivergenceStatic = 3072;  // bytes of static shared memory, at most
 
+// Entries of a row in whole groups: see Lane in divergence.cuh.
+constexpr int64_t padded_entries(int64_t entries) { return (entries + 3) / 4 * 4; }
+
 struct DivergencePlan {
   int threads;
   int capacity;  // classes of a chunk, a multiple of 16 bytes of them
@@ -159,8 +162,8 @@ inline DivergencePlan plan_divergence(int64_t classes, int64_t entries, int elem
                                       bool cooked, int sides, const Device& device) {
   const int acc = element_size == 8 ? 8 : 4, group = 16 / element_size;
   const int a_class = divergence_class_bytes(element_size, cooked, sides);
-  // An entry is two logits and a column; images of rows start at any element of 16 bytes.
-  const int64_t fixed = (entries * (2 * acc + 8) + 15) / 16 * 16 + 16 * (sides + cooked);
+  // An entry is a column and two logits; images of rows start at any element of 16 bytes.
+  const int64_t fixed = padded_entries(entries) * (2 * acc + 8) + 16 * (sides + cooked);
   const int64_t whole = (classes + group - 1) / group * group;
   const int64_t work = std::max(classes, entries);
   const int reserve = 1024 + kDivergenceStatic;  // CUDA takes 1 KB of each block

@@ -154,8 +154,6 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
   const int lane = thread & (lanes - 1), group = thread / lanes, groups = kTileThreads / lanes;
   const int chunks = (classes + lanes * kChunk - 1) / (lanes * kChunk);
   const bool want_gradient = p.gradient != nullptr;
-  const bool flat = p.student_stride == classes && p.teacher_strides[0] == classes &&
-                    (!want_gradient || p.gradient_stride == classes);
   const Real factor = task.factor(p);
   // i / classes is i * reciprocal / 2^20: exact as long as i * classes is at most 2^20.
   const unsigned reciprocal = (1u << 20) / static_cast<unsigned>(classes) + 1;
@@ -172,11 +170,16 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * tile_rows; first < p.rows;
        first += static_cast<int64_t>(gridDim.x) * tile_rows) {
     const int rows = p.rows - first < tile_rows ? static_cast<int>(p.rows - first) : tile_rows;
-    const T* z_tile = static_cast<const T*>(p.student) + first * p.student_stride;
-    const T* t_tile = static_cast<const T*>(p.teacher_data[0]) + first * p.teacher_strides[0];
-    T* g_tile = want_gradient ? static_cast<T*>(p.gradient) + first * p.gradient_stride : nullptr;
+    const T* z_tile = row_at<T>(p.student, p.student_rows, first);
+    const T* t_tile = row_at<T>(p.teacher_data[0], p.teacher_rows[0], first);
+    T* g_tile = want_gradient ? row_at<T>(p.gradient, p.gradient_rows, first) : nullptr;
+    const int64_t flat_elements = static_cast<int64_t>(rows - 1) * classes;
+    auto flat = [&](const RowStrides& strides) {
+      return offset_of(strides, first + rows - 1) - offset_of(strides, first) == flat_elements;
+    };
     const Span<T, int> span(z_tile, t_tile, g_tile, rows * classes);
-    const bool vectors = flat && span.vectors;
+    const bool vectors = span.vectors && flat(p.student_rows) && flat(p.teacher_rows[0]) &&
+                         (!want_gradient || flat(p.gradient_rows));
     const int vector_count = span.body - span.skew;
     const Place<int> edge = edge_place(span, thread & (kEdges - 1));
     const bool has_edge = vectors && thread < kEdges && !edge.empty();
@@ -203,8 +206,8 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
       for (int i = thread; i < span.elements; i += kTileThreads) {
         int row = static_cast<int>(static_cast<unsigned>(i) * reciprocal >> 20);
         int column = i - row * classes;
-        z_image[i] = z_tile[row * p.student_stride + column];
-        t_image[i] = t_tile[row * p.teacher_strides[0] + column];
+        z_image[i] = row_at<T>(p.student, p.student_rows, first + row)[column];
+        t_image[i] = row_at<T>(p.teacher_data[0], p.teacher_rows[0], first + row)[column];
       }
     }
     __syncthreads();
@@ -275,7 +278,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
 #pragma unroll 4
       for (int i = thread; i < span.elements; i += kTileThreads) {
         int row = static_cast<int>(static_cast<unsigned>(i) * reciprocal >> 20);
-        g_tile[row * p.gradient_stride + i - row * classes] = z_image[i];
+        row_at<T>(p.gradient, p.gradient_rows, first + row)[i - row * classes] = z_image[i];
       }
     }
     __syncthreads();
@@ -300,10 +303,9 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
   for (int64_t r = static_cast<int64_t>(blockIdx.x) * (kWarpThreads / kWarp) + threadIdx.x / kWarp;
        r < p.rows; r += warps) {
     const Row<Real> row = read_row<Real>(p, r);
-    const T* z_row = static_cast<const T*>(p.student) + r * p.student_stride;
-    const T* t_row = static_cast<const T*>(p.teacher_data[0]) + r * p.teacher_strides[0];
-    T* g_row =
-        p.gradient != nullptr ? static_cast<T*>(p.gradient) + r * p.gradient_stride : nullptr;
+    const T* z_row = row_at<T>(p.student, p.student_rows, r);
+    const T* t_row = row_at<T>(p.teacher_data[0], p.teacher_rows[0], r);
+    T* g_row = p.gradient != nullptr ? row_at<T>(p.gradient, p.gradient_rows, r) : nullptr;
     Span<T, int> span(z_row, t_row, g_row, classes);
     if (span.body > kSlots * kWarp) {  // no room for the skew
       span.body -= span.skew;

@@ -74,8 +74,8 @@ void check_inplace(const LossCall& call);
 LossResult run_loss(const LossCall& call, const Want& want);
 // One call of a kernel: all of a loss, or one stage of it with its `state`.
 LossResult launch(const LossCall& call, const Want& want, int stages, const at::Tensor& state);
-// The distance between rows, if all leading dimensions collapse into one of that stride and classes are adjacent.
-std::optional<int64_t> row_stride(const at::Tensor& logits);
+// Where rows lie, if classes are adjacent and the leading dimensions collapse into one or two.
+std::optional<RowStrides> row_strides(const at::Tensor& logits);
 
 // ---- gradients (loss_launch.cpp) ----
 

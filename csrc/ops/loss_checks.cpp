@@ -2,6 +2,8 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
 
+#include <algorithm>
+
 #include "ops/checks.h"
 #include "ops/loss.h"
 #include "row_task.h"
@@ -226,15 +228,31 @@ void check_row_values(const LossCall& call, const Tensor& labels, const Tensor& 
   if (call.rows.has_options()) check_row_options(call);
 }
 
+namespace {
+
+// Whether each element has memory of its own, as far as a dimension's stride passes over all that is within it.
+bool lies_apart(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) > 1) dims.emplace_back(x.stride(d), x.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t last = 0;  // offset of the last element of the dimensions so far
+  for (auto [stride, size] : dims) {
+    if (stride <= last) return false;
+    last += stride * (size - 1);
+  }
+  return true;
+}
+
+}  // namespace
+
 void check_inplace(const LossCall& call) {
   const Tensor& student = call.student;
   TORCH_CHECK_VALUE(!student.is_leaf(),
                     "inplace is True, but student_logits is a leaf that requires grad; its "
                     "values would be lost");
-  std::optional<int64_t> stride = row_stride(student);
-  bool apart =
-      stride.has_value() && (*stride >= student.size(-1) || student.numel() <= student.size(-1));
-  TORCH_CHECK_VALUE(apart && at::has_internal_overlap(student) != at::MemOverlap::Yes,
+  TORCH_CHECK_VALUE(row_strides(student).has_value() && lies_apart(student),
                     "inplace is True, but student_logits of shape ", student.sizes(),
                     " and strides ", student.strides(),
                     " is not rows of adjacent classes that lie apart; pass "

@@ -42,21 +42,30 @@ RowTensors unpack(const TensorOptionals& packed) {
   return out;
 }
 
-std::optional<int64_t> row_stride(const Tensor& logits) {
-  int64_t dims = logits.dim();
-  if (logits.numel() == 0) return logits.size(-1);
+std::optional<RowStrides> row_strides(const Tensor& logits) {
+  RowStrides out = {.inner = logits.size(-1)};
+  if (logits.numel() == 0) return out;
   if (logits.size(-1) > 1 && logits.stride(-1) != 1) return std::nullopt;
-  int64_t stride = logits.size(-1), rows = 1;
-  for (int64_t d = dims - 2; d >= 0; --d) {
-    if (logits.size(d) == 1) continue;
+  int64_t rows = 1, runs = 1;
+  for (int64_t d = logits.dim() - 2; d >= 0; --d) {
+    const int64_t size = logits.size(d), stride = logits.stride(d);
+    if (size == 1) continue;
     if (rows == 1) {
-      stride = logits.stride(d);
-    } else if (logits.stride(d) != stride * rows) {
+      out.inner = stride;
+      rows = size;
+    } else if (runs == 1 && stride == out.inner * rows) {
+      rows *= size;
+    } else if (runs == 1) {
+      out.run = rows;
+      out.outer = stride;
+      runs = size;
+    } else if (stride == out.outer * runs) {
+      runs *= size;
+    } else {
       return std::nullopt;
     }
-    rows *= logits.size(d);
   }
-  return stride;
+  return out;
 }
 
 namespace {
@@ -78,14 +87,14 @@ double kept_weight(const Tensor& labels, const Tensor& weight, int64_t rows, int
   return sum(0.0, [w = weight.const_data_ptr<float>()](int64_t i) { return double{w[i]}; });
 }
 
-// Logits as a kernel reads them: the tensor itself or, where rows have no common stride, a copy.
+// Logits as a kernel reads them: the tensor itself or, where RowStrides cannot say where its rows lie, a copy.
 struct Matrix {
   Tensor tensor;
-  int64_t stride;
+  RowStrides strides;
   explicit Matrix(const Tensor& logits) {
-    std::optional<int64_t> found = row_stride(logits);
+    std::optional<RowStrides> found = row_strides(logits);
     tensor = found.has_value() ? logits : logits.contiguous();
-    stride = found.value_or(logits.size(-1));
+    strides = found.value_or(RowStrides{.inner = logits.size(-1)});
   }
 };
 
@@ -171,7 +180,7 @@ void set_teachers(const std::vector<Matrix>& teachers, const LossOptions& o, Los
   p.teachers = static_cast<int>(teachers.size());
   for (int i = 0; i < p.teachers; ++i) {
     p.teacher_data[i] = teachers[i].tensor.const_data_ptr();
-    p.teacher_strides[i] = teachers[i].stride;
+    p.teacher_rows[i] = teachers[i].strides;
     p.teacher_weights[i] = shares[i];
   }
 }
@@ -186,9 +195,9 @@ void set_entries(const PlainRows& rows, LossParams& p) {
 void set_outputs(const LossCall& call, const Want& want, const LossResult& out, LossParams& p) {
   (call.options.reduction == Reduction::kNone ? p.row_loss : p.loss) = out.loss.mutable_data_ptr();
   (want.entries_only ? p.entry_gradient : p.gradient) = out_data_of(out.gradient);
-  p.gradient_stride = want.inplace ? p.student_stride : p.classes;
+  p.gradient_rows = want.inplace ? p.student_rows : RowStrides{.inner = p.classes};
   p.teacher_gradient = out_data_of(out.teacher_gradient);
-  p.teacher_gradient_stride = p.classes;
+  p.teacher_gradient_rows.inner = p.classes;
   p.statistics = out_data_of(out.statistics);
 }
 
@@ -223,7 +232,7 @@ LossResult launch(const LossCall& call, const Want& want, int stages, const Tens
                   .rows = call.student.numel() / classes,
                   .classes = classes,
                   .student = student.tensor.const_data_ptr(),
-                  .student_stride = student.stride,
+                  .student_rows = student.strides,
                   .labels = static_cast<const int64_t*>(data_of(rows.labels)),
                   .weight = data_of(rows.weight),
                   .gradient_scale = gradient_scale(call, call.student.scalar_type()),
@@ -272,7 +281,7 @@ Tensor scaled(const Tensor& gradient, const Tensor& grad_output, bool per_row, d
                      gradient.mutable_data_ptr(),
                      gradient.numel() / classes,
                      classes,
-                     row_stride(gradient).value_or(classes),
+                     row_strides(gradient).value_or(RowStrides{.inner = classes}),
                      on_device.const_data_ptr(),
                      per_row};
     launch_cuda(gradient.device(), [&](cudaStream_t s) { return cuda::scale_rows(p, s); });
