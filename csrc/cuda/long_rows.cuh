@@ -207,7 +207,7 @@ __device__ __forceinline__ Real more_sweeps(const LossParams& p, const Task<Real
   math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
     using Terms = decltype(policy);
     if constexpr (!math::kTwoSweeps<Terms>) {
-      // Where rows are held; of 16 bits slopes would lose digits to their sum.
+      // Where rows are held; rounded to 16 bits slopes would lose digits to their sum.
       constexpr bool kSlopes = kHeld && math::kHasSlope<Terms> && sizeof(T) > 2;
       each([&](int s, const Vector<T>& z, const Vector<T>& t) {
         Real zs[kCount], ts[kCount];

@@ -124,12 +124,15 @@ struct TermSweeps : SecondSweep<T, AnySweeps> {
         log2_s(math::log_acc(sums.sum_s) * Real(math::kLog2E)),
         log2_t(math::log_acc(sums.sum_t) * Real(math::kLog2E)) {}
 
+  __device__ __forceinline__ Real difference(const Task<Real>& task, Real z, Real t) const {
+    const Real after = Base::kEarly ? t - this->early : t;
+    return math::fma(after - z - this->late, task.inv_temperature, this->above);
+  }
   // A class that both sides exclude has probabilities 0 and d = kLeast. Where the gradient is not rounded, the smaller
   // probability comes from the larger one and their difference: two exponentials give p, q and w.
   __device__ __forceinline__ Element element(const Task<Real>& task, Real z, Real t) const {
     Element x;
-    const Real after = Base::kEarly ? t - this->early : t;
-    x.d = math::fma(after - z - this->late, task.inv_temperature, this->above);
+    x.d = difference(task, z, t);
     if constexpr (sizeof(T) > 2) x.d = math::at_least(x.d, Real(math::kLeast));
     const Real log_q = math::fma(z - this->max_s, task.scale, -log2_s),
                log_p = math::fma(t - this->max_t, task.scale, -log2_t);
@@ -160,6 +163,8 @@ struct TermSweeps : SecondSweep<T, AnySweeps> {
   }
   template <class Policy>
   __device__ __forceinline__ Real gradient(const Task<Real>& task, Real z, Real t) const {
+    if constexpr (sizeof(T) == 2 && math::kHasSlope<Policy>)
+      return gradient_of_slope(task, z, Policy::slope(difference(task, z, t), task.parameters));
     const Element x = element(task, z, t);
     const Real a = Policy::share(x, task.parameters).a;
     return add_hard(task, z, math::fma(this->other, a, this->of_q * x.q));

@@ -87,6 +87,18 @@ KD_FN F tanh_acc(F x) {
   return select(x < F(0), -y, y);
 }
 
+// log2 x of what is neither small nor large: the special function's error is 2^-22 between 1/2 and 2, and relative beyond.
+template <class F>
+KD_FN F log2_moderate(F x) {
+  return log_normal(x) * F(RealOf<F>(kLog2E));
+}
+#if defined(__CUDA_ARCH__)
+KD_FN float log2_moderate(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
 // log2 x of a mixture, with an error of 1e-7 beside the result's rounding.
 template <class F>
 KD_FN F log2_mixture(F x) {
@@ -94,13 +106,10 @@ KD_FN F log2_mixture(F x) {
 }
 #if defined(__CUDA_ARCH__)
 KD_FN float log2_mixture(float x) {
-  // The special function's error is 2^-22 between 1/2 and 2, and relative beyond.
   const int32_t bits = bits_from_float(x),
                 e = (bits - kTwoThirdsBits) & static_cast<int32_t>(0xFF800000);
   const float exponent = float_from_bits(kRoundToIntBits + (e >> 23)) - kRoundToInt;
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(float_from_bits(bits - e)));
-  return exponent + y;
+  return exponent + log2_moderate(float_from_bits(bits - e));
 }
 #endif
 
@@ -224,7 +233,7 @@ KD_FN F times(F a, F e) {
 template <class Real>
 struct ClassShare {
   Real f, a, b;
-  Real slope{};  // a / q, of policies with kSlope
+  Real slope{};  // a / q, of policies that have slope()
 };
 
 constexpr double kLargestGap = 2000;  // of logarithms, in bits: its exponential is 0
@@ -338,8 +347,19 @@ KD_FN F nats(F x) {
   return x * F(RealOf<F>(kLn2));
 }
 
+// p / q, at most 2^120: beyond, q is nothing. From it alone slope(d) makes a / q, with an error of 1e-7: enough for a
+// gradient of 16 bits, which then needs neither p nor its logarithm.
+template <class F>
+KD_FN F ratio_of(F d) {
+  return exp2_nonpositive(at_most(d * F(RealOf<F>(kLog2E)), F(120)));
+}
+
 struct JS {
-  static constexpr bool kSlope = true;
+  template <class F>
+  KD_FN F slope(F d, const Parameters<F>& by) {
+    const F rest = F(1) - by.beta;
+    return nats(-rest) * log2_moderate(fma(by.beta, ratio_of(d), rest));
+  }
   template <class F, bool kRounded>
   KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>& by) {
     const F rest = F(1) - by.beta;
@@ -350,7 +370,11 @@ struct JS {
 };
 
 struct SkewForwardKL {
-  static constexpr bool kSlope = true;
+  template <class F>
+  KD_FN F slope(F d, const Parameters<F>& by) {
+    const F rest = F(1) - by.beta, ratio = ratio_of(d);
+    return rest * rest * (F(1) - ratio) * inverse(fma(by.beta, ratio, rest));
+  }
   template <class F, bool kRounded>
   KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>& by) {
     const F rest = F(1) - by.beta;
@@ -363,7 +387,11 @@ struct SkewForwardKL {
 };
 
 struct SkewReverseKL {
-  static constexpr bool kSlope = true;
+  template <class F>
+  KD_FN F slope(F d, const Parameters<F>& by) {
+    const F rest = F(1) - by.beta, ratio = ratio_of(d), m = fma(rest, ratio, by.beta);
+    return fma(by.beta * rest * (ratio - F(1)), inverse(m), -nats(log2_moderate(m)));
+  }
   template <class F, bool kRounded>
   KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>& by) {
     const F rest = F(1) - by.beta;
@@ -376,11 +404,14 @@ struct SkewReverseKL {
 };
 
 struct TotalVariation {
-  static constexpr bool kSlope = true;
-  template <class F, bool kRounded>
-  KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>&) {
+  template <class F>
+  KD_FN F slope(F d, const Parameters<F>&) {  // half the sign of q - p
     const F half(RealOf<F>(0.5));
-    const F sign = select(x.d < F(0), half, select(x.d == F(0), F(0), -half));  // of q - p
+    return select(d < F(0), half, select(d == F(0), F(0), -half));
+  }
+  template <class F, bool kRounded>
+  KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>& by) {
+    const F half(RealOf<F>(0.5)), sign = slope(x.d, by);
     return {half * magnitude(difference(x.q, x.p, -x.d)), sign * x.q, -sign * x.p, sign};
   }
 };
@@ -510,7 +541,7 @@ KD_FN bool has_third_sweep(Divergence divergence, double beta, bool rounded) {
   }
 }
 template <class Policy>
-constexpr bool kHasSlope = requires { Policy::kSlope; };
+constexpr bool kHasSlope = requires(const Parameters<float>& by) { Policy::slope(0.0f, by); };
 
 // The usual terms, without what f adds, are f + plain (p - q), with derivatives a - plain q and b + plain p. A
 // sum over a part of the classes wants those.
