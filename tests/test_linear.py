@@ -18,7 +18,7 @@ from kdkernels import (
     reference,
     topk_distillation_loss,
 )
-from kdkernels.distill import _packed
+from kdkernels.distill.calls import packed
 
 pytestmark = pytest.mark.quick
 
@@ -463,7 +463,7 @@ def test_opcheck(requires_grad):
     options = teacher("bias")
     heads = [b, options["teacher_weight"], options["teacher_bias"]]
     arguments = (h, w, heads, [options["teacher_hidden"]])
-    arguments += _packed({"labels": labels_of(), "memory_budget": 999})
+    arguments += packed({"labels": labels_of(), "memory_budget": 999})
     op = torch.ops.kdkernels.linear_distillation_loss.default
     torch.library.opcheck(op, arguments, {"wishes": 4})
 

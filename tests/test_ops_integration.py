@@ -26,7 +26,7 @@ from kdkernels import (
     topk_distillation_loss,
     topk_teacher,
 )
-from kdkernels.distill import _packed
+from kdkernels.distill.calls import packed
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = torch.ops.kdkernels
@@ -57,7 +57,7 @@ def update_arguments(update, moments):
 
 def loss_options(**options):
     """The losses' options as their ops take them."""
-    return _packed(options)[1]
+    return packed(options)[1]
 
 
 def op_calls():

@@ -236,6 +236,13 @@ __device__ __forceinline__ Value read_peer(const Value* shared, int rank) {
 #endif
 }
 
+// Every thread of a kernel that Grid::overlaps may start early calls this before it reads what another launch wrote.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- reductions ---------------------------------------------------------------------------------
 
 template <class Real>
@@ -332,6 +339,39 @@ inline cudaError_t allow_shared(const void* kernel, int dynamic, int fixed, cons
   if (dynamic <= kAlwaysAllowed - fixed) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               device.shared_per_block - fixed);
+}
+
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int shared = 0;  // bytes of dynamic shared memory, which allow_shared has allowed
+  int cluster = 1;
+  // From sm_90 on the blocks may start while the last ones of the launch before in the stream still run.
+  bool overlaps = false;
+};
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), const Grid& grid, const Device& device,
+                          cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared);
+  config.stream = stream;
+  config.attrs = attributes;
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  if (grid.overlaps && device.arch >= 90) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
 }  // namespace cuda

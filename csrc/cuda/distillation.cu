@@ -53,6 +53,7 @@ template <class Real>
 __global__ void __launch_bounds__(kSumThreads)
     loss_kernel(const double* partial, int64_t count, double inv_denominator,
                 const double* device_inv_denominator, Real* loss) {
+  wait_for_launch_before();
   double sum = block_sum(threadIdx.x, count, kSumThreads, [&](int64_t i) { return partial[i]; });
   double factor = device_inv_denominator != nullptr ? *device_inv_denominator : inv_denominator;
   if (threadIdx.x == 0) *loss = static_cast<Real>(sum * factor);
@@ -65,45 +66,25 @@ CrossEntropy cross_entropy(const LossParams& p) {
   return p.temperature == 1 ? CrossEntropy::kShared : CrossEntropy::kOwn;
 }
 
-template <class... Parameters, class... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t blocks,
-                          const DistillationPlan& plan, const Device& device, cudaStream_t stream,
-                          Arguments... arguments) {
-  cudaError_t error =
-      allow_shared(reinterpret_cast<const void*>(kernel), plan.shared, kRowStatic, device);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks * plan.cluster));
-  config.blockDim = dim3(static_cast<unsigned>(plan.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(plan.shared);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = plan.cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-}
-
 template <class T, class Policy>
 cudaError_t launch_rows(const LossParams& p, const Task<typename Compute<T>::type>& task,
                         const DistillationPlan& plan, const Device& device, cudaStream_t stream) {
-  int64_t blocks = plan.partials(p.rows);
+  const Grid grid = {plan.partials(p.rows) * plan.cluster, plan.threads, plan.shared, plan.cluster,
+                     task.device_inv_denominator != nullptr};
+  auto launch = [&](auto kernel, auto... arguments) {
+    const cudaError_t error =
+        allow_shared(reinterpret_cast<const void*>(kernel), plan.shared, kRowStatic, device);
+    return error != cudaSuccess ? error
+                                : launch_kernel(kernel, grid, device, stream, p, task, arguments...);
+  };
   switch (plan.walk) {
-    case Walk::kTile:
-      return launch_kernel(tile_kernel<T, Policy>, blocks, plan, device, stream, p, task,
-                           plan.lanes, plan.rows);
+    case Walk::kTile: return launch(tile_kernel<T, Policy>, plan.lanes, plan.rows);
     case Walk::kWarp:
       if constexpr (sizeof(T) < 8 && !math::kThirdSweep<Policy>)
-        return launch_kernel(warp_kernel<T, Policy>, blocks, plan, device, stream, p, task);
+        return launch(warp_kernel<T, Policy>);
       break;
-    case Walk::kHeld:
-      return launch_kernel(row_kernel<T, Policy, true>, blocks, plan, device, stream, p, task,
-                           plan.cluster, plan.slots);
-    case Walk::kStream:
-      return launch_kernel(row_kernel<T, Policy, false>, blocks, plan, device, stream, p, task, 1,
-                           0);
+    case Walk::kHeld: return launch(row_kernel<T, Policy, true>, plan.cluster, plan.slots);
+    case Walk::kStream: return launch(row_kernel<T, Policy, false>, 1, 0);
   }
   return cudaErrorInvalidValue;
 }
@@ -134,11 +115,13 @@ Inverse inverse_of_denominator(const LossParams& p, cudaStream_t stream) {
 template <class Real>
 cudaError_t add_partials(const LossParams& p, int64_t count, const Inverse& inverse,
                          cudaStream_t stream) {
-  if (p.loss != nullptr) {
-    loss_kernel<Real><<<1, kSumThreads, 0, stream>>>(p.workspace + kPartials, count, inverse.number,
-                                                     inverse.on_device, static_cast<Real*>(p.loss));
-  }
-  return cudaGetLastError();
+  if (p.loss == nullptr) return cudaSuccess;
+  Device device;
+  cudaError_t error = device_of(reinterpret_cast<const void*>(loss_kernel<Real>), device);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(loss_kernel<Real>, {.blocks = 1, .threads = kSumThreads, .overlaps = true},
+                       device, stream, p.workspace + kPartials, count, inverse.number,
+                       inverse.on_device, static_cast<Real*>(p.loss));
 }
 
 template <class T, class Policy>

@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(row_threads<T, kPerRow>(), 1)
     divergence_kernel(const __grid_constant__ LossParams p,
                       const __grid_constant__ DivergenceTask<typename Compute<T>::type> task) {
   using Real = typename Compute<T>::type;
+  wait_for_launch_before();
   __shared__ RowShared<Real> shared;
   const int thread = threadIdx.x;
   __shared__ RowTaskMemory<Real, kPerRow> of_row;
@@ -178,11 +179,11 @@ cudaError_t launch(const LossParams& p, double inv_denominator,
   task.raw = task.student_image + sides * side;
   error = allow_shared(kernel, plan.shared, kDivergenceStatic + of_rows, device);
   if (error != cudaSuccess) return error;
-  divergence_kernel<T, kPerRow>
-      <<<static_cast<unsigned>(divergence_partials(p)),
-         static_cast<unsigned>(std::min(plan.threads, row_threads<T, kPerRow>())),
-         static_cast<size_t>(plan.shared), stream>>>(p, task);
-  return cudaGetLastError();
+  const Grid grid = {.blocks = divergence_partials(p),
+                     .threads = std::min(plan.threads, row_threads<T, kPerRow>()),
+                     .shared = plan.shared,
+                     .overlaps = device_inv_denominator != nullptr};
+  return launch_kernel(divergence_kernel<T, kPerRow>, grid, device, stream, p, task);
 }
 
 }  // namespace

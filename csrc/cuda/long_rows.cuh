@@ -278,6 +278,7 @@ __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamT
   Vector<T>* z_slots = reinterpret_cast<Vector<T>*>(slots_shared) + thread;
   Vector<T>* t_slots = z_slots + capacity * threads + kEdges;
   if (lane == 0) totals[thread / kWarp] = 0;
+  wait_for_launch_before();
   if (thread == 0) factor = task.factor(p);
   int turn = 0;
   bool arrived = false;

@@ -154,6 +154,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
   const int lane = thread & (lanes - 1), group = thread / lanes, groups = kTileThreads / lanes;
   const int chunks = (classes + lanes * kChunk - 1) / (lanes * kChunk);
   const bool want_gradient = p.gradient != nullptr;
+  wait_for_launch_before();
   const Real factor = task.factor(p);
   // i / classes is i * reciprocal / 2^20: exact as long as i * classes is at most 2^20.
   const unsigned reciprocal = (1u << 20) / static_cast<unsigned>(classes) + 1;
@@ -297,6 +298,7 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
   constexpr int kElements = kSlots * kCount;
   const int lane = threadIdx.x % kWarp, classes = static_cast<int>(p.classes);
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kWarpThreads / kWarp);
+  wait_for_launch_before();
   const Real factor = task.factor(p);
   double total = 0;
 

@@ -295,7 +295,7 @@ KD_FN RowGradient finish(const RowTask& task, const RowState& x, const RowNorm& 
   return y;
 }
 
-// For those who log: see RowStatistics in kdkernels/distill.py.
+// RowStatistics of kdkernels/reference/rows.py.
 KD_FN void statistics_of(const RowTask& task, const RowState& x, const RowNorm& norm, double label,
                          double divergence, double (&out)[kStatistics]) {
   double lse_s = norm.max_s * norm.scale_s + norm.log_sum_s;

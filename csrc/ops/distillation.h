@@ -1,4 +1,4 @@
-// The op distillation_loss, as the Python module calls it; see kdkernels/distill.py for what the arguments mean.
+// The op distillation_loss, as the Python module calls it; see kdkernels/distill for what the arguments mean.
 #pragma once
 
 #include "ops/loss.h"

@@ -1,4 +1,4 @@
-// The op linear_distillation_loss: the loss of linear heads, from hidden states; see kdkernels/distill.py for what the
+// The op linear_distillation_loss: the loss of linear heads, from hidden states; see kdkernels/distill for what the
 // arguments mean.
 #pragma once
 

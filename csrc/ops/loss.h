@@ -1,5 +1,5 @@
 // A distillation loss below autograd: what it is called with, its checks, and its kernels' calls. Shared by the losses
-// on logits and on hidden states; kdkernels/distill.py says what the arguments mean.
+// on logits and on hidden states; kdkernels/distill says what the arguments mean.
 #pragma once
 
 #include <ATen/core/Tensor.h>

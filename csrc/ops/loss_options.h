@@ -1,5 +1,5 @@
 // The options of the distillation losses: one table, from which schemas, parsing, checks, error messages and the
-// hand-over to others are made. kdkernels/distill.py says what each of them means.
+// hand-over to others are made. kdkernels/distill says what each of them means.
 #pragma once
 
 #include <ATen/core/List.h>

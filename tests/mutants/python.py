@@ -61,14 +61,14 @@ PYTHON = [
     ),
     Fault(
         "shard-begins-at-the-first-class",
-        "kdkernels/distill.py",
+        "kdkernels/distill/calls.py",
         "first = process_group.rank() * own",
         "first = 0 * own",
         LINEAR + " -k ranks",
     ),
     Fault(
         "samples-importance-left-out",
-        "kdkernels/distill.py",
+        "kdkernels/distill/teachers.py",
         "log_p.gather(-1, drawn) * (1 - proposal_power)",
         "log_p.gather(-1, drawn) * (0 * proposal_power)",
         DIVERGENCES + " -k samples_weigh",

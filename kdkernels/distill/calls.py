@@ -1,0 +1,258 @@
+"""From a call's arguments, by name, to the registered ops or to the reference."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.distributed import ProcessGroup
+
+from kdkernels import _C, reference
+from kdkernels.errors import for_floats
+from kdkernels.reference import RowStatistics
+
+_OPTIONS = tuple(_C.loss_options())  # (name, default, choices, rows may differ, public)
+_ROW_OPTIONS = tuple(name for name, _, _, rows_may_differ, _ in _OPTIONS if rows_may_differ)
+_ROW_TENSORS = ("labels", "weight", "teacher_indices", "teacher_logsumexp")
+_WISHES = {"inplace": 1, "sparse_gradient": 2, "return_statistics": 4}
+
+
+_TAKES = {
+    function: frozenset(inspect.signature(function).parameters)
+    for function in (
+        reference.distillation_loss,
+        reference.topk_distillation_loss,
+        reference.linear_distillation_loss,
+    )
+}
+
+
+def _taken_by(function, call: dict) -> dict:
+    """The arguments that a function of ``reference`` takes."""
+    return {name: value for name, value in call.items() if name in _TAKES[function]}
+
+
+def is_plain(call: dict, teachers: Sequence[Tensor]) -> bool:
+    """Whether plain PyTorch makes the loss: asked for, or for the gradient of `teachers`."""
+    backend, process_group = call["backend"], call["process_group"]
+    if not (isinstance(backend, str) and backend in ("fused", "reference")):
+        raise ValueError(f'backend is "{backend}"; it takes "fused" or "reference"')
+    plain = backend == "reference" or (
+        torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in teachers)
+    )
+    if not plain and is_compiling():
+        plain = _needs_option_gradient(call)
+    if process_group is None:
+        return plain
+    if not isinstance(process_group, ProcessGroup):
+        kind = type(process_group).__name__
+        raise TypeError(f"process_group is a {kind}; it takes a ProcessGroup")
+    if plain:
+        raise ValueError("process_group goes with kernels only, which need a teacher detached")
+    return False
+
+
+def _needs_option_gradient(call: dict) -> bool:
+    """Whether an option is a tensor that requires grad, which eager calls see in C++."""
+    options = [call[name] for name in _ROW_OPTIONS if isinstance(call.get(name), Tensor)]
+    return torch.is_grad_enabled() and any(option.requires_grad for option in options)
+
+
+def by_reference(loss_of, call: dict):
+    """The loss by plain PyTorch, which gives every option its gradient."""
+    if call["process_group"] is not None:
+        raise ValueError(
+            "process_group goes with kernels only, which make no gradient of an option; pass it "
+            "detached"
+        )
+    return loss_of(**_taken_by(loss_of, call))
+
+
+def listed(teachers, leading: Tensor) -> tuple[list, bool]:
+    """Dense teachers as a list, and whether they may be several: a list, or one more dimension than
+    `leading`, the student's logits or hidden states, has.
+    """
+    several = isinstance(teachers, (list, tuple))
+    if isinstance(teachers, Tensor) and isinstance(leading, Tensor):
+        several = teachers.dim() == leading.dim() + 1 > 1
+    return list(teachers) if several else [teachers], several
+
+
+def check_teacher_weights(weights, several: bool) -> None:
+    """What the ops, to which no weights are an empty list, cannot tell."""
+    if weights is None:
+        return
+    if not several:
+        raise ValueError("teacher_weights goes with several teachers only")
+    if isinstance(weights, (list, tuple)) and not weights:
+        raise ValueError("teacher_weights is empty; it takes a number a teacher")
+
+
+def wishes_of(call: dict) -> int:
+    """What is asked for beside the loss, as the ops take it."""
+    bits = 0
+    for name, bit in _WISHES.items():
+        value = call.get(name, False)
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is a {type(value).__name__}; it takes a bool")
+        bits |= bit if value else 0
+    return bits
+
+
+def take_divisor(call: dict) -> Tensor | None:
+    """num_items where it is a tensor, which divides the kernels' sum; taken out of the call."""
+    num_items = call["num_items"]
+    if not isinstance(num_items, Tensor):
+        return None
+    if num_items.numel() != 1 or num_items.is_complex():
+        raise ValueError(
+            f"num_items is a tensor of shape {list(num_items.shape)} and dtype {num_items.dtype}; "
+            "it takes a number or a real scalar tensor"
+        )
+    if call["reduction"] != "mean":
+        raise ValueError(f'num_items goes with reduction="mean" only, not "{call["reduction"]}"')
+    call |= {"num_items": None, "reduction": "sum"}
+    return num_items.reshape(())
+
+
+def packed(call: dict) -> tuple[list, list]:
+    """The rows' tensors and the options as the registered ops take them, for a tracer."""
+    rows = [call.get(name) for name in _ROW_TENSORS]
+    options = []
+    for name, default, choices, rows_may_differ, _ in _OPTIONS:
+        value = call.get(name, default)
+        row_tensor = rows_may_differ and isinstance(value, Tensor)
+        if rows_may_differ:
+            rows.append(value if row_tensor else None)
+        if choices:
+            if not (isinstance(value, str) and value in choices):
+                raise ValueError(f'{name} is "{value}"; it takes one of {", ".join(choices)}')
+            value = choices.index(value)
+        options.append(None if row_tensor else value)
+    return rows, options + list(call.get("teacher_weights") or ())
+
+
+def result_of(outputs: list[Tensor], divisor: Tensor | None):
+    """What a loss returns: of the op's loss and, where asked for, statistics."""
+    loss = outputs[0] if divisor is None else outputs[0] / divisor
+    return loss if len(outputs) == 1 else (loss, RowStatistics(*outputs[1].unbind()))
+
+
+def loss_of_call(call: dict, teachers: list, loss_of) -> Tensor | tuple[Tensor, RowStatistics]:
+    """The kernels' loss of a call: the arguments of one of the functions on logits, by name.
+    `loss_of`: the same function of ``reference``.
+    """
+    given = call
+    if isinstance(call["num_items"], Tensor):
+        call = dict(call)
+    divisor, group = take_divisor(call), ""
+    if call["process_group"] is not None or type(call["student_logits"]) is not Tensor:
+        student_logits, teachers, group, first, classes = vocabulary_shard(
+            call["student_logits"], teachers, call["process_group"]
+        )
+        call = call | {
+            "student_logits": student_logits,
+            "first_class": first,
+            "all_classes": classes,
+        }
+    if is_compiling():
+        op = torch.ops.kdkernels.distillation_loss
+        logits = for_floats(call["student_logits"], call.values())
+        outputs = op(logits, teachers, *packed(call), wishes_of(call), group)
+    else:
+        outputs = _C.distillation_loss(call, teachers, group)
+        if outputs is None:
+            return by_reference(loss_of, given)
+    return result_of(outputs, divisor)
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The plain tensor that a wrapper of torch.distributed stands for, if this rank has all of it;
+    else the tensor itself.
+    """
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(tensor, AsyncCollectiveTensor):
+        return tensor.trigger_wait()
+    if isinstance(tensor, DTensor) and all(p.is_replicate() for p in tensor.placements):
+        return _unwrapped(tensor.to_local())
+    return tensor
+
+
+_C.set_unwrap(_unwrapped)
+
+
+def vocabulary_shard(
+    student_logits: Tensor, teachers: list[Tensor], process_group: ProcessGroup | None
+) -> tuple[Tensor, list[Tensor], str, int, int]:
+    """This rank's columns of logits, and where they stand in the vocabulary.
+
+    Args:
+        student_logits: ``[*, V / p]``, or a DTensor ``[*, V]`` sharded on its last dimension.
+        teachers: tensors of that kind, or tensors of rows that all ranks have.
+        process_group: who shares the vocabulary; None for a DTensor, which knows.
+
+    Returns:
+        (student's columns, teachers' columns, name of the group, first column, V); the group is ""
+        where the vocabulary is whole.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(student_logits, DTensor):
+        if process_group is None:
+            return student_logits, teachers, "", 0, 0
+        own = student_logits.shape[-1]
+        first = process_group.rank() * own
+        return student_logits, teachers, process_group.group_name, first, process_group.size() * own
+    if process_group is not None:
+        raise ValueError("process_group is given, but student_logits is a DTensor, which has one")
+    mesh, placements = student_logits.device_mesh, student_logits.placements
+    last = student_logits.dim() - 1
+    split = [d for d, placement in enumerate(placements) if placement == Shard(last)]
+    others = [p for d, p in enumerate(placements) if d not in split and not p.is_replicate()]
+    if len(split) > 1 or others:
+        raise ValueError(
+            f"student_logits is a DTensor with placements {list(placements)}; it takes one that is "
+            f"sharded on its last dimension, {last}, of one dimension of the mesh"
+        )
+    local = []
+    for name, tensor in [("student_logits", student_logits)] + [
+        ("teacher_logits", teacher) for teacher in teachers
+    ]:
+        if isinstance(tensor, DTensor):
+            if tensor.placements != placements or tensor.device_mesh != mesh:
+                raise ValueError(f"{name} is placed otherwise than student_logits")
+            tensor = tensor.to_local()
+        local.append(tensor)
+    if not split:
+        return local[0], local[1:], "", 0, 0
+    _, offset = compute_local_shape_and_global_offset(student_logits.shape, mesh, placements)
+    group = mesh.get_group(split[0]).group_name
+    return local[0], local[1:], group, offset[-1], student_logits.shape[-1]
+
+
+def _differentiable_gradients(
+    student, teachers, call, grad_output
+) -> tuple[Tensor | None, Tensor | None]:
+    """A loss's gradients in the student and in its one teacher, in plain PyTorch."""
+    if call["teacher_indices"] is None:
+        loss_of, teacher = reference.distillation_loss, teachers
+        if len(teachers) == 1:
+            teacher, call["teacher_weights"] = teachers[0], None
+    else:
+        loss_of, teacher = reference.topk_distillation_loss, teachers[0]
+        call["teacher_kind"] = "log_probs"  # which may lack a logsumexp, and else are the same
+    loss: Any = loss_of(student, teacher, **_taken_by(loss_of, call))
+    inputs = [x for x in (student, teachers[0]) if x.requires_grad]
+    gradients = iter(torch.autograd.grad(loss, inputs, grad_output, create_graph=True))
+    of_student, of_teacher = (
+        next(gradients) if x.requires_grad else None for x in (student, teachers[0])
+    )
+    return of_student, of_teacher
+
+
+_C.set_differentiable_gradients(_differentiable_gradients)

@@ -1,0 +1,68 @@
+"""Every op again in plain PyTorch: the specification, the tests' oracle, and backend="reference".
+
+Written from the formulas, without the library's kernels. Noise agrees with theirs to rounding (the
+kernels' own functions are accurate to an ulp, not correctly rounded); everything else to the
+dtype's precision. Losses are differentiable to any order in everything that requires grad.
+"""
+
+from kdkernels.reference.arguments import (
+    MAX_TEACHERS,
+    MAX_TOP_K,
+    check_floating,
+    refuse_others,
+    teacher_form,
+)
+from kdkernels.reference.divergences import (
+    DIVERGENCES,
+    TOP_K_DIVERGENCES,
+    Divergence,
+    divergence_parameters,
+)
+from kdkernels.reference.losses import (
+    distillation_loss,
+    linear_distillation_loss,
+    topk_distillation_loss,
+)
+from kdkernels.reference.noise import (
+    DISTRIBUTIONS,
+    add_noise_,
+    combine_noise_,
+    gradient_noise,
+    input_noise,
+    noise_dot,
+    noisy_linear_regression,
+    perturbed_parameters,
+    philox4x32_10,
+    randn_like,
+    soft_regularization,
+)
+from kdkernels.reference.optimizers import noisy_update_
+from kdkernels.reference.rows import RowStatistics
+
+__all__ = [
+    "DISTRIBUTIONS",
+    "DIVERGENCES",
+    "Divergence",
+    "MAX_TEACHERS",
+    "MAX_TOP_K",
+    "RowStatistics",
+    "TOP_K_DIVERGENCES",
+    "add_noise_",
+    "check_floating",
+    "combine_noise_",
+    "distillation_loss",
+    "divergence_parameters",
+    "gradient_noise",
+    "input_noise",
+    "linear_distillation_loss",
+    "noise_dot",
+    "noisy_linear_regression",
+    "noisy_update_",
+    "perturbed_parameters",
+    "philox4x32_10",
+    "randn_like",
+    "refuse_others",
+    "soft_regularization",
+    "teacher_form",
+    "topk_distillation_loss",
+]
