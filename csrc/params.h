@@ -94,7 +94,7 @@ struct LossParams {
   double temperature = 1, alpha = 1, label_smoothing = 0;
 
   math::Divergence divergence = math::Divergence::kForwardKL;
-  double beta = 0, second = 0;  // its parameters
+  double divergence_alpha = 0, beta = 0;  // its parameters
   // Of the student's and of a teacher's logits: soft_cap * tanh(logit_scale * x / soft_cap); soft_cap 0: none.
   double logit_scale = 1, soft_cap = 0, teacher_logit_scale = 1, teacher_soft_cap = 0;
   // [rows] each, acc: what a row takes instead of the number, or null.

@@ -1,4 +1,4 @@
-// What a call's parameters say of its rows: to math/row.h, and to who chooses a kernel.
+// What a call's parameters say of its rows, for math/row.h and for the choice of a kernel.
 #pragma once
 
 #include "math/row.h"
@@ -9,20 +9,20 @@ namespace kdkernels {
 KD_FN math::RowTask row_task(const LossParams& p) {
   math::RowTask task = {};
   task.divergence = p.divergence;
+  task.divergence_alpha = p.divergence_alpha;
   task.beta = p.beta;
-  task.second = p.second;
   task.temperature = 1;
   task.alpha = p.alpha;
   task.smoothing = p.label_smoothing;
   task.all_classes = static_cast<double>(p.all_classes);
   task.cross_entropy = p.labels != nullptr && p.alpha < 1;
-  // Slices do the same whatever their ranks are asked for.
+  // All ranks take the same passes, whichever outputs each of them wants.
   task.compares = p.alpha > 0 || p.statistics != nullptr || p.state != nullptr;
   if (!task.compares) return task;
   task.temperature = p.temperature;
   task.standardize = p.standardize;
   task.mixed = p.teachers > 1;
-  task.aside_label = p.divergence == math::Divergence::kDecoupled;
+  task.separate_label = p.divergence == math::Divergence::kDecoupled;
   task.entries = p.tail != Tail::kNone;
   task.renormalize = p.tail == Tail::kRenormalize;
   task.bucket = p.tail == Tail::kBucket;
@@ -50,10 +50,9 @@ KD_FN bool is_of_plain_logits(const LossParams& p) {
 // False: it has no such parameters.
 KD_FN bool set_divergence(math::Divergence named, double alpha, double beta, LossParams& out) {
   using math::Divergence;
-  const bool two = math::has_two_parameters(named);
   out.divergence = named;
-  out.beta = two ? alpha : beta;
-  out.second = two ? beta : 0;
+  out.divergence_alpha = alpha;
+  out.beta = beta;
   bool forward = false, reverse = false;
   switch (named) {
     case Divergence::kJS:
@@ -88,7 +87,7 @@ KD_FN bool in_range(RowOption option, math::Divergence divergence, double value)
 template <class Real>
 KD_FN bool options_of_row(const LossParams& call, int64_t row, LossParams& out) {
   const math::Divergence named = call.divergence;
-  double alpha = call.beta, beta = math::has_two_parameters(named) ? call.second : call.beta;
+  double alpha = call.divergence_alpha, beta = call.beta;
   double* const numbers[kRowOptions] = {
       &out.temperature,
       &out.alpha,

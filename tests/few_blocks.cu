@@ -64,10 +64,10 @@ extern "C" int launch_few(int three_sweeps, int cluster, int blocks, const float
                           float* row_loss, double* partial, int64_t rows, int64_t classes) {
   LossParams p = {};
   p.rows = rows;
-  p.classes = p.all_classes = p.student_stride = p.gradient_stride = classes;
+  p.classes = p.all_classes = classes;
+  p.student_rows.inner = p.gradient_rows.inner = p.teacher_rows[0].inner = classes;
   p.student = student;
   p.teacher_data[0] = teacher;
-  p.teacher_strides[0] = classes;
   p.labels = labels;
   p.gradient = gradient;
   p.row_loss = row_loss;

@@ -50,7 +50,7 @@ class Draw(random.Random):
     def tensor(self, *shape, dtype=torch.float32, scale=1.0) -> torch.Tensor:
         """Random normals, in one of the layouts that users' tensors have."""
         g = torch.Generator().manual_seed(self.getrandbits(32))
-        layouts = ["transposed", "cut", "strided", "expanded", "flipped"]
+        layouts = ["transposed", "cut", "strided", "expanded", "flipped", "shifted", "second first"]
         layout = self.choice(["plain"] * 6 + layouts)
         if layout == "transposed" and len(shape) > 1:
             x = torch.randn(*shape[:-2], shape[-1], shape[-2], generator=g).transpose(-1, -2)
@@ -58,6 +58,10 @@ class Draw(random.Random):
             x = torch.randn(*shape[:-1], shape[-1] + 3, generator=g)[..., 1 : shape[-1] + 1]
         elif layout == "strided" and shape:
             x = torch.randn(*shape[:-1], 2 * shape[-1], generator=g)[..., ::2]
+        elif layout == "shifted" and len(shape) > 1:
+            x = torch.randn(*shape[:-2], shape[-2] + 1, shape[-1], generator=g)[..., 1:, :]
+        elif layout == "second first" and len(shape) > 2:
+            x = torch.randn(*shape[:-3], *shape[-2:-4:-1], shape[-1], generator=g).transpose(-3, -2)
         elif layout == "expanded" and len(shape) > 1:
             x = torch.randn(1, *shape[1:], generator=g)
             return (scale * x).to(dtype).expand(shape)
@@ -70,6 +74,8 @@ class Draw(random.Random):
         """Of logits: leading dimensions and classes."""
         classes = self.choice([1, 2, 3, 7, 10, 16, 31, 33, 64, 100, 257, 1000])
         rows = self.choice([(), (1,), (2,), (5,), (17,), (2, 3), (1, 1), (3, 1, 2), (0,), (2, 0)])
+        if self.random() < 0.01:
+            return (self.choice([1, 2]), self.choice([4097, 50257, 262144]))
         return (*rows, classes)
 
     def with_gradient(self, x: torch.Tensor) -> torch.Tensor:
@@ -150,9 +156,13 @@ def dense_loss(r: Draw):
     options = loss_options(r, rows, classes, dense=True)
     divergence(r, DIVERGENCES, options)
     with_labels(r, rows, classes, options, options["divergence"] == "decoupled")
-    student = r.with_gradient(r.tensor(*rows, classes, dtype=dtype, scale=3))
+    student = r.tensor(*rows, classes, dtype=dtype, scale=3)
     count = r.choice([1, 1, 1, 2, 3])
     teachers = [r.tensor(*rows, classes, dtype=dtype, scale=3) for _ in range(count)]
+    if r.random() < 0.4:  # a student in training is near its teacher
+        gap = r.choice([0.0, 0.01, 0.1, 0.3])
+        teachers[0] = (student + r.tensor(*rows, classes, scale=gap)).to(dtype)
+    student = r.with_gradient(student)
     kind = r.choice(["logits", "logits", "log_probs", "probs"])
     if kind != "logits":
         f = torch.softmax if kind == "probs" else torch.log_softmax

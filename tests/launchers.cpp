@@ -53,10 +53,11 @@ PYBIND11_MODULE(launchers, m) {
       .value("float16", Dtype::kFloat16);
   // A number stands for rows of one run.
   py::class_<RowStrides>(m, "RowStrides", py::module_local())
-      .def(py::init([](int64_t inner) { return RowStrides{.inner = inner}; }))
-      .def(py::init([](int64_t inner, int64_t outer, int64_t run) {
-        return RowStrides{.inner = inner, .outer = outer, .run = run};
-      }));
+      .def(py::init([](int64_t inner) {
+    return RowStrides{.inner = inner};
+  })).def(py::init([](int64_t inner, int64_t outer, int64_t run) {
+    return RowStrides{.inner = inner, .outer = outer, .run = run};
+  }));
   py::implicitly_convertible<py::int_, RowStrides>();
   {
     using Struct = Denominator;
@@ -84,7 +85,7 @@ PYBIND11_MODULE(launchers, m) {
         FIELD(weight) FIELD(row_loss) FIELD(loss) FIELD(student_rows) FIELD(gradient_rows)
         FIELD(temperature) FIELD(alpha) FIELD(label_smoothing) FIELD(ignore_index)
         FIELD(denominator) FIELD(gradient_scale) FIELD(workspace) FIELD(divergence) FIELD(beta)
-        FIELD(second) FIELD(logit_scale) FIELD(soft_cap) FIELD(teacher_logit_scale)
+        FIELD(divergence_alpha) FIELD(logit_scale) FIELD(soft_cap) FIELD(teacher_logit_scale)
         FIELD(teacher_soft_cap) FIELD(standardize) FIELD(probs) FIELD(log_mix)
         FIELD(teacher_gradient) FIELD(teacher_gradient_rows) FIELD(statistics) FIELD(tail)
         FIELD(entries) FIELD(indices) FIELD(wide_indices) FIELD(teacher_logsumexp)

@@ -570,8 +570,6 @@ def divergence_launch(device, case):
         statistics = device.new((lib.statistics, rows), case.acc, name="statistics")
     counted = case.reduction == "mean" and (labels is not None or weight is not None)
     default = reference.divergence_parameters(case.divergence, case.divergence_alpha, case.beta)
-    alpha, beta = default.get("divergence_alpha"), default.get("beta", 0.0)
-    first, second = (beta, 0.0) if alpha is None else (alpha, beta)
     p = fill(
         lib.LossParams(),
         dtype=getattr(lib.Dtype, case.dtype),
@@ -589,8 +587,8 @@ def divergence_launch(device, case):
         denominator=denominator(lib, case, counted),
         gradient_scale=1.0,
         divergence=getattr(lib.Divergence, case.divergence),
-        beta=first,
-        second=second,
+        divergence_alpha=default.get("divergence_alpha", 0.0),
+        beta=default.get("beta", 0.0),
         logit_scale=case.logit_scale,
         soft_cap=case.soft_cap or 0.0,
         teacher_logit_scale=case.teacher_logit_scale,

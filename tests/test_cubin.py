@@ -376,10 +376,10 @@ extern "C" void distillation(long classes, int size, int arch, int shared_per_bl
   out[2] = p.shared;
   out[3] = kBusyThreads;
 }
-extern "C" void divergence(long classes, long entries, int size, bool cooked, int sides, int arch,
+extern "C" void divergence(long classes, long entries, int size, bool transformed, int sides, int arch,
                            int shared_per_block, int shared_per_sm, int* out) {
   Device device = {arch, 100, shared_per_block, shared_per_sm};
-  DivergencePlan p = plan_divergence(classes, entries, size, cooked, sides, device);
+  DivergencePlan p = plan_divergence(classes, entries, size, transformed, sides, device);
   out[0] = p.threads;
   out[1] = p.shared;
   out[2] = kDivergenceStatic;
@@ -477,12 +477,12 @@ def test_a_divergence_has_room_for_its_kernel(kernels, tmp_path):
             MULTIPROCESSORS[kernel.arch],
             SIZES[re.search(r"<(\w+)", demangled(kernel.name))[1]],
         )
-        for classes, cooked, (entries, sides) in itertools.product(
+        for classes, transformed, (entries, sides) in itertools.product(
             CLASSES, (False, True), ((0, 2), (0, 1), (1, 0), (64, 1), (1024, 0), (1024, 1))
         ):
             out = (ctypes.c_int * 3)()
             plan(
-                *(ctypes.c_long(classes), ctypes.c_long(entries), size, ctypes.c_bool(cooked)),
+                *(ctypes.c_long(classes), ctypes.c_long(entries), size, ctypes.c_bool(transformed)),
                 *(sides, int(kernel.arch), sm.shared - sm.reserved, sm.shared, out),
             )
             threads, shared, static = out

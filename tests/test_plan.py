@@ -73,17 +73,17 @@ def test_blocks_overlap(table, arch, classes, size):
     assert 3 * (p.shared + 3072) <= device(table, arch).shared_per_sm
 
 
-@pytest.mark.parametrize(("arch", "size", "cooked"), KINDS)
-def test_every_row_of_a_divergence_has_a_place(table, arch, size, cooked):
+@pytest.mark.parametrize(("arch", "size", "transformed"), KINDS)
+def test_every_row_of_a_divergence_has_a_place(table, arch, size, transformed):
     """A block of its launch fits the device, and holds the row or chunks of it."""
     d = device(table, arch)
     acc = max(size, 4)
     for classes in SIZES:
         for entries, sides in ((0, 2), (0, 1), (1, 0), (64, 1), (1024, 0), (1024, 1)):
-            p = table.plan_divergence(classes, entries, size, cooked, sides, d)
+            p = table.plan_divergence(classes, entries, size, transformed, sides, d)
             assert p.threads in (32, 64, 128, 256, 512)[: 4 if size == 8 else 5]
             assert p.shared + table.divergence_static + 1024 <= d.shared_per_block
-            a_class = (sides * acc + size if cooked else sides * size) if sides else 0
+            a_class = (sides * acc + size if transformed else sides * size) if sides else 0
             assert p.shared >= p.capacity * a_class + entries * (2 * acc + 8)
             assert p.capacity * size % 16 == 0
             if sides == 0:

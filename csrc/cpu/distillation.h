@@ -296,8 +296,8 @@ template <class Real>
 KD_FN math::Parameters<Vector<Real>> in_every_lane(const math::Parameters<Real>& x) {
   using V = Vector<Real>;
   math::Parameters<V> y;
+  y.alpha = V(x.alpha);
   y.beta = V(x.beta);
-  y.second = V(x.second);
   y.close = V(x.close);
   for (int n = 0; n < math::Parameters<Real>::kTerms; ++n) {
     y.f[n] = V(x.f[n]);
@@ -375,12 +375,12 @@ template <class Real>
 const math::Parameters<Real>& parameters_of(const LossParams& p) {
   static thread_local math::Parameters<Real> parameters;
   static thread_local math::Divergence divergence = math::Divergence::kForwardKL;
-  static thread_local double beta = -1, second = -1;
-  if (p.divergence != divergence || p.beta != beta || p.second != second) {
-    parameters = math::parameters_of<Real>(p.divergence, p.beta, p.second);
+  static thread_local double alpha = -1, beta = -1;
+  if (p.divergence != divergence || p.divergence_alpha != alpha || p.beta != beta) {
+    parameters = math::parameters_of<Real>(p);
     divergence = p.divergence;
     beta = p.beta;
-    second = p.second;
+    alpha = p.divergence_alpha;
   }
   return parameters;
 }
@@ -400,7 +400,7 @@ double second_and_third_sweep(const LossParams& p, const T* z, const T* t,
   const Elements<T> elements(by, row);
   const math::Parameters<Real>& parameters = parameters_of<Real>(p);
   TermSums sums = {};
-  math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
+  math::with_policy(p, [&](auto policy) {
     using Policy = decltype(policy);
     if constexpr (!math::kTwoSweeps<Policy>)
       sums = terms_sweep<T, Policy>(z, t, p.classes, elements, parameters, ex, ey);
@@ -669,7 +669,7 @@ bool plain_rows_with(const LossParams& p, int64_t begin, int64_t end, double* ro
     rows<T, math::ForwardSweeps, kHard>(p, begin, end, row_loss);
   } else if (p.divergence == math::Divergence::kReverseKL) {
     rows<T, math::ReverseSweeps, kHard>(p, begin, end, row_loss);
-  } else if (math::has_third_sweep(p.divergence, p.beta, sizeof(T) == 2)) {
+  } else if (math::has_third_sweep(p, sizeof(T) == 2)) {
     rows<T, math::AnySweeps, kHard>(p, begin, end, row_loss);
   } else {
     return false;
@@ -684,10 +684,9 @@ bool plain_rows_of(const LossParams& p, int64_t begin, int64_t end, double* row_
   const CrossEntropy hard = p.labels == nullptr || p.alpha == 1 ? CrossEntropy::kNone
                             : p.temperature == 1                ? CrossEntropy::kShared
                                                                 : CrossEntropy::kOwn;
-  if (p.classes <= kShortClasses && math::has_third_sweep(p.divergence, p.beta, false)) {
-    math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
-      short_rows<T, decltype(policy)>(p, hard, begin, end, row_loss);
-    });
+  if (p.classes <= kShortClasses && math::has_third_sweep(p, false)) {
+    math::with_policy(
+        p, [&](auto policy) { short_rows<T, decltype(policy)>(p, hard, begin, end, row_loss); });
     return true;
   }
   switch (hard) {

@@ -117,7 +117,7 @@ struct RowWalk {
                                                      : math::RowState{};
     read_row();
     if ((p.stages & kMoments) != 0 && task.standardize) find_moments();
-    set_aside();
+    separate();
     math::scales(task, x, exact);
     if ((p.stages & kMaxima) != 0) find_maxima();
     if ((p.stages & (kSums | kTerms | kGradient)) != 0) add_exponentials();
@@ -145,9 +145,7 @@ struct RowWalk {
     return row_at<T>(p.teacher_gradient, p.teacher_gradient_rows, row);
   }
   T* entry_gradient_row() const { return static_cast<T*>(p.entry_gradient) + row * p.entries; }
-  const T* teacher_row(int k) const {
-    return row_at<T>(p.teacher_data[k], p.teacher_rows[k], row);
-  }
+  const T* teacher_row(int k) const { return row_at<T>(p.teacher_data[k], p.teacher_rows[k], row); }
 
   void fill_gradients(Real student, Real teacher) const {
     auto fill = [](T* out, int64_t n, Real value) {
@@ -163,7 +161,7 @@ struct RowWalk {
   // The row itself, where it can be read as it is.
   const Real* in_place(const T* in, bool changes, Real& max) const {
     if constexpr (sizeof(T) == sizeof(Real)) {
-      if (own.n == own.padded && !changes && !task.aside_label && !task.entries) {
+      if (own.n == own.padded && !changes && !task.separate_label && !task.entries) {
         max = max_of(in, own.padded);
         return in;
       }
@@ -290,8 +288,8 @@ struct RowWalk {
   }
 
   // Takes the label (DKD) or the entries out of the row's own classes.
-  void set_aside() {
-    if (task.aside_label && label_here >= 0) {
+  void separate() {
+    if (task.separate_label && label_here >= 0) {
       u[label_here] = t[label_here] = -kInfinity<Real>;
       max_u = max_of(u, own.padded);
       max_t = max_of(t, own.padded);
@@ -371,15 +369,15 @@ struct RowWalk {
                            ? static_cast<double>(static_cast<const Real*>(p.teacher_logsumexp)[row])
                            : 0.0;
     math::normalize(task, x, logsumexp, exact);
-    const bool aside = task.aside_label || task.entries;
-    auto norm = math::ElementNorm<Real>::of(exact, aside);
+    const bool separate = task.separate_label || task.entries;
+    auto norm = math::ElementNorm<Real>::of(exact, separate);
     if ((p.stages & kTerms) != 0) add_other_terms(norm);
     const Lane<Real>& lane = compared();
     const double max_s = task.entries ? x.entry_max_s : x.max_s,
                  max_t = task.entries ? x.entry_max_t : x.max_t;
     if (math::needs_exact_sums(p.divergence) && p.state == nullptr) {
       math::refine(exact, excess_of_q(lane, norm, inverse_s(max_s), inverse_t(max_t)));
-      norm = math::ElementNorm<Real>::of(exact, aside);
+      norm = math::ElementNorm<Real>::of(exact, separate);
     }
     Terms sums = {};
     terms(p, lane, norm, inverse_s(max_s), inverse_t(max_t), wants_teacher, sums);
@@ -491,7 +489,7 @@ struct RowWalk {
     using Gradient = LaneGradient<Real>;
     const V u(label_u);
     V y;
-    if (task.aside_label) {
+    if (task.separate_label) {
       double hard = task.cross_entropy ? g.of_hard * math::exp_acc(label_u - g.hard_max) : 0.0;
       y = V(static_cast<Real>(g.label_s + hard - g.uniform));
     } else {
@@ -548,7 +546,7 @@ struct RowWalk {
       }
       return at(load(logits + i), fma(V(of_b), load(b + i), V(of_p) * load(e + i)), probability);
     });
-    if (task.aside_label && label_here >= 0) {
+    if (task.separate_label && label_here >= 0) {
       const Real probability = p.probs ? widen(probabilities[label_here]) : Real(1);
       narrow(at(V(label_t), V(static_cast<Real>(g.label_t)), V(probability)).lanes[0],
              out[label_here]);

@@ -194,7 +194,7 @@ void terms(const LossParams& p, const Lane<Real>& x, const math::ElementNorm<Rea
            double inv_s, double inv_t, bool teacher, Terms& out) {
   Real of_q = static_cast<Real>(inv_s), of_p = static_cast<Real>(inv_t);
   const math::Parameters<Real>& parameters = parameters_of<Real>(p);
-  math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
+  math::with_policy(p, [&](auto policy) {
     using Policy = decltype(policy);
     if (teacher) {
       terms_of<Policy, true>(x, norm, of_q, of_p, parameters, out);

@@ -74,8 +74,9 @@ cudaError_t launch_rows(const LossParams& p, const Task<typename Compute<T>::typ
   auto launch = [&](auto kernel, auto... arguments) {
     const cudaError_t error =
         allow_shared(reinterpret_cast<const void*>(kernel), plan.shared, kRowStatic, device);
-    return error != cudaSuccess ? error
-                                : launch_kernel(kernel, grid, device, stream, p, task, arguments...);
+    return error != cudaSuccess
+               ? error
+               : launch_kernel(kernel, grid, device, stream, p, task, arguments...);
   };
   switch (plan.walk) {
     case Walk::kTile: return launch(tile_kernel<T, Policy>, plan.lanes, plan.rows);
@@ -146,8 +147,7 @@ cudaError_t launch_sweeps(const LossParams& p, cudaStream_t stream) {
                      inverse.on_device,
                      p.loss != nullptr ? p.workspace + kPartials : nullptr,
                      {}};
-  if constexpr (math::kThirdSweep<Policy>)
-    task.parameters = math::parameters_of<Real>(p.divergence, p.beta, p.second);
+  if constexpr (math::kThirdSweep<Policy>) task.parameters = math::parameters_of<Real>(p);
   if (p.rows > 0) error = launch_rows<T, Policy>(p, task, plan, device, stream);
   if (error != cudaSuccess) return error;
   return add_partials<Real>(p, plan.partials(p.rows) * plan.cluster, inverse, stream);
@@ -223,8 +223,7 @@ cudaError_t loss(const LossParams& p, cudaStream_t stream) {
     }
     // fp64 has no special functions to save.
     if constexpr (sizeof(T) < 8) {
-      if (math::has_third_sweep(p.divergence, p.beta, sizeof(T) == 2))
-        return launch_sweeps<T, AnySweeps>(p, stream);
+      if (math::has_third_sweep(p, sizeof(T) == 2)) return launch_sweeps<T, AnySweeps>(p, stream);
     }
     return launch_general<T>(p, stream);
   });

@@ -40,7 +40,7 @@ struct RowTaskMemory<Real, true> {
     task = of_call;
     set_options(out, task);
     if (p.row_options[kDivergenceAlpha] != nullptr || p.row_options[kBeta] != nullptr)
-      task.parameters = math::parameters_of<Real>(out.divergence, out.beta, out.second);
+      task.parameters = math::parameters_of<Real>(out);
   }
 };
 
@@ -139,11 +139,11 @@ DivergenceTask<Real> task_of(const LossParams& p) {
   using Transform = math::Transform<Real>;
   DivergenceTask<Real> task = {};
   set_options(p, task);
-  task.parameters = math::parameters_of<Real>(p.divergence, p.beta, p.second);
+  task.parameters = math::parameters_of<Real>(p);
   task.own = !task.row.renormalize || task.row.cross_entropy;
   task.reads_teacher =
       p.tail == Tail::kNone && (task.row.compares || p.teacher_gradient != nullptr);
-  task.cooked =
+  task.transformed =
       !Transform::nothing(task.student) || has_row_options(p) ||
       (task.reads_teacher && (p.teachers > 1 || p.probs || !Transform::nothing(task.teacher)));
   task.best = p.statistics != nullptr || p.state != nullptr;
@@ -168,9 +168,9 @@ cudaError_t launch(const LossParams& p, double inv_denominator,
 
   const int sides = task.own + task.reads_teacher;
   const DivergencePlan plan =
-      plan_divergence(p.classes, p.entries, sizeof(T), task.cooked, sides, remaining);
+      plan_divergence(p.classes, p.entries, sizeof(T), task.transformed, sides, remaining);
   const int entries = static_cast<int>(padded_entries(p.entries)), acc = sizeof(Real);
-  const int side = plan.capacity * (task.cooked ? acc : static_cast<int>(sizeof(T))) + 16;
+  const int side = plan.capacity * (task.transformed ? acc : static_cast<int>(sizeof(T))) + 16;
   task.capacity = plan.capacity;
   task.entry_u = entries * static_cast<int>(sizeof(int64_t));
   task.entry_t = task.entry_u + entries * acc;

@@ -19,12 +19,12 @@ struct DivergenceTask {
   Real temperature;
   bool own;  // the columns beside a top-k teacher's entries are read
   bool reads_teacher;  // a dense one
-  bool cooked;  // logits wait transformed
-  bool best;  // somebody asks where the largest logits are
+  bool transformed;  // logits wait transformed
+  bool best;  // the classes of the largest logits are wanted
   bool refine;  // a pass over the row puts its sums right
   int capacity;  // classes of a chunk
   // Where what stands in shared memory, in bytes: entries' logits and columns, a chunk of each side, what is
-  // cooked on its way.
+  // transformed on its way.
   int column, entry_u, entry_t, student_image, teacher_image, raw;
   double inv_denominator;
   const double* device_inv_denominator;  // instead of it, or null
@@ -334,8 +334,8 @@ struct RowWalk {
     __syncthreads();
   }
 
-  // Classes [first, first + lane.n) into shared memory, cooked.
-  __device__ __forceinline__ void cook(int64_t first) {
+  // Classes [first, first + lane.n) into shared memory, transformed.
+  __device__ __forceinline__ void load_transformed(int64_t first) {
     Real *u = shared_at<Real>(lane.u), *t = shared_at<Real>(lane.t);
     through_raw(student_row() + first, lane.n,
                 [&](int i, Real x) { u[i] = Transform::apply(task.student, x); });
@@ -357,13 +357,13 @@ struct RowWalk {
     if (mix) each(lane.n, [&](int i) { t[i] *= task.temperature; });
   }
 
-  // The chunk of the row's own classes from `first` on, what is set aside of them as -inf.
+  // The chunk of the row's own classes from `first` on, what is kept separate of them as -inf.
   __device__ __forceinline__ void stage_chunk(int64_t first) {
     const T* z = student_row() + first;
     const T* t = task.reads_teacher ? teacher_row(0) + first : nullptr;
     // Images lie past 16 bytes as what the student's is copied from, or to.
     int phase = 0;
-    if (!task.cooked) {
+    if (!task.transformed) {
       phase = phase_of(z);
     } else if (sizeof(T) == sizeof(Real)) {
       if (p.gradient != nullptr) {
@@ -373,13 +373,14 @@ struct RowWalk {
       }
     }
     const int shift = phase * static_cast<int>(sizeof(T));
-    lane = {task.student_image + shift, task.teacher_image + shift, phase % kGroup,      first,
-            chunk(first),               task.cooked,                task.reads_teacher, false};
+    lane = {
+        task.student_image + shift, task.teacher_image + shift, phase % kGroup, first, chunk(first),
+        task.transformed,           task.reads_teacher,         false};
     if (staged) return;
     staged = p.classes <= task.capacity;
     __syncthreads();  // the last chunk is no longer needed
-    if (task.cooked) {
-      cook(first);
+    if (task.transformed) {
+      load_transformed(first);
     } else {
       bring(z, lane.n, shared_at<T>(lane.u));
       if (t != nullptr) bring(t, lane.n, shared_at<T>(lane.t));
@@ -397,17 +398,17 @@ struct RowWalk {
     }
     if (holds_label()) {
       __syncthreads();
-      if (threadIdx.x == 0) set_label_aside(static_cast<int>(label - first));
+      if (threadIdx.x == 0) separate_label_at(static_cast<int>(label - first));
       __syncthreads();
     }
     if (!task.row.entries) return;
     each_entry([&](int k, int i) { lane.put(lane.u, i, -Real(INFINITY)); });
     __syncthreads();
   }
-  __device__ __forceinline__ void set_label_aside(int at) {
+  __device__ __forceinline__ void separate_label_at(int at) {
     shared.label_u = lane.get(lane.u, at);
     shared.label_t = task.reads_teacher ? lane.get(lane.t, at) : Real(0);
-    if (!task.row.aside_label) return;
+    if (!task.row.separate_label) return;
     lane.put(lane.u, at, -Real(INFINITY));
     if (task.reads_teacher) lane.put(lane.t, at, -Real(INFINITY));
   }
@@ -502,7 +503,7 @@ struct RowWalk {
   }
 
   __device__ __forceinline__ math::ElementNorm<Real> element_norm() const {
-    return math::ElementNorm<Real>::of(shared.exact, task.row.aside_label || task.row.entries);
+    return math::ElementNorm<Real>::of(shared.exact, task.row.separate_label || task.row.entries);
   }
 
   __device__ __forceinline__ void finish_row() {
@@ -537,7 +538,7 @@ struct RowWalk {
         add_moment(acc + 4, t[j]);
       }
     });
-    if (task.row.aside_label && holds_label() && threadIdx.x == 0) {
+    if (task.row.separate_label && holds_label() && threadIdx.x == 0) {
       add_moment(acc, shared.label_u);
       add_moment(acc + 4, shared.label_t);
     }
@@ -570,12 +571,10 @@ struct RowWalk {
                scale_s = shared.scale_s, scale_t = shared.scale_t;
     lane.each_group([&](int i, const Group& u, const Group& t) {
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j)
-        acc[0] += math::exp2_nonpositive((u[j] - max_s) * scale_s);
+      for (int j = 0; j < kGroup; ++j) acc[0] += math::exp2_nonpositive((u[j] - max_s) * scale_s);
       if (lane.has_teacher) {
 #pragma unroll
-        for (int j = 0; j < kGroup; ++j)
-          acc[1] += math::exp2_nonpositive((t[j] - max_t) * scale_t);
+        for (int j = 0; j < kGroup; ++j) acc[1] += math::exp2_nonpositive((t[j] - max_t) * scale_t);
       }
       if (task.row.cross_entropy) {
 #pragma unroll
@@ -655,7 +654,7 @@ struct RowWalk {
     const math::ElementGradient<Real>& g = shared.gradient;
     Real y = math::ElementGradient<Real>::student(g, task.row.cross_entropy, u, soft);
     if (lane.entries ? column(i) == label : i == label_at) y -= g.at_label;
-    return task.cooked ? Transform::back(task.student, u, y) : y;
+    return task.transformed ? Transform::back(task.student, u, y) : y;
   }
   __device__ __forceinline__ Real teacher_gradient(Real t, Real soft) const {
     Real y = math::ElementGradient<Real>::teacher(shared.gradient, t, soft);
@@ -682,7 +681,7 @@ struct RowWalk {
   // A chunk's gradients, as they stand in its images, to global memory.
   __device__ __forceinline__ void write_chunk() {
     __syncthreads();
-    if (task.row.aside_label && holds_label() && threadIdx.x == 0) {
+    if (task.row.separate_label && holds_label() && threadIdx.x == 0) {
       const math::ElementGradient<Real>& g = shared.gradient;
       const int at = static_cast<int>(label - lane.first);
       lane.put(lane.u, at, student_gradient(at, shared.label_u, g.label_s, at));
@@ -827,7 +826,7 @@ struct RowWalk {
         if (stage == kSums) add_sums(acc);
         if (stage == kRefine) add_excess(acc);
         if (stage >= kTerms && compared && (stage == kTerms || task.row.alpha > 0)) {
-          math::with_policy(task.row.divergence, task.row.beta, task.row.second, [&](auto policy) {
+          math::with_policy(task.row, [&](auto policy) {
             using Policy = decltype(policy);
             if (stage == kTerms) {
               divergence<Policy, false>(acc);
@@ -865,8 +864,7 @@ struct RowWalk {
 template <class T>
 __device__ __forceinline__ void blank(const LossParams& p, int64_t row) {
   using Real = typename Compute<T>::type;
-  if (p.gradient != nullptr)
-    fill(row_at<T>(p.gradient, p.gradient_rows, row), p.classes, Real(0));
+  if (p.gradient != nullptr) fill(row_at<T>(p.gradient, p.gradient_rows, row), p.classes, Real(0));
   if (p.teacher_gradient != nullptr)
     fill(row_at<T>(p.teacher_gradient, p.teacher_gradient_rows, row), p.classes, Real(0));
   if (p.entry_gradient != nullptr)

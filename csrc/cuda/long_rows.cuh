@@ -204,7 +204,7 @@ __device__ __forceinline__ Real more_sweeps(const LossParams& p, const Task<Real
     sweep.refine(reduce_row(excess, Real(0)).first);
   }
   Pair<Real> terms = {0, 0};
-  math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
+  math::with_policy(p, [&](auto policy) {
     using Terms = decltype(policy);
     if constexpr (!math::kTwoSweeps<Terms>) {
       // Where rows are held; rounded to 16 bits slopes would lose digits to their sum.

@@ -130,7 +130,7 @@ inline DistillationPlan plan_distillation(int64_t classes, int element_size, con
 // ---- any divergence -----------------------------------------------------------------------------
 //
 // A row has one block, which goes over it once a pass of math/row.h. What the passes read waits in shared
-// memory: the logits as they are, or `cooked`, which means transformed, of the compute type, with one more row
+// memory: the logits as they are, or `transformed`, which means transformed, of the compute type, with one more row
 // to bring them in. A row that fits is read from global memory once; of a longer one each pass brings in one
 // chunk after the other, of 24 KB so that 3 blocks fit the SMs of every device and one's loads hide behind the
 // others' arithmetic, mostly from L2.
@@ -153,17 +153,17 @@ struct DivergencePlan {
 };
 
 // Bytes of shared memory a class; `sides`: rows of logits that are brought in, 0 to 2.
-constexpr int divergence_class_bytes(int element_size, bool cooked, int sides) {
+constexpr int divergence_class_bytes(int element_size, bool transformed, int sides) {
   int acc = element_size == 8 ? 8 : 4;
-  return sides == 0 ? 0 : cooked ? sides * acc + element_size : sides * element_size;
+  return sides == 0 ? 0 : transformed ? sides * acc + element_size : sides * element_size;
 }
 
 inline DivergencePlan plan_divergence(int64_t classes, int64_t entries, int element_size,
-                                      bool cooked, int sides, const Device& device) {
+                                      bool transformed, int sides, const Device& device) {
   const int acc = element_size == 8 ? 8 : 4, group = 16 / element_size;
-  const int a_class = divergence_class_bytes(element_size, cooked, sides);
+  const int a_class = divergence_class_bytes(element_size, transformed, sides);
   // An entry is a column and two logits; images of rows start at any element of 16 bytes.
-  const int64_t fixed = padded_entries(entries) * (2 * acc + 8) + 16 * (sides + cooked);
+  const int64_t fixed = padded_entries(entries) * (2 * acc + 8) + 16 * (sides + transformed);
   const int64_t whole = (classes + group - 1) / group * group;
   const int64_t work = std::max(classes, entries);
   const int reserve = 1024 + kDivergenceStatic;  // CUDA takes 1 KB of each block

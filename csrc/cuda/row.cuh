@@ -179,7 +179,7 @@ struct TermSweeps : SecondSweep<T, AnySweeps> {
   __device__ __forceinline__ Real gradient_of(const LossParams& p, const Task<Real>& task, Real z,
                                               Real t) const {
     Real y = 0;
-    math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
+    math::with_policy(p, [&](auto policy) {
       if constexpr (!math::kTwoSweeps<decltype(policy)>) y = gradient<decltype(policy)>(task, z, t);
     });
     return y;

@@ -83,7 +83,7 @@ __device__ __forceinline__ Solved<T, Policy> solve(const LossParams& p, const Ta
       reduce_lanes<Sum>(excess, lanes);
       out.sweep.refine(excess[0]);
     }
-    math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
+    math::with_policy(p, [&](auto policy) {
       using Terms = decltype(policy);
       if constexpr (!math::kTwoSweeps<Terms>) {
         each([&](int k) {

@@ -21,13 +21,10 @@ enum class Divergence {
   kSkewForwardKL,  // KL(p || beta p + (1 - beta) q)                   (DistiLLM, arXiv 2402.03898)
   kSkewReverseKL,  // KL(q || beta q + (1 - beta) p)
   kTotalVariation,  // sum |p - q| / 2
-  kAlphaBeta,  // alpha = beta, beta = second                          (ABKD, arXiv 2505.04560, eq. 4)
-  kDecoupled,  // weights beta, second of target and non-target terms  (DKD, arXiv 2203.08679, eq. 7)
+  kAlphaBeta,  // with alpha and beta                                  (ABKD, arXiv 2505.04560, eq. 4)
+  kDecoupled,  // weights alpha, beta of target and non-target terms   (DKD, arXiv 2203.08679, eq. 7)
 };
 
-KD_FN bool has_two_parameters(Divergence divergence) {
-  return divergence == Divergence::kAlphaBeta || divergence == Divergence::kDecoupled;
-}
 // Whether a row's terms feel an error of 1e-8 in the ratio of its two sums: the others' derivatives in it are 0 where p
 // and q are close, since sum p d is 0 to first order. See refine() in math/row.h.
 KD_FN bool needs_exact_sums(Divergence divergence) {
@@ -37,7 +34,8 @@ KD_FN bool needs_exact_sums(Divergence divergence) {
 constexpr double kLargestExcess = 1e-3;
 // Parameters go from 0 to here.
 KD_FN double largest_parameter(Divergence divergence) {
-  return has_two_parameters(divergence) ? kLargestNumber : 1;
+  const bool two = divergence == Divergence::kAlphaBeta || divergence == Divergence::kDecoupled;
+  return two ? kLargestNumber : 1;
 }
 
 // A number's own type, or that of a vector's lanes (cpu/vector.h).
@@ -263,14 +261,15 @@ constexpr int kSeries = sizeof(Real) == 4 ? 8 : 16;
 template <class F>
 struct Parameters {
   static constexpr int kTerms = kSeries<RealOf<F>>;
-  F beta, second;
+  F alpha, beta;
   F close;  // |d| below this takes the series; 0: there are none
   F f[kTerms], a[kTerms], b[kTerms];  // of d^0, d^1, ...
 
-  KD_FN Parameters without_series(double beta, double second) {
+  template <class Call>
+  KD_FN Parameters without_series(const Call& call) {
     Parameters y = {};
-    y.beta = static_cast<F>(beta);
-    y.second = static_cast<F>(second);
+    y.alpha = static_cast<F>(call.divergence_alpha);
+    y.beta = static_cast<F>(call.beta);
     return y;
   }
 };
@@ -416,11 +415,11 @@ struct TotalVariation {
   }
 };
 
-// alpha = beta, beta = second, both > 0
+// alpha and beta > 0
 struct AlphaBetaInside {
   template <class F, bool kRounded>
   KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>& by) {
-    const F alpha = by.beta, beta = by.second, both = alpha + beta;
+    const F alpha = by.alpha, beta = by.beta, both = alpha + beta;
     const F inv_alpha = inverse(alpha), inv_beta = inverse(beta), inv_both = inverse(both);
     const F pc = exp2_nonpositive(both * x.log2_p), qc = exp2_nonpositive(both * x.log2_q);
     const F product = exp2_nonpositive(fma(alpha, x.log2_p, beta * x.log2_q));
@@ -439,8 +438,8 @@ struct AlphaBetaInside {
 struct AlphaBetaLimit {
   template <class F, bool kRounded>
   KD_FN ClassShare<F> share(const Element<F, kRounded>& x, const Parameters<F>& by) {
-    const F both = by.beta + by.second, inv = inverse(both);
-    const auto of_p = by.second == F(0);
+    const F both = by.alpha + by.beta, inv = inverse(both);
+    const auto of_p = by.beta == F(0);
     const F pc = exp2_nonpositive(both * x.log2_p), qc = exp2_nonpositive(both * x.log2_q);
     const F inner = select(of_p, pc, qc), outer = select(of_p, qc, pc), d = select(of_p, x.d, -x.d);
     const F f = inv * inv * excess(inner, outer, both * d), of_inner = times(inner, d),
@@ -493,9 +492,11 @@ KD_FN PowerSeries<kTerms> logarithm(const PowerSeries<kTerms>& a) {
   return out;
 }
 
-template <class Real>
-KD_FN Parameters<Real> parameters_of(Divergence divergence, double beta, double second) {
-  Parameters<Real> y = Parameters<Real>::without_series(beta, second);
+template <class Real, class Call>
+KD_FN Parameters<Real> parameters_of(const Call& call) {
+  const Divergence divergence = call.divergence;
+  const double beta = call.beta;
+  Parameters<Real> y = Parameters<Real>::without_series(call);
   const bool skew_forward = divergence == Divergence::kSkewForwardKL;
   if (divergence != Divergence::kJS && !skew_forward && divergence != Divergence::kSkewReverseKL)
     return y;
@@ -531,8 +532,10 @@ KD_FN Parameters<Real> parameters_of(Divergence divergence, double beta, double 
 
 // Whether three sweeps over whole rows of plain logits give four digits of D. With kRounded not where a mixture's smaller
 // share is small: a term falls with it, or with its square.
-KD_FN bool has_third_sweep(Divergence divergence, double beta, bool rounded) {
-  switch (divergence) {
+template <class Call>
+KD_FN bool has_third_sweep(const Call& call, bool rounded) {
+  const double beta = call.beta;
+  switch (call.divergence) {
     case Divergence::kDecoupled: return false;  // its label stands beside the others
     case Divergence::kJS: return !rounded || (beta >= 0.05 && beta <= 0.95);
     case Divergence::kSkewForwardKL:
@@ -557,9 +560,9 @@ KD_FN double plain_share(Divergence divergence, double beta) {
 
 // f(policy) for the policy of a divergence with these parameters. Decoupled is KL(p || q) of the classes beside the label; what is
 // special about it happens once a row.
-template <class F>
-KD_FN void with_policy(Divergence divergence, double beta, double second, F f) {
-  switch (divergence) {
+template <class Call, class F>
+KD_FN void with_policy(const Call& call, F f) {
+  switch (call.divergence) {
     case Divergence::kForwardKL:
     case Divergence::kDecoupled: return f(ForwardKL{});
     case Divergence::kReverseKL: return f(ReverseKL{});
@@ -568,7 +571,8 @@ KD_FN void with_policy(Divergence divergence, double beta, double second, F f) {
     case Divergence::kSkewReverseKL: return f(SkewReverseKL{});
     case Divergence::kTotalVariation: return f(TotalVariation{});
     case Divergence::kAlphaBeta:
-      return beta == 0 || second == 0 ? f(AlphaBetaLimit{}) : f(AlphaBetaInside{});
+      return call.divergence_alpha == 0 || call.beta == 0 ? f(AlphaBetaLimit{})
+                                                          : f(AlphaBetaInside{});
   }
 }
 

@@ -1,11 +1,11 @@
 // One row of a distillation loss of any divergence: what each pass over it adds up, and what follows of the
 // sums. The sums are fp64, and each is a maximum or a sum over classes, so that slices of a vocabulary can
-// be added up by whoever holds them.
+// be added up over ranks.
 //
 //   loss = alpha T^2 D(p, q) + (1 - alpha) CE(u, label; smoothing)
 //   log q = (u - max_s) scale_s - log_sum_s, and so for the teacher
 //
-// Some classes are set aside from the row's own sums: the label (DKD) or the entries of a top-k teacher.
+// Some classes are kept separate from the row's own sums: the label (DKD) or the entries of a top-k teacher.
 #pragma once
 
 #include "math/divergence.h"
@@ -19,7 +19,7 @@ struct RowState {
   double count_s, moment_s, square_s, count_t, moment_t, square_t;
   // maxima: of the row's own logits; of the entries'
   double max_s, max_t, entry_max_s, entry_max_t;
-  // the class of the largest logit, where somebody asks
+  // the class of the largest logit, for the statistics
   double best_s, best_t;
   // sums, relative to the maxima: of exponentials at temperature T; of e^(u - max); of all u
   double sum_s, sum_t, hard, entry_sum_s, entry_sum_t, entry_hard, total_u;
@@ -38,14 +38,14 @@ constexpr double kLowestState = -1.7976931348623157e308;  // the maximum of no l
 // What is the same for all rows.
 struct RowTask {
   Divergence divergence;
-  double beta, second;
+  double divergence_alpha, beta;
   double temperature, alpha, smoothing;
   double all_classes;
   bool compares;  // D is wanted; else there is cross-entropy only, and all below is false
   bool cross_entropy;  // alpha < 1
   bool standardize;
   bool mixed;  // several teachers: each was standardised, and their mixture has no logits
-  bool aside_label;  // DKD
+  bool separate_label;  // DKD
   bool entries;  // the teacher has entries only
   bool renormalize, bucket, ignore;  // what is done about the others
 };
@@ -161,7 +161,7 @@ KD_FN Binary binary_of(const RowState& x, RowNorm norm) {
 // After the terms. The gradient in the student's transformed logit u of class i is
 //   of_a a + of_q q + of_hard e^(u - hard_max) - uniform + of_z (u - mean)
 // less at_label in the label's; a class that is no entry has of_other e^((u - state.max_s) scale_s) in place of
-// the first two, a label set aside label_s. The gradient of a row whose loss is NaN is NaN. In the teacher's: of_b b + of_p p + of_tz (t - mean_t), and label_t.
+// the first two, a label kept separate label_s. The gradient of a row whose loss is NaN is NaN. In the teacher's: of_b b + of_p p + of_tz (t - mean_t), and label_t.
 struct RowGradient {
   double loss, divergence;
   double of_a, of_q, of_other, of_hard, hard_max, uniform, at_label, of_z, label_s;
@@ -177,7 +177,7 @@ KD_FN double others(const RowState& x) {
 // Rows with NaN or +inf among their logits, or without any above -inf: a sum of exponentials says so.
 KD_FN bool broken(const RowTask& task, const RowState& x) {
   double s = x.sum_s + x.entry_sum_s, t = task.entries ? x.entry_sum_t : x.sum_t;
-  if (task.aside_label) {
+  if (task.separate_label) {
     s += x.label_s == -__builtin_inf() ? 0.0 : 1 + 0 * x.label_s;
     t += x.label_t == -__builtin_inf() ? 0.0 : 1 + 0 * x.label_t;
   }
@@ -209,15 +209,15 @@ KD_FN RowGradient finish(const RowTask& task, const RowState& x, const RowNorm& 
   double a = x.a, b = x.b, a_of_q = 0, b_of_p = 0;
   double of_rest = 0;  // a of all classes that are no entry
   double target = 1, weight_s = 0, weight_t = 0;
-  if (task.aside_label) {
+  if (task.separate_label) {
     Binary y2 = binary_of(x, norm);
     double d = y2.log_p - y2.log_q, rest_d = y2.log_rest_p - y2.log_rest_q;
     // Of the terms of the other classes, where both sides have some.
-    target = x.sum_s > 0 && x.sum_t > 0 ? task.second : 0.0;
-    f = task.beta * (excess(y2.p, y2.q, d) + excess(y2.rest_p, y2.rest_q, rest_d)) +
-        (task.second == 0 ? 0.0 : task.second * others(x));
-    weight_s = task.beta * difference(y2.q, y2.p, -d);
-    weight_t = task.beta * times(y2.p * y2.rest_p, d - rest_d);
+    target = x.sum_s > 0 && x.sum_t > 0 ? task.beta : 0.0;
+    f = task.divergence_alpha * (excess(y2.p, y2.q, d) + excess(y2.rest_p, y2.rest_q, rest_d)) +
+        (task.beta == 0 ? 0.0 : task.beta * others(x));
+    weight_s = task.divergence_alpha * difference(y2.q, y2.p, -d);
+    weight_t = task.divergence_alpha * times(y2.p * y2.rest_p, d - rest_d);
     // Where the label's logit excludes it or all others, its probability does not move.
     a = target == 0 ? 0.0 : target * x.a;
     b = target == 0 ? 0.0 : target * x.b;
@@ -231,9 +231,8 @@ KD_FN RowGradient finish(const RowTask& task, const RowState& x, const RowNorm& 
   } else if (task.bucket) {
     const Element<double> rest = bucket_of(task, x, norm);
     ClassShare<double> share = {};
-    with_policy(task.divergence, task.beta, task.second, [&](auto policy) {
-      share =
-          decltype(policy)::share(rest, Parameters<double>::without_series(task.beta, task.second));
+    with_policy(task, [&](auto policy) {
+      share = decltype(policy)::share(rest, Parameters<double>::without_series(task));
     });
     // Without a bucket p does not quite sum to 1, as f expects.
     if (rest.p == 0) f += plain_share(task.divergence, task.beta) * (x.part_p - 1);
@@ -271,13 +270,13 @@ KD_FN RowGradient finish(const RowTask& task, const RowState& x, const RowNorm& 
   y.hard_max =
       __builtin_inf();  // without a hard loss its exponentials are 0, never 0 times infinity
   if (task.cross_entropy) {
-    // Together with what is set aside, relative to the larger maximum.
-    double aside = task.aside_label ? x.label_s : x.entry_max_s;
-    double of_aside = task.aside_label ? 1.0 : x.entry_hard;
-    bool any_aside = task.aside_label || task.entries;
-    double max = any_aside && aside > x.max_s ? aside : x.max_s;
+    // Together with what is kept separate, relative to the larger maximum.
+    double separate = task.separate_label ? x.label_s : x.entry_max_s;
+    double of_separate = task.separate_label ? 1.0 : x.entry_hard;
+    bool any_separate = task.separate_label || task.entries;
+    double max = any_separate && separate > x.max_s ? separate : x.max_s;
     double sum = x.hard * exp_acc(x.max_s - max);
-    if (any_aside) sum += of_aside * exp_acc(aside - max);
+    if (any_separate) sum += of_separate * exp_acc(separate - max);
     double log_sum = log_acc(sum);
     y.hard_max = max;
     double keep = 1 - task.smoothing, share = (1 - task.alpha) * factor;
@@ -302,7 +301,7 @@ KD_FN void statistics_of(const RowTask& task, const RowState& x, const RowNorm& 
   double lse_t = norm.max_t * norm.scale_t + norm.log_sum_t;
   double entropy_s = -x.self_s, entropy_t = -x.self_t;
   double best_s = x.best_s, best_t = x.best_t;
-  if (task.aside_label) {
+  if (task.separate_label) {
     Binary b = binary_of(x, norm);
     entropy_s = b.rest_q * entropy_s - times(b.rest_q, b.log_rest_q) - times(b.q, b.log_q);
     entropy_t = b.rest_p * entropy_t - times(b.rest_p, b.log_rest_p) - times(b.p, b.log_p);

@@ -50,10 +50,10 @@ struct ElementNorm {
   // max_t - max_s depends on what rounds less. Two scales that differ (standardised logits) add (t - max_t) extra.
   Real early, late, rho, extra;
 
-  // Where classes are set aside, there may be no others; those then have probability 0.
-  KD_FN ElementNorm of(RowNorm x, bool aside) {
-    if (aside && x.log_sum_s == -__builtin_inf()) x.log_sum_s = 0;
-    if (aside && x.log_sum_t == -__builtin_inf()) x.log_sum_t = 0;
+  // Where classes are kept separate, there may be no others; those then have probability 0.
+  KD_FN ElementNorm of(RowNorm x, bool separate) {
+    if (separate && x.log_sum_s == -__builtin_inf()) x.log_sum_s = 0;
+    if (separate && x.log_sum_t == -__builtin_inf()) x.log_sum_t = 0;
     ElementNorm y;
     y.scale_s = static_cast<Real>(x.scale_s);
     y.scale_t = static_cast<Real>(x.scale_t);

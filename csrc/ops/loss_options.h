@@ -22,7 +22,7 @@ enum class Reduction { kNone, kSum, kMean };
 enum class TeacherKind { kLogits, kLogProbs, kProbs };
 enum class Mixture { kProbs, kLogProbs };
 
-// What a loss computes, as it was asked for: the arguments that are not tensors. The initial values are the defaults.
+// The arguments of a loss that are not tensors. The initial values are the defaults.
 struct LossOptions {
   double temperature = 1;
   std::optional<double> alpha;  // 0.5 with labels, 1 without

@@ -8,12 +8,12 @@ FAULTS = [
     Fault(
         "tile-barrier-after-copy",
         "csrc/cuda/short_rows.cuh",
-        """t_image[i] = t_tile[row * p.teacher_strides[0] + column];
+        """t_image[i] = row_at<T>(p.teacher_data[0], p.teacher_rows[0], first + row)[column];
       }
     }
     __syncthreads();
 """,
-        """t_image[i] = t_tile[row * p.teacher_strides[0] + column];
+        """t_image[i] = row_at<T>(p.teacher_data[0], p.teacher_rows[0], first + row)[column];
       }
     }
 """,
@@ -107,34 +107,55 @@ FAULTS = [
     ),
     Fault(
         "rows-in-32-bits",
-        "csrc/cuda/long_rows.cuh",
-        "static_cast<const T*>(p.student) + r * p.student_stride;",
-        "static_cast<const T*>(p.student) + static_cast<int>(r * p.student_stride);",
+        "csrc/params.h",
+        "return row * rows.inner;",
+        "return static_cast<int>(row * rows.inner);",
         LAUNCHERS + "beyond",
     ),
     Fault(
-        "gradients-rows-in-32-bits",
+        "rows-of-a-run-not-counted-anew",
+        "csrc/params.h",
+        "(row - run * rows.run) * rows.inner",
+        "row * rows.inner",
+        LAUNCHERS + "in_runs",
+    ),
+    Fault(
+        "tiles-over-the-gap-of-two-runs",
         "csrc/cuda/short_rows.cuh",
-        "g_tile[row * p.gradient_stride + i - row * classes]",
-        "g_tile[static_cast<int>(row * p.gradient_stride) + i - row * classes]",
-        LAUNCHERS + "beyond",
+        "- offset_of(strides, first) == flat_elements",
+        "- offset_of(strides, first) >= flat_elements",
+        LAUNCHERS + "in_runs",
+    ),
+    Fault(
+        "losses-added-before-the-rows-end",
+        "csrc/cuda/distillation.cu",
+        "  wait_for_launch_before();\n  double sum",
+        "  double sum",
+        LAUNCHERS + "distillation-",
+    ),
+    Fault(
+        "groups-not-padded",
+        "csrc/cuda/divergence.cuh",
+        "    lane.pad();\n",
+        "",
+        LAUNCHERS + "divergence-",
     ),
     Fault(
         "gradient-by-the-students-stride",
         "csrc/cuda/long_rows.cuh",
-        "static_cast<T*>(p.gradient) + r * p.gradient_stride : nullptr;",
-        "static_cast<T*>(p.gradient) + r * p.student_stride : nullptr;",
+        "row_at<T>(p.gradient, p.gradient_rows, r) : nullptr;",
+        "row_at<T>(p.gradient, p.student_rows, r) : nullptr;",
         LAUNCHERS + "distillation-",
     ),
     Fault(
         "tile-overwritten-by-the-next",
         "csrc/cuda/short_rows.cuh",
-        """        g_tile[row * p.gradient_stride + i - row * classes] = z_image[i];
+        """        row_at<T>(p.gradient, p.gradient_rows, first + row)[i - row * classes] = z_image[i];
       }
     }
     __syncthreads();
 """,
-        """        g_tile[row * p.gradient_stride + i - row * classes] = z_image[i];
+        """        row_at<T>(p.gradient, p.gradient_rows, first + row)[i - row * classes] = z_image[i];
       }
     }
 """,
@@ -253,8 +274,8 @@ FAULTS = [
     Fault(
         "divergence-last-of-equal-logits",
         "csrc/cuda/divergence.cuh",
-        "at_s = u > acc[0] ? lane.first + i : at_s;",
-        "at_s = u >= acc[0] ? lane.first + i : at_s;",
+        "if (task.best && largest > max) {",
+        "if (task.best && largest >= max) {",
         LAUNCHERS + "divergence-",
     ),
     Fault(
