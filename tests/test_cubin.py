@@ -376,8 +376,8 @@ extern "C" void distillation(long classes, int size, int arch, int shared_per_bl
   out[2] = p.shared;
   out[3] = kBusyThreads;
 }
-extern "C" void divergence(long classes, long entries, int size, bool transformed, int sides, int arch,
-                           int shared_per_block, int shared_per_sm, int* out) {
+extern "C" void divergence(long classes, long entries, int size, bool transformed, int sides,
+                           int arch, int shared_per_block, int shared_per_sm, int* out) {
   Device device = {arch, 100, shared_per_block, shared_per_sm};
   DivergencePlan p = plan_divergence(classes, entries, size, transformed, sides, device);
   out[0] = p.threads;

@@ -150,12 +150,12 @@ FAULTS = [
     Fault(
         "tile-overwritten-by-the-next",
         "csrc/cuda/short_rows.cuh",
-        """        row_at<T>(p.gradient, p.gradient_rows, first + row)[i - row * classes] = z_image[i];
+        """[i - row * classes] = z_image[i];
       }
     }
     __syncthreads();
 """,
-        """        row_at<T>(p.gradient, p.gradient_rows, first + row)[i - row * classes] = z_image[i];
+        """[i - row * classes] = z_image[i];
       }
     }
 """,
