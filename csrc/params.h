@@ -45,10 +45,18 @@ struct Denominator {
 // does logits[:, :-1] of [batch, length, classes]. Most matrices are one run.
 struct RowStrides {
   int64_t inner = 0, outer = 0, run = INT64_MAX;
+  uint64_t inverse =
+      0;  // 2^64 / run, rounded up: exact for the rows below 2^31 that runs are limited to
 };
+inline RowStrides rows_in_runs(int64_t inner, int64_t outer, int64_t run) {
+  return {inner, outer, run, UINT64_MAX / static_cast<uint64_t>(run) + 1};  // run > 1
+}
 KD_FN int64_t offset_of(const RowStrides& rows, int64_t row) {
   if (row < rows.run) return row * rows.inner;
-  const int64_t run = row / rows.run;
+  // The upper half of a product of 31 and 64 bits: a division would be dear on a GPU.
+  const uint64_t of_row = static_cast<uint32_t>(row),
+                 low = of_row * static_cast<uint32_t>(rows.inverse);
+  const int64_t run = static_cast<int64_t>((of_row * (rows.inverse >> 32) + (low >> 32)) >> 32);
   return run * rows.outer + (row - run * rows.run) * rows.inner;
 }
 template <class T>

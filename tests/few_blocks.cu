@@ -83,7 +83,7 @@ extern "C" int launch_few(int three_sweeps, int cluster, int blocks, const float
                       1,
                       nullptr,
                       partial,
-                      math::Parameters<float>::without_series(0, 0)};
+                      math::Parameters<float>::without_series(p)};
   return three_sweeps ? launch_sweeps<AnySweeps>(cluster, blocks, p, task)
                       : launch_sweeps<ForwardSweeps>(cluster, blocks, p, task);
 }

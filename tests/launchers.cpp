@@ -56,7 +56,7 @@ PYBIND11_MODULE(launchers, m) {
       .def(py::init([](int64_t inner) {
     return RowStrides{.inner = inner};
   })).def(py::init([](int64_t inner, int64_t outer, int64_t run) {
-    return RowStrides{.inner = inner, .outer = outer, .run = run};
+    return rows_in_runs(inner, outer, run);
   }));
   py::implicitly_convertible<py::int_, RowStrides>();
   {

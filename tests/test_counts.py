@@ -60,7 +60,7 @@ def test_losses_at_any_size_become_rows_of_json(tmp_path, capsys):
     ],
 )
 def test_few_rows_stand_for_all(loss, monkeypatch):
-    monkeypatch.setattr(ours, "SAMPLE", 64 * loss.classes)
+    monkeypatch.setattr(ours, "SAMPLE", 256 * loss.classes)
     few, elements, minimum = ours.count_loss(loss)
     monkeypatch.setattr(ours, "SAMPLE", 1024 * loss.classes)
     every, *same = ours.count_loss(loss)

@@ -55,11 +55,10 @@ std::optional<RowStrides> row_strides(const Tensor& logits) {
       rows = size;
     } else if (runs == 1 && stride == out.inner * rows) {
       rows *= size;
-    } else if (runs == 1) {
-      out.run = rows;
-      out.outer = stride;
+    } else if (runs == 1 && logits.numel() / logits.size(-1) < INT32_MAX) {
+      out = rows_in_runs(out.inner, stride, rows);
       runs = size;
-    } else if (stride == out.outer * runs) {
+    } else if (runs > 1 && stride == out.outer * runs) {
       runs *= size;
     } else {
       return std::nullopt;
