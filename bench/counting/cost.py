@@ -4,8 +4,9 @@ moved    bytes from and to memory: the sectors of all requests, or, where all th
          the GPU at one time touch fits its L2, each tensor of the launch once; nothing stays
          there from one launch to the next
 units    the PTX instructions that ran, by the unit that executes them, times what ptxas made of
-         the kernel: its SASS instructions of that unit over its PTX instructions, both static
-         and relative to those of FP32 (it merges logic, drops conversions, adds addressing)
+         the kernel's innermost loops with special functions (of all of it where there are none):
+         SASS instructions of that unit over PTX instructions, both static and relative to those
+         of FP32 (it merges logic, drops conversions, adds addressing)
 slots    likewise, warp instructions of any unit
 latency  the critical path of the blocks that run one after another in one place: as many as
          there are blocks, over those that the GPU holds by ptxas' registers, shared memory and
@@ -231,6 +232,36 @@ def closing(text):
     raise ValueError("a kernel without end")
 
 
+# An instruction with what it jumps to, or a label.
+PTX_LINE = re.compile(
+    r"^(?P<label>\$L\w+):|^\s*(?:\{\s*)?(?:@!?%\w+\s+)?(?P<name>[a-z][\w:.]*)(?=[\s;])"
+    r"(?:\s+(?P<target>\$L\w+);)?"
+)
+SASS_LINE = re.compile(
+    r"^(?P<label>\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(?P<name>[A-Z][\w.]*)"
+    r"(?:.*`\((?P<target>\.L_\w+)\))?"
+)
+
+
+def in_loops(listing, line, special):
+    """The instructions of the innermost loops with special functions; all where there are none."""
+    names, jumps, labels = [], [], {}
+    for found in filter(None, map(line.search, listing.splitlines())):
+        if found["label"]:
+            labels[found["label"]] = len(names)
+        elif found["name"] != "NOP":
+            jumps.append((found["target"], len(names)))
+            names.append(found["name"])
+    loops = [(labels[to], end + 1) for to, end in jumps if labels.get(to, end + 1) <= end]
+    loops = [loop for loop in loops if any(re.match(special, x) for x in names[slice(*loop)])]
+    inner = [
+        (a, b)
+        for a, b in loops
+        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)
+    ]
+    return [name for loop in inner for name in names[slice(*loop)]] or names
+
+
 @functools.cache
 def compiled(text, kernel):
     """Registers and bytes spilled a thread, and {unit or "slots": SASS over PTX instructions}."""
@@ -249,9 +280,8 @@ def compiled(text, kernel):
         listing = re.split(r"(?m)^\$__internal\S*:", listing)[0]
     registers = int(re.search(r"Used (\d+) registers", said)[1])
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    made = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", listing)
-    made = [name for name in made if name != "NOP"]
-    given = re.findall(r"(?m)^\s*(?:\{\s*)?(?:@!?%\w+\s+)?([a-z][\w:.]*)(?=[\s;])", body)
+    made = in_loops(listing, SASS_LINE, r"MUFU")
+    given = in_loops(body, PTX_LINE, r"(ex2|lg2|rcp)\.approx")
     units = by_unit(collections.Counter(given))
     ratio = {u: sum(n.startswith(SASS[u]) for n in made) / max(1, units[u]) for u in SASS}
     ratio["slots"] = len(made) / units["slots"]
