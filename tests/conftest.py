@@ -5,6 +5,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from nightly import NIGHTLY
 
 # pytest-xdist's workers share the cores; torch asks when it is imported.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
@@ -44,7 +45,11 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not NIGHTLY:
+        left_out = [item for item in items if "nightly" in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if "nightly" not in item.keywords]
     places = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
     if torch.cuda.is_available():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nightly import examples
 from torch.nn import functional as F
 
 import kdkernels
@@ -236,19 +237,19 @@ def check(problem):
         assert torch.equal(base.detach().nan_to_num(), untouched.nan_to_num())
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(problems([torch.float32]))
 def test_fp32_against_fp64(problem):
     check(problem)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(problems([torch.float64]))
 def test_fp64_against_fp64(problem):
     check(problem)
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(problems([torch.bfloat16, torch.float16]))
 def test_16_bits_against_fp64(problem):
     check(problem)
@@ -702,7 +703,7 @@ def test_module_takes_no_other_option(name):
         DistillationLoss(**{name: 1})
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(problems([torch.float32, torch.float64]))
 def test_reference_backend(problem):
     student = problem.student.requires_grad_()

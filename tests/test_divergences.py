@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nightly import examples
 from test_distillation import HALF_ULP, generator, logits, on_emulator, pair
 
 import kdkernels
@@ -300,7 +301,7 @@ def shares(call, rows):
     return largest, largest if options["reduction"] == "none" else weight.sum().item()
 
 
-@settings(max_examples=600)
+@settings(max_examples=examples(600))
 @given(calls())
 def test_everything_against_fp64(call):
     want_loss, want_statistics, want = evaluated(
@@ -607,7 +608,7 @@ def test_frozen_teacher_from_near_to_far(divergence, dtype, classes):
 
 
 @pytest.mark.skipif(on_emulator(), reason="the launchers' own tests have such rows")
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(
     divergence=st.sampled_from(DIVERGENCES),
     dtype=st.sampled_from(DTYPES),

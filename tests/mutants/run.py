@@ -27,9 +27,9 @@ import threading
 import time
 from pathlib import Path
 
-from mutants import cpp, cuda, python
+from mutants import cpp, cuda, python, sweeps
 
-FAULTS = cuda.FAULTS + cpp.FAULTS + python.FAULTS
+FAULTS = cuda.FAULTS + sweeps.FAULTS + cpp.FAULTS + python.FAULTS
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "mutants"
 LIMIT = 900  # seconds of a fault's tests; more is a deadlock
