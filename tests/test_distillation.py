@@ -638,6 +638,30 @@ def test_leading_block_without_probability():
     assert gradient.isfinite().all() and not gradient[:, :1024].any()
 
 
+@pytest.mark.parametrize("level", [0.0, -300.0])
+def test_classes_that_a_row_is_guessed_from_have_no_probability(level):
+    """A few classes of a row tell where its largest logits may be: here they are excluded, by the
+    teacher or by both, and the others are far from 0.
+    """
+    classes = 1000
+    z, t = pair(3, classes)
+    looks = torch.zeros(classes, dtype=torch.bool)
+    for first in (0, 326, 654, 982):
+        looks[first : first + 18] = True
+    t[:2, looks] = -INF
+    z[0, looks] = -INF
+    z[0] += level
+    t += level
+    x = z.double().requires_grad_()
+    want = reference.distillation_loss(x, t.double(), reduction="none")
+    (right,) = torch.autograd.grad(want.sum(), x)
+    z.requires_grad_()
+    loss = distillation_loss(z, t, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), z)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), right, rtol=0, atol=1e-6)
+
+
 # ---- the same bits ------------------------------------------------------------------------------
 
 
