@@ -29,7 +29,12 @@ hypothesis.settings.load_profile("kdkernels")
 # beyond a parameter.
 SHARED_OUT = ("test_cubin.py", "test_isa_levels.py", "test_launchers.py", "test_ops_emulated.py")
 # What takes longest comes first, so that all workers end together.
-FIRST = ("test_ops_emulated.py", "test_cubin.py", "test_package.py", "test_launchers.py")
+FIRST = (
+    *("test_ops_emulated.py", "test_launchers.py", "test_isa_levels.py", "test_package.py"),
+    *("test_cubin.py", "test_instructions.py", "test_train.py", "test_optim.py"),
+    *("test_robust.py", "test_train_parallel.py", "test_tune.py", "test_own_models.py"),
+    *("test_parallel.py", "test_language_model.py", "test_export.py", "test_elementary.py"),
+)
 
 
 @pytest.hookimpl(optionalhook=True)

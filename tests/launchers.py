@@ -107,7 +107,7 @@ class Op:
     compare: Callable
     minimum_bytes: Callable
     cases: list = field(default_factory=list)
-    # Run on every generation; else on one and on another that takes its turn.
+    # At night on every generation; else on one and on another that takes its turn.
     everywhere: bool = True
 
 
