@@ -3,9 +3,9 @@
     PYTHONPATH=tests python -m mutants.run [NAME ...]    all, or those alone; * is any text
 
 Two copies in build/mutants are worked on side by side: one for faults of the extension and of
-Python, one for those of CUDA kernels, which take the most. They keep what they built, so that a fault costs the compiling of
-what includes it. The table is printed, and stands in build/mutants/result.json; what each fault's
-build and tests said is in build/mutants/logs.
+Python, one for those of CUDA kernels, which take the most. They keep what they built, so that a
+fault costs the compiling of what includes it. The table is printed, and stands in
+build/mutants/result.json; what each fault's build and tests said is in build/mutants/logs.
 """
 
 import contextlib
