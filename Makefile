@@ -1,6 +1,7 @@
 # make reproduce   build everything and run experiments 1 and 2; needs Python >= 3.11 and a C++ compiler
 # make quick       build and run what fails first: every op on the CPU, each kernel family emulated
-# make test        build and run all tests
+# make test        build and run the tests (12 minutes on two cores)
+# make nightly     these and what is too long for every change: see CONTRIBUTING.md
 # make mutants     put small faults into the sources, one at a time, and see that tests fail (an hour);
 #                  ARGS="NAME ..." those alone
 # make fuzz        random calls of the public ops against the reference (4 minutes); N=100000 SEED=0
@@ -50,7 +51,7 @@ SITE_PACKAGES = $(shell $(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_
 SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(addsuffix \
   /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-* $(SITE_PACKAGES)/nvidia/*)))
 
-.PHONY: setup reproduce quick test fuzz mutants lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
+.PHONY: setup reproduce quick test nightly fuzz mutants lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -66,6 +67,9 @@ quick: setup
 
 test: setup
 	@$(PYTEST) --durations=25
+
+nightly: setup
+	@KDKERNELS_NIGHTLY=1 $(PYTEST) --durations=25
 
 fuzz: setup
 	@PYTHONPATH=tests $(BIN)/python -m fuzz --calls $(or $(N),100000) --seed $(or $(SEED),0)

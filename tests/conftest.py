@@ -5,6 +5,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from nightly import NIGHTLY
 
 # pytest-xdist's workers share the cores; torch asks when it is imported.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
@@ -28,7 +29,12 @@ hypothesis.settings.load_profile("kdkernels")
 # beyond a parameter.
 SHARED_OUT = ("test_cubin.py", "test_isa_levels.py", "test_launchers.py", "test_ops_emulated.py")
 # What takes longest comes first, so that all workers end together.
-FIRST = ("test_ops_emulated.py", "test_cubin.py", "test_package.py", "test_launchers.py")
+FIRST = (
+    *("test_ops_emulated.py", "test_launchers.py", "test_isa_levels.py", "test_package.py"),
+    *("test_cubin.py", "test_instructions.py", "test_train.py", "test_optim.py"),
+    *("test_robust.py", "test_train_parallel.py", "test_tune.py", "test_own_models.py"),
+    *("test_parallel.py", "test_language_model.py", "test_export.py", "test_elementary.py"),
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -44,7 +50,11 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not NIGHTLY:
+        left_out = [item for item in items if "nightly" in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if "nightly" not in item.keywords]
     places = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Static gates on the machine code that ptxas makes of csrc/cuda, for every architecture.
+"""Static gates on the machine code that ptxas makes of csrc/cuda: for Hopper, at night for all.
 
 The PTX is that of the launchers' libraries, which nvcc made with the flags of setup.py: an
 architecture takes the newest that it can, as a driver would. What was found is kept in build/cubin
@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import launchers
 import ptx
 import pytest
+from nightly import of_night
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
@@ -67,6 +68,7 @@ MULTIPROCESSORS = {
     "100": Multiprocessor(64, 32, 228 << 10),
     "120": Multiprocessor(48, 24, 100 << 10),
 }
+ARCHITECTURES = of_night(tuple(MULTIPROCESSORS), ("90",))
 # What runs another architecture's machine code, as the wheels have it: of setup.py's 8.0 and 9.0.
 MACHINE_CODE = {"86": "80", "89": "80"}
 
@@ -150,7 +152,8 @@ def wrong_lines(said):
 def compiled(source):
     """The objects of a .cu file, oldest PTX first; the compilers must have no warning."""
     include = launchers.INCLUDE
-    objects = [ptx.compiled([source], a, include=include)[0] for a in launchers.PTX_ARCHS]
+    archs = of_night(launchers.PTX_ARCHS, launchers.PTX_ARCHS[-1:])
+    objects = [ptx.compiled([source], a, include=include)[0] for a in archs]
     wrong = [
         line for path in objects for line in wrong_lines(path.with_suffix(".said").read_text())
     ]
@@ -159,7 +162,7 @@ def compiled(source):
 
 
 def assembled(objects, folder):
-    """The kernels of a .cu file on every architecture."""
+    """The kernels of a .cu file on each of ARCHITECTURES."""
     texts = {}
     for number, path in enumerate(objects):
         (folder / str(number)).mkdir()
@@ -172,12 +175,12 @@ def assembled(objects, folder):
         text = texts[max(number for number in texts if number <= int(arch))]
         return kernels_of(text, arch, folder / f"{arch}.cubin")
 
-    own = sorted({MACHINE_CODE.get(arch, arch) for arch in MULTIPROCESSORS}, key=int)
+    own = sorted({MACHINE_CODE.get(arch, arch) for arch in ARCHITECTURES}, key=int)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = dict(zip(own, pool.map(on, own), strict=True))
     return [
         replace(kernel, arch=arch)
-        for arch in MULTIPROCESSORS
+        for arch in ARCHITECTURES
         for kernel in found[MACHINE_CODE.get(arch, arch)]
     ]
 
@@ -244,9 +247,10 @@ def local_in_loops(text):
 
 @pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.name)
 def kernels(request, tmp_path_factory):
-    """Every kernel of a file on every architecture."""
+    """Every kernel of a file on each of ARCHITECTURES."""
     objects = compiled(request.param)  # their names tell their contents
-    words = [Path(__file__).read_text(), tool("ptxas"), tool("cuobjdump"), *map(str, objects)]
+    words = [Path(__file__).read_text(), tool("ptxas"), tool("cuobjdump")]
+    words += map(str, (ARCHITECTURES, *objects))
     key = hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
     kept = CACHE / f"{request.param.stem}-{key}.json"
     if not kept.exists():
@@ -283,7 +287,7 @@ def test_faults_would_be_found(tmp_path):
     source = tmp_path / "planted.cu"
     source.write_text(PLANTED)
     found = {(k.function, k.arch): k for k in assembled(compiled(source), tmp_path)}
-    assert len(found) == 3 * len(MULTIPROCESSORS)
+    assert len(found) == 3 * len(ARCHITECTURES)
     for (function, _), kernel in found.items():
         vector = kernel.has(VECTOR_LOAD), kernel.has(VECTOR_STORE)
         assert vector == (function == "four",) * 2
@@ -305,7 +309,7 @@ def test_every_architecture_has_every_kernel(kernels):
     names = {
         arch: {k.name for k in kernels if k.arch == arch} for arch in {k.arch for k in kernels}
     }
-    assert set(names) == set(MULTIPROCESSORS)
+    assert set(names) == set(ARCHITECTURES)
     assert len(set(map(frozenset, names.values()))) == 1
     assert all(kernel.opcodes for kernel in kernels)
 
@@ -454,7 +458,8 @@ def plans(tmp_path_factory):
     """{(arch, element size, walk): {(threads, dynamic shared bytes)}} over CLASSES; "busy"."""
     plan = library(PLAN, tmp_path_factory.mktemp("plan"), ROOT / "csrc").distillation
     found = {}
-    for arch, sm in MULTIPROCESSORS.items():
+    for arch in ARCHITECTURES:
+        sm = MULTIPROCESSORS[arch]
         shared = (ctypes.c_int(sm.shared - sm.reserved), ctypes.c_int(sm.shared))
         for classes in CLASSES:
             for size in (2, 4, 8):

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import instructions  # noqa: E402
 
 
+@pytest.mark.nightly
 def test_hot_loops_execute_no_more_instructions_than_kept():
     if shutil.which("valgrind") is None:
         pytest.skip("needs valgrind")

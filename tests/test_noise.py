@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nightly import examples
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -206,7 +207,7 @@ def test_python_threads_at_once():
     assert all(same(g, w) for g, w in zip(got, want, strict=True))
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.integers(0, 5000), st.integers(0, 5000), st.sampled_from(DTYPES))
 def test_a_shard_has_its_slice_of_the_noise(start, length, dtype):
     whole = normals(10000, dtype, seed=4, step=1)

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 
+import networks
 import pytest
 import stopping
 import torch
+from nightly import of_night
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -22,11 +24,11 @@ from kdkernels.train.noise import Noise
 from kdkernels.train.run_folder import RunFolder
 from kdkernels.train.session import Interrupt
 
-# One thread, as in test_train. A checkpoint of the teacher is 134 MB: not one a step.
+# One thread, as in test_train.
 DISTILL = [
     "distill", "--train-samples=52", "--test-samples=10", "--batch-size=4", "--image-size=16",
     "--epochs=2", "--teacher-epochs=1", "--threads=1", "--arms=full", "--noise=gradient",
-    "--checkpoint-every=5",
+    "--checkpoint-every=5", *networks.ARGUMENTS,
 ]  # fmt: skip
 
 
@@ -78,8 +80,8 @@ def test_kill_at_any_moment(run, tmp_path):
     out = tmp_path / "run"
     moments = random.Random(0)
     arguments = [*DISTILL, f"--out={out}"]
-    for _ in range(6):
-        moment = {"times": moments.randint(2, 9), "calls": moments.randint(0, 10_000)}
+    for _ in range(of_night(6, 3)):
+        moment = {"times": moments.randint(2, 5), "calls": moments.randint(0, 3_000)}
         running = stopping.start(*arguments, at='"kind": "step"', **moment)
         assert stopping.end(running, signal.SIGKILL)[0] == -signal.SIGKILL
         arguments = ["distill", f"--resume={out}"]
@@ -108,7 +110,11 @@ def confined(out, limit, handler):
         f"signal.signal(signal.SIGXFSZ, signal.{handler}); sys.exit(main(sys.argv[1:]))"
     )
     call = [sys.executable, "-c", code, *DISTILL, f"--out={out}"]
-    done = subprocess.run(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        call, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     return done.returncode, done.stderr
 
 

@@ -595,7 +595,8 @@ void short_rows(const LossParams& p, math::CrossEntropy cross_entropy, int64_t b
 #pragma omp simd
       for (int r = 0; r < kLanes; ++r) {
         const bool sound = math::magnitude(excess[r]) < static_cast<Real>(math::kLargestExcess);
-        above[r] += sound ? math::log_normal(1 + excess[r]) : Real(0);
+        // log(1 + excess), of which rounding 1 + excess would leave nothing.
+        above[r] += sound ? math::fma(excess[r] * excess[r], Real(-0.5), excess[r]) : Real(0);
       }
     }
     for (int c = 0; c < classes; ++c) {

@@ -2,10 +2,10 @@
 
     PYTHONPATH=tests python -m mutants.run [NAME ...]    all, or those alone; * is any text
 
-Two copies in build/mutants are worked on side by side: one for faults of the extension, one for
-those of CUDA kernels and Python. They keep what they built, so that a fault costs the compiling of
-what includes it. The table is printed, and stands in build/mutants/result.json; what each fault's
-build and tests said is in build/mutants/logs.
+Two copies in build/mutants are worked on side by side: one for faults of the extension and of
+Python, one for those of CUDA kernels, which take the most. They keep what they built, so that a
+fault costs the compiling of what includes it. The table is printed, and stands in
+build/mutants/result.json; what each fault's build and tests said is in build/mutants/logs.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ import threading
 import time
 from pathlib import Path
 
-from mutants import cpp, cuda, python
+from mutants import cpp, cuda, python, sweeps
 
-FAULTS = cuda.FAULTS + cpp.FAULTS + python.FAULTS
+FAULTS = cuda.FAULTS + sweeps.FAULTS + cpp.FAULTS + python.FAULTS
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "mutants"
 LIMIT = 900  # seconds of a fault's tests; more is a deadlock
@@ -327,8 +327,8 @@ class Session:
 
     def __init__(self, faults):
         self.faults, self.processes = faults, Processes()
-        extension = [f for f in faults if kind(f) == "extension"]
-        others = [f for f in faults if kind(f) != "extension"]
+        extension = [f for f in faults if kind(f) != "kernels"]
+        others = [f for f in faults if kind(f) == "kernels"]
         jobs = max(1, CORES // 2) if extension and others else CORES
         self.extension = Copy("extension", self.processes, jobs)
         self.others = Copy("others", self.processes, jobs)
@@ -361,6 +361,8 @@ class Session:
             self.errors.append(error)
             self.processes.stop()
         finally:
+            for other in self.queues:  # has the cores to itself from now on
+                other.environment["MAX_JOBS"] = str(CORES)
             self.done[copy].set()
 
     def note(self, result):
