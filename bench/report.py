@@ -16,8 +16,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from kdkernels.reports.page import STYLE
-from kdkernels.tools import bench as measuring
-from kdkernels.tools.bench import OURS, duration, interval, ratio, times
+from kdkernels.tools import measuring
+from kdkernels.tools.measuring import OURS, duration, interval, ratio, times
 
 SUITES = {
     "distill": "Distillation losses: loss and gradient",

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from kdkernels.__main__ import main
-from kdkernels.tools import bench as benchmark
-from kdkernels.tools.bench import IGNORED, OURS, Comparison, training_logits
+from kdkernels.tools import bench
+from kdkernels.tools import measuring as benchmark
+from kdkernels.tools.comparisons import IGNORED, training_logits
+from kdkernels.tools.measuring import OURS, Comparison
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import report  # noqa: E402
@@ -162,7 +164,7 @@ def test_slug():
 def test_quick(short_samples, tmp_path):
     said, threads = [], torch.get_num_threads()
     path = tmp_path / "x.json"
-    record = benchmark.quick(1, str(path), seconds=0, largest=2000, out=said.append)
+    record = bench.quick(1, str(path), seconds=0, largest=2000, out=said.append)
     assert torch.get_num_threads() == threads
     assert {result["threads"] for result in record["results"]} == {1}
     assert json.loads(path.read_text()) == json.loads(json.dumps(record))

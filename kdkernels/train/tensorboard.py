@@ -18,9 +18,7 @@ _NOT_MEASURES = ("kind", "learner", "epoch", "step", "phases")
 class Events:
     """Writes a run's lines as scalars; without tensorboard, or on a disk that refuses, nothing.
 
-    Args:
-        path: the run's folder.
-        metrics: gives all lines of its metrics.jsonl.
+    ``metrics`` gives all lines of the run's metrics.jsonl.
     """
 
     def __init__(self, path: Path, metrics: Callable[[], Iterable[dict]]):
