@@ -158,7 +158,7 @@ def test_durations_and_ratios_have_three_digits():
 
 def test_slug():
     facts = {"processor": "Intel(R) Xeon(R) CPU E5-2690 v4 @ 2.60GHz", "cores": 28}
-    assert benchmark.slug(facts) == "intel-xeon-e5-2690-v4-28-cores"
+    assert report.slug(facts) == "intel-xeon-e5-2690-v4-28-cores"
 
 
 def test_quick(short_samples, tmp_path):

@@ -54,7 +54,7 @@ _EXPERIMENTS = {
     "soft_regularization": ("kdkernels.experiments.soft_regularization", Network),
     "language_model": ("kdkernels.experiments.language_model", LanguageModel),
 }
-"""By part of config.json the module, imported when the part is run, and its settings."""
+"""Part of config.json -> the module that runs it, imported when it does, and its settings."""
 
 
 def _run(folder: RunFolder, console) -> None:
@@ -102,8 +102,8 @@ _RESUMED = {
     "distill-lm": ("language_model", "distill-lm", ("epochs", "text")),
     "distill": ("distill", "distill or reproduce", ("epochs", "data_dir", "teacher_predictions")),
 }
-"""By command the part of config.json, whose runs have it, and what may be given with --resume: what
-lies at a path is compared with what began the run."""
+"""Command -> the part of config.json that it continues, whose runs have that, and the options that
+may be given with --resume. What lies at a path is compared with what began the run."""
 
 
 def _resumed(name: str, given: dict[str, Any]) -> RunFolder:

@@ -188,7 +188,7 @@ class _Run:
         steps = settings.teacher_steps or 0  # None only until the settings are made
         a_pass = len(self.batches(0, self.everything))
         while teacher.epoch < math.ceil(steps / TURN):
-            # The text may be shorter than all steps: then it is gone over again, in another order.
+            # A text that is shorter than all steps is read again, in another order.
             begin = teacher.epoch * TURN
             end = min(begin + TURN, steps)
             passes = range(begin // a_pass, (end - 1) // a_pass + 1)

@@ -22,8 +22,6 @@ from kdkernels import info
 from kdkernels.experiments.settings import Regression
 from kdkernels.tools.measuring import take_turns
 
-PATHS = ("numpy", "torch", "fused")
-
 AGREEMENT = 1e-5
 """Largest difference in theta that the three paths may show when fed the same noise."""
 

@@ -21,6 +21,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kdkernels.train import TrainError
+from kdkernels.train.run_folder import cache_folder
 
 END = "<|endoftext|>"
 """The token after each file; number 0."""
@@ -173,8 +174,7 @@ def load(
     digest = hashlib.sha256(_LAYOUT)
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdkernels"
-    folder = cache / f"text-{digest.hexdigest()[:20]}-{vocabulary}"
+    folder = cache_folder() / f"text-{digest.hexdigest()[:20]}-{vocabulary}"
     if not folder.exists():
         size = sum(len(text.encode()) for text in texts)
         say(f"training a vocabulary of {vocabulary:,} on {len(texts):,} files, {size / 1e6:.3g} MB")

@@ -38,7 +38,7 @@ EQUAL = 1.0
 
 _MEASURES = ("accuracy", "away", "ece", "seconds", "seconds_to_target", "speedup")
 Arm = dict[str, np.ndarray]
-"""Of each of the measures the values of a group's runs; NaN where one has none."""
+"""Measure -> its values in the runs of a group; NaN where a run has none."""
 
 
 @dataclasses.dataclass
@@ -60,7 +60,7 @@ class Group:
         return ", ".join(f"{name} {value}" for name, value in self.columns.items())
 
     def arms(self) -> dict[str, Arm]:
-        """By learner its measures; ``away``: its accuracy less its reference's."""
+        """Learner -> its measures; ``away`` is its accuracy less its reference's."""
         rows: dict[str, list[dict]] = {}
         for run in self.runs.values():
             base = run["arms"].get("reference", {}).get("accuracy")

@@ -18,7 +18,7 @@ from kdkernels.train.run_folder import RunFolder
 from kdkernels.train.settings import ARMS, CONTROL
 
 MANY_CLASSES = 20
-"""From more on a confusion matrix is drawn without numbers."""
+"""A confusion matrix of more classes is drawn without numbers."""
 
 
 # ---- tables --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ BY_EPOCH = {
 
 
 def curves_of(folder: RunFolder) -> tuple[dict[str, list[float]], dict[str, list[dict]], list]:
-    """By learner its losses, a step each, and its epochs' lines; and the twins' losses."""
+    """Learner -> its loss of each step, learner -> its epochs' lines, and the twins' losses."""
     losses, epochs, twins = {}, {}, []
     for line in folder.metrics():
         if line["kind"] == "step":

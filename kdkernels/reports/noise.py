@@ -185,7 +185,7 @@ def _arm(settings: Network, folder: RunFolder, arm: str, epochs: dict) -> dict:
 
 
 _SCALES = {"accuracy": (100, 2), "ece": (100, 2), "loss": (1, 4)}
-"""Of a measure: what it is multiplied by, percentages by 100, and digits."""
+"""Measure -> its factor, 100 for percentages, and its digits."""
 
 
 def _cell(measure: str, value: float, error: float | None, sign: str = "") -> str:

@@ -18,7 +18,7 @@ from kdkernels.experiments.soft_regularization import BINS
 INK, GRID, PAPER = "#23272e", "#c8cdd5", "#fefefe"
 """Text and lines, the grid, and what lies behind a figure; the page turns them with the screen."""
 
-# Okabe and Ito's colours, which colour-blind people tell apart; an arm has one wherever it stands.
+# Okabe and Ito's colours, which colour-blind people tell apart; an arm has one in all plots.
 GREY, ORANGE, BLUE, SKY, GREEN, PINK, AMBER, RED = (
     "#7a7f87", "#d55e00", "#0072b2", "#4aa3df", "#009e73", "#c2629b", "#c98a00", "#c1121f",
 )  # fmt: skip
@@ -38,7 +38,7 @@ _DARK = {
     "#d1372c": "#f0665c",
 }  # fmt: skip
 MARKERS = "osD^vPX"
-"""Of curves that lie over each other, in order."""
+"""Markers of curves that lie over each other, in order."""
 
 SIZE = (4.8, 3.3)
 """Inches of a figure that keeps its letters' size on a phone; two stand beside each other on a

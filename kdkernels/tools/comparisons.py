@@ -18,7 +18,7 @@ import kdkernels
 from kdkernels.tools.measuring import OURS, Comparison, memcpy
 
 COPIES_BYTES = 1 << 26
-"""Of logits that calls in a row overwrite, each its own, as far as these bytes last."""
+"""The most that copies of logits take, of which each call in a row overwrites another one."""
 
 
 # ---- inputs --------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def dense(
     )  # fmt: skip
     found.add("eager", lambda: eager(*far))
     found.add(OURS, lambda: fused(*far), check=check)
-    # From the second call on the logits are what the last call wrote, which is as far.
+    # The second and later calls find what the last one wrote, which is as far from the teacher.
     found.add(f"{OURS} in place", lambda: fused(output, t, hard, True), check=check)
     for gap in gaps:
         student, teacher, label = inputs(gap)

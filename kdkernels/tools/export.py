@@ -68,7 +68,7 @@ def _networks(settings: Distil, classes: int) -> tuple[nn.Module, nn.Module]:
 
 
 def _finished(folder: RunFolder, arm: str) -> _Finished:
-    """Read the run; TrainError where it is none of distill, lacks the arm, or is not finished."""
+    """Read the run; TrainError where it is not of distill, lacks the arm, or is not finished."""
     if "distill" not in folder.config:
         raise TrainError(f"{folder.path} holds no run of distill or reproduce to export from")
     asked = folder.config["distill"]

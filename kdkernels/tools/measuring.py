@@ -25,7 +25,6 @@ import importlib
 import math
 import os
 import platform
-import re
 import statistics
 import sys
 import time
@@ -41,7 +40,7 @@ from kdkernels.info import disturbed
 
 OURS = "kdkernels"
 SAMPLE_SECONDS = 0.02
-"""Of calls in a row, so that the clock and what the last case left in the caches do not count."""
+"""The length of a sample, so that the clock and the last case's caches do not count."""
 
 MAX_ROUNDS = 101
 LIMITS = ("memcpy", "triad")
@@ -298,13 +297,6 @@ def machine() -> dict:
         "system": platform.platform(),
         "triad_bytes_per_second": size / min(_timed(call, 1) for _ in range(9)),
     }  # fmt: skip
-
-
-def slug(machine: dict) -> str:
-    """A file's name for a machine: ``amd-epyc-2-cores``."""
-    text = f"{machine['processor']} {machine['cores']} cores".lower()
-    text = re.sub(r"\(r\)|\(tm\)|\bcpu\b|@.*ghz", " ", text)
-    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
 
 
 def record(machine: dict, results: list[dict]) -> dict:

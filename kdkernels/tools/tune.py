@@ -41,7 +41,7 @@ from kdkernels.train.settings import Distil, count
 
 @dataclasses.dataclass(frozen=True)
 class _TeacherOnly(Distil):
-    """Of an arm without epochs there is only the teacher, and its predictions."""
+    """An arm without epochs: the run trains the teacher and keeps its predictions."""
 
     epochs: int = count(0, "none", low=0, high=0)
 
@@ -67,7 +67,7 @@ class Study:
         settings, given, space: from the folder's config.
         plain: the trainer's settings before a trial's own.
         study: Optuna's.
-        points: values that must be tried; of a grid and of "confirm" all that there are.
+        points: values that must be tried; for a grid and for "confirm" these are all.
         limit: number of trials.
     """
 
@@ -305,7 +305,7 @@ def text(value) -> str:
 
 
 def accuracy(trial: FrozenTrial) -> float:
-    """Of a trial that is complete, or was stopped early."""
+    """The accuracy of a trial that is complete, or was stopped early."""
     assert trial.value is not None, "the trial failed or is not over"
     return trial.value
 

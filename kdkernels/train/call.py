@@ -17,7 +17,7 @@ from kdkernels.train.settings import ARMS, Distil
 
 
 def _resumed(out: str | None, wanted: Distil) -> RunFolder:
-    """The folder of a run of :func:`distill`, which only goes on with its own settings."""
+    """The folder of a run of :func:`distill`; its settings must be the same."""
     if out is None:
         raise TrainError("resume=True requires out, the folder of the run to continue")
     folder = RunFolder.open(out)
@@ -121,7 +121,7 @@ def distill(
 
     Raises:
         TrainError: something is missing, or does not fit; nothing is written then.
-        TypeError: a setting that there is not, or an argument of another kind.
+        TypeError: a setting does not exist, or an argument is of another kind.
     """
     wanted = _settings(teacher, student, train, test, settings)
     try:  # before the teacher, which may share modules with it, is moved

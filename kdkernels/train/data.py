@@ -18,7 +18,7 @@ from kdkernels.train.folder import folder
 from kdkernels.train.images import IMAGENET, Augment, Images, OnStep, statistics
 from kdkernels.train.settings import DATA
 
-# Of the training images, by channel.
+# Mean and standard deviation of the training images, by channel.
 _FASHION = (0.2860,), (0.3530,)
 _CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 _CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -163,9 +163,7 @@ def _fashion(size: int, data_dir: str, imagenet: bool) -> tuple[Images, Images]:
         return []
 
     files = present()
-    advice = (
-        f"put {packed[0]} and its three fellows there, or install Debian's dataset-fashion-mnist"
-    )
+    advice = f"put {packed[0]} and its three companions there, or install dataset-fashion-mnist"
     missing = [] if files else [n for n in packed if not (raw / n.removesuffix(".gz")).is_file()]
     with _reading("Fashion-MNIST", files[0].parent if files else raw, missing, advice):
         if not files:

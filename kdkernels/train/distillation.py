@@ -27,7 +27,7 @@ from kdkernels.train import TrainError, distributed, loop, models, session
 from kdkernels.train.checks import check_images, images_of, try_on
 from kdkernels.train.images import Images, OnStep
 from kdkernels.train.noise import Noise
-from kdkernels.train.predictions import Predictions, differences, model_hash, write
+from kdkernels.train.predictions import Predictions, about, differences, model_hash, write
 from kdkernels.train.run_folder import RunFolder
 from kdkernels.train.settings import ARMS, CONTROL, NOISY, Arm
 from kdkernels.train.settings import Distil as Settings
@@ -138,12 +138,9 @@ class _Run:
         self.whole, train, test = images_of(settings, images)
         check_images(train, test)
         self.inputs: dict[str, dict] = {
-            name: {
-                "data": part.fingerprint(), "images": len(part), "classes": part.classes,
-                "preprocessing": part.preprocessing(),
-            }
+            name: {"images": len(part)} | about(part)
             for name, part in (("training", train), ("test", test))
-        }  # fmt: skip
+        }
         # The pixels are hashed once.
         self.whole = dataclasses.replace(self.whole, _pixels_sha256=train._pixels_sha256)
         self.train, self.test = train.to(device), test.to(device)

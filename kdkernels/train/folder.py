@@ -19,14 +19,10 @@ import torch
 
 from kdkernels.train import TrainError
 from kdkernels.train.images import IMAGENET, Augment, Images, OnStep, held_out, statistics
-from kdkernels.train.run_folder import lock
+from kdkernels.train.run_folder import cache_folder, lock
 
 _16_BITS = ("PNG", "PPM")
 """Formats whose grey images have at most so many."""
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdkernels"
 
 
 def _in_rgb(image: Any, format: str | None) -> Any:
@@ -72,16 +68,17 @@ def _decoded(root: Path, files: list[str], size: int, on_step: OnStep | None):
         name = os.path.relpath(file, root)
         listing.append((name, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns))
     key = hashlib.sha256(json.dumps([2, str(root), size, listing]).encode()).hexdigest()[:32]
-    pixels, known = _cache() / f"{key}.npy", _cache() / f"{key}.json"
+    cache = cache_folder()
+    pixels, known = cache / f"{key}.npy", cache / f"{key}.json"
     shape = (len(files), 3, size, size)
     try:
-        _cache().mkdir(parents=True, exist_ok=True)
-        with (_cache() / f"{key}.lock").open("w") as file:
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / f"{key}.lock").open("w") as file:
             # A process that comes later waits, and finds the images decoded; without locks it
             # decodes them, too.
             alone = lock(file, fcntl.LOCK_EX)
             if not (known.exists() and pixels.exists()):
-                beside = _cache() / (f"{key}.tmp" if alone else f"{key}-{uuid.uuid4().hex}.tmp")
+                beside = cache / (f"{key}.tmp" if alone else f"{key}-{uuid.uuid4().hex}.tmp")
                 try:
                     found = _decode_into(beside, shape, files, on_step)
                     os.replace(beside, pixels)
@@ -92,7 +89,7 @@ def _decoded(root: Path, files: list[str], size: int, on_step: OnStep | None):
                 os.replace(beside, known)
     except OSError as error:
         raise TrainError(
-            f"the decoded images of {root} cannot be kept in {_cache()} ({error.strerror}): they "
+            f"the decoded images of {root} cannot be kept in {cache} ({error.strerror}): they "
             f"take {np.prod(shape, dtype=float) / 1e9:.1f} GB there; set XDG_CACHE_HOME to a "
             "folder with room"
         ) from None

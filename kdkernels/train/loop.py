@@ -19,7 +19,7 @@ from kdkernels.train.run_folder import RunFolder, load_state, state_of
 from kdkernels.train.session import Interrupt
 
 PHASES = ("data", "teacher", "student forward", "loss", "backward", "optimizer")
-"""What a training step spends its time on, in order; "student" is whichever model learns."""
+"""The phases of a training step, in order; "student" is the model that learns."""
 
 Predict = Callable[[torch.Tensor, torch.Tensor, int | None], Any]
 Loss = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
@@ -316,7 +316,7 @@ class Learner:
                     f"interrupted, and saved: continue with --resume {folder.path}, or resume=True",
                     status=interrupt.status,
                 )
-        # Of several ranks each is another's other work.
+        # On several ranks the other ranks' work would count as another process's.
         return self._end(folder, watch.share() if self.ranks.world == 1 else None)
 
     def _step(

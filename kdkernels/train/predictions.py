@@ -41,8 +41,8 @@ def model_hash(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _about(images: Images) -> dict:
-    """What a manifest says of the images."""
+def about(images: Images) -> dict:
+    """What tells these images from others."""
     return {
         "data": images.fingerprint(), "classes": images.classes,
         "preprocessing": images.preprocessing(),
@@ -116,7 +116,7 @@ def write(
         "format": _FORMAT,
         "model": model_hash(model),
         "images": count,
-        **_about(images),
+        **about(images),
         "dtype": dtype,
         "top_k": top_k,
         "shards": [{"file": f"{n:05}.safetensors"} | shard for n, shard in enumerate(shards)],
@@ -321,7 +321,7 @@ class Predictions:
         ``images`` are all of the set, or a part; ``model_hash`` is of the teacher, None for any.
         """
         views_of(images)
-        here = _about(images)
+        here = about(images)
         if model_hash is not None:
             here["model"] = model_hash
         differs = differences(self.manifest, here)

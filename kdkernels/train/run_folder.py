@@ -31,6 +31,12 @@ from torch import nn
 from kdkernels.train import TrainError, distributed, said
 from kdkernels.train.tensorboard import Events
 
+
+def cache_folder() -> Path:
+    """Where files lie that can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdkernels"
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
