@@ -163,7 +163,10 @@ def _fashion(size: int, data_dir: str, imagenet: bool) -> tuple[Images, Images]:
         return []
 
     files = present()
-    advice = f"put {packed[0]} and its three companions there, or install dataset-fashion-mnist"
+    advice = (
+        f"put {packed[0]} and the three files beside it there, or install Debian's "
+        "dataset-fashion-mnist"
+    )
     missing = [] if files else [n for n in packed if not (raw / n.removesuffix(".gz")).is_file()]
     with _reading("Fashion-MNIST", files[0].parent if files else raw, missing, advice):
         if not files:
