@@ -298,8 +298,8 @@ def test_two_workers_killed_and_resumed_share_one_grid(tmp_path, monkeypatch):
         process = started(f"--resume={out}", "--workers=2", "--threads=1")
         # The killed command's workers may still finish trials; this one has to be at work itself.
         wait_for(process, lambda: (tmp_path / "shown").read_text())
-        let(10)
         least = finished(out) + 2
+        let(10)
         wait_for(process, lambda: finished(out) >= least)
         process.send_signal(signal.SIGINT)
         status, err = process.wait(), process.stderr.read()

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from scipy import stats
 
-from kdkernels.reports import report
+from kdkernels.reports import plots, report
 from kdkernels.reports.arms import best_of, generation, results
-from kdkernels.reports.distillation import NAMES, plot_ladder, speed
+from kdkernels.reports.distillation import NAMES, speed
 from kdkernels.reports.page import INK, MARKERS, SIZE, STYLE, canvas, colour, note
 from kdkernels.reports.report import Cell, Plot, Section, Table, table, with_error
 from kdkernels.tools.settings import Compare
@@ -346,7 +346,7 @@ def write(paths: list[str], out: str = "compare.html") -> list[Table]:
         if group.ladder():
             ladders.tables.append(_ladder_table(group))
             about = f"{group.label}{'; ' * bool(group.label)}mean ± standard deviation"
-            ladder = Plot(plot_ladder(group.ladder()), "The speed-up ladder", about)
+            ladder = Plot(plots.ladder(group.ladder()), "The speed-up ladder", about)
             ladders.plots[f"ladder_{number}"] = ladder
     if "group" in found[0].columns:
         main.tables.append(_settings_table(found, differing))

@@ -1,16 +1,12 @@
 """What experiment 2, a distillation, has to show."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pandas
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
-from kdkernels.reports import metrics, page
+from kdkernels.reports import metrics, page, plots
 from kdkernels.reports.arms import FOLLOW, LADDER, TIMES_CONTROL, best_of, generation, results
-from kdkernels.reports.noise import FEW, plot_reliability
 from kdkernels.reports.report import Cell, Plot, Section, Table, table, with_error
 from kdkernels.tools.measuring import duration
 from kdkernels.train.loop import PHASES
@@ -141,35 +137,24 @@ def _first(arms: dict) -> list[str]:
     return [name for name in arms if name != "teacher" and generation(name)[1] == 1]
 
 
-def _plot_accuracies(arms: dict, curves: dict, label: str, whole: bool) -> Figure:
-    """Curves of accuracy, arm -> (x, y), and the teacher's accuracy; ``whole``: x are numbers."""
-    figure, axes = page.canvas()
-    for place, (name, (x, y)) in enumerate(curves.items()):
-        axes.plot(x, y, color=page.colour(name), label=name, marker=page.MARKERS[place % 7], ms=4,
-                  lw=1.3, ls="--" if name == "fused" else "-")  # fmt: skip
-    if "teacher" in arms:
-        best, look = arms["teacher"]["accuracy"], page.colour("teacher")
-        axes.axhline(best, color=look, ls=":", lw=1.2, label=f"teacher {best:.1%}")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set(xlabel=label, ylabel="test accuracy")
-    if whole:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    else:
-        axes.set_xlim(0, None)
-    return page.legend(figure, axes)
-
-
 def _accuracy_plots(found: dict) -> dict[str, Plot]:
-    arms, lines = found["arms"], {n: pandas.DataFrame(found["epochs"][n]) for n in found["epochs"]}
-    by_epoch = {n: (lines[n]["epoch"], lines[n]["accuracy"]) for n in _first(arms)}
-    by_time = {n: (lines[n]["seconds"].cumsum(), lines[n]["accuracy"]) for n in _first(arms)}
-    plots = {
-        "accuracy": Plot(_plot_accuracies(arms, by_epoch, "epoch", True), "By epoch",
+    arms, first = found["arms"], _first(found["arms"])
+    lines = {name: pandas.DataFrame(found["epochs"][name]) for name in first}
+    by_epoch = {n: (lines[n]["epoch"], lines[n]["accuracy"]) for n in first}
+    by_time = {n: (lines[n]["seconds"].cumsum(), lines[n]["accuracy"]) for n in first}
+
+    def curves(points, label, **more):
+        teacher = arms.get("teacher", {}).get("accuracy")
+        return plots.measures(points, label, "test accuracy", teacher, **more)
+
+    made = {
+        "accuracy": Plot(curves(by_epoch, "epoch", whole=True), "By epoch",
                          "test accuracy at each epoch's end"),
-        "accuracy_by_time": Plot(_plot_accuracies(arms, by_time, "seconds of training", False),
-                                 "By time", "the same, over seconds of training"),
-        "loss": Plot(_plot_loss(found), "Loss of each step", "thick: its mean over a fortieth of "
-                     "the run; alone's loss is the cross-entropy"),
+        "accuracy_by_time": Plot(curves(by_time, "seconds of training"), "By time",
+                                 "the same, over seconds of training"),
+        "loss": Plot(plots.losses({name: found["losses"][name] for name in first}, {"fused"}),
+                     "Loss of each step", "thick: its mean over a fortieth of the run; alone's "
+                     "loss is the cross-entropy"),
     }  # fmt: skip
     taught = {}
     for name in arms:
@@ -181,90 +166,11 @@ def _accuracy_plots(found: dict) -> dict[str, Plot]:
         if len(points) > 1
     }
     if by_generation:
-        figure = _plot_accuracies(arms, by_generation, "generation", True)
+        figure = curves(by_generation, "generation", whole=True)
         figure.axes[0].margins(x=0.1)
         about = "each generation's student teaches the next"
-        plots["generations"] = Plot(figure, "By generation", about)
-    return plots
-
-
-def _plot_loss(found: dict) -> Figure:
-    figure, axes = page.canvas()
-    looks = {"reference": ("-", 3.0), "fused": ("--", 1.5)}
-    for name in _first(found["arms"]):
-        style, width = looks.get(name, ("-", 1.3))
-        losses = pandas.Series(found["losses"][name])
-        losses.index += 1
-        window = max(1, len(losses) // 40)
-        if window > 1:
-            axes.plot(losses, lw=0.6, color=page.colour(name), alpha=0.2)
-        means = losses.rolling(window, min_periods=1).mean()
-        axes.plot(means, style, lw=width, color=page.colour(name), label=name)
-    axes.set(xlabel="step", ylabel="training loss", yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
-    return page.legend(figure, axes)
-
-
-def _plot_difference(curves: dict[str, list[float]]) -> Figure:
-    figure, axes = page.canvas()
-    looks = {
-        "fused": ("fused, its own run", page.BLUE, "-"),
-        CONTROL: ("control: the reference again, rounded otherwise", page.INK, "--"),
-        "same logits": ("fused, on the same logits", page.GREEN, "-"),
-    }
-    for name, (label, look, style) in looks.items():
-        # Equal losses have no place on a logarithmic axis: the floor stands for them.
-        shown = np.maximum(curves[name], 1e-8)
-        axes.plot(range(1, len(shown) + 1), shown, style, color=look, lw=1, label=label)
-    axes.set(xlabel="step", ylabel="relative difference", yscale="log", ylim=(5e-9, 300))
-    axes.legend(loc="upper left")
-    return figure
-
-
-def plot_phases(
-    spent: dict[str, dict[str, float]], label: str, total: Callable[[float], str]
-) -> Figure:
-    """A bar an arm of what it spends in each phase; ``total`` says its sum behind the bar."""
-    figure, axes = page.canvas(page.SIZE[0], 1.3 + 0.4 * len(spent))
-    frame = pandas.DataFrame(spent).T[list(PHASES)]
-    frame.plot.barh(
-        stacked=True, ax=axes, color=page.PHASE_COLOURS, width=0.66, ec=page.PAPER, lw=0.6
-    )
-    sums = frame.sum(axis=1)
-    axes.bar_label(axes.containers[-1], map(total, sums), padding=4)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set(xlabel=label, ylabel="", xlim=(0, sums.max() * 1.14))
-    return page.legend(figure, axes)
-
-
-def plot_ladder(rungs: list[dict]) -> Figure:
-    """The rungs of :func:`ladder` as bars, each with what it saves of the one before."""
-    figure, axes = page.canvas(page.SIZE[0], 0.55 + 0.62 * len(rungs))
-    most = max(rung["seconds"] + rung.get("seconds_spread", 0) for rung in rungs)
-    spread = any("speedup_spread" in rung for rung in rungs)
-    for row, rung in enumerate(rungs):
-        look, seconds, saved = page.colour(rung["arm"]), rung["seconds"], rung["saved"]
-        axes.barh(row, seconds, color=look, height=0.42, xerr=rung.get("seconds_spread"),
-                  error_kw={"ecolor": page.INK, "capsize": 3, "lw": 1})  # fmt: skip
-        if saved > 0:
-            axes.barh(row, saved, left=seconds, color=look, height=0.42, alpha=0.22)
-            if saved > 0.17 * most and not spread:
-                spot = (seconds + saved / 2, row)
-                axes.annotate(f"−{saved:.3g} s", spot, ha="center", va="center", fontsize=8)
-        label = ("+ " if row else "") + rung["adds"]
-        axes.text(0, row - 0.3, f"{label}  ({seconds:.3g} s)", ha="left", va="bottom")
-        if row:
-            speed = with_error(rung["speedup"], rung.get("speedup_spread"))
-            axes.text(most * 1.03, row, f"{speed}×", va="center", weight="bold", color=look)
-    right = most * (1.36 if spread else 1.2)
-    axes.set(xlabel="seconds of training", xlim=(0, right), ylim=(len(rungs) - 0.6, -0.75))
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    axes.grid(axis="y", visible=False)
-    return figure
+        made["generations"] = Plot(figure, "By generation", about)
+    return made
 
 
 def _plot_confusion(counts: np.ndarray) -> Figure:
@@ -353,9 +259,18 @@ def sections(folder: RunFolder) -> list[Section]:
     if tested:
         made.append(_calibration_section(tested, found["confusion"]))
     if found["follow"]:
-        figure = _plot_difference(found["apart"])
-        plots = {"loss_difference": Plot(figure, "Difference from the reference's loss")}
-        made.append(Section("Does fused follow reference?", [_follow_table(found)], plots))
+        apart = found["apart"]
+        figure = plots.differences(
+            {
+                "fused, its own run": (apart["fused"], page.BLUE, "-"),
+                "control: the reference again, rounded otherwise":
+                    (apart[CONTROL], page.INK, "--"),
+                "fused, on the same logits": (apart["same logits"], page.GREEN, "-"),
+            }
+        )  # fmt: skip
+        section = Section("Does fused follow reference?", [_follow_table(found)])
+        section.plots["loss_difference"] = Plot(figure, "Difference from the reference's loss")
+        made.append(section)
     return made
 
 
@@ -365,12 +280,12 @@ def _speed_section(found: dict) -> Section:
     if found["ladder"]:
         made.tables.insert(0, _ladder_table(found["ladder"]))
         made.plots["ladder"] = Plot(
-            plot_ladder(found["ladder"]), "The speed-up ladder",
+            plots.ladder(found["ladder"]), "The speed-up ladder",
             "each bar adds one thing to the one above; pale: what that saves; bold: times "
             "reference's speed",
         )  # fmt: skip
     phases = {name: arms[name]["phases"] for name in _first(arms)}
-    figure = plot_phases(phases, "seconds of training", "{:.1f} s".format)
+    figure = plots.phases(phases, "seconds of training", "{:.1f} s".format)
     made.plots["phases"] = Plot(figure, "Where the time goes", "seconds of training by phase")
     return made
 
@@ -394,9 +309,9 @@ def _accuracy_section(found: dict, folder: RunFolder, config: dict) -> Section:
 
 def _calibration_section(tested: dict, confusion: dict | None) -> Section:
     bins = {n: arm["reliability"] for n, arm in tested.items() if generation(n)[1] == 1}
-    about = f"how often an arm is right when it is so sure; bins of {FEW} images or more"
+    about = f"how often an arm is right when it is so sure; bins of {plots.FEW} images or more"
     made = Section("Calibration and confusion", [_calibration_table(tested)])
-    made.plots["reliability"] = Plot(plot_reliability(bins), "Reliability", about)
+    made.plots["reliability"] = Plot(plots.reliability(bins), "Reliability", about)
     if confusion:
         arm, counts = confusion["arm"], np.array(confusion["counts"])
         made.tables.append(_confused_table(arm, counts))

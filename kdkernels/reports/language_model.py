@@ -2,15 +2,12 @@
 
 from typing import Any
 
-import numpy as np
 import pandas
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from kdkernels.experiments.settings import LM_ARMS
-from kdkernels.reports import metrics
-from kdkernels.reports.distillation import plot_phases
-from kdkernels.reports.page import COLOURS, canvas, note
+from kdkernels.reports import metrics, plots
+from kdkernels.reports.page import COLOURS, note
 from kdkernels.reports.report import Cell, Plot, Section, Table, table
 from kdkernels.train.loop import PHASES
 from kdkernels.train.run_folder import RunFolder
@@ -187,67 +184,49 @@ def _followed(found: dict, config: dict) -> Table:
 # ---- plots ---------------------------------------------------------------------------------------
 
 
-def _plot_speed(arms: dict) -> Figure:
-    shown = [("tokens a second", "tokens_per_second", 1.0, "speedup", "×")]
-    if all(arm["peak_bytes"] is not None for arm in arms.values()):
-        shown.append(("peak memory of a step, MB", "peak_bytes", 1e-6, "memory", "× reference"))
-    size = 8.5, 1.4 + 0.45 * len(arms)
-    figure, panels = canvas(*size, 1, len(shown), sharey=True, squeeze=False)
-    for axes, (title, key, scale, ratio, unit) in zip(panels[0], shown, strict=True):
-        values = [arm[key] * scale for arm in arms.values()]
-        bars = axes.barh(list(arms), values, color=[COLOURS[name] for name in arms], height=0.62)
-        texts = [
-            f"{value:,.0f}" + (f"  ({arm[ratio]:.2f} {unit})" if ratio in arm else "")
-            for value, arm in zip(values, arms.values(), strict=True)
-        ]
-        axes.bar_label(bars, texts, padding=4, fontsize=8)
-        axes.set(xlabel=title, xlim=(0, max(values) * 1.45))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.grid(axis="y", visible=False)
-    panels[0][0].invert_yaxis()
-    return figure
+def _bars(arms: dict, key: str, scale: float, ratio: str, unit: str, label: str) -> Figure:
+    values = {name: arm[key] * scale for name, arm in arms.items()}
+    texts = [
+        f"{values[name]:,.0f}" + (f"  ({arm[ratio]:.2f} {unit})" if ratio in arm else "")
+        for name, arm in arms.items()
+    ]
+    return plots.bars(values, label, [COLOURS[name] for name in arms], texts)
 
 
-def _plot_phases(arms: dict) -> Figure:
+def _plots(found: dict) -> dict[str, Plot]:
+    arms, students = found["arms"], _students(found["arms"])
+    speed = _bars(students, "tokens_per_second", 1.0, "speedup", "×", "tokens a second")
+    made = {"lm_speed": Plot(speed, "Speed")}
+    if all(arm["peak_bytes"] is not None for arm in students.values()):
+        label = "peak memory of a step, MB"
+        memory = _bars(students, "peak_bytes", 1e-6, "memory", "× reference", label)
+        made["lm_memory"] = Plot(memory, "Memory")
     spent = {
         name: {phase: seconds / arm["steps"] * 1e3 for phase, seconds in arm["phases"].items()}
-        for name, arm in arms.items()
+        for name, arm in students.items()
     }
-    return plot_phases(spent, "milliseconds a step", "{:,.0f} ms".format)
-
-
-def _plot_losses(losses: dict, apart: dict) -> Figure:
-    figure, (curves, below) = canvas(8.5, 7, 2, 1, sharex=True, height_ratios=[3, 2])
-    looks = {"reference": ("-", 3.5), "topk": ("-", 1.2)}
-    for name, values in losses.items():
-        style, width = looks.get(name, ("--", 1.2))
-        steps = range(1, len(values) + 1)
-        curves.plot(steps, values, style, lw=width, color=COLOURS[name], label=name)
-        if name in apart:
-            # Equal losses have no place on a logarithmic axis: the floor stands for them.
-            shown = np.maximum(apart[name], 1e-9)
-            below.plot(range(1, len(shown) + 1), shown, lw=1, color=COLOURS[name], label=name)
-    curves.set(ylabel="training loss", title="Loss of each step")
-    curves.legend(fontsize=9)
-    below.set(xlabel="step", ylabel="relative difference", yscale="log", ylim=(5e-10, 1))
-    below.set_title("Difference from the reference's loss")
-    if apart:
-        below.legend(fontsize=8)
-    return figure
-
-
-def _plot_held_out(arms: dict, epochs: dict) -> Figure:
-    figure, axes = canvas(8.5, 4)
-    for name in _students(arms):
-        lines = pandas.DataFrame(epochs[name])
-        spent, losses = lines["seconds"].cumsum(), lines["held_out_loss"]
-        axes.plot(spent, losses, "o-", ms=4, color=COLOURS[name], label=name)
-    if "teacher" in arms:
-        best = arms["teacher"]["held_out_loss"]
-        axes.axhline(best, color=COLOURS["teacher"], ls=":", label=f"teacher {best:.2f}")
-    axes.set(xlabel="seconds of training", ylabel="held-out loss, nats a token", xlim=(0, None))
-    axes.legend(fontsize=9)
-    return figure
+    lines = {name: pandas.DataFrame(found["epochs"][name]) for name in students}
+    held_out = {n: (lines[n]["seconds"].cumsum(), lines[n]["held_out_loss"]) for n in students}
+    teacher = arms.get("teacher", {}).get("held_out_loss")
+    exact = {name for name in students if LM_ARMS[name].exact} - {"reference"}
+    made["lm_phases"] = Plot(
+        plots.phases(spent, "milliseconds a step", "{:,.0f} ms".format), "Where the time goes"
+    )
+    made["lm_held_out"] = Plot(
+        plots.measures(held_out, "seconds of training", "held-out loss, nats a token", teacher,
+                       percent=False),
+        "Held-out loss by time", "a dot an epoch",
+    )  # fmt: skip
+    made["lm_losses"] = Plot(
+        plots.losses({name: found["losses"][name] for name in students}, exact),
+        "Loss of each step", "thick: its mean over a fortieth of the run",
+    )  # fmt: skip
+    if found["apart"]:
+        curves = {name: (values, COLOURS[name], "-") for name, values in found["apart"].items()}
+        made["lm_loss_difference"] = Plot(
+            plots.differences(curves), "Difference from the reference's loss"
+        )
+    return made
 
 
 def sections(folder: RunFolder) -> list[Section]:
@@ -255,21 +234,11 @@ def sections(folder: RunFolder) -> list[Section]:
     found = results(folder)
     if not found:
         return []
-    arms, students = found["arms"], _students(found["arms"])
-    losses = {name: found["losses"][name] for name in students}
-    plots = {
-        "lm_speed": Plot(_plot_speed(students), "Speed and memory"),
-        "lm_losses": Plot(_plot_losses(losses, found["apart"]), "Losses"),
-        "lm_phases": Plot(_plot_phases(students), "Where the time goes"),
-        "lm_held_out": Plot(
-            _plot_held_out(arms, found["epochs"]), "Held-out loss by time, a dot an epoch"
-        ),
-    }
     return [
         Section(
             TITLE,
             _tables(found, folder.config["language_model"]),
-            plots,
+            _plots(found),
             results={key: found[key] for key in ("arms", "agreement", "work", "checks")},
             checks=found["checks"],
             others=[line.get("others") for lines in found["epochs"].values() for line in lines],

@@ -18,14 +18,11 @@ from kdkernels.experiments.soft_regularization import (
     difference,
     reliability,
 )  # fmt: skip
-from kdkernels.reports import metrics, page
-from kdkernels.reports.page import BLUE, COLOURS, INK, RED, SIZE, note
+from kdkernels.reports import metrics, page, plots
+from kdkernels.reports.page import BLUE, COLOURS, INK, RED, note
 from kdkernels.reports.report import Cell, Plot, Section, Table, table, with_error
 from kdkernels.tools.measuring import duration
 from kdkernels.train.run_folder import RunFolder
-
-FEW = 10
-"""A bin of fewer predictions says little about its accuracy and is left out of the plot."""
 
 CLEAR = 2.0
 """Standard errors from which on a difference is called one."""
@@ -262,23 +259,6 @@ def _plot_noise(arms: dict) -> Figure:
     return figure
 
 
-def plot_reliability(arms: dict[str, list]) -> Figure:
-    """Accuracy by confidence, and how many predictions are how sure; by arm :func:`reliability`."""
-    figure, (axes, below) = page.canvas(SIZE[0], 4.6, 2, 1, sharex=True, height_ratios=[3, 1])
-    axes.plot([0, 1], [0, 1], color=INK, lw=1, ls=":", label="calibrated")
-    for number, (name, bins) in enumerate(arms.items()):
-        count, right, sure = np.array(bins)
-        look, marker, many = page.colour(name), page.MARKERS[number % 7], count >= FEW
-        x, y = (part[many] / count[many] for part in (sure, right))
-        axes.plot(x, y, label=name, color=look, marker=marker, ms=4, lw=1.2)
-        middles = (np.arange(len(count)) + 0.5) / len(count)
-        below.step(middles, count / count.sum(), where="mid", color=look, lw=1.2)
-    axes.set(ylabel="accuracy", ylim=(0, 1.02))
-    below.set(xlabel="largest probability", ylabel="share of images", yscale="log", xlim=(0, 1))
-    below.yaxis.set_major_formatter(lambda share, _: f"{share * 100:g} %")
-    return page.legend(figure, axes, 4)
-
-
 def networks(folder: RunFolder) -> list[Section]:
     """Experiment 3."""
     config, found = folder.config["soft_regularization"], results(folder)
@@ -291,8 +271,8 @@ def networks(folder: RunFolder) -> list[Section]:
     made.plots = {
         "noise": Plot(_plot_noise(arms), "Accuracy and calibration",
                       "a dot a seed; bar: mean ± its standard error"),
-        "reliability": Plot(plot_reliability(bins), "Reliability",
-                            f"all seeds together; bins of {FEW} images or more"),
+        "reliability": Plot(plots.reliability(bins), "Reliability",
+                            f"all seeds together; bins of {plots.FEW} images or more"),
     }  # fmt: skip
     # Which arm is the most accurate and which the best calibrated, without a claim of chance.
     accuracy, ece = ({n: arms[n][measure]["mean"] for n in arms} for measure in ("accuracy", "ece"))

@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from optuna.trial import TrialState
 
 from kdkernels.experiments.soft_regularization import difference
-from kdkernels.reports import report
-from kdkernels.reports.page import COLOURS, INK, SIZE, STYLE, canvas, note
+from kdkernels.reports import plots, report
+from kdkernels.reports.page import COLOURS, INK, STYLE, canvas, note
 from kdkernels.reports.report import Cell, Plot, Section, Table, table, with_error
 from kdkernels.tools import tune
 from kdkernels.tools.space import NOISE
@@ -156,13 +156,9 @@ def _plot_settings(search: tune.Study) -> Figure:
 
 
 def _plot_importances(importances: dict) -> Figure:
-    figure, axes = canvas(SIZE[0], 0.9 + 0.3 * len(importances))
-    names = [name.replace("_", " ") for name in importances]
-    axes.barh(names, list(importances.values()), color=COLOURS["fused"], height=0.62)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set(xlabel="importance")
+    shown = {name.replace("_", " "): value for name, value in importances.items()}
+    figure = plots.bars(shown, "importance", [COLOURS["fused"]])
+    figure.axes[0].xaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
 
 
