@@ -5,15 +5,8 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels.tools.bench import (
-    OURS,
-    Comparison,
-    gpt2,
-    memcpy,
-    noise,
-    plain_noise,
-    resnet18,
-)
+from kdkernels.tools.comparisons import gpt2, noise, plain_noise, resnet18
+from kdkernels.tools.measuring import OURS, Comparison, memcpy
 
 FULL = pytest.mark.full
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdkernels.tools.bench import OPTIMIZERS, gpt2, optimizer, resnet18
+from kdkernels.tools.comparisons import OPTIMIZERS, gpt2, optimizer, resnet18
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,8 @@ import torch
 from torch.utils import cpp_extension
 
 import kdkernels
-from kdkernels.tools.bench import (
-    OPTIMIZERS,
-    OURS,
-    Comparison,
-    backward,
-    dense,
-    noise,
-    optimizer,
-    plain_loss,
-)
+from kdkernels.tools.comparisons import OPTIMIZERS, backward, dense, noise, optimizer, plain_loss
+from kdkernels.tools.measuring import OURS, Comparison
 
 # As cheap as a C++ autograd Function with a gradient can be.
 NOTHING = r"""

@@ -1,6 +1,7 @@
 """What the benchmarks share: their options, the fixture `compare`, and what a run leaves behind.
 
-How a comparison is measured is in kdkernels/tools/bench.py, what its page looks like in report.py.
+How a comparison is measured is in kdkernels/tools/measuring.py, what its page looks like in
+report.py.
 """
 
 import importlib.metadata
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from bench import report
-from kdkernels.tools import bench as measuring
+from kdkernels.tools import measuring
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",

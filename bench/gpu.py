@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 
 import kdkernels
-from kdkernels.tools.bench import gpt2, plain_loss, resnet18, training_logits
+from kdkernels.tools.comparisons import gpt2, plain_loss, resnet18, training_logits
 
 OURS = "kdkernels"
 MODES = ("cold", "warm", "loop")

@@ -16,8 +16,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from kdkernels.reports.page import STYLE
-from kdkernels.tools import bench as measuring
-from kdkernels.tools.bench import OURS, duration, interval, ratio, times
+from kdkernels.tools import measuring
+from kdkernels.tools.measuring import OURS, duration, interval, ratio, times
 
 SUITES = {
     "distill": "Distillation losses: loss and gradient",
@@ -395,6 +395,13 @@ def as_json(record):
     return text + "\n"
 
 
+def slug(machine: dict) -> str:
+    """A file's name for a machine: ``amd-epyc-2-cores``."""
+    text = f"{machine['processor']} {machine['cores']} cores".lower()
+    text = re.sub(r"\(r\)|\(tm\)|\bcpu\b|@.*ghz", " ", text)
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
+
+
 def write(record, folder, add=False):
     """Write a machine's JSON, page and plots; returns the JSON's and the page's path.
 
@@ -403,7 +410,7 @@ def write(record, folder, add=False):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    name = measuring.slug(record["machine"])
+    name = slug(record["machine"])
     path = folder / f"{name}.json"
     if add and path.exists():
         new = {result["title"] for result in record["results"]}

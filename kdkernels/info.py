@@ -40,16 +40,19 @@ def collect():
     }
 
 
+def processor() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine(threads: int | None = None) -> dict[str, str]:
     """What a run ran on: processor, threads, versions, GPUs."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [r for r in cpuinfo.read_text().splitlines() if r.startswith("model name")]
-        name = names[0].split(":", 1)[1].strip() if names else name
     facts = collect()
     found = {
-        "processor": f"{name}, {os.cpu_count()} cores visible; kernels use {facts['isa']}",
+        "processor": f"{processor()}, {os.cpu_count()} cores visible; kernels use {facts['isa']}",
         "threads": str(threads or facts["threads"]),
         "versions": f"kdkernels {_version()}, torch {facts['torch']}, torchvision "
         f"{_version('torchvision')}, Python {facts['python']}",

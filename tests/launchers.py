@@ -14,7 +14,7 @@ import ptx
 import torch
 
 from kdkernels import _C, reference
-from kdkernels.tools.bench import IGNORED, training_logits
+from kdkernels.tools.comparisons import IGNORED, training_logits
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "tests/launchers.cpp"]

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from kdkernels.__main__ import main
-from kdkernels.tools import bench as benchmark
-from kdkernels.tools.bench import IGNORED, OURS, Comparison, training_logits
+from kdkernels.tools import bench
+from kdkernels.tools import measuring as benchmark
+from kdkernels.tools.comparisons import IGNORED, training_logits
+from kdkernels.tools.measuring import OURS, Comparison
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import report  # noqa: E402
@@ -156,13 +158,13 @@ def test_durations_and_ratios_have_three_digits():
 
 def test_slug():
     facts = {"processor": "Intel(R) Xeon(R) CPU E5-2690 v4 @ 2.60GHz", "cores": 28}
-    assert benchmark.slug(facts) == "intel-xeon-e5-2690-v4-28-cores"
+    assert report.slug(facts) == "intel-xeon-e5-2690-v4-28-cores"
 
 
 def test_quick(short_samples, tmp_path):
     said, threads = [], torch.get_num_threads()
     path = tmp_path / "x.json"
-    record = benchmark.quick(1, str(path), seconds=0, largest=2000, out=said.append)
+    record = bench.quick(1, str(path), seconds=0, largest=2000, out=said.append)
     assert torch.get_num_threads() == threads
     assert {result["threads"] for result in record["results"]} == {1}
     assert json.loads(path.read_text()) == json.loads(json.dumps(record))

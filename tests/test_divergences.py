@@ -17,7 +17,7 @@ from kdkernels import (
     reference,
     topk_distillation_loss,
 )
-from kdkernels.tools.bench import IGNORED, training_logits
+from kdkernels.tools.comparisons import IGNORED, training_logits
 
 # What rounded exponentials make of the ratio of their sums, which a gradient of a KL feels.
 ERROR_OF_SUMS = {"forward_kl": 1e-7, "reverse_kl": 1e-7}

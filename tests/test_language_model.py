@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdkernels import __main__ as command
-from kdkernels.experiments import language_model, text
-from kdkernels.experiments.language_model import GPT
+from kdkernels.experiments import language_model, step_cost, text
+from kdkernels.experiments.gpt import GPT, held_out
 from kdkernels.experiments.settings import LM_ARMS, LanguageModel
 from kdkernels.reports import language_model as pages
 from kdkernels.train import TrainError
@@ -219,7 +219,7 @@ def test_operations_are_what_torch_counts():
         student(tokens).sum().backward()
     counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     products = sum(n for op, n in counts.items() if op in ("aten.mm", "aten.addmm"))
-    ours = language_model.operations(settings, 64)
+    ours = step_cost.operations(settings, 64)
     attention = 3 * 3 * 32 * 2 * 16 * 32
     assert ours["student body"] + ours["student head"] - attention == products
     assert ours["teacher head"] == 2 * 32 * 64 * 64
@@ -227,18 +227,18 @@ def test_operations_are_what_torch_counts():
 
 def test_passes_are_counted():
     x = torch.ones(4, 100)
-    with language_model._Passes(400) as passes:
+    with step_cost.Passes(400) as passes:
         (x.exp() + x).view(100, 4).sum()
     assert passes.count == 2 + 3 + 1
     # At the least each of two logits is read and a gradient is written.
-    assert language_model.traffic(LanguageModel(), 1000) > 3
+    assert step_cost.traffic(LanguageModel(), 1000) > 3
 
 
 def test_held_out_loss_in_chunks():
     _, part, _ = text.load(SOURCES, 320, 16, CPU)
     windows = part.sample(21, 0)
     model = models()[0]
-    found = language_model.held_out(model, windows, 4)
+    found = held_out(model, windows, 4)
     tokens, labels = windows.batch(torch.arange(21))
     logits = model(tokens).double().flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, labels.flatten()).item()
@@ -277,7 +277,7 @@ def test_linear_takes_less_memory(tmp_path):
             lambda model: {}, 1e-3, 0, tuned=True,
         )  # fmt: skip
         batches = [torch.arange(8), torch.arange(8, 16)]
-        peak = language_model._Peak(learner)
+        peak = step_cost.Peak(learner)
         with Interrupt() as interrupt:
             learner.train_epoch(Random(), batches, folder, interrupt, peak.read)
         peaks[name] = peak.bytes

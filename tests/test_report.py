@@ -13,7 +13,7 @@ import torch
 
 from kdkernels import __main__ as command
 from kdkernels.reports import compare, page, report
-from kdkernels.reports.distillation import ladder
+from kdkernels.reports.arms import ladder
 from kdkernels.train.loop import PHASES
 from kdkernels.train.run_folder import RunFolder
 from kdkernels.train.settings import ARMS, Distil
@@ -294,7 +294,7 @@ def test_an_experiment_joins_by_one_line(tmp_path, monkeypatch):
     """Its module is asked for sections where the folder holds its part, or its file."""
     module = type(sys)("kdkernels.reports.extra")
     section = report.Section(
-        "Extra", [report.table("An extra table", [{"a": "1"}])], results={"value": 1},
+        "Extra", [report.table("An extra table", [{"a": 1}], {"a": "{a}"})], results={"value": 1},
         checks=[{"name": "wrong", "value": 2.0, "limit": 1.0, "passed": False}],
     )  # fmt: skip
     module.sections = lambda folder: [section]

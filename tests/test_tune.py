@@ -17,9 +17,10 @@ from torch import nn
 import kdkernels
 from kdkernels import __main__ as command
 from kdkernels.reports import search
+from kdkernels.tools import space as spaces
 from kdkernels.tools import tune
 from kdkernels.tools.settings import Search
-from kdkernels.train import TrainError, console, distillation
+from kdkernels.train import TrainError, console, data, distillation
 from kdkernels.train.run_folder import RunFolder
 from kdkernels.train.settings import Distil
 
@@ -63,20 +64,20 @@ def searched(tmp_path, name="run", settings=None, **given):
 
 
 def space(search, **given):
-    return tune.Space(search, given)
+    return spaces.Space(search, given)
 
 
 def test_a_search_in_words():
     found = space("temperature=1:8:4, alpha, divergence=forward_kl|js ,lr=0.001|0.01").dimensions
-    assert found["temperature"] == tune.Range(1.0, 8.0, log=True, count=4)
+    assert found["temperature"] == spaces.Range(1.0, 8.0, log=True, count=4)
     assert list(found["temperature"]) == [1.0, 2.0, 4.0, 8.0]
-    assert list(tune.Range(0.0, 1.0, count=3)) == [0.0, 0.5, 1.0]
-    assert found["alpha"] == tune.SPACE["alpha"] and found["lr"] == (0.001, 0.01)
-    assert found["divergence"] == ("forward_kl", "js") and found["beta"] == tune.SPACE["beta"]
-    assert "noise" not in found and not set(tune.NOISE) & set(found)
+    assert list(spaces.Range(0.0, 1.0, count=3)) == [0.0, 0.5, 1.0]
+    assert found["alpha"] == spaces.SPACE["alpha"] and found["lr"] == (0.001, 0.01)
+    assert found["divergence"] == ("forward_kl", "js") and found["beta"] == spaces.SPACE["beta"]
+    assert "noise" not in found and not set(spaces.NOISE) & set(found)
     assert set(space("noise=none|input").dimensions) == {"noise", "input_std"}
     assert set(space("beta=0.1|0.2", divergence="js").dimensions) == {"beta"}
-    assert set(space(Search().search).dimensions) == set(tune.SPACE) - {"lr"}
+    assert set(space(Search().search).dimensions) == set(spaces.SPACE) - {"lr"}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_trials_are_tested_on_held_out_training_images(tmp_path):
     for trial in done(out):
         assert trial.value * 40 == pytest.approx(round(trial.value * 40))
     tested, _ = RunFolder(out / "search", {}).load("teacher-test")
-    train, _ = tune.data.load("digits", size=16)
+    train, _ = data.load("digits", size=16)
     assert tested["labels"].equal(train.split(0.5, seed=0)[1].first(40).labels)
 
 

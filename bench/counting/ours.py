@@ -13,7 +13,7 @@ import re
 import launchers
 import torch
 
-from kdkernels.tools.bench import resnet18
+from kdkernels.tools.comparisons import resnet18
 
 from .cost import RATES, SECTOR, SMS, THREADS_PER_SM, cost, moved
 

@@ -10,7 +10,7 @@ import ptx
 import torch
 from torch.nn import functional as F
 
-from kdkernels.tools.bench import plain_loss, training_logits
+from kdkernels.tools.comparisons import plain_loss, training_logits
 
 from . import peers_ptx
 from .cost import Cost, cost

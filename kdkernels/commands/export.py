@@ -18,7 +18,8 @@ def command(_: str, given: dict[str, Any]) -> int:
     folder = RunFolder.open(given.pop("run_dir"))
     import_from(folder.config)
     settings = Export(**given)
-    found = terminal.progress(export.run, settings, folder, console)
+    with terminal.progress(console) as show:
+        found = export.run(settings, folder, *show)
     report.write(folder)
     terminal.show(console, tables(found))
     console.print(f"the files are in {folder.path / export.FOLDER}")

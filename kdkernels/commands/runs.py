@@ -1,6 +1,7 @@
 """Runs of the experiments from the command line: begun, resumed, shown."""
 
 import dataclasses
+import importlib
 import os
 import sys
 from typing import Any
@@ -8,10 +9,10 @@ from typing import Any
 import torch
 
 from kdkernels import info
-from kdkernels.experiments import soft_regression, soft_regularization
+from kdkernels.experiments import soft_regression
 from kdkernels.experiments.settings import LanguageModel, Network, Regression
 from kdkernels.reports import report
-from kdkernels.train import TrainError, distillation, distributed
+from kdkernels.train import TrainError, distributed
 from kdkernels.train import console as terminal
 from kdkernels.train.run_folder import RunFolder
 from kdkernels.train.settings import Distil, place
@@ -48,28 +49,31 @@ def command(name: str, given: dict[str, Any]) -> int:
     return 0 if passed else 1
 
 
+_EXPERIMENTS = {
+    "distill": ("kdkernels.train.distillation", Distil),
+    "soft_regularization": ("kdkernels.experiments.soft_regularization", Network),
+    "language_model": ("kdkernels.experiments.language_model", LanguageModel),
+}
+"""Part of config.json -> the module that runs it, imported when it does, and its settings."""
+
+
 def _run(folder: RunFolder, console) -> None:
     """Run what is left of each experiment that the folder's config has."""
     config = folder.config
     if "soft_reg" in config:
         _regression(folder, console)
-    experiments: dict[str, Any] = {
-        "distill": (distillation, Distil),
-        "soft_regularization": (soft_regularization, Network),
-    }
-    if "language_model" in config:  # its text needs a package more
-        from kdkernels.experiments import language_model
-
-        experiments["language_model"] = (language_model, LanguageModel)
-    for name, (experiment, settings) in experiments.items():
-        if name in config:
-            try:
-                wanted = settings(**config[name] | {"arms": config[name]["arms"]})
-            except (KeyError, TypeError) as error:
-                raise TrainError(
-                    f"{folder.path / 'config.json'} must have the settings of {name}: {error}"
-                ) from None
-            terminal.progress(experiment.run, wanted, folder, console)
+    for name, (module, settings) in _EXPERIMENTS.items():
+        if name not in config:
+            continue
+        experiment = importlib.import_module(module)
+        try:
+            wanted = settings(**config[name] | {"arms": config[name]["arms"]})
+        except (KeyError, TypeError) as error:
+            raise TrainError(
+                f"{folder.path / 'config.json'} must have the settings of {name}: {error}"
+            ) from None
+        with terminal.progress(console) as show:
+            experiment.run(wanted, folder, *show)
 
 
 def _regression(folder: RunFolder, console) -> None:
@@ -93,14 +97,19 @@ def _regression(folder: RunFolder, console) -> None:
     console.print("experiment 1 is done")
 
 
+_RESUMED = {
+    "soft-reg": ("soft_regularization", "soft-reg --model mlp or resnet18", ("seeds",)),
+    "distill-lm": ("language_model", "distill-lm", ("epochs", "text")),
+    "distill": ("distill", "distill or reproduce", ("epochs", "data_dir", "teacher_predictions")),
+}
+"""Command -> the part of config.json that it continues, whose runs have that, and the options that
+may be given with --resume. What lies at a path is compared with what began the run."""
+
+
 def _resumed(name: str, given: dict[str, Any]) -> RunFolder:
     """The folder to continue, its config changed by what may be given with --resume."""
     folder = RunFolder.open(given.pop("resume"))
-    key, more, of = "distill", "epochs", "distill or reproduce"
-    if name == "soft-reg":
-        key, more, of = "soft_regularization", "seeds", "soft-reg --model mlp or resnet18"
-    elif name == "distill-lm":
-        key, of = "language_model", "distill-lm"
+    key, of, names = _RESUMED.get(name, _RESUMED["distill"])
     settings = folder.config.get(key)
     if not isinstance(settings, dict):
         raise TrainError(f"{folder.path} holds no run of {of} to continue")
@@ -109,15 +118,12 @@ def _resumed(name: str, given: dict[str, Any]) -> RunFolder:
             f"the models and images of {folder.path} were given in Python: continue it there, with "
             "distill(..., out=..., resume=True)"
         )
-    places = {"distill": ("data_dir", "teacher_predictions"), "language_model": ("text",)}
-    names = (more, *places.get(key, ()))  # what lies there is compared with what began the run
-    for option in given:
-        if option not in names:
-            words = [f"--{n.replace('_', '-')}" for n in (option, *names)]
-            raise TrainError(
-                f"with --resume, {words[0]} is the earlier run's; only {', '.join(words[1:])} may "
-                "be given"
-            )
+    for option in [option for option in given if option not in names]:
+        words = [f"--{n.replace('_', '-')}" for n in (option, *names)]
+        raise TrainError(
+            f"with --resume, {words[0]} is the earlier run's; only {', '.join(words[1:])} may be "
+            "given"
+        )
     settings |= given
     distributed.current().first(folder.hold)
     import_from(folder.config)

@@ -7,9 +7,7 @@ only in what the table ``LM_ARMS`` says, and take turns epoch by epoch. All of t
 too, step with Adam's fused kernel.
 """
 
-import contextlib
 import copy
-import ctypes
 import json
 import math
 import os
@@ -20,194 +18,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import kdkernels
 from kdkernels.experiments import text
+from kdkernels.experiments.gpt import GPT, held_out
 from kdkernels.experiments.settings import LM_ARMS, LanguageModel, LmArm
+from kdkernels.experiments.step_cost import Peak, operations, traffic
 from kdkernels.train import TrainError, loop, session
 from kdkernels.train.distillation import plain_loss
-from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.images import OnStep
+from kdkernels.train.run_folder import RunFolder, load_state, read_tensors
 
 TURN = 50
 """Steps of the teacher's between checkpoints."""
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.heads = max(1, width // 64)
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [b, c, width]
-        b, c, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(b, c, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [b, heads, c, width / heads] each
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(b, c, width))
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
-
-
-class GPT(nn.Module):
-    """A decoder of pre-norm blocks, with learned positions and without dropout, as GPT-2 has them
-    (Radford et al., 2019), and its initial weights: normal with std 0.02, those of the layers that
-    write to the residual stream divided by sqrt(2 layers).
-
-    The head is the token embedding, transposed: with two matrices of V rows most of a small
-    model's parameters would be spent twice. Attention heads have 64 each. With ``bare``,
-    :meth:`forward` gives hidden states, for a loss that has the heads.
-    """
-
-    def __init__(self, vocabulary: int, context: int, width: int, layers: int):
-        super().__init__()
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(_Block(width) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
-        self.bare = False
-        for name, weight in self.named_parameters():
-            if name.endswith(("out.weight", "down.weight")):
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * layers))
-            elif weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(weight)
-
-    @property
-    def head(self) -> torch.Tensor:
-        """``[V, d]``."""
-        return self.tokens.weight
-
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``[b, c]`` int64 to ``[b, c, d]``."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.norm(self.blocks(self.tokens(tokens) + self.positions(places)))
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``[b, c]`` int64 to logits ``[b, c, V]``, or hidden states ``[b, c, d]`` if ``bare``."""
-        hidden = self.hidden(tokens)
-        return hidden if self.bare else F.linear(hidden, self.head)
-
-
-def held_out(model: GPT, windows: text.Text, batch: int) -> dict[str, float]:
-    """``{"held_out_loss": cross-entropy a token in nats, "perplexity": its exponential}``.
-
-    Logits are made of 256 tokens at a time.
-    """
-    model.eval()
-    total = 0.0
-    with torch.no_grad():
-        for index in torch.arange(len(windows)).split(batch):
-            tokens, labels = windows.batch(index)
-            rows = model.hidden(tokens).flatten(0, 1).split(256)
-            for hidden, label in zip(rows, labels.flatten().split(256), strict=True):
-                logits = F.linear(hidden, model.head)
-                total += F.cross_entropy(logits, label, reduction="sum").item()
-    loss = total / (len(windows) * windows.context)
-    return {"held_out_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-
-
-# ---- memory --------------------------------------------------------------------------------------
-
-
-def _resident(field: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field)) << 10
-
-
-class _Peak:
-    """The most memory that steps take beyond what was there before: bytes, or None if unknown.
-
-    On a CPU the peak of the process's resident set (VmHWM, which writing 5 to
-    /proc/self/clear_refs resets) less the resident set at the start; on CUDA the peak of what is
-    allocated less what was. Adam's moments, which the first step of all makes, are not counted.
-    """
-
-    def __init__(self, learner: loop.Learner):
-        self._cuda = learner.device if learner.device.type == "cuda" else None
-        self.bytes = None
-        self._before = None
-        moments = 0
-        if not learner.optimizer.state:
-            moments = 2 * sum(p.nbytes for p in learner.parameters)
-        if self._cuda is not None:
-            torch.cuda.reset_peak_memory_stats(self._cuda)
-            self._before = torch.cuda.memory_allocated(self._cuda) + moments
-            return
-        # What the C library has kept of earlier arms' memory would hide what this one takes.
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)
-        with contextlib.suppress(OSError, StopIteration):
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-            self._before = _resident("VmRSS:") + moments
-
-    def read(self) -> None:
-        """Called after a step."""
-        if self._before is not None:
-            cuda = self._cuda is not None
-            peak = torch.cuda.max_memory_allocated(self._cuda) if cuda else _resident("VmHWM:")
-            self.bytes = peak - self._before
-
-
-# ---- how much work a step is ---------------------------------------------------------------------
-
-
-def operations(settings: LanguageModel, vocabulary: int) -> dict[str, float]:
-    """Floating-point operations of the matrix products of one step, by part.
-
-    A product of ``[n, k]`` and ``[k, m]`` is 2 n k m; backward is twice the forward pass; of
-    attention's products half is counted, which is all that a causal kernel needs.
-    """
-    rows = settings.batch_size * settings.context
-
-    def body(width, layers):
-        return layers * rows * (2 * 12 * width**2 + 2 * settings.context * width)
-
-    return {
-        "student body": 3 * body(settings.student_width, settings.student_layers),
-        "student head": 3 * 2.0 * rows * vocabulary * settings.student_width,
-        "teacher body": body(settings.teacher_width, settings.teacher_layers),
-        "teacher head": 2.0 * rows * vocabulary * settings.teacher_width,
-    }
-
-
-class _Passes(TorchDispatchMode):
-    """Counts the tensors of at least ``elements`` that ops read and write."""
-
-    def __init__(self, elements: int):
-        super().__init__()
-        self.elements, self.count = elements, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = [x for x in tree_leaves((args, found)) if isinstance(x, torch.Tensor)]
-            self.count += sum(x.numel() >= self.elements for x in tensors)
-        return found
-
-
-def traffic(settings: LanguageModel, vocabulary: int) -> int:
-    """How often the reference's loss and its gradient read or write a tensor of ``[N, V]``.
-
-    Counted on a few rows, op by op: each op reads and writes each of its tensors once.
-    """
-    rows, generator = 4, torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, rows, vocabulary, generator=generator)
-    student.requires_grad_()
-    with _Passes(rows * vocabulary) as passes:
-        loss = plain_loss(
-            student, teacher, torch.zeros(rows, dtype=torch.int64),
-            temperature=settings.temperature, alpha=settings.alpha,
-        )  # fmt: skip
-        torch.autograd.grad(loss, student)
-    return passes.count
 
 
 # ---- the experiment ------------------------------------------------------------------------------
@@ -258,12 +82,7 @@ def _packed(said: dict[str, torch.Tensor]):
     return kdkernels.TopK(**said) if len(said) > 1 else next(iter(said.values()))
 
 
-def run(
-    settings: LanguageModel,
-    folder: RunFolder,
-    on_step: Callable[[str, int, int], None],
-    say: Callable,
-) -> None:
+def run(settings: LanguageModel, folder: RunFolder, on_step: OnStep, say: Callable) -> None:
     """Run experiment 4, or what is left of it; as :func:`kdkernels.train.distillation.run`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainError("distill-lm runs in one process: start it without torchrun")
@@ -275,7 +94,7 @@ def run(
 
 def _given(model: GPT, path: str, digest: str) -> None:
     """Load a teacher's weights: a checkpoint of a run, which must be of this text, or any
-    state_dict, of which nobody knows.
+    state_dict, whose text is not known.
     """
     if not Path(path).exists():
         raise TrainError(f"teacher_weights {path}: there is no such file")
@@ -285,19 +104,12 @@ def _given(model: GPT, path: str, digest: str) -> None:
             f"teacher_weights {path} learned another text or vocabulary: its tokens mean others"
         )
     try:
-        found = {name.removeprefix("model."): value for name, value in load_file(path).items()}
+        found, _ = read_tensors(Path(path))
     except (SafetensorError, OSError) as error:
         raise TrainError(f"teacher_weights {path} cannot be read: {error}") from None
-    for name, weight in model.state_dict().items():
-        shape = tuple(found[name].shape) if name in found else None
-        if shape != tuple(weight.shape):
-            what = "no such tensor" if shape is None else f"one of {list(shape)}"
-            raise TrainError(
-                f"teacher_weights {path} is of another model: {name} should be "
-                f"{list(weight.shape)}, and the file has {what}"
-            )
-        with torch.no_grad():
-            weight.copy_(found[name])
+    if not any(name.startswith("model.") for name in found):
+        found = {f"model.{name}": value for name, value in found.items()}
+    load_state(model, found, path)
 
 
 class _Run:
@@ -343,7 +155,7 @@ class _Run:
         torch.manual_seed(seed)
         return GPT(self.vocabulary, self.settings.context, width, layers)
 
-    def tested(self, batches, peak: _Peak | None = None) -> Callable:
+    def tested(self, batches, peak: Peak | None = None) -> Callable:
         """What an epoch of these batches adds to its line of the metrics."""
 
         def evaluate(model):
@@ -376,13 +188,14 @@ class _Run:
         steps = settings.teacher_steps or 0  # None only until the settings are made
         a_pass = len(self.batches(0, self.everything))
         while teacher.epoch < math.ceil(steps / TURN):
-            # The text may be shorter than all steps: then it is gone over again, in another order.
-            begin, batches = teacher.epoch * TURN, []
+            # A text that is shorter than all steps is read again, in another order.
+            begin = teacher.epoch * TURN
             end = min(begin + TURN, steps)
-            for number in range(begin // a_pass, (end - 1) // a_pass + 1):
-                first = number * a_pass
-                these = self.batches(number, self.everything)
-                batches += these[max(begin - first, 0) : end - first]
+            passes = range(begin // a_pass, (end - 1) // a_pass + 1)
+            batches = [
+                batch for number in passes for batch in self.batches(number, self.everything)
+            ]
+            batches = batches[begin - passes[0] * a_pass :][: end - begin]
             teacher.evaluate = self.tested(batches)
             teacher.train_epoch(
                 self.everything, batches, self.folder, self.interrupt,
@@ -455,7 +268,7 @@ class _Run:
             for learner in learners:
                 if learner.epoch > epoch:
                     continue
-                peak = _Peak(learner)
+                peak = Peak(learner)
 
                 def stepped(learner=learner, peak=peak):
                     peak.read()

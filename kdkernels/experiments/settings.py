@@ -1,4 +1,4 @@
-"""What experiments 1, 3 and 4 are asked for; torch is not imported."""
+"""The settings of experiments 1, 3 and 4; torch is not imported."""
 
 import dataclasses
 
@@ -12,14 +12,15 @@ class Regression(Checked):
     """Experiment 1, linear regression under input noise; see its module for the formula."""
 
     noise: str = choice("per-step", "one eps a step for all samples, or one each",
-                        ("per-step", "per-sample"))
-    steps: int = count(1000, "of a replica", 1, 2**31)
+                        names=("per-step", "per-sample"))
+    steps: int = count(1000, "of a replica", high=2**31)
     lr: float = real(0.01, "learning rate (default: 0.01; mlp, resnet18: 1e-3)", above=True)
     lam: float = real(0.01, "lambda, the weight decay, per unit of lr")
     sigma: float = real(1.0, "standard deviation of the noise, in the unit of x")
-    replicas: int = count(4096, "seeds for the mean, the first one and those after it", 2)
+    replicas: int = count(4096, "seeds for the mean, the first one and those after it", low=2)
     repeats: int = count(5, "timed runs of each path")
-    seed: int = count(0, "of the first replica, or of weights, batches and noise", 0, 2**62)
+    seed: int = count(0, "of the first replica, or of weights, batches and noise", low=0,
+                      high=2**62)
 
 
 PLACES = {
@@ -55,31 +56,31 @@ def _usual(name: str) -> str:
 class Network(Checked):
     """Experiment 3, a network under four kinds of noise; None is the model's own default."""
 
-    model: str = choice("mlp", "the network", tuple(_OF_MODEL))
-    data: str = choice("digits", "images to learn", DATA)
+    model: str = choice("mlp", "the network", names=tuple(_OF_MODEL))
+    data: str = choice("digits", "images to learn", names=DATA)
     data_dir: str = path("data", "folder that holds the images, or gets them by download",
                          absolute=True)
     image_size: int | None = count(None, "side in pixels to which images are resized (default: 8 "
-                                   "digits, 32 others)", 8, 1024)
-    batch_size: int = count(64, "images a step", 2)
+                                   "digits, 32 others)", low=8, high=1024)
+    batch_size: int = count(64, "images a step", low=2)
     lr: float = real(1e-3, "Adam's learning rate", above=True)
     epochs: int | None = count(None, "of each run" + _usual("epochs"))
     seeds: int = count(5, "runs of each arm, the first seed and those after it")
-    seed: int = count(0, "the first one, of weights, batches and noise", 0, 2**62)
+    seed: int = count(0, "the first one, of weights, batches and noise", low=0, high=2**62)
     arms: tuple[str, ...] = several(tuple(PLACES), "which of none, input, gradient, parameter, "
-                                    "regularizer (default: all five)", tuple(PLACES))
+                                    "regularizer (default: all five)", names=tuple(PLACES))
     input_std: float | None = real(None, "of the noise on the normalised images"
-                                   + _usual("input_std"), 0, 1e6)
+                                   + _usual("input_std"), high=1e6)
     gradient_std: float | None = real(None, "of the noise on the gradients, in the first step; its "
                                       "variance falls as 1 / (1 + step)^0.55"
-                                      + _usual("gradient_std"), 0, 1e6)
+                                      + _usual("gradient_std"), high=1e6)
     parameter_std: float | None = real(None, "of the noise on the weights"
-                                       + _usual("parameter_std"), 0, 1e6)
+                                       + _usual("parameter_std"), high=1e6)
     regularizer_lam: float | None = real(None, "lambda of L + lambda sum eps_i dL/dtheta_i"
-                                         + _usual("regularizer_lam"), 0, 1e6)
-    train_samples: int | None = count(None, "use the first N only (default: all)", 2)
+                                         + _usual("regularizer_lam"), high=1e6)
+    train_samples: int | None = count(None, "use the first N only (default: all)", low=2)
     test_samples: int | None = count(None, "use the first N only (default: all)")
-    device: str = choice("auto", "auto is cuda where torch sees one", ("auto", "cpu", "cuda"))
+    device: str = choice("auto", "auto is cuda where torch sees one", names=("auto", "cpu", "cuda"))
     threads: int | None = count(None, "CPU threads (default: torch's choice; 1 for mlp)")
 
     def __post_init__(self):
@@ -100,7 +101,7 @@ class Model(Checked):
     """Which experiment ``soft-reg`` runs."""
 
     model: str = choice("linear", "linear: experiment 1, the regression; mlp, resnet18: experiment "
-                        "3, a network under four kinds of noise", ("linear", *_OF_MODEL))
+                        "3, a network under four kinds of noise", names=("linear", *_OF_MODEL))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,31 +158,31 @@ class LanguageModel(Checked):
     text: str | None = path(None, "text to learn from, in UTF-8: a file, or all files of a folder "
                             "(default: the sources of Python's standard library)", "FILE|DIR",
                             absolute=True)
-    vocabulary: int = count(32_000, "entries of the byte-pair vocabulary", 257, 2**20)
-    context: int = count(128, "tokens a window", 2, 2**16)
+    vocabulary: int = count(32_000, "entries of the byte-pair vocabulary", low=257, high=2**20)
+    context: int = count(128, "tokens a window", low=2, high=2**16)
     batch_size: int = count(8, "windows a step")
-    student_width: int = count(256, "of its hidden states, a multiple of 64 or less than that", 8,
-                               2**14)
-    student_layers: int = count(4, "its blocks", 1, 256)
-    teacher_width: int = count(384, "as the student's", 8, 2**14)
-    teacher_layers: int = count(6, "its blocks", 1, 256)
+    student_width: int = count(256, "of its hidden states, a multiple of 64 or less than that",
+                               low=8, high=2**14)
+    student_layers: int = count(4, "its blocks", high=256)
+    teacher_width: int = count(384, "as the student's", low=8, high=2**14)
+    teacher_layers: int = count(6, "its blocks", high=256)
     teacher_steps: int | None = count(None, "that the teacher learns for, on all of the text "
-                                      "(default: 300, or 0 for a loaded one)", 0)
+                                      "(default: 300, or 0 for a loaded one)", low=0)
     teacher_weights: str = path("none", "the teacher's first weights: checkpoints/"
                                 "teacher.safetensors of a run with these sizes and this text, none "
                                 "random", "FILE|none", absolute=True)
     lr: float = real(5e-4, "Adam's learning rate", above=True)
-    temperature: float = real(2.0, "of the soft targets", 0, 1e6, above=True)
-    alpha: float = real(0.5, "weight of the soft targets, the next tokens have the rest", 0, 1)
-    k: int = count(64, "largest classes of a token's teacher that the arm topk keeps", 1, 1024)
+    temperature: float = real(2.0, "of the soft targets", high=1e6, above=True)
+    alpha: float = real(0.5, "weight of the soft targets, the next tokens have the rest", high=1)
+    k: int = count(64, "largest classes of a token's teacher that the arm topk keeps", high=1024)
     epochs: int = count(3, "of each arm, over train_samples")
     train_samples: int | None = count(240, "windows that the arms learn from, drawn at random")
     test_samples: int | None = count(64, "held-out windows that are tested on, drawn at random")
     arms: tuple[str, ...] = several(("reference", "dense", "topk", "linear", "full"),
                                     "which of reference, compiled, dense, topk, linear, full "
-                                    "(default: all but compiled)", tuple(LM_ARMS))
-    seed: int = count(0, "of weights, windows and batches", 0, 2**62)
-    device: str = choice("auto", "auto is cuda where torch sees one", ("auto", "cpu", "cuda"))
+                                    "(default: all but compiled)", names=tuple(LM_ARMS))
+    seed: int = count(0, "of weights, windows and batches", low=0, high=2**62)
+    device: str = choice("auto", "auto is cuda where torch sees one", names=("auto", "cpu", "cuda"))
     threads: int | None = count(None, "CPU threads (default: torch's choice)")
 
     def __post_init__(self):

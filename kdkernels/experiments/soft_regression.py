@@ -11,7 +11,6 @@ with a fresh eps ~ N(0, sigma^2) at every step: one for all samples (``per-step`
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +20,7 @@ import torch
 import kdkernels
 from kdkernels import info
 from kdkernels.experiments.settings import Regression
-
-PATHS = ("numpy", "torch", "fused")
+from kdkernels.tools.measuring import take_turns
 
 AGREEMENT = 1e-5
 """Largest difference in theta that the three paths may show when fed the same noise."""
@@ -152,7 +150,7 @@ def run(settings: Regression, on_step: Callable[[str], None] = lambda _: None) -
     each path makes its noise as its user would: NumPy's ``standard_normal`` (fp64),
     ``torch.randn`` (fp32), and the kernel's own. "Per replica of R" divides the time of one run
     that carries R replicas at once: vectorised over replicas in NumPy and PyTorch, R seeds in
-    one call of the kernel. Paths are timed in turn, ``repeats`` times, after one untimed run.
+    one call of the kernel.
 
     Returns:
         A dictionary ready for JSON; ``plot`` has what the plots need.
@@ -165,7 +163,8 @@ def run(settings: Regression, on_step: Callable[[str], None] = lambda _: None) -
     many = paths.fused(seeds, trajectory=True).double().numpy()
     mean = paths.mean(many[-1])
     watch = info.Others()
-    times = paths.times(seeds, on_step)
+    on_step("timing")
+    times = paths.times(seeds)
     low, high = np.percentile(many, (5, 95), axis=1)
     away = abs(mean["standard_errors_away"])
     return {
@@ -256,10 +255,10 @@ class _Paths:
             "spread": float(final.std(ddof=1)), "spread_expected": spread,
         }  # fmt: skip
 
-    def times(self, seeds: torch.Tensor, on_step: Callable[[str], None]) -> list[dict]:
+    def times(self, seeds: torch.Tensor) -> list[dict]:
         """Seconds a replica of each path, for one replica and for all at once."""
-        replicas, repeats = self.settings.replicas, self.settings.repeats
-        runs = {
+        replicas = self.settings.replicas
+        runs: dict[tuple[str, int], Callable] = {
             ("numpy", 1): lambda: self.run_numpy(1),
             ("torch", 1): lambda: self.run_torch(1),
             ("fused", 1): lambda: self.fused(self.settings.seed),
@@ -267,25 +266,14 @@ class _Paths:
             ("torch", replicas): lambda: self.run_torch(replicas),
             ("fused", replicas): lambda: self.fused(seeds),
         }
-        seconds = {key: [] for key in runs}
-        for turn in range(repeats + 1):
-            on_step(f"timing, run {turn} of {repeats}" if turn else "timing, warm-up")
-            for (name, count), call in runs.items():
-                # One replica of the kernel is too short for the clock: many calls are one reading.
-                calls = 50 if name == "fused" and count == 1 else 1
-                began = time.perf_counter()
-                for _ in range(calls):
-                    call()
-                if turn:
-                    took = time.perf_counter() - began
-                    seconds[name, count].append(took / calls / count)
+        rounds = take_turns(runs, 0, least=self.settings.repeats)
         times = []
-        for (name, count), values in seconds.items():
-            ratios = [a / b for a, b in zip(values, seconds["fused", count], strict=True)]
+        for (name, count), values in rounds.items():
+            ratios = [a / b for a, b in zip(values, rounds["fused", count], strict=True)]
             times.append(
                 {
                     "path": name, "replicas": count,
-                    "seconds_per_replica": statistics.median(values),
+                    "seconds_per_replica": statistics.median(values) / count,
                     "fused_is_faster": statistics.median(ratios), "least": min(ratios),
                     "most": max(ratios),
                 }

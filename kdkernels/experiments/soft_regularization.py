@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from kdkernels.experiments.settings import Network
 from kdkernels.train import data, loop, models, session
+from kdkernels.train.images import OnStep
 from kdkernels.train.noise import Noise
 from kdkernels.train.run_folder import RunFolder
 
@@ -73,9 +74,7 @@ def difference(values: list[float], base: list[float]) -> dict[str, Any]:
     }
 
 
-def run(
-    settings: Network, folder: RunFolder, on_step: Callable[[str, int, int], None], say: Callable
-) -> None:
+def run(settings: Network, folder: RunFolder, on_step: OnStep, say: Callable) -> None:
     """Run experiment 3, or what is left of it; as :func:`kdkernels.train.distillation.run`."""
     size, epochs = settings.image_size or 0, settings.epochs or 0  # None until they are made
     with session.running(settings, folder) as (device, interrupt):
@@ -94,16 +93,14 @@ def run(
                 folder.remove(learner.name)
                 continue
             learner.load(folder)
-            while learner.epoch < epochs:
-                batches = loop.epoch_batches(
-                    len(train), settings.batch_size, seed, learner.epoch, device
-                )
-                steps = len(batches) * epochs
 
-                def show(done=number * steps, steps=steps, learner=learner):
-                    on_step("all runs", done + learner.step, len(runs) * steps)
+            def show(_, done, steps, number=number):
+                on_step("all runs", number * steps + done, len(runs) * steps)
 
-                learner.train_epoch(train, batches, folder, interrupt, show)
+            for _ in learner.epochs(
+                epochs, train, settings.batch_size, seed, folder, interrupt, show
+            ):
+                pass
             logits = loop.predictions(learner.model, test, 256, learner.memory_format)
             folder.save(_finished(learner.name), {"logits": logits, "labels": test.labels}, {})
             folder.remove(learner.name)

@@ -21,6 +21,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kdkernels.train import TrainError
+from kdkernels.train.run_folder import cache_folder
 
 END = "<|endoftext|>"
 """The token after each file; number 0."""
@@ -35,12 +36,8 @@ _LAYOUT = b"1"  # of the cached folder: a change of what is written changes its 
 class Text:
     """Windows of a text; the samples of a :class:`kdkernels.train.loop.Learner`.
 
-    Attributes:
-        tokens: ``[n]`` int32, a memory map.
-        first: ``[samples]`` int64, where each window begins.
-        context: tokens a window.
-        device: where batches go.
-        digest: of the whole text and its vocabulary's size: equal for equal tokens.
+    ``tokens`` ``[n]`` int32 are a memory map, in which each window of ``context`` tokens begins at
+    one of ``first`` ``[samples]`` int64. Equal digests are of equal tokens.
     """
 
     tokens: np.ndarray
@@ -70,31 +67,25 @@ class Text:
         return dataclasses.replace(self, first=self.first[order])
 
 
+_NOT_TEXT = ("site-packages", "dist-packages", "__pycache__")
+
+
 def documents(source: str | None = None) -> list[str]:
     """The texts of files, in the order of their paths.
 
-    ``source``: a file, or a folder, whose files are taken with those of folders in it, but not
-    those with a name that begins with a dot; None: the ``.py`` files of the standard library of the
-    Python that runs, without installed packages. Files that are not UTF-8, or hold a NUL, are left
-    out.
+    ``source``: a file, or a folder, whose files are taken with those of folders in it; None: the
+    ``.py`` files of the standard library of the Python that runs. Names that begin with a dot, and
+    files that are not UTF-8 or hold a NUL, are left out.
     """
     root = Path(sysconfig.get_paths()["stdlib"] if source is None else source)
     if not root.exists():
         raise TrainError(f"text {source}: there is no such file or folder")
-    paths = [root] if root.is_file() else []
-    for folder, inside, names in os.walk(root):
-        inside[:] = [
-            name
-            for name in inside
-            if name not in ("site-packages", "dist-packages", "__pycache__") and name[0] != "."
-        ]
-        paths += [
-            Path(folder, name)
-            for name in names
-            if name[0] != "." and (source is not None or name.endswith(".py"))
-        ]
+    paths = [root] if root.is_file() else root.rglob("*.py" if source is None else "*")
     texts = []
     for path in sorted(paths, key=lambda path: path.as_posix()):
+        inside = path.relative_to(root).parts
+        if not path.is_file() or any(p[0] == "." or p in _NOT_TEXT for p in inside):
+            continue
         try:
             text = path.read_bytes().decode()
         except UnicodeDecodeError:
@@ -175,18 +166,15 @@ def load(
     """Training and held-out windows of ``context`` tokens, and the tokenizer.
 
     Windows follow each other without overlap; they run over the ends of files. The vocabulary has
-    at least 257 entries; a small text gives fewer than asked for. ``say`` is called with a line if
-    it has yet to be trained.
-
-    Raises:
-        TrainError: as :func:`documents`; the cache cannot be written; the text is too short.
+    at least 257 entries; a small text gives fewer than ``vocabulary``. ``say`` is called with a
+    line if it has yet to be trained. TrainError: the cache cannot be written; the text is too
+    short.
     """
     texts = documents(source)
     digest = hashlib.sha256(_LAYOUT)
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdkernels"
-    folder = cache / f"text-{digest.hexdigest()[:20]}-{vocabulary}"
+    folder = cache_folder() / f"text-{digest.hexdigest()[:20]}-{vocabulary}"
     if not folder.exists():
         size = sum(len(text.encode()) for text in texts)
         say(f"training a vocabulary of {vocabulary:,} on {len(texts):,} files, {size / 1e6:.3g} MB")

@@ -6,25 +6,25 @@ that took turns, before they are averaged.
 """
 
 import dataclasses
-import functools
-import os
-import statistics
+import math
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from scipy import stats
 
-from kdkernels.experiments.soft_regularization import difference
-from kdkernels.reports import distillation, report
-from kdkernels.reports.distillation import LADDER, NAMES, generation, plot_ladder, speed
-from kdkernels.reports.page import INK, SIZE, canvas, colour, note
-from kdkernels.reports.report import Plot, Section, Table, table, with_error
+from kdkernels.reports import plots, report
+from kdkernels.reports.arms import best_of, generation, results
+from kdkernels.reports.distillation import NAMES, speed
+from kdkernels.reports.page import INK, MARKERS, SIZE, STYLE, canvas, colour, note
+from kdkernels.reports.report import Cell, Plot, Section, Table, table, with_error
 from kdkernels.tools.settings import Compare
 from kdkernels.train import TrainError
 from kdkernels.train import console as terminal
-from kdkernels.train.run_folder import RunFolder
+from kdkernels.train.run_folder import RunFolder, replace
 
 _NO_SETTINGS = ("seed", "data_dir", "checkpoint_every")
 """Options that make no other experiment of a run."""
@@ -32,18 +32,21 @@ _NO_SETTINGS = ("seed", "data_dir", "checkpoint_every")
 FEW_SETTINGS = 3
 """As many are columns of the tables; if more differ, groups are called A, B, C."""
 
-_MARKERS = "osD^vPX"
+EQUAL = 1.0
+"""Points: accuracies are called equal where the interval of their difference is within as many."""
+
+
+_MEASURES = ("accuracy", "away", "ece", "seconds", "seconds_to_target", "speedup")
+Arm = dict[str, np.ndarray]
+"""Measure -> its values in the runs of a group; NaN where a run has none."""
 
 
 @dataclasses.dataclass
 class Group:
-    """Runs that differ only in their seed.
+    """Runs that differ only in their seed, and have ``settings`` in common.
 
-    Attributes:
-        settings: what they have in common.
-        columns: what tells it from the other groups, by heading: settings, or a letter.
-        runs: seed -> :func:`kdkernels.reports.distillation.results`.
-        folders: seed -> path.
+    ``columns`` tell it from the other groups, by heading: settings, or a letter. ``runs``: seed ->
+    :func:`kdkernels.reports.arms.results`; ``folders``: seed -> path.
     """
 
     settings: dict
@@ -51,28 +54,24 @@ class Group:
     runs: dict[int, dict] = dataclasses.field(default_factory=dict)
     folders: dict[int, str] = dataclasses.field(default_factory=dict)
 
-    def arms(self) -> list[str]:
-        """Learners of any of the runs, in their order."""
-        names = dict.fromkeys(name for run in self.runs.values() for name in run["arms"])
-        return list(names)
-
+    @property
     def label(self) -> str:
         """What tells it from the other groups, in words; empty where it is the only one."""
         return ", ".join(f"{name} {value}" for name, value in self.columns.items())
 
-    def values(self, arm: str, measure: str) -> dict[int, float]:
-        """A measure of an arm, by seed, where it is there."""
-        found = {seed: run["arms"].get(arm, {}).get(measure) for seed, run in self.runs.items()}
-        return {seed: value for seed, value in found.items() if value is not None}
-
-    def less_reference(self, arm: str) -> dict | None:
-        """:func:`difference` of the accuracy of an arm to reference's of the same run."""
-        base = self.values("reference", "accuracy")
-        own = self.values(arm, "accuracy")
-        seeds = [seed for seed in own if seed in base]
-        if not seeds or arm in ("teacher", "reference"):
-            return None
-        return difference([own[seed] for seed in seeds], [base[seed] for seed in seeds])
+    def arms(self) -> dict[str, Arm]:
+        """Learner -> its measures; ``away`` is its accuracy less its reference's."""
+        rows: dict[str, list[dict]] = {}
+        for run in self.runs.values():
+            base = run["arms"].get("reference", {}).get("accuracy")
+            for name, arm in run["arms"].items():
+                compared = base is not None and name not in ("teacher", "reference")
+                away = arm["accuracy"] - base if compared else None
+                rows.setdefault(name, []).append(arm | {"away": away})
+        return {
+            name: {m: np.array([row.get(m) for row in of], float) for m in _MEASURES}
+            for name, of in rows.items()
+        }
 
     def ladder(self) -> list[dict]:
         """Means over seeds of :func:`ladder`'s rungs, each with standard deviations ``*_spread``.
@@ -84,13 +83,13 @@ class Group:
         names = [rung["arm"] for rung in longest]
         every = [rungs for rungs in every if [rung["arm"] for rung in rungs] == names]
         made = []
-        for place, rung in enumerate(longest):
+        for rung, *others in zip(longest, *every, strict=True):
             mean = {"arm": rung["arm"], "adds": rung["adds"], "seeds": len(every)}
             for key in ("seconds", "saved", "ratio", "speedup"):
-                values = [rungs[place][key] for rungs in every]
-                mean[key] = statistics.fmean(values)
-                if len(values) > 1:
-                    mean[f"{key}_spread"] = statistics.stdev(values)
+                values = np.array([one[key] for one in others])
+                mean[key] = values.mean()
+                if len(every) > 1:
+                    mean[f"{key}_spread"] = values.std(ddof=1)
             made.append(mean)
         return made
 
@@ -104,9 +103,9 @@ def _read(path: str) -> tuple[dict, int, dict]:
             f"{path} is a run of {folder.config.get('command', 'something else')}: compare takes "
             "runs of distill and reproduce"
         )
-    found = distillation.results(folder)
-    students = {} if found is None else {n: a for n, a in found["arms"].items() if n != "teacher"}
-    if found is None or not students:
+    found = results(folder) or {"arms": {}}
+    students = {name: arm for name, arm in found["arms"].items() if name != "teacher"}
+    if not students:
         raise TrainError(f"{path} has no finished epoch of a student yet; leave it out")
     if config.get("target_accuracy") is None and config.get("budget") is None:
         for name, arm in students.items():
@@ -126,13 +125,12 @@ def groups(paths: list[str]) -> list[Group]:
     Raises:
         TrainError: one is no such run or not finished, or two have one seed and the same settings.
     """
-    made = []
+    made: list[Group] = []
     for path in paths:
         settings, seed, found = _read(path)
         group = next((group for group in made if group.settings == settings), None)
         if group is None:
-            group = Group(settings)
-            made.append(group)
+            made.append(group := Group(settings))
         if seed in group.runs:
             raise TrainError(
                 f"{group.folders[seed]} and {path} are runs of the same settings and seed {seed}: "
@@ -143,9 +141,7 @@ def groups(paths: list[str]) -> list[Group]:
     for number, group in enumerate(made):
         group.runs = dict(sorted(group.runs.items()))
         if 0 < len(differing) <= FEW_SETTINGS:
-            group.columns = {
-                name.replace("_", " "): _text(group.settings.get(name)) for name in differing
-            }
+            group.columns = {n.replace("_", " "): _text(group.settings.get(n)) for n in differing}
         elif len(made) > 1:
             group.columns = {"group": chr(ord("A") + number) if number < 26 else str(number + 1)}
     return made
@@ -163,107 +159,109 @@ def _differing(found: list[Group]) -> list[str]:
     return [n for n in names if len({_text(g.settings.get(n)) for g in found}) > 1]
 
 
-def _settings_table(found: list[Group], differing: list[str]) -> Table:
-    return table(
-        "Settings that differ",
-        (
-            {"setting": name.replace("_", " ")}
-            | {group.label(): _text(group.settings.get(name)) for group in found}
-            for name in differing
-        ),
-    )
+# ---- tables --------------------------------------------------------------------------------------
 
 
-def _mean(values, scale: float = 1, digits: int = 2) -> str:
+def _known(values: np.ndarray) -> np.ndarray:
+    return values[~np.isnan(values)]
+
+
+def _mean(values: np.ndarray, scale: float = 1, digits: int = 2) -> str:
     """``mean ± standard deviation``; empty without values, without the latter for one."""
-    values = [value * scale for value in values]
-    if not values:
-        return ""
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return with_error(statistics.fmean(values), spread, digits)
+    known = _known(values)
+    spread = known.std(ddof=1) if len(known) > 1 else None
+    return with_error(known.mean(), spread, digits, scale=scale) if len(known) else ""
 
 
-def _less(apart: dict | None, digits: int = 2) -> str:
-    if apart is None:
-        return ""
-    error = apart["standard_error"]
-    return with_error(apart["mean"] * 100, None if error is None else error * 100, digits, "+")
+def _away(arm: Arm) -> tuple[float, float | None] | None:
+    """How much more accurate than reference, mean over seeds and its standard error."""
+    away = _known(arm["away"])
+    error = away.std(ddof=1) / math.sqrt(len(away)) if len(away) > 1 else None
+    return (away.mean(), error) if len(away) else None
+
+
+def _points(arm: Arm) -> str:
+    away = _away(arm)
+    return with_error(*away, sign="+", scale=100) if away else ""
 
 
 def _summary(found: list[Group]) -> Table:
-    def row(group, arm):
-        reached = group.values(arm, "seconds_to_target")
-        accuracy = group.values(arm, "accuracy")
-        return {
-            "arm": arm,
-            **group.columns,
-            "seeds": len(accuracy),
-            "test accuracy, %": _mean(accuracy.values(), 100),
-            "minus reference's, points": _less(group.less_reference(arm)),
-            "ECE, %": _mean(group.values(arm, "ece").values(), 100),
-            "seconds": _mean(group.values(arm, "seconds").values()),
-            "seconds to target (seeds)": _mean(reached.values())
-            + f" ({len(reached)} of {len(accuracy)})" * bool(reached),
-            "times reference's speed": _mean(group.values(arm, "speedup").values()),
-        }
+    def to_target(row):
+        times = row["of"]["seconds_to_target"]
+        reached = len(_known(times))
+        return reached and f"{_mean(times)} ({reached} of {len(times)})"
 
-    return table(
-        "Accuracy and time over seeds",
-        (row(group, arm) for group in found for arm in group.arms()),
-        note("compare"),
-    )
+    rows = [
+        {"arm": name, "of": arm} | group.columns
+        for group in found
+        for name, arm in group.arms().items()
+    ]
+    columns: dict[str, Cell] = {
+        "arm": "{arm}",
+        **{heading: lambda row, h=heading: row[h] for heading in found[0].columns},
+        "seeds": lambda row: len(row["of"]["accuracy"]),
+        "test accuracy, %": lambda row: _mean(row["of"]["accuracy"], 100),
+        "minus reference's, points": lambda row: _points(row["of"]),
+        "ECE, %": lambda row: _mean(row["of"]["ece"], 100),
+        "seconds": lambda row: _mean(row["of"]["seconds"]),
+        "seconds to target (seeds)": lambda row: to_target(row) or None,
+        "times reference's speed": lambda row: _mean(row["of"]["speedup"]),
+    }
+    return table("Accuracy and time over seeds", rows, columns, note("compare"))
 
 
 def _ladder_table(group: Group) -> Table:
-    rungs, label = group.ladder(), group.label()
+    rungs = group.ladder()
 
-    def row(rung):
-        names = {"seconds": "seconds"}
-        if rung is not rungs[0]:
-            names |= {
-                "saved": "seconds saved", "ratio": "times faster than the row above",
-                "speedup": "times faster than reference",
-            }  # fmt: skip
-        return {"arm": rung["arm"], "what it adds": rung["adds"]} | {
-            heading: with_error(rung[key], rung.get(f"{key}_spread"))
-            for key, heading in names.items()
-        }
+    def cell(key):
+        return lambda rung: key in rung and with_error(rung[key], rung.get(f"{key}_spread"))
 
-    return table(
-        "Where the speed comes from" + (f": {label}" if label else ""),
-        map(row, rungs),
+    columns: dict[str, Cell] = {
+        "arm": "{arm}", "what it adds": "{adds}", "seconds": cell("seconds"),
+        "seconds saved": cell("saved"), "times faster than the row above": cell("ratio"),
+        "times faster than reference": cell("speedup"),
+    }  # fmt: skip
+    first = {k: v for k, v in rungs[0].items() if k in ("arm", "adds", "seconds", "seconds_spread")}
+    title = "Where the speed comes from" + f": {group.label}" * bool(group.label)
+    text = (
         f"Mean ± standard deviation over {rungs[0]['seeds']} seeds; the ratios are taken in each "
-        "run." * (rungs[0]["seeds"] > 1),
+        "run."
     )
+    return table(title, [first, *rungs[1:]], columns, text * (rungs[0]["seeds"] > 1))
+
+
+def _settings_table(found: list[Group], differing: list[str]) -> Table:
+    columns: dict[str, Cell] = {"setting": lambda name: name.replace("_", " ")}
+    for group in found:
+        columns[group.label] = lambda name, s=group.settings: _text(s.get(name))
+    return table("Settings that differ", differing, columns)
+
+
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def _plot_accuracy(found: list[Group]) -> Figure:
     figure, axes = canvas(SIZE[0], SIZE[1] + 0.2 * (len(found) > 1))
-    seen = {}
+    seen, teachers = {}, []
     for number, group in enumerate(found):
-        marker = _MARKERS[number % len(_MARKERS)]
-        for arm in group.arms():
-            if arm == "teacher" or generation(arm)[1] > 1:
+        for name, arm in group.arms().items():
+            if name == "teacher":
+                teachers += arm["accuracy"].tolist()
+            if name == "teacher" or generation(name)[1] > 1:
                 continue
-            accuracy = list(group.values(arm, "accuracy").values())
-            seconds = list(group.values(arm, "seconds").values())
-            look: dict[str, Any] = {"color": colour(arm), "marker": marker}
-            axes.plot(seconds, accuracy, ls="", ms=3.5, alpha=0.35, mew=0, **look)
-            spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in (seconds, accuracy)]
-            axes.errorbar(
-                statistics.fmean(seconds), statistics.fmean(accuracy), spread[1], spread[0], ms=6.5,
-                lw=1.2, capsize=2.5, **look,
-            )  # fmt: skip
-            seen[arm] = axes.plot([], [], "o", color=colour(arm), ms=5)[0]
+            points = [arm["seconds"], arm["accuracy"]]
+            x, y = (values.mean() for values in points)
+            wide, high = (values.std(ddof=1) if len(values) > 1 else 0 for values in points)
+            look: dict[str, Any] = {"color": colour(name), "marker": MARKERS[number % 7]}
+            axes.plot(*points, ls="", ms=3.5, alpha=0.35, mew=0, **look)
+            axes.errorbar(x, y, high, wide, ms=6.5, lw=1.2, capsize=2.5, **look)
+            seen[name] = axes.plot([], [], "o", color=colour(name), ms=5)[0]
     if len(found) > 1:
         for number, group in enumerate(found):
-            marker = _MARKERS[number % len(_MARKERS)]
-            seen[group.label()] = axes.plot([], [], marker, color=INK, ms=5)[0]
-    teacher = [a for group in found for a in group.values("teacher", "accuracy").values()]
-    if teacher:
-        seen["teacher"] = axes.axhline(
-            statistics.fmean(teacher), color=colour("teacher"), ls=":", lw=1.2
-        )
+            seen[group.label] = axes.plot([], [], MARKERS[number % 7], color=INK, ms=5)[0]
+    if teachers:
+        mean = float(np.mean(teachers))
+        seen["teacher"] = axes.axhline(mean, color=colour("teacher"), ls=":", lw=1.2)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set(xlabel="seconds of training", ylabel="test accuracy")
     axes.set_xlim(0, None)
@@ -271,20 +269,16 @@ def _plot_accuracy(found: list[Group]) -> Figure:
     return figure
 
 
-EQUAL = 1.0
-"""Points: accuracies are called equal where the interval of their difference is within as many."""
-
-
-def _accuracy_words(group: Group, name: str) -> str:
+def _accuracy_words(arm: Arm) -> str:
     """What the 95 % interval of the difference of accuracy over seeds (Student's t) says."""
-    apart = group.less_reference(name)
-    if apart is None:
+    away, seeds = _away(arm), len(arm["away"])
+    if away is None:
         return ""
-    points, seeds = apart["mean"] * 100, len(group.values(name, "accuracy"))
+    mean, error = away[0] * 100, (away[1] or 0.0) * 100
     if seeds == 1:
-        return f" with {points:+.1f} points of accuracy (one seed)"
-    wide = stats.t.ppf(0.975, seeds - 1) * (apart["standard_error"] or 0.0) * 100
-    low, high = points - wide, points + wide
+        return f" with {mean:+.1f} points of accuracy (one seed)"
+    wide = stats.t.ppf(0.975, seeds - 1) * error
+    low, high = mean - wide, mean + wide
     interval = f"({low:+.1f} to {high:+.1f} points, {seeds} seeds)"
     if low >= -EQUAL and high <= EQUAL:
         return f" at equal accuracy {interval}"
@@ -295,88 +289,91 @@ def _accuracy_words(group: Group, name: str) -> str:
 
 def _headline(found: list[Group]) -> tuple[str, list[tuple[str, str]]]:
     runs = sum(len(group.runs) for group in found)
-    arms = {name for group in found for name in group.arms()}
-    name = next((name for name in reversed(LADDER) if name in arms), "reference")
-    shown = [group for group in found if group.values(name, "speedup")]
+    every = [group.arms() for group in found]
+    name = best_of({name for arms in every for name in arms}) or "reference"
+    shown = [arms[name] for arms in every if name in arms and len(_known(arms[name]["speedup"]))]
     if name == "reference" or not shown:
         return f"{runs} runs in {len(found)} settings", []
-    speeds = [statistics.fmean(group.values(name, "speedup").values()) for group in shown]
+    speeds = [_known(arm["speedup"]).mean() for arm in shown]
     ends = sorted({f"{value:.2f}" for value in speeds}, key=float)
     sentence = f"{NAMES[name]}: {speed(speeds[0])} plain PyTorch"
     if len(ends) > 1:
         sentence = f"{NAMES[name]}: {ends[0]} to {ends[-1]} times the speed of plain PyTorch"
     if len(shown) > 1:
-        said = [_accuracy_words(group, name) for group in shown]
-        count = sum("equal" in words for words in said)
+        count = sum("equal" in _accuracy_words(arm) for arm in shown)
         sentence += f", at equal accuracy in {count} of {len(shown)} settings"
         return sentence[0].upper() + sentence[1:], []
-    sentence += _accuracy_words(shown[0], name)
-    group, values = shown[0], shown[0].values
+    arm = shown[0]
+    sentence += _accuracy_words(arm)
     cards = [
-        (f"{_mean(values(name, 'speedup').values())}×",
-         f"the speed of plain PyTorch: {name} over reference"),
-        (_less(group.less_reference(name)), f"points of accuracy: {name} minus reference"),
-        (f"{_mean(values(name, 'accuracy').values(), 100, 1)} %", f"test accuracy of {name}"),
-        (str(len(group.runs)), "seeds" if len(group.runs) > 1 else "seed"),
-    ]  # fmt: skip
+        (f"{_mean(arm['speedup'])}×", f"the speed of plain PyTorch: {name} over reference"),
+        (_points(arm), f"points of accuracy: {name} minus reference"),
+        (f"{_mean(arm['accuracy'], 100, 1)} %", f"test accuracy of {name}"),
+        (str(len(arm["away"])), "seeds" if len(arm["away"]) > 1 else "seed"),
+    ]
     return sentence[0].upper() + sentence[1:], cards
 
 
+def _lead(found: list[Group], common: dict, headline: str) -> str:
+    """Whose runs these are, and what the headline's words mean."""
+    student, teacher, data = (
+        _text(common[name]) if name in common else several
+        for name, several in (
+            ("student", "several students"), ("teacher", "several teachers"),
+            ("data", "several data"),
+        )
+    )  # fmt: skip
+    seeds = sorted({seed for group in found for seed in group.runs})
+    text = f"{student} taught by {teacher} on {data}; seeds {', '.join(map(str, seeds))}."
+    if "equal accuracy" in headline:
+        text += " Equal accuracy: the 95 % interval of the difference over seeds is within "
+        text += f"{EQUAL:g} point."
+    return text
+
+
+@matplotlib.rc_context(STYLE)
 def write(paths: list[str], out: str = "compare.html") -> list[Table]:
     """Compare runs on one page, ``out``; its tables, to be printed."""
     found = groups(paths)
-    main = Section("Accuracy and time", [_summary(found)])
+    differing = _differing(found)
+    main, ladders = Section("Accuracy and time"), Section("Where the speed comes from")
+    main.tables.append(_summary(found))
     main.plots["accuracy_and_time"] = Plot(
-        functools.partial(_plot_accuracy, found), "Accuracy against time",
+        _plot_accuracy(found), "Accuracy against time",
         "large: mean ± standard deviation over seeds; small: each seed",
     )  # fmt: skip
-    ladders = Section("Where the speed comes from")
     for number, group in enumerate(found, 1):
         if group.ladder():
-            label = group.label()
             ladders.tables.append(_ladder_table(group))
-            ladders.plots[f"ladder_{number}"] = Plot(
-                functools.partial(plot_ladder, group.ladder()), "The speed-up ladder",
-                f"{label}{'; ' * bool(label)}mean ± standard deviation",
-            )  # fmt: skip
-    differing = _differing(found)
+            about = f"{group.label}{'; ' * bool(group.label)}mean ± standard deviation"
+            ladder = Plot(plots.ladder(group.ladder()), "The speed-up ladder", about)
+            ladders.plots[f"ladder_{number}"] = ladder
     if "group" in found[0].columns:
         main.tables.append(_settings_table(found, differing))
-    rows = (
-        {"folder": group.folders[seed], "seed": seed, **group.columns}
+    rows = [
+        {"folder": group.folders[seed], "seed": seed} | group.columns
         for group in found
         for seed in group.runs
-    )
-    listed = Section("Runs", [table("Folders", rows)])
+    ]
+    columns = {name: lambda row, name=name: row[name] for name in rows[0]}
+    listed = Section("Runs", [table("Folders", rows, columns)])
     if len(found) == 1:  # then both plots stand beside each other
         main.plots |= ladders.plots
         main.tables += ladders.tables
         ladders.plots = {}
-    sections = [main, *([ladders] if ladders.plots else []), listed]
     main.others = [
         arm["others"] for g in found for run in g.runs.values() for arm in run["arms"].values()
     ]
     common = {n: v for n, v in found[0].settings.items() if n not in differing and n != "arms"}
-    seeds = sorted({seed for group in found for seed in group.runs})
-    lead = "{} taught by {} on {}".format(
-        *(_text(common[n]) if n in common else f"several {n}s" if n != "data" else "several data"
-          for n in ("student", "teacher", "data"))
-    )  # fmt: skip
     main.headline, main.cards = _headline(found)
-    main.lead = [f"{lead}; seeds {', '.join(map(str, seeds))}."]
-    if "equal accuracy" in main.headline:
-        main.lead[0] += " Equal accuracy: the 95 % interval of the difference over seeds is within "
-        main.lead[0] += f"{EQUAL:g} point."
+    main.lead = [_lead(found, common, main.headline)]
+    sections = [main, *([ladders] if ladders.plots else []), listed]
     html = report.html(
-        sections, "runs compared", f"compare · {sum(len(group.runs) for group in found)} runs",
+        sections, "runs compared", f"compare · {len(rows)} runs",
         {"in all runs": {name: _text(value) for name, value in common.items()}},
     )  # fmt: skip
     try:
-        path = Path(out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(html, encoding="utf-8")
-        os.replace(beside, path)
+        replace(Path(out), html.encode())
     except OSError as error:
         raise TrainError(f"cannot write {out}: {error.strerror}") from None
     return [table for section in sections[:-1] for table in section.tables]

@@ -3,7 +3,7 @@
 import math
 
 from kdkernels.reports.page import note
-from kdkernels.reports.report import Section, Table, table
+from kdkernels.reports.report import Cell, Section, Table, table
 from kdkernels.tools.export import BATCHES, FOLDER
 from kdkernels.tools.settings import FORMATS
 from kdkernels.train.run_folder import RunFolder
@@ -15,32 +15,25 @@ def _milliseconds(latency: dict) -> str:
     return "{} ({} .. {})".format(*texts)
 
 
-def _row(row: dict) -> dict[str, str]:
-    made = {
-        "format": FORMATS.get(row["format"], ("", "PyTorch, fp32"))[1],
-        "test accuracy": f"{row['accuracy']:.2%}",
-        "agrees with fp32": f"{row['agreement']:.2%}",
-        "bytes": f"{row['bytes']:,}",
-    }
-    for size in BATCHES:
-        latency = row["latency"][str(size)]
-        made[f"ms, batch {size}"] = _milliseconds(latency)
-        made[f"speed-up, batch {size}"] = f"{latency['speedup']:.2f}"
-    return made
-
-
 def tables(found: dict) -> list[Table]:
     """A table an arm of what export/results.json says, for the terminal and the page."""
-    return [_of(arm, of) for arm, of in found["arms"].items()]
-
-
-def _of(arm: str, of: dict) -> Table:
-    against = "ONNX" if any(row["format"] == "onnx" for row in of["rows"]) else "PyTorch"
-    return table(
-        f"Export: the student of arm {arm}",
-        map(_row, of["rows"]),
-        note("export", of=of, against=against),
-    )
+    columns: dict[str, Cell] = {
+        "format": lambda row: FORMATS.get(row["format"], ("", "PyTorch, fp32"))[1],
+        "test accuracy": "{accuracy:.2%}",
+        "agrees with fp32": "{agreement:.2%}",
+        "bytes": "{bytes:,}",
+    }
+    for size in map(str, BATCHES):
+        columns[f"ms, batch {size}"] = lambda row, s=size: _milliseconds(row["latency"][s])
+        columns[f"speed-up, batch {size}"] = lambda row, s=size: (
+            f"{row['latency'][s]['speedup']:.2f}"
+        )
+    made = []
+    for arm, of in found["arms"].items():
+        has_onnx = any(row["format"] == "onnx" for row in of["rows"])
+        text = note("export", of=of, against="ONNX" if has_onnx else "PyTorch")
+        made.append(table(f"Export: the student of arm {arm}", of["rows"], columns, text))
+    return made
 
 
 def sections(folder: RunFolder) -> list[Section]:

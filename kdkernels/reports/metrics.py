@@ -6,9 +6,15 @@ from typing import Any
 from kdkernels.train.loop import PHASES
 from kdkernels.train.run_folder import RunFolder
 
+BY_EPOCH = {
+    "by epoch: median (range)":
+        "{epoch_speedup:.2f} ({epoch_speedup_range[0]:.2f} .. {epoch_speedup_range[1]:.2f})",
+}  # fmt: skip
+"""The column of what :func:`speedups` found."""
+
 
 def curves_of(folder: RunFolder) -> tuple[dict[str, list[float]], dict[str, list[dict]], list]:
-    """By learner its losses, a step each, and its epochs' lines; and the twins' losses."""
+    """Learner -> its loss of each step, learner -> its epochs' lines, and the twins' losses."""
     losses, epochs, twins = {}, {}, []
     for line in folder.metrics():
         if line["kind"] == "step":
@@ -24,6 +30,15 @@ def spent(lines: list[dict]) -> dict[str, float]:
     return {phase: sum(line["phases"][phase] for line in lines) for phase in PHASES}
 
 
+def timed(lines: list[dict]) -> dict[str, Any]:
+    """A learner's epochs, steps, and seconds, by phase too."""
+    phases = spent(lines)
+    return {
+        "epochs": len(lines), "steps": lines[-1]["step"], "phases": phases,
+        "seconds": sum(phases.values()),
+    }  # fmt: skip
+
+
 def speedups(base: list[dict], lines: list[dict]) -> dict[str, Any]:
     """How much faster the epochs of ``lines`` are than those of ``base``, in pairs."""
     ratios = [a["seconds"] / b["seconds"] for a, b in zip(base, lines, strict=False)]
@@ -31,14 +46,6 @@ def speedups(base: list[dict], lines: list[dict]) -> dict[str, Any]:
         "epoch_speedup": statistics.median(ratios),
         "epoch_speedup_range": (min(ratios), max(ratios)),
     }
-
-
-def speedup_cells(arm: dict) -> dict[str, str]:
-    """The cells of an arm's speed-up by epoch; empty for one that is compared with none."""
-    if "epoch_speedup" not in arm:
-        return {"by epoch: median (range)": ""}
-    low, high = arm["epoch_speedup_range"]
-    return {"by epoch: median (range)": f"{arm['epoch_speedup']:.2f} ({low:.2f} .. {high:.2f})"}
 
 
 def apart(one: list[float], other: list[float]) -> list[float]:
@@ -49,3 +56,8 @@ def apart(one: list[float], other: list[float]) -> list[float]:
 def limited(name: str, value: float, limit: float) -> dict[str, Any]:
     """A check: a value that must be at most its limit."""
     return {"name": name, "value": value, "limit": limit, "passed": value <= limit}
+
+
+def rows(arms: dict[str, dict]) -> list[dict]:
+    """Rows of a table, one an arm, which have its name too."""
+    return [{"arm": name} | arm for name, arm in arms.items()]

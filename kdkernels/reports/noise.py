@@ -1,11 +1,10 @@
 """What experiments 1 and 3 have to show: the tables and plots of noise as a regulariser."""
 
-import functools
 import math
 import statistics
 
+import numpy as np
 import pandas
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy import stats
@@ -14,19 +13,16 @@ from torch.nn import functional as F
 from kdkernels.experiments import soft_regularization
 from kdkernels.experiments.settings import PLACES, Network
 from kdkernels.experiments.soft_regularization import (
-    BINS,
     MEASURES,
     calibration_error,
     difference,
     reliability,
 )  # fmt: skip
-from kdkernels.reports.metrics import curves_of
-from kdkernels.reports.page import BLUE, COLOURS, INK, RED, SIZE, canvas, legend, note
-from kdkernels.reports.report import Plot, Section, Table, duration, table, with_error
+from kdkernels.reports import metrics, page, plots
+from kdkernels.reports.page import BLUE, COLOURS, INK, RED, note
+from kdkernels.reports.report import Cell, Plot, Section, Table, table, with_error
+from kdkernels.tools.measuring import duration
 from kdkernels.train.run_folder import RunFolder
-
-FEW = 10
-"""A bin of fewer predictions says little about its accuracy and is left out of the plot."""
 
 CLEAR = 2.0
 """Standard errors from which on a difference is called one."""
@@ -40,18 +36,15 @@ def _ratio(value: float) -> str:
 
 
 def _times(found: dict) -> Table:
-    s = found["settings"]
     names = {"numpy": "NumPy loop", "torch": "PyTorch loop", "fused": "fused, one kernel"}
-    rows = (
-        {
-            "path": names[t["path"]] + f", {t['replicas']:,} replicas" * (t["replicas"] > 1),
-            "time a replica": duration(t["seconds_per_replica"]),
-            "times the fused path's": _ratio(t["fused_is_faster"]),
-            "least .. most": f"{_ratio(t['least'])} .. {_ratio(t['most'])}",
-        }
-        for t in found["times"]
-    )
-    return table("Experiment 1: time of one replica", rows, note("regression_times", s=s))
+    columns: dict[str, Cell] = {
+        "path": lambda t: names[t["path"]] + f", {t['replicas']:,} replicas" * (t["replicas"] > 1),
+        "time a replica": lambda t: duration(t["seconds_per_replica"]),
+        "times the fused path's": lambda t: _ratio(t["fused_is_faster"]),
+        "least .. most": lambda t: f"{_ratio(t['least'])} .. {_ratio(t['most'])}",
+    }
+    text = note("regression_times", s=found["settings"])
+    return table("Experiment 1: time of one replica", found["times"], columns, text)
 
 
 def _theta(found: dict) -> Table:
@@ -65,16 +58,13 @@ def _theta(found: dict) -> Table:
         "its predicted value": f"{mean['spread_expected']:.4f}",
         "largest difference between paths, same noise": f"{found['agreement']['difference']:.1e}",
     }
-    return table(
-        "Experiment 1: theta",
-        ({"quantity": name, "value": value} for name, value in values.items()),
-        note("theta", s=s),
-    )
+    rows = [{"quantity": name, "value": value} for name, value in values.items()]
+    columns = {"quantity": "{quantity}", "value": "{value}"}
+    return table("Experiment 1: theta", rows, columns, note("theta", s=s))
 
 
-def _plot_theta(found: dict) -> Figure:
-    figure, axes = canvas()
-    plot, mean = found["plot"], found["mean"]
+def _plot_theta(plot: dict, stationary: float) -> Figure:
+    figure, axes = page.canvas()
     steps = range(len(plot["mean"]))
     axes.fill_between(
         steps, plot["low"], plot["high"], color=BLUE, alpha=0.18, lw=0, label="5 % to 95 % of them",
@@ -87,16 +77,15 @@ def _plot_theta(found: dict) -> Figure:
         label = f"one replica, {name}"
         axes.plot(values, style, lw=width, color=look, alpha=0.8, label=label)
     axes.plot(plot["mean"], color=BLUE, lw=2, label="mean over seeds")
-    axes.axhline(mean["stationary"], color=RED, lw=1, ls=":", label="stationary value")
+    axes.axhline(stationary, color=RED, lw=1, ls=":", label="stationary value")
     axes.set(xlabel="step", ylabel="theta", xlim=(0, len(plot["mean"]) - 1))
     axes.legend(fontsize=7.5, ncols=2, loc="best")
     return figure
 
 
-def _plot_histogram(found: dict) -> Figure:
-    figure, axes = canvas()
-    mean = found["mean"]
-    axes.hist(found["plot"]["final"], bins=60, color=BLUE, alpha=0.55)
+def _plot_histogram(final: list[float], mean: dict) -> Figure:
+    figure, axes = page.canvas()
+    axes.hist(final, bins=60, color=BLUE, alpha=0.55)
     stationary = f"stationary value {mean['stationary']:.4f}"
     axes.axvline(mean["stationary"], color=RED, lw=1.5, ls=":", label=stationary)
     label = f"mean {with_error(mean['theta'], mean['standard_error'], 4)}"
@@ -112,26 +101,26 @@ def regression(folder: RunFolder) -> list[Section]:
     found = folder.read_json("soft_reg.json")
     if not found:
         return []
-    settings = found["settings"]
+    settings, mean, plot = found["settings"], found["mean"], found["plot"]
     alone = next(t for t in found["times"] if t["path"] == "torch" and t["replicas"] == 1)
-    away = found["mean"]["standard_errors_away"]
     paths = f"{settings['replicas']:,} seeds, and one replica by three programs with the same noise"
-    ends = f"after {settings['steps']:,} steps, {len(found['plot']['final']):,} seeds"
+    ends = f"after {settings['steps']:,} steps, {len(plot['final']):,} seeds"
     return [
         Section(
             "Experiment 1: soft-regularised linear regression",
             [_times(found), _theta(found)],
             {
-                "theta_path": Plot(functools.partial(_plot_theta, found), "Theta's path", paths),
+                "theta_path": Plot(_plot_theta(plot, mean["stationary"]), "Theta's path", paths),
                 "theta_histogram": Plot(
-                    functools.partial(_plot_histogram, found), "Where it ends", ends
+                    _plot_histogram(plot["final"], mean), "Where it ends", ends
                 ),
             },
             results={key: value for key, value in found.items() if key != "plot"},
             settings=settings,
             checks=found["checks"],
             headline=f"One kernel: {_ratio(alone['fused_is_faster'])} times faster than a PyTorch "
-            f"loop, theta {abs(away):.1f} standard errors from the formula's",
+            f"loop, theta {abs(mean['standard_errors_away']):.1f} standard errors from the "
+            "formula's",
             others=[found.get("others")],
         )
     ]
@@ -144,15 +133,15 @@ def results(folder: RunFolder) -> dict:
     """Read experiment 3's predictions and times.
 
     Returns:
-        A dictionary ready for JSON: ``seeds``, and ``arms``: for each arm ``std``, ``seconds``
-        (median of its runs' training), ``reliability`` (three lists, all seeds together), with
-        noise on gradients ``noise_to_gradient`` (the ratio of the norms at the end of the first
-        and of the last epoch, medians over seeds), and for
-        each of ``MEASURES`` its ``values`` by seed, ``mean``, standard deviation ``spread`` (None
-        for one seed) and, where there is an arm ``"none"``, the ``difference`` to it.
+        ``seeds``, and ``arms``: for each arm ``std``, ``seconds`` (median of its runs' training),
+        ``reliability`` (three lists, all seeds together), with noise on gradients
+        ``noise_to_gradient`` (the ratio of the norms after the first and after the last epoch,
+        medians over seeds), and for each of ``MEASURES`` its ``values`` by seed, ``mean``, standard
+        deviation ``spread`` (None for one seed) and, where there is an arm ``"none"``, the
+        ``difference`` to it.
     """
     settings = Network(**folder.config["soft_regularization"])
-    _, epochs, _ = curves_of(folder)
+    _, epochs, _ = metrics.curves_of(folder)
     arms = {arm: _arm(settings, folder, arm, epochs) for arm in settings.arms}
     if "none" in arms:
         for arm in arms.values():
@@ -164,19 +153,10 @@ def results(folder: RunFolder) -> dict:
 
 def _arm(settings: Network, folder: RunFolder, arm: str, epochs: dict) -> dict:
     """An arm's entry of :func:`results`, without the difference."""
-    rows, bins, runs = [], torch.zeros(3, BINS, dtype=torch.float64), []
-    for seed in soft_regularization.seeds(settings):
-        name = soft_regularization.learner_name(seed, arm)
-        logits, labels = soft_regularization.finished(folder, name)
-        rows.append(
-            {
-                "accuracy": (logits.argmax(1) == labels).double().mean().item(),
-                "ece": calibration_error(logits, labels),
-                "loss": F.cross_entropy(logits.double(), labels).item(),
-            }
-        )
-        bins += torch.stack(reliability(logits, labels))
-        runs.append(epochs[name])
+    names = [soft_regularization.learner_name(s, arm) for s in soft_regularization.seeds(settings)]
+    tests = [soft_regularization.finished(folder, name) for name in names]
+    runs = [epochs[name] for name in names]
+    bins = np.sum([np.stack(reliability(*test)) for test in tests], axis=0)
     found = {
         "std": settings.std(arm), "reliability": bins.tolist(),
         "seconds": statistics.median(sum(line["seconds"] for line in run) for run in runs),
@@ -187,19 +167,27 @@ def _arm(settings: Network, folder: RunFolder, arm: str, epochs: dict) -> dict:
     ]
     if all(ratios):
         found["noise_to_gradient"] = [statistics.median(ratio) for ratio in ratios]
-    for measure, values in pandas.DataFrame(rows).items():
+    measured = pandas.DataFrame(
+        {
+            "accuracy": (logits.argmax(1) == labels).double().mean().item(),
+            "ece": calibration_error(logits, labels),
+            "loss": F.cross_entropy(logits.double(), labels).item(),
+        }
+        for logits, labels in tests
+    )
+    for measure, values in measured.items():
         spread = values.std() if len(values) > 1 else None
         found[str(measure)] = {"values": values.tolist(), "mean": values.mean(), "spread": spread}
     return found
 
 
 _SCALES = {"accuracy": (100, 2), "ece": (100, 2), "loss": (1, 4)}
-"""Of a measure: what it is multiplied by, percentages by 100, and digits."""
+"""Measure -> its factor, 100 for percentages, and its digits."""
 
 
 def _cell(measure: str, value: float, error: float | None, sign: str = "") -> str:
     scale, digits = _SCALES[measure]
-    return with_error(value * scale, None if error is None else error * scale, digits, sign)
+    return with_error(value, error, digits, sign, scale)
 
 
 def _heading(measure: str, unit: str) -> str:
@@ -208,44 +196,51 @@ def _heading(measure: str, unit: str) -> str:
 
 def _noise_table(found: dict, config: dict) -> Table:
     arms = found["arms"]
+    columns: dict[str, Cell] = {
+        "arm": "{arm}",
+        "std, λ": lambda arm: f"{arm['std']:g}" if arm["arm"] != "none" else "",
+        **{
+            _heading(m, "%"): lambda arm, m=m: _cell(m, arm[m]["mean"], arm[m]["spread"])
+            for m in MEASURES
+        },
+        "seconds a run (median)": "{seconds:.1f}",
+    }
     text = note("networks", c=config, seeds=found["seeds"], arms=arms, places=PLACES)
-    rows = (
-        {"arm": name, "std, λ": f"{arm['std']:g}" if name != "none" else ""}
-        | {_heading(m, "%"): _cell(m, arm[m]["mean"], arm[m]["spread"]) for m in MEASURES}
-        | {"seconds a run (median)": f"{arm['seconds']:.1f}"}
-        for name, arm in arms.items()
-    )
-    return table("Experiment 3: accuracy and calibration", rows, text)
+    return table("Experiment 3: accuracy and calibration", metrics.rows(arms), columns, text)
 
 
 def _difference_table(found: dict) -> Table:
-    seeds, rows, words = len(found["seeds"]), [], []
-    for name, arm in found["arms"].items():
-        if name == "none":
-            continue
-        row, clear = {"arm": name}, []
-        for measure in MEASURES:
-            apart = arm[measure]["difference"]
-            away = apart["standard_errors"]
-            cell = _cell(measure, apart["mean"], apart["standard_error"], "+")
-            row[_heading(measure, "points")] = cell + (
-                f" ({away:+.1f})" if away is not None else ""
-            )
-            if away is not None and abs(away) > CLEAR:
-                clear.append(f"{MEASURES[measure]} {'higher' if away > 0 else 'lower'}")
-        rows.append(row)
-        words.append(f"{name}: {', '.join(clear) or 'nothing'}.")
-    chance = 2 * stats.t.sf(CLEAR, seeds - 1) if seeds > 1 else None
+    seeds = len(found["seeds"])
+    rows = [row for row in metrics.rows(found["arms"]) if row["arm"] != "none"]
+
+    def away(arm, measure):
+        apart = arm[measure]["difference"]
+        text = _cell(measure, apart["mean"], apart["standard_error"], "+")
+        errors = apart["standard_errors"]
+        return text if errors is None else f"{text} ({errors:+.1f})"
+
+    def clear(arm):
+        errors = {m: arm[m]["difference"]["standard_errors"] or 0.0 for m in MEASURES}
+        words = [
+            f"{MEASURES[m]} {'higher' if value > 0 else 'lower'}"
+            for m, value in errors.items()
+            if abs(value) > CLEAR
+        ]
+        return f"{arm['arm']}: {', '.join(words) or 'nothing'}."
+
+    columns: dict[str, Cell] = {"arm": "{arm}"} | {
+        _heading(m, "points"): lambda arm, m=m: away(arm, m) for m in MEASURES
+    }
     text = note(
-        "differences", seeds=seeds, clear=f"{CLEAR:g}", words=words, chance=chance,
+        "differences", seeds=seeds, clear=f"{CLEAR:g}", words=map(clear, rows),
+        chance=2 * stats.t.sf(CLEAR, seeds - 1) if seeds > 1 else None,
         entries=len(rows) * len(MEASURES),
     )  # fmt: skip
-    return table("Experiment 3: differences from none", rows, text)
+    return table("Experiment 3: differences from none", rows, columns, text)
 
 
-def _plot_noise(found: dict) -> Figure:
-    arms = found["arms"]
-    figure, every = canvas(10, 1.1 + 0.4 * len(arms), 1, len(MEASURES), sharey=True)
+def _plot_noise(arms: dict) -> Figure:
+    figure, every = page.canvas(10, 1.1 + 0.4 * len(arms), 1, len(MEASURES), sharey=True)
     for axes, (measure, title) in zip(every, MEASURES.items(), strict=True):
         for row, (name, arm) in enumerate(arms.items()):
             values, mean = arm[measure]["values"], arm[measure]["mean"]
@@ -258,61 +253,33 @@ def _plot_noise(found: dict) -> Figure:
             axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.grid(axis="y", visible=False)
-        axes.set(title=title[0].upper() + title[1:], yticks=range(len(arms)))
-        axes.set_yticklabels(list(arms))
+        axes.set(title=title[0].upper() + title[1:], yticks=range(len(arms)), yticklabels=arms)
         axes.margins(y=0.15)
     every[0].invert_yaxis()
     return figure
-
-
-def plot_reliability(arms: dict[str, list], colours: dict[str, str]) -> Figure:
-    """Accuracy by confidence, and how many predictions are how sure; by arm :func:`reliability`."""
-    figure, (axes, below) = canvas(SIZE[0], 4.6, 2, 1, sharex=True, height_ratios=[3, 1])
-    axes.plot([0, 1], [0, 1], color=INK, lw=1, ls=":", label="calibrated")
-    for number, (name, bins) in enumerate(arms.items()):
-        points = [(sure / n, right / n) for n, right, sure in zip(*bins, strict=True) if n >= FEW]
-        look = {"color": colours[name], "marker": "osD^vPX"[number % 7], "ms": 4, "lw": 1.2}
-        axes.plot([x for x, _ in points], [y for _, y in points], label=name, **look)
-        counts = bins[0]
-        middles = [(m + 0.5) / len(counts) for m in range(len(counts))]
-        shares = [count / sum(counts) for count in counts]
-        below.step(middles, shares, where="mid", color=colours[name], lw=1.2)
-    axes.set(ylabel="accuracy", ylim=(0, 1.02))
-    below.set(xlabel="largest probability", ylabel="share of images", yscale="log", xlim=(0, 1))
-    below.yaxis.set_major_formatter(lambda share, _: f"{share * 100:g} %")
-    return legend(figure, axes, 4)
 
 
 def networks(folder: RunFolder) -> list[Section]:
     """Experiment 3."""
     config, found = folder.config["soft_regularization"], results(folder)
     arms, seeds = found["arms"], len(found["seeds"])
-    bins = {name: arm["reliability"] for name, arm in arms.items()}
-    tables = [_noise_table(found, config)]
+    made = Section("Experiment 3: a network under four kinds of noise", results=found)
+    made.tables.append(_noise_table(found, config))
     if "none" in arms and len(arms) > 1:
-        tables.append(_difference_table(found))
-    return [
-        Section(
-            "Experiment 3: a network under four kinds of noise",
-            tables,
-            {
-                "noise": Plot(functools.partial(_plot_noise, found), "Accuracy and calibration",
-                              "a dot a seed; bar: mean ± its standard error"),
-                "reliability": Plot(functools.partial(plot_reliability, bins, COLOURS),
-                                    "Reliability",
-                                    f"all seeds together; bins of {FEW} images or more"),
-            },
-            results=found,
-            headline=f"{config['model']} on {config['data']} with noise in "
-            f"{len(arms.keys() - {'none'})} places, {seeds} seed{'s' * (seeds > 1)}: "
-            + _best(arms),
-        )
-    ]  # fmt: skip
-
-
-def _best(arms: dict) -> str:
-    """Which arm is the most accurate and which the best calibrated, without a claim of chance."""
-    accuracy = {name: arm["accuracy"]["mean"] for name, arm in arms.items()}
-    ece = {name: arm["ece"]["mean"] for name, arm in arms.items()}
+        made.tables.append(_difference_table(found))
+    bins = {name: arm["reliability"] for name, arm in arms.items()}
+    made.plots = {
+        "noise": Plot(_plot_noise(arms), "Accuracy and calibration",
+                      "a dot a seed; bar: mean ± its standard error"),
+        "reliability": Plot(plots.reliability(bins), "Reliability",
+                            f"all seeds together; bins of {plots.FEW} images or more"),
+    }  # fmt: skip
+    # Which arm is the most accurate and which the best calibrated, without a claim of chance.
+    accuracy, ece = ({n: arms[n][measure]["mean"] for n in arms} for measure in ("accuracy", "ece"))
     high, low = max(accuracy, key=accuracy.__getitem__), min(ece, key=ece.__getitem__)
-    return f"highest accuracy {accuracy[high]:.1%} ({high}), lowest ECE {ece[low]:.1%} ({low})"
+    made.headline = (
+        f"{config['model']} on {config['data']} with noise in {len(arms.keys() - {'none'})} "
+        f"places, {seeds} seed{'s' * (seeds > 1)}: highest accuracy {accuracy[high]:.1%} ({high}), "
+        f"lowest ECE {ece[low]:.1%} ({low})"
+    )
+    return [made]

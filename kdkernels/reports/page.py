@@ -18,7 +18,7 @@ from kdkernels.experiments.soft_regularization import BINS
 INK, GRID, PAPER = "#23272e", "#c8cdd5", "#fefefe"
 """Text and lines, the grid, and what lies behind a figure; the page turns them with the screen."""
 
-# Okabe and Ito's colours, which colour-blind people tell apart; an arm has one wherever it stands.
+# Okabe and Ito's colours, which colour-blind people tell apart; an arm has one in all plots.
 GREY, ORANGE, BLUE, SKY, GREEN, PINK, AMBER, RED = (
     "#7a7f87", "#d55e00", "#0072b2", "#4aa3df", "#009e73", "#c2629b", "#c98a00", "#c1121f",
 )  # fmt: skip
@@ -37,6 +37,9 @@ _DARK = {
     PINK: "#ec93c6", AMBER: "#e8b13a", RED: "#ff6b6b", "#aa4499": "#cf77c0", "#4477aa": "#6f9fd8",
     "#d1372c": "#f0665c",
 }  # fmt: skip
+MARKERS = "osD^vPX"
+"""Markers of curves that lie over each other, in order."""
+
 SIZE = (4.8, 3.3)
 """Inches of a figure that keeps its letters' size on a phone; two stand beside each other on a
 desk. A wider one is scrolled on a phone."""
@@ -72,8 +75,7 @@ def colour(learner: str) -> str:
 
 def png(figure: Figure) -> bytes:
     """A figure as a picture, on white."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    figure.savefig(picture := io.BytesIO(), format="png")
     return picture.getvalue()
 
 
@@ -108,46 +110,39 @@ _PAGE_COLOURS = {INK: "--ink", GRID: "--grid", PAPER: "--card"} | {
 _LEARNER = re.compile(rf"({'|'.join(COLOURS)})(-g\d+)?$")
 
 
-def _is_number(cell: str) -> bool:
-    return not cell or re.match(r"[+\-−]?[\d.]", cell) is not None
-
-
 def _sides(table) -> list[str]:
-    """For each column ``"number"`` where its cells are, else ``"text"``."""
+    """For each column ``"number"`` where its cells are, else ``"text"``; the first is a name."""
     return [
-        "number" if number and any(cells) and all(map(_is_number, cells)) else "text"
+        "number" if number and cells.any() and cells.str.match(r"$|[+\-−]?[\d.]").all() else "text"
         for number, (_, cells) in enumerate(table.frame.items())
     ]
 
 
-def _anchor(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-
-
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("kdkernels.reports", "."), autoescape=True, trim_blocks=True,
-    lstrip_blocks=True,
+_TEMPLATES: Any = jinja2.Environment(
+    loader=jinja2.PackageLoader("kdkernels.reports", "."), trim_blocks=True, lstrip_blocks=True,
+    autoescape=True, undefined=jinja2.StrictUndefined,
 )  # fmt: skip
-_ENVIRONMENT.filters |= {"sides": _sides, "anchor": _anchor}
-_ENVIRONMENT.globals |= {
+_TEMPLATES.filters |= {
+    "sides": _sides,
+    "anchor": lambda title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"),
+    "is_wide": lambda figure: figure.get_figwidth() > SIZE[0] + 1,
+    "svg": svg,
+}
+_TEMPLATES.globals |= {
     "arm_colour": lambda cell: _PAGE_COLOURS[colour(cell)] if _LEARNER.match(cell) else None,
     "light": {name: light for light, name in _PAGE_COLOURS.items() if light in _DARK},
     "dark": {_PAGE_COLOURS[light]: dark for light, dark in _DARK.items()},
+    "bins": BINS,
 }
+_NOTES = _TEMPLATES.overlay(trim_blocks=False, lstrip_blocks=False, autoescape=False)
 
 
 def render(**content) -> str:
-    """A page of the template page.html.j2; ``sections`` are what :func:`report.draw` gives."""
-    return _ENVIRONMENT.get_template("page.html.j2").render(**content)
-
-
-_NOTES: Any = jinja2.Environment(
-    loader=jinja2.PackageLoader("kdkernels.reports", "."), undefined=jinja2.StrictUndefined
-)
-_NOTES.globals["bins"] = BINS
+    """A page of the template page.html.j2; ``sections`` are :class:`report.Section` s."""
+    return _TEMPLATES.get_template("page.html.j2").render(**content)
 
 
 def note(name: str, **values) -> str:
     """The text below a table: a macro of the template notes.j2, on one line."""
-    module = _NOTES.get_template("notes.j2").module
-    return re.sub(r"[ \n]+", " ", getattr(module, name)(**values)).strip()
+    macros: Any = _NOTES.get_template("notes.j2").module
+    return re.sub(r"[ \n]+", " ", getattr(macros, name)(**values)).strip()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import matplotlib
@@ -50,30 +50,36 @@ class Table:
         return self.frame.to_numpy().tolist()
 
 
-def table(
-    title: str, rows: Iterable[dict[str, Any]], note: str = "", columns: list[str] | None = None
-) -> Table:
-    """A table of rows that are dictionaries, heading -> text or None.
+Cell = str | Callable[[Any], Any]
 
-    A column without any text is left out. ``columns``: their order, and what a table without rows
-    has; by default the first row's.
+
+def table(title: str, rows: Iterable[Any], columns: Mapping[str, Cell], note: str = "") -> Table:
+    """A table with a line for each row, a mapping of what is known.
+
+    ``columns``: heading -> a format string of the row's entries, such as ``"{accuracy:.1%}"``, or a
+    function of the row. The cell is empty where the string's entries are missing or None, or the
+    function gives None or False. A column without any text is left out.
     """
-    frame = pandas.DataFrame(list(rows), columns=columns, dtype=object).fillna("").astype(str)
-    if len(frame):
-        frame = frame.loc[:, (frame != "").any()]
-    return Table(title, frame.astype(object), note)
+
+    def cell(row: Any, say: Cell) -> str:
+        try:
+            text = say.format_map(row) if isinstance(say, str) else say(row)
+        except (KeyError, TypeError):
+            if not isinstance(say, str):
+                raise
+            return ""
+        return "" if text is None or text is False else str(text)
+
+    cells = [[cell(row, say) for say in columns.values()] for row in rows]
+    frame = pandas.DataFrame(cells, columns=list(columns), dtype=object)
+    return Table(title, frame.loc[:, (frame != "").any()] if cells else frame, note)
 
 
 @dataclasses.dataclass
 class Plot:
-    """A plot of a page.
+    """A plot of a page, drawn within ``matplotlib.rc_context(page.STYLE)``, and words above it."""
 
-    Attributes:
-        draw: a function without arguments, called within ``matplotlib.rc_context(STYLE)``.
-        title, about: above it.
-    """
-
-    draw: Callable[[], Figure]
+    figure: Figure
     title: str = ""
     about: str = ""
 
@@ -88,14 +94,11 @@ class Section:
         plots: by their file names in plots/, without suffix.
         results: what results.json gets under the section's part.
         settings: those of the part, where config.json does not say all of them.
-        checks: dictionaries ``name``, ``value``, ``limit``, ``passed``; the page shows them all
-            in one table.
-        headline: the finding, one sentence. The first section with cards heads the page, or the
-            first with a headline.
+        checks: dictionaries ``name``, ``value``, ``limit``, ``passed``; all stand in one table.
+        headline: the finding, one sentence.
         lead: lines below that headline.
         cards: pairs (value, what it is), large, below it.
-        others: shares of the processors' time that other processes had while it was timed; where
-            that was much, the page's head and the first table say so.
+        others: shares of the processors' time that other processes had while it was timed.
     """
 
     title: str
@@ -110,21 +113,16 @@ class Section:
     others: list[float | None] = dataclasses.field(default_factory=list)
 
 
-def duration(seconds: float) -> str:
-    """Three digits and the unit that suits them."""
-    for unit, size in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+def with_error(
+    value: float, error: float | None, digits: int = 2, sign: str = "", scale: float = 1
+) -> str:
+    """``value ± error``, both times ``scale``; the value alone without an error."""
+    text = f"{value * scale:{sign}.{digits}f}"
+    return text if error is None else f"{text} ± {error * scale:.{digits}f}"
 
 
-def with_error(value: float, error: float | None, digits: int = 2, sign: str = "") -> str:
-    """``value ± error``, or the value alone."""
-    return f"{value:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
-
-
-def busy(sections: Iterable[Section]) -> list[str]:
-    """A line on other work during what was timed, if there was any worth a word.
+def _busy(sections: Iterable[Section]) -> list[str]:
+    """A line on other work during what was timed, if there was much.
 
     The first table of each section that was disturbed gets it too, for the terminal.
     """
@@ -132,24 +130,10 @@ def busy(sections: Iterable[Section]) -> list[str]:
     for section in sections:
         share = max((share for share in section.others if share is not None), default=0.0)
         if said := disturbed(share):
-            line = f"The machine was busy {said}: times and speed-ups are not reliable."
-            lines[share] = line
+            lines[share] = f"The machine was busy {said}: times and speed-ups are not reliable."
             if section.tables:
-                section.tables[0].note = f"{line} {section.tables[0].note}"
+                section.tables[0].note = f"{lines[share]} {section.tables[0].note}"
     return [lines[max(lines)]] if lines else []
-
-
-def draw(section: Section, keep: Callable[[str, bytes], object] | None = None) -> dict:
-    """A section as the template takes it; ``keep(name, png)`` gets every plot as PNG too."""
-    plots = []
-    with matplotlib.rc_context(page.STYLE):
-        for name, plot in section.plots.items():
-            figure = plot.draw()
-            if keep is not None:
-                keep(name, page.png(figure))
-            wide = figure.get_figwidth() > page.SIZE[0] + 1
-            plots.append({"svg": page.svg(figure, name), "wide": wide, "caption": plot})
-    return {"title": section.title, "tables": section.tables, "plots": plots}
 
 
 def html(
@@ -158,24 +142,34 @@ def html(
     kicker: str,
     settings: dict[str, dict],
     lead: Iterable[str] = (),
-    keep: Callable[[str, bytes], object] | None = None,
 ) -> str:
     """A page of sections in this order; the first one with cards, or a headline, heads it.
 
-    Args:
-        name: of the page, also its headline where no section has one.
-        kicker: above the headline.
-        settings: dictionaries by their heading, for the page's end.
-        lead: lines before the section's own.
-        keep: as :func:`draw` has it.
+    ``name``: of the page, also its headline where no section has one; ``kicker``: above the
+    headline; ``settings``: dictionaries by their heading, for the page's end; ``lead``: before the
+    section's own.
     """
     heads = sorted((s for s in sections if s.headline), key=lambda s: not s.cards)
     first = heads[0] if heads else Section("", headline=f"The run {name}")
     return page.render(
         title=f"kdkernels: {name}", kicker=f"kdkernels · {kicker}", headline=first.headline,
-        lead=[*lead, *first.lead, *busy(sections)], cards=first.cards, settings=settings,
-        sections=[draw(section, keep) for section in sections],
+        lead=[*lead, *first.lead, *_busy(sections)], cards=first.cards, settings=settings,
+        sections=sections,
     )  # fmt: skip
+
+
+def _checks(sections: list[Section]) -> tuple[list[Section], list[str]]:
+    """A section of all checks, where there are any, and a line on those that failed."""
+    checks = [check for section in sections for check in section.checks]
+    if not checks:
+        return [], []
+    columns: dict[str, Cell] = {
+        "check": "{name}", "value": "{value:.2g}", "limit": "{limit:.2g}",
+        "result": lambda check: "passed" if check["passed"] else "FAILED",
+    }  # fmt: skip
+    failed = sum(not check["passed"] for check in checks)
+    line = f"{failed} of {len(checks)} checks failed: see the table of checks."
+    return [Section("Checks", [table("Checks", checks, columns)])], [line] * bool(failed)
 
 
 def publish(folder: RunFolder, sections: list[Section], settings: dict[str, dict]) -> list[Table]:
@@ -183,42 +177,34 @@ def publish(folder: RunFolder, sections: list[Section], settings: dict[str, dict
 
     ``settings``: dictionaries by their heading, for the page's end.
     """
-    checks = [check for section in sections for check in section.checks]
-    failed = sum(not check["passed"] for check in checks)
-    lead = [f"{failed} of {len(checks)} checks failed: see the table of checks."] if failed else []
-    if checks:
-        rows = (
-            {"check": check["name"], "value": f"{check['value']:.2g}",
-             "limit": f"{check['limit']:.2g}", "result": "passed" if check["passed"] else "FAILED"}
-            for check in checks
-        )  # fmt: skip
-        sections = [*sections, Section("Checks", [table("Checks", rows)])]
-    name, settings = folder.path.name, settings | {"machine": folder.config["machine"]}
-    made = html(
-        sections, name, f"{folder.config.get('command', 'run')} · {name}", settings, lead,
-        lambda plot, png: folder.write_bytes(f"plots/{plot}.png", png),
-    )  # fmt: skip
-    folder.write_bytes("report.html", made.encode())
+    more, lead = _checks(sections)
+    sections, name = [*sections, *more], folder.path.name
+    for section in sections:
+        for plot, drawn in section.plots.items():
+            folder.write_bytes(f"plots/{plot}.png", page.png(drawn.figure))
+    kicker = f"{folder.config.get('command', 'run')} · {name}"
+    settings = settings | {"machine": folder.config["machine"]}
+    folder.write_bytes("report.html", html(sections, name, kicker, settings, lead).encode())
     return [table for section in sections for table in section.tables]
 
 
+@matplotlib.rc_context(page.STYLE)
 def write(folder: RunFolder) -> tuple[list[Table], bool]:
     """Write plots/*.png, results.json and report.html from what the folder holds.
 
     Returns the tables, to be printed, and whether every check passed.
     """
-    sections, results, settings = [], {"machine": folder.config["machine"]}, {}
+    sections, settings = [], {}
+    results: dict[str, Any] = {"machine": folder.config["machine"]} | dict.fromkeys(SECTIONS)
     for part, where in SECTIONS.items():
-        results[part] = None
         if part not in folder.config and not (folder.path / part).is_file():
             continue
         module, function = where.split(":")
         found = getattr(importlib.import_module(f"kdkernels.reports.{module}"), function)(folder)
-        if part in folder.config:
-            settings[part] = folder.config[part]
+        settings[part] = folder.config.get(part, {})
         for section in found:
             results[part] = section.results or results[part]
-            settings[part] = section.settings or settings.get(part, {})
+            settings[part] = section.settings or settings[part]
         sections += found
     tables = publish(folder, sections, {name: items for name, items in settings.items() if items})
     results["tables"] = {t.title: t.frame.to_dict("records") for t in tables}

@@ -4,52 +4,58 @@ import math
 import statistics
 import warnings
 
+import matplotlib
+import numpy as np
 import optuna
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from optuna.trial import TrialState
 
 from kdkernels.experiments.soft_regularization import difference
-from kdkernels.reports import report
-from kdkernels.reports.page import COLOURS, INK, SIZE, canvas, note
-from kdkernels.reports.report import Plot, Section, Table, table, with_error
+from kdkernels.reports import plots, report
+from kdkernels.reports.page import COLOURS, INK, STYLE, canvas, note
+from kdkernels.reports.report import Cell, Plot, Section, Table, table, with_error
 from kdkernels.tools import tune
-
-
-def _cells(params: dict, names: list[str]) -> dict[str, str]:
-    """The columns ``names``; beta stands with its divergence, a std with its noise."""
-    beside = {"divergence": f", beta {tune.text(params['beta'])}" if "beta" in params else ""}
-    std = [tune.text(value) for name, value in params.items() if name in tune.NOISE]
-    beside["noise"] = f", {std[0]}" if std else ""
-    return {
-        name.replace("_", " "): tune.text(params[name]) + beside.get(name, "")
-        for name in names
-        if name in params
-    }
+from kdkernels.tools.space import NOISE
 
 
 def _search_table(search: tune.Study) -> Table:
-    settings, plain, usual = search.settings, search.plain, search.space.defaults()
+    usual, dimensions = search.space.defaults(), search.space.dimensions
     complete = search.trials(TrialState.COMPLETE)
-    complete = sorted(complete, key=lambda trial: (-tune.accuracy(trial), trial.number))
+    complete.sort(key=lambda trial: (-tune.accuracy(trial), trial.number))
     shown = complete[:10] + [t for t in complete[10:] if [t.params] == usual]
-    dimensions = search.space.dimensions
-    parents = {"beta": "divergence"} | dict.fromkeys(tune.NOISE, "noise")
-    names = [name for name in dimensions if parents.get(name) not in dimensions]
+
+    def cell(name):
+        """A setting; beta stands with its divergence, a std with its noise."""
+
+        def say(params):
+            if name not in params:
+                return None
+            beside = [tune.text(params[std]) for std in NOISE if std in params]
+            if name == "divergence":
+                beside = [f"beta {tune.text(params['beta'])}"] if "beta" in params else []
+            beside = beside if name in ("divergence", "noise") else []
+            return ", ".join([tune.text(params[name]), *beside])
+
+        return lambda trial: say(trial["params"])
+
+    parents = {"beta": "divergence"} | dict.fromkeys(NOISE, "noise")
+    columns: dict[str, Cell] = {
+        "trial": "{trial}", "held-out accuracy": "{score}",
+        **{n.replace("_", " "): cell(n) for n in dimensions if parents.get(n) not in dimensions},
+        "seconds": "{seconds:.1f}",
+    }  # fmt: skip
+    rows = [
+        {"trial": f"{trial.number}{', the defaults' * ([trial.params] == usual)}",
+         "score": tune.score(trial), "params": trial.params,
+         "seconds": trial.user_attrs["seconds"]}
+        for trial in shown
+    ]  # fmt: skip
     count = len(search.trials(*tune.DONE))
     teacher = (search.folder.read_json("search/teacher.json") or {})["accuracy"]
-    return table(
-        "Search: the best trials",
-        (
-            {"trial": f"{trial.number}{', the defaults' * ([trial.params] == usual)}",
-             "held-out accuracy": tune.score(trial), **_cells(trial.params, names),
-             "seconds": f"{trial.user_attrs['seconds']:.1f}"}
-            for trial in shown
-        ),
-        note("search", s=settings, plain=plain, count=count, stopped=count - len(complete),
-             teacher=teacher),
-        ["trial", "held-out accuracy", *(name.replace("_", " ") for name in names), "seconds"],
-    )  # fmt: skip
+    text = note("search", s=search.settings, plain=search.plain, count=count,
+                stopped=count - len(complete), teacher=teacher)  # fmt: skip
+    return table("Search: the best trials", rows, columns, text)
 
 
 def _words(params: dict) -> str:
@@ -63,45 +69,41 @@ def _confirm_table(confirm: tune.Study) -> tuple[Table, str]:
         values[trial.params["settings"]].append(tune.accuracy(trial))
     apart = difference(values[tune.BEST], values[tune.DEFAULTS])
     error = apart["standard_error"]
-    bought = with_error(apart["mean"] * 100, None if error is None else error * 100, sign="+")
-    bought = bought.replace(" ", "\u00a0")
+    bought = with_error(apart["mean"], error, sign="+", scale=100).replace(" ", "\u00a0")
 
-    def row(which, accuracies):
-        spread = statistics.stdev(accuracies) * 100 if len(accuracies) > 1 else None
-        return {
-            "settings": which,
-            "test accuracy, %": with_error(statistics.fmean(accuracies) * 100, spread),
-            "by seed, %": ", ".join(f"{value * 100:.2f}" for value in accuracies),
-        }
+    def mean(row):
+        spread = statistics.stdev(row["values"]) if len(row["values"]) > 1 else None
+        return with_error(statistics.fmean(row["values"]), spread, scale=100)
 
-    made = table(
-        "Confirmation on the test images",
-        (row(which, accuracies) for which, accuracies in values.items()),
-        note(
-            "confirmation",
-            bought=bought,
-            error=error,
-            epochs=confirm.plain.epochs,
-            seeds=confirm.seeds,
-            best=_words(confirm.study.user_attrs["best"]),
-        ),
-    )
-    return made, bought
+    columns: dict[str, Cell] = {
+        "settings": "{settings}",
+        "test accuracy, %": mean,
+        "by seed, %": lambda row: ", ".join(f"{value * 100:.2f}" for value in row["values"]),
+    }
+    rows = [{"settings": which, "values": found} for which, found in values.items()]
+    best = _words(confirm.study.user_attrs["best"])
+    text = note("confirmation", bought=bought, error=error, epochs=confirm.plain.epochs,
+                seeds=confirm.seeds, best=best)  # fmt: skip
+    return table("Confirmation on the test images", rows, columns, text), bought
 
 
 def _plot_history(search: tune.Study) -> Figure:
     figure, axes = canvas()
-    trials, stopped = search.trials(TrialState.COMPLETE), search.trials(TrialState.PRUNED)
-    numbers, values = [t.number for t in trials], [tune.accuracy(t) for t in trials]
+
+    def points(state):
+        trials = search.trials(state)
+        return [t.number for t in trials], [tune.accuracy(t) for t in trials]
+
+    numbers, values = points(TrialState.COMPLETE)
     axes.plot(
         numbers, values, "o", color=COLOURS["fused"], alpha=0.55, ms=5, mew=0, label="a trial"
     )
-    if stopped:
-        x, y = [t.number for t in stopped], [tune.accuracy(t) for t in stopped]
-        axes.plot(x, y, "x", color=COLOURS["none"], ms=5, label="stopped early")
-    best = [max(values[: i + 1]) for i in range(len(values))]
+    if search.trials(TrialState.PRUNED):
+        look = COLOURS["none"]
+        axes.plot(*points(TrialState.PRUNED), "x", color=look, ms=5, label="stopped early")
+    best = np.maximum.accumulate(values)
     axes.step(numbers, best, where="post", color=COLOURS["full"], lw=1.5, label="best so far")
-    for trial in trials:
+    for trial in search.trials(TrialState.COMPLETE):
         if [trial.params] == search.space.defaults():
             axes.axhline(tune.accuracy(trial), color=INK, lw=1, ls=":", label="the defaults")
             break
@@ -154,14 +156,18 @@ def _plot_settings(search: tune.Study) -> Figure:
 
 
 def _plot_importances(importances: dict) -> Figure:
-    figure, axes = canvas(SIZE[0], 0.9 + 0.3 * len(importances))
-    names = [name.replace("_", " ") for name in importances]
-    axes.barh(names, list(importances.values()), color=COLOURS["fused"], height=0.62)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set(xlabel="importance")
+    shown = {name.replace("_", " "): value for name, value in importances.items()}
+    figure = plots.bars(shown, "importance", [COLOURS["fused"]])
+    figure.axes[0].xaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
+
+
+def _importances(search: tune.Study) -> dict[str, float]:
+    if len({trial.value for trial in search.trials(TrialState.COMPLETE)}) == 1:
+        return {}
+    with warnings.catch_warnings():  # of conditional settings that have few trials
+        warnings.simplefilter("ignore")
+        return optuna.importance.get_param_importances(search.study)
 
 
 def _row(trial) -> dict:
@@ -169,26 +175,20 @@ def _row(trial) -> dict:
     return found | {"settings": trial.params} | trial.user_attrs
 
 
+@matplotlib.rc_context(STYLE)
 def write(search: tune.Study, confirm: tune.Study | None) -> list[Table]:
     """Write results.json, plots/*.png and report.html to the studies' folder; the tables.
 
     ``confirm`` is None where there was no comparison on the test images.
     """
-    folder, importances = search.folder, {}
-    complete = search.trials(TrialState.COMPLETE)
-    if len({trial.value for trial in complete}) > 1:
-        with warnings.catch_warnings():  # of conditional settings that have few trials
-            warnings.simplefilter("ignore")
-            importances = optuna.importance.get_param_importances(search.study)
-    best = search.study.best_trial
-    section = Section(
-        "Search for settings", [_search_table(search)],
-        headline=f"The best of {len(complete)} trials has {tune.accuracy(best):.1%} on held-out "
-        "images",
-        lead=[_words(best.params)],
-    )  # fmt: skip
+    folder, best, importances = search.folder, search.study.best_trial, _importances(search)
+    count = len(search.trials(TrialState.COMPLETE))
+    section = Section("Search for settings", [_search_table(search)], lead=[_words(best.params)])
+    section.headline = (
+        f"The best of {count} trials has {tune.accuracy(best):.1%} on held-out images"
+    )
     section.plots["history"] = Plot(
-        lambda: _plot_history(search), "The search",
+        _plot_history(search), "The search",
         "Accuracy on held-out training images, trial after trial.",
     )  # fmt: skip
     if confirm is not None:
@@ -199,12 +199,12 @@ def write(search: tune.Study, confirm: tune.Study | None) -> list[Table]:
         section.cards = [(f"{row[1]} %", f"test accuracy, {row[0]}") for row in made.rows[::-1]]
     if importances:
         section.plots["importances"] = Plot(
-            lambda: _plot_importances(importances), "Which settings decide",
+            _plot_importances(importances), "Which settings decide",
             "PED-ANOVA (arXiv 2304.10255): how much a setting decides whether a trial is among the "
             "better ones.",
         )  # fmt: skip
     section.plots["settings"] = Plot(
-        lambda: _plot_settings(search), "Each setting against accuracy",
+        _plot_settings(search), "Each setting against accuracy",
         "A dot a trial, later ones darker; those far below others lie on the lower edge.",
     )  # fmt: skip
     results = {

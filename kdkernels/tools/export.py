@@ -13,21 +13,21 @@ config.json, metrics.jsonl and checkpoints of the training with quantisation.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
 import logging
 import statistics
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 import kdkernels
+from kdkernels.tools.measuring import take_turns
 from kdkernels.tools.settings import FORMATS, Export
 from kdkernels.train import TrainError, checks, loop, models, session
 from kdkernels.train.images import Images
@@ -67,12 +67,8 @@ def _networks(settings: Distil, classes: int) -> tuple[nn.Module, nn.Module]:
     )
 
 
-def _checkpoint(folder: RunFolder, name: str) -> Path:
-    return folder.path / "checkpoints" / f"{name}.safetensors"
-
-
 def _finished(folder: RunFolder, arm: str) -> _Finished:
-    """Read the run; TrainError where it is none of distill, lacks the arm, or is not finished."""
+    """Read the run; TrainError where it is not of distill, lacks the arm, or is not finished."""
     if "distill" not in folder.config:
         raise TrainError(f"{folder.path} holds no run of distill or reproduce to export from")
     asked = folder.config["distill"]
@@ -90,14 +86,14 @@ def _finished(folder: RunFolder, arm: str) -> _Finished:
     target, reached = settings.target_accuracy, state.get("measures", {}).get("accuracy", -1)
     done = state["epoch"] >= settings.epochs or (target is not None and reached >= target)
     if settings.budget is not None:  # then its end is when it is tested
-        done = done or (folder.path / "checkpoints" / f"{arm}-test.safetensors").exists()
+        done = done or folder.checkpoint(f"{arm}-test").exists()
     if not done:
         raise TrainError(
             f"arm {arm} has done {state['epoch']} of {settings.epochs} epochs: finish the run "
             f"with kdkernels distill --resume {folder.path}"
         )
     _, train, test = checks.images_of(settings)
-    student, path = _networks(settings, train.classes)[1], _checkpoint(folder, arm)
+    student, path = _networks(settings, train.classes)[1], folder.checkpoint(arm)
     load_state(student, tensors, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return _Finished(settings, student.eval(), digest, train, test)
@@ -119,7 +115,7 @@ def _taught(folder: RunFolder, run: _Finished):
             "leave it out of formats"
         )
     expert = _networks(run.settings, run.train.classes)[0]
-    load_state(expert, found[0], _checkpoint(folder, "teacher"))
+    load_state(expert, found[0], folder.checkpoint("teacher"))
     expert = expert.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     rows = loop.predictions(expert, run.train, run.settings.batch_size, torch.channels_last)
 
@@ -147,50 +143,39 @@ def _trained(folder, home, run, settings, interrupt, on_step, say):
         for k in ("temperature", "alpha", "divergence", "beta")
         if getattr(run.settings, k) is not None
     }
-    torch.manual_seed(run.settings.seed)
+    seed = run.settings.seed
+    torch.manual_seed(seed)
     with _exported(run.student):
         model = int8.FakeQuantised(run.student, _batches(run.train, CALIBRATION, CALIBRATION)[0])
     learner = loop.Learner(
         name, model, lambda logits, taught, labels: kdkernels.distillation_loss(
             logits, taught, labels, **soft
         ),
-        _taught(folder, run), lambda model: loop.accuracy(model, run.test), settings.lr,
-        run.settings.seed + 3,
+        _taught(folder, run), lambda model: loop.accuracy(model, run.test), settings.lr, seed + 3,
     )  # fmt: skip
-    asked = {
-        "student": run.sha256, "lr": settings.lr, "threads": torch.get_num_threads(),
-    }  # fmt: skip
-    before = home.config.get(name)
+    wanted = {"student": run.sha256, "lr": settings.lr, "threads": torch.get_num_threads()}
     kept = home.load(name)
-    if kept is not None and (before != asked or kept[1]["epoch"] > settings.epochs):
+    if kept is not None and (home.config.get(name) != wanted or kept[1]["epoch"] > settings.epochs):
         home.remove(name)
-    home.config[name] = asked
+    home.config[name] = wanted
     home.write_json("config.json", home.config)
     learner.load(home)
-    while learner.epoch < settings.epochs:
-        batches = loop.epoch_batches(
-            len(run.train), run.settings.batch_size, run.settings.seed + 3, learner.epoch, "cpu"
-        )
-        steps = len(batches) * settings.epochs
-        try:
-            learner.train_epoch(
-                run.train, batches, home, interrupt,
-                lambda steps=steps: on_step(name, learner.step, steps),
-            )  # fmt: skip
-        except TrainError as error:
-            if not interrupt.wished:
-                raise
-            raise TrainError(
-                "interrupted, and saved: the same command again goes on from here",
-                status=error.status,
-            ) from None
-        say(
-            f"{name}: epoch {learner.epoch} of {settings.epochs}, test accuracy "
-            f"{learner.measures['accuracy']:.1%}"
-        )
-    loop.accuracy(
-        learner.model, run.test.first(2)
-    )  # brings the weights' ranges up to the last step
+    size = run.settings.batch_size
+    try:
+        for _ in learner.epochs(
+            settings.epochs, run.train, size, seed + 3, home, interrupt, on_step
+        ):
+            say(
+                f"{name}: epoch {learner.epoch} of {settings.epochs}, test accuracy "
+                f"{learner.measures['accuracy']:.1%}"
+            )
+    except TrainError as error:
+        if not interrupt.wished:
+            raise
+        raise TrainError(
+            "interrupted, and saved: the same command again goes on from here", status=error.status
+        ) from None
+    loop.accuracy(learner.model, run.test.first(2))  # updates the weights' ranges to the last step
     return model.graph
 
 
@@ -275,22 +260,6 @@ def _logits(model: Callable, images: Images) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(rows))
 
 
-def _latencies(runs: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds a call, ``ROUNDS`` of each, all in turn so that a busy machine slows all alike."""
-    times = {name: [] for name in runs}
-    for round_ in range(ROUNDS + 2):
-        for name, call in runs.items():
-            call()
-            began = time.perf_counter()
-            calls = 0
-            while calls < 3 or (time.perf_counter() - began < 0.01 and calls < 50):
-                call()
-                calls += 1
-            if round_ >= 2:
-                times[name].append((time.perf_counter() - began) / calls)
-    return times
-
-
 def _measured(folder: RunFolder, run: _Finished, files: dict[str, bytes]) -> list[dict]:
     """A row for PyTorch itself and one for each file."""
     threads = torch.get_num_threads()
@@ -325,7 +294,8 @@ def _measured(folder: RunFolder, run: _Finished, files: dict[str, bytes]) -> lis
         )  # fmt: skip
     for size in BATCHES:
         images = run.test.batch(torch.arange(size) % len(run.test))[0].numpy()
-        times = _latencies({n: lambda c=c, i=images: c(i) for n, c in calls.items()})
+        runs = {n: functools.partial(call, images) for n, call in calls.items()}
+        times = take_turns(runs, 0, least=ROUNDS)
         base = times["onnx" if "onnx" in times else "pytorch"]
         for row in rows:
             own = sorted(times[row["format"]])
@@ -337,26 +307,13 @@ def _measured(folder: RunFolder, run: _Finished, files: dict[str, bytes]) -> lis
     return rows
 
 
-def _about(run: _Finished) -> dict:
-    """What was measured on, and how."""
-    return {
-        "input": _input(run.test), "data": run.settings.data, "test_images": len(run.test),
-        "rounds": ROUNDS, "calibration": min(CALIBRATION, len(run.train)),
-    }  # fmt: skip
-
-
 def run(
     settings: Export, folder: RunFolder, on_step: Callable[[str, int, int], None], say: Callable
 ) -> dict:
     """Write the files of a finished run of distill, and measure them.
 
     Returns what export/results.json says now. A format that the student cannot be exported in is
-    said and left out; its sentence is under ``"failed"`` by the format.
-
-    Raises:
-        TrainError: no such run or arm, the run is not finished, training was interrupted, or the
-            student cannot be exported in any of the formats.
-        ModuleNotFoundError: onnx, onnxscript, onnxruntime or torchao is missing.
+    named and left out; its sentence is under ``"failed"`` by the format.
     """
     with _quiet():  # before any work, so that a missing package is known at once
         import onnx  # noqa: F401
@@ -400,8 +357,9 @@ def run(
                     failed[name] = error
                     say(f"{about}: {error}")
                     continue
-                path = home.write_bytes(f"{settings.arm}{end}.onnx", files[name])
-                say(f"{about}: {path}")
+                file = f"{settings.arm}{end}.onnx"
+                home.write_bytes(file, files[name])
+                say(f"{about}: {home.path / file}")
                 if interrupt.wished:
                     raise TrainError(
                         "interrupted: the same command again starts from here", status=130
@@ -419,6 +377,9 @@ def run(
         "threads": threads, "epochs": settings.epochs, "lr": settings.lr,
         "versions": f"torch {torch.__version__}, torchao {torchao.__version__}, onnxruntime "
         f"{onnxruntime.__version__}",
-    } | _about(finished)  # fmt: skip
+        "input": _input(finished.test), "data": finished.settings.data,
+        "test_images": len(finished.test), "rounds": ROUNDS,
+        "calibration": min(CALIBRATION, len(finished.train)),
+    }  # fmt: skip
     home.write_json("results.json", found)
     return found

@@ -152,16 +152,12 @@ def calibrate(model: nn.Module, batches: list[torch.Tensor]) -> torch.fx.GraphMo
 class FakeQuantised(nn.Module):
     """The model with all its tensors rounded as int8 will round them, to be trained so.
 
-    Gradients pass the rounding unchanged inside of the range and are zero outside of it. The
-    range of an activation is a moving average over the steps, a weight's its largest value now.
-    Dropout is off and BatchNorm folded, in train mode too; ranges move in train mode only.
+    Gradients pass the rounding unchanged inside of the range and are zero outside of it. The range
+    of an activation is a moving average over the steps, a weight's its largest value now. Dropout
+    is off and BatchNorm folded, in train mode too; ranges move in train mode only.
 
-    Args:
-        model: fp32, on the CPU; not changed.
-        batch: inputs ``[b, channels, height, width]`` fp32, b >= 2, that the first ranges fit.
-
-    Attributes:
-        graph: for :func:`converted`.
+    ``model`` is fp32, on the CPU, and not changed; the first ranges fit the inputs ``batch``
+    ``[b, channels, height, width]`` fp32, b >= 2. ``graph`` is for :func:`converted`.
     """
 
     def __init__(self, model: nn.Module, batch: torch.Tensor):

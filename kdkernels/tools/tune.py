@@ -26,192 +26,29 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-import kdkernels
 from kdkernels.tools.settings import Search
-from kdkernels.train import TrainError, console, data, distillation
+from kdkernels.tools.space import NOISE, Space
+from kdkernels.train import TrainError, checks, console, distillation
 from kdkernels.train.run_folder import RunFolder, lock
-from kdkernels.train.settings import NOISE_STD, Distil, count, divergences
+from kdkernels.train.settings import Distil, count
 
 
 @dataclasses.dataclass(frozen=True)
 class _TeacherOnly(Distil):
-    """Of an arm without epochs there is only the teacher, and its predictions."""
+    """An arm without epochs: the run trains the teacher and keeps its predictions."""
 
-    epochs: int = count(0, "none", 0, 0)
+    epochs: int = count(0, "none", low=0, high=0)
 
 
 SEARCH, CONFIRM = "search", "confirm"
 DEFAULTS, BEST = "the defaults", "the best trial's"
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Numbers from ``low`` to ``high``, on a logarithmic scale with ``log``; a grid has ``count``
-    of them, evenly spaced on that scale, both ends among them.
-    """
-
-    low: float
-    high: float
-    log: bool = False
-    count: int = 4
-
-    def __contains__(self, value) -> bool:
-        return self.low <= value <= self.high
-
-    def __iter__(self):
-        yield self.low
-        for i in range(1, self.count - 1):
-            share = i / (self.count - 1)
-            if self.log:
-                value = self.low * (self.high / self.low) ** share
-            else:
-                value = self.low + (self.high - self.low) * share
-            yield float(f"{value:.4g}")
-        yield self.high
-
-
-SPACE = {
-    "temperature": Range(1.0, 16.0, log=True),
-    "alpha": Range(0.0, 1.0),
-    "lr": Range(1e-4, 1e-2, log=True),
-    "divergence": divergences(),
-    "beta": Range(0.05, 0.95),
-    "noise": ("none", *NOISE_STD),
-    "input_std": Range(0.01, 1.0, log=True),
-    "gradient_std": Range(0.001, 0.1, log=True),
-    "parameter_std": Range(0.001, 0.1, log=True),
-    "regularizer_lam": Range(0.001, 0.1, log=True),
-}
-"""What can be searched, and where it is unless the search says otherwise: a range, or a tuple."""
-
-_LIMITS = {"alpha": (0.0, 1.0), "beta": (0.0, 1.0)}  # others are above 0 and at most 1e6
-NOISE = {
-    "input_std": "input", "gradient_std": "gradient", "parameter_std": "parameter",
-    "regularizer_lam": "regularizer",
-}  # fmt: skip
-"""Which noise a standard deviation or lambda is of."""
-
-
-def _dimension(name: str, text: str) -> Range | tuple:
-    """What ``--search name=text`` asks for."""
-    usual = SPACE[name]
-    parts = text.split(":" if ":" in text else "|")
-    if isinstance(usual, tuple):
-        if set(parts) <= set(usual) and len(set(parts)) == len(parts):
-            return tuple(parts)
-        known = ", ".join(usual)
-        raise TrainError(f"search {name}={text}: give some of {known}, separated by |")
-    least, most = _LIMITS.get(name, (sys.float_info.min, 1e6))
-    with contextlib.suppress(ValueError):  # whatever float() and int() do not read
-        numbers = [float(part) for part in (parts[:2] if ":" in text else parts)]
-        fits = all(least <= number <= most for number in numbers)
-        if fits and ":" not in text and len(set(numbers)) == len(numbers):
-            return tuple(numbers)
-        count = int(parts[2]) if len(parts) > 2 else usual.count
-        a_range = ":" in text and len(parts) <= 3 and count > 1
-        if fits and a_range and numbers[0] < numbers[1]:
-            return Range(numbers[0], numbers[1], usual.log, count)
-    raise TrainError(
-        f"search {name}={text}: give low:high, such as {usual.low:g}:{usual.high:g}, or numbers "
-        f"separated by |, each {f'in {least:g}..{most:g}' if name in _LIMITS else 'above 0'}"
-    )
-
-
-class Space:
-    """What is searched.
-
-    Args:
-        search: names from ``SPACE``, separated by commas: ``name`` alone takes its place there,
-            ``name=low:high`` a range, ``name=low:high:count`` one of which a grid has ``count``
-            points, ``name=a|b|c`` some values. With divergence comes beta for those of which it is
-            a parameter in 0..1, with noise each one's standard deviation or lambda.
-        given: options of ``kdkernels distill`` that all trials have.
-
-    Attributes:
-        dimensions: what is searched, in the order of ``SPACE``.
-
-    Raises:
-        TrainError: a name or a value that there is not, or that is given as well.
-    """
-
-    def __init__(self, search: str, given: dict):
-        self.fixed = dataclasses.asdict(Distil(**given))
-        self.fixed["noise"] = self.fixed["noise"] or "none"
-        named = {}
-        for item in search.split(","):
-            name, equals, text = (part.strip() for part in item.partition("="))
-            if name not in SPACE:
-                raise TrainError(f"search {item}: {name!r} is not one of {', '.join(SPACE)}")
-            if name in named:
-                raise TrainError(f"search has {name} twice")
-            named[name] = _dimension(name, text) if equals else SPACE[name]
-        for name in ("beta", *NOISE):
-            parent = "divergence" if name == "beta" else "noise"
-            values = named.get(parent, (self.fixed[parent],))
-            taken = any(self.needs(name, {parent: value}) for value in values)
-            if taken and parent in named:
-                named.setdefault(name, SPACE[name])
-            elif name in named and not taken:
-                raise TrainError(
-                    f"search has {name}, which no {parent} that is tried takes: {', '.join(values)}"
-                )
-        self.dimensions = {name: named[name] for name in SPACE if name in named}
-        for name in self.dimensions:
-            option = "noise_std" if name in NOISE else name
-            if option in given:
-                raise TrainError(
-                    f"search tries {name}, and {option} is given: leave it "
-                    f"out, or write {name}={given[option]} in search"
-                )
-
-    def needs(self, name: str, chosen: dict) -> bool:
-        """Whether a trial that has these values has one of this name too."""
-        chosen = self.fixed | chosen
-        if name == "beta":
-            parameters = kdkernels.divergences()[chosen["divergence"]].parameters
-            return parameters.get("beta", 2.0) <= 1.0
-        return name not in NOISE or NOISE[name] == chosen["noise"]
-
-    def suggest(self, trial: optuna.Trial) -> dict:
-        """A trial's values."""
-        chosen = {}
-        for name, dimension in self.dimensions.items():
-            if not self.needs(name, chosen):
-                continue
-            if isinstance(dimension, tuple):
-                chosen[name] = trial.suggest_categorical(name, dimension)
-            else:
-                low, high = dimension.low, dimension.high
-                chosen[name] = trial.suggest_float(name, low, high, log=dimension.log)
-        return chosen
-
-    def grid(self) -> list[dict]:
-        """The values of all of a grid's trials."""
-        points = [{}]
-        for name, dimension in self.dimensions.items():
-            steps = [{name: value} for value in dimension]
-            points = [
-                point | step
-                for point in points
-                for step in (steps if self.needs(name, point) else [{}])
-            ]
-        return points
-
-    def defaults(self) -> list[dict]:
-        """The values of the trial with the defaults; an empty list where they are outside."""
-        own: dict[str, Any] = dict(self.fixed)
-        own |= {name: NOISE_STD[place] for name, place in NOISE.items()}
-        own |= kdkernels.divergences()[own["divergence"]].parameters
-        chosen = {name: own[name] for name in self.dimensions if self.needs(name, {})}
-        return [chosen] if all(v in self.dimensions[n] for n, v in chosen.items()) else []
 
 
 def _options(chosen: dict) -> dict:
@@ -227,10 +64,10 @@ class Study:
     best trial's settings.
 
     Attributes:
-        settings, given, space: what the folder's config asks for.
+        settings, given, space: from the folder's config.
         plain: the trainer's settings before a trial's own.
         study: Optuna's.
-        points: values that must be tried; of a grid and of "confirm" all that there are.
+        points: values that must be tried; for a grid and for "confirm" these are all.
         limit: number of trials.
     """
 
@@ -317,13 +154,14 @@ class Study:
         inner = RunFolder(self.folder.path / self.name, {})
         if inner.read_json("teacher.json"):
             return
-        (inner.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        inner.path.mkdir(parents=True, exist_ok=True)
         given: dict[str, Any] = dataclasses.asdict(self.plain)
         given |= {"epochs": 0, "arms": ("full",), "noise": None, "noise_std": None}
         given["threads"] = threads
         wanted = _TeacherOnly(**given)
         screen.print(f"{self.name}: the teacher learns and predicts")
-        console.progress(distillation.run, wanted, inner, screen)
+        with console.progress(screen) as show:
+            distillation.run(wanted, inner, *show)
         found = inner.load("teacher-test")
         assert found is not None  # what the run has written
         right = (found[0]["logits"].argmax(1) == found[0]["labels"]).double().mean().item()
@@ -334,12 +172,7 @@ class Study:
 
         ``parent``: id of the process without which this one shall not go on; 0: none.
         """
-        plain = self.plain
-        images = data.load(
-            plain.data, size=plain.image_size, data_dir=plain.data_dir,
-            imagenet=plain.normalize == "imagenet",
-            augment=plain.augment, views=plain.views, seed=plain.seed,
-        )  # fmt: skip
+        plain, images = self.plain, checks.load_images(self.plain)
         kept = str(self.folder.path / self.name / "predictions/teacher")
         common = {"teacher_predictions": kept, "teacher_weights": "none", "threads": threads}
 
@@ -361,9 +194,7 @@ class Study:
             except optuna.TrialPruned:
                 self.study.tell(trial, state=TrialState.PRUNED)
             except TrainError as error:
-                if (
-                    error.status < 128
-                ):  # no signal: the process that started this one reads it there
+                if error.status < 128:  # no signal: the process that started this one reads it
                     trial.set_user_attr("error", str(error))
                     self.study.tell(trial, state=TrialState.FAIL)
                 raise
@@ -376,7 +207,7 @@ class Study:
     def _train(self, trial, settings, seed, images, on_step, number) -> float:
         """A seed's accuracy after its last epoch; 0 where the loss stopped being finite."""
         inner = RunFolder(self.folder.path / "trials" / f"{self.name}-{trial.number}-{seed}", {})
-        (inner.path / "checkpoints").mkdir(parents=True)
+        inner.path.mkdir(parents=True)
         arms = () if settings.noise else ("full",)
 
         def lines(kind):
@@ -450,8 +281,8 @@ def _finish(study: Study, workers: int, threads: int | None, screen) -> None:
     if len(shown) >= study.limit:
         return
     study.prepare(screen, threads and threads * workers)
+    with console.progress(screen) as (on_step, say):
 
-    def work(_settings, _folder, on_step, say):
         def watch():
             for trial in study.trials(*DONE):
                 if trial.number not in shown:
@@ -467,8 +298,6 @@ def _finish(study: Study, workers: int, threads: int | None, screen) -> None:
         else:
             _spread(study, workers, threads, watch)
 
-    console.progress(work, None, None, screen)
-
 
 def text(value) -> str:
     """A setting's value for a person."""
@@ -476,7 +305,7 @@ def text(value) -> str:
 
 
 def accuracy(trial: FrozenTrial) -> float:
-    """Of a trial that is complete, or was stopped early."""
+    """The accuracy of a trial that is complete, or was stopped early."""
     assert trial.value is not None, "the trial failed or is not over"
     return trial.value
 
@@ -507,13 +336,8 @@ def run(
     """Run a search, or what is left of it, and write best.json.
 
     The folder's config has ``"tune"``, the fields of :class:`Search`, and ``"distill"``, options of
-    ``kdkernels distill``. ``threads`` are those of each worker.
-
-    Returns:
-        The search, and the comparison on the test images, None where there was none.
-
-    Raises:
-        TrainError: another process is at work on this folder; a trial cannot run; Ctrl-C.
+    ``kdkernels distill``. ``threads`` are those of each worker. Returns the search, and the
+    comparison on the test images, None where there was none.
     """
     folder.hold()
     try:
@@ -550,8 +374,8 @@ def _run(folder, screen, workers, threads):
     return search, confirm
 
 
-def _write_best(folder: RunFolder, given: dict, best: dict) -> Path:
+def _write_best(folder: RunFolder, given: dict, best: dict) -> None:
     """Write best.json: what was given, without what only made the search short, and the best."""
     short = ("device", "threads", "train_samples", "test_samples")
     kept = {name: value for name, value in given.items() if name not in short}
-    return folder.write_json("best.json", kept | _options(best) | {"arms": ["full"]})
+    folder.write_json("best.json", kept | _options(best) | {"arms": ["full"]})

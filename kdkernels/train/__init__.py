@@ -5,7 +5,7 @@
 Models and data are torchvision's and scikit-learn's, files are safetensors and JSON lines; the
 modules here only join them:
 
-- ``settings``: what ``distill`` is asked for, and how settings are checked and become options
+- ``settings``: those of ``distill``, and how settings are checked and become options
 - ``images``, ``data``, ``folder``: what it trains on; ``models``: what it trains
 - ``loop``: a learner's steps and epochs; ``noise``: in them; ``session``: around them
 - ``call``: :func:`distill`
@@ -13,7 +13,7 @@ modules here only join them:
 - ``predictions``: a teacher's predictions, made once and kept on disk
 - ``distributed``: the same over several processes; ``whole_batch``: with the result of one
 - ``run_folder``: everything a run leaves on disk, and how it is read again
-- ``console``, ``tensorboard``: what a person sees of it while it runs
+- ``console``, ``tensorboard``: what is shown of it while it runs
 
 ``kdkernels.experiments``, ``tools``, ``reports`` and ``commands`` stand on it.
 """
@@ -37,24 +37,22 @@ __all__ = [
     "load_images",
 ]
 
-# Loaded when asked for: they import torchvision, which the command's --help does without.
+# Imported on first use: they import torchvision, which the command's --help does without. What
+# stands on the trainer is found here, too.
 _LAZY = {
-    "Distilled": ("call", "Distilled"),
-    "Images": ("images", "Images"),
-    "distill": ("call", "distill"),
-    "image_folder": ("folder", "folder"),
-    "load_images": ("data", "load"),
-}
-# What stands on the trainer is found here, too.
-_BESIDE = {
-    **dict.fromkeys(("export", "int8", "tune"), "tools"),
-    **dict.fromkeys(("language_model", "soft_regression", "soft_regularization"), "experiments"),
-    "compare": "reports",
-}
+    "Distilled": "train.call:Distilled", "distill": "train.call:distill",
+    "Images": "train.images:Images", "image_folder": "train.folder:folder",
+    "load_images": "train.data:load",
+    "export": "tools.export", "int8": "tools.int8", "tune": "tools.tune",
+    "language_model": "experiments.language_model",
+    "soft_regression": "experiments.soft_regression",
+    "soft_regularization": "experiments.soft_regularization",
+    "compare": "reports.compare",
+}  # fmt: skip
 
 
 class TrainError(Exception):
-    """A run that cannot start or go on, said in one sentence for the person who started it.
+    """A run that cannot start or go on; the message is one sentence.
 
     Args:
         message: the sentence, without a trailing newline.
@@ -71,10 +69,15 @@ class SettingError(TrainError, ValueError):
     """A setting has a value that it does not take."""
 
 
+def said(error: BaseException) -> str:
+    """The first line of what an error says, its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def __getattr__(name: str):
-    if name in _BESIDE:
-        return importlib.import_module(f"kdkernels.{_BESIDE[name]}.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _LAZY[name]
-    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    module, _, attribute = _LAZY[name].partition(":")
+    found = importlib.import_module(f"kdkernels.{module}")
+    return getattr(found, attribute) if attribute else found

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from kdkernels import info
-from kdkernels.train import SettingError, TrainError, console, distributed, loop
+from kdkernels.train import SettingError, TrainError, console, distributed, loop, said
 from kdkernels.train.distillation import run
 from kdkernels.train.images import Images
 from kdkernels.train.run_folder import RunFolder
@@ -17,7 +17,7 @@ from kdkernels.train.settings import ARMS, Distil
 
 
 def _resumed(out: str | None, wanted: Distil) -> RunFolder:
-    """The folder of a run of :func:`distill`, which only goes on with its own settings."""
+    """The folder of a run of :func:`distill`; its settings must be the same."""
     if out is None:
         raise TrainError("resume=True requires out, the folder of the run to continue")
     folder = RunFolder.open(out)
@@ -98,9 +98,9 @@ def distill(
 ) -> Distilled:
     """Distil your teacher into your student on your images, the fastest way there is here.
 
-    The teacher is asked once about each image (and view), the loss is one kernel, the student
-    runs in channels_last. With augmentation and no number of views each epoch sees new images,
-    and the teacher is asked at each step.
+    The teacher predicts each image (and view) once, the loss is one kernel, the student runs in
+    channels_last. With augmentation and no number of views each epoch sees new images, and the
+    teacher runs at each step.
 
     Args:
         teacher: trained; takes images ``[b, 3, s, s]`` fp32, gives logits ``[b, classes]``. It is
@@ -121,14 +121,16 @@ def distill(
 
     Raises:
         TrainError: something is missing, or does not fit; nothing is written then.
-        TypeError: a setting that there is not, or an argument of another kind.
+        TypeError: a setting does not exist, or an argument is of another kind.
     """
     wanted = _settings(teacher, student, train, test, settings)
     try:  # before the teacher, which may share modules with it, is moved
         student = copy.deepcopy(student)
     except Exception as error:  # a module may raise anything
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrainError(f"the student {type(student).__name__} cannot be copied: {said}") from None
+        reason = said(error)
+        raise TrainError(
+            f"the student {type(student).__name__} cannot be copied: {reason}"
+        ) from None
     if resume:
         folder = _resumed(out, wanted)
     else:
@@ -137,9 +139,10 @@ def distill(
         folder = RunFolder.create(out, config)
     screen = console.make(quiet=not progress or distributed.current().rank > 0)
     try:
-        students = console.progress(
-            run, wanted, folder, screen, teacher=teacher, student=student, images=(train, test)
-        )
+        with console.progress(screen) as show:
+            students = run(
+                wanted, folder, *show, teacher=teacher, student=student, images=(train, test)
+            )
     except BaseException:
         folder.discard()
         raise

@@ -1,16 +1,26 @@
 """What a distillation is tried on before it begins: its images, and both models on two of them."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kdkernels.train import TrainError, data
+from kdkernels.train import TrainError, data, said
 from kdkernels.train.images import Images
 from kdkernels.train.noise import Noise
 from kdkernels.train.run_folder import state_of
 from kdkernels.train.settings import Distil
+
+
+def load_images(settings: Distil) -> tuple[Images, Images]:
+    """The training and the test images that the settings name."""
+    return data.load(
+        settings.data, size=settings.image_size, data_dir=settings.data_dir,
+        imagenet=settings.normalize == "imagenet",
+        augment=settings.augment, views=settings.views, seed=settings.seed,
+    )  # fmt: skip
 
 
 def images_of(
@@ -20,11 +30,7 @@ def images_of(
 
     ``images``: training and test images to take instead of those that the settings name.
     """
-    train, test = images or data.load(
-        settings.data, size=settings.image_size, data_dir=settings.data_dir,
-        imagenet=settings.normalize == "imagenet",
-        augment=settings.augment, views=settings.views, seed=settings.seed,
-    )  # fmt: skip
+    train, test = images or load_images(settings)
     for part, count in ((train, settings.train_samples), (test, settings.test_samples)):
         _check_first(part, count)
     whole = train.first(settings.train_samples)
@@ -69,16 +75,13 @@ def check_images(train: Images, test: Images) -> None:
 def try_on(who: str, model: nn.Module, images: Images, noise: Noise | None = None) -> bool:
     """Try a model on two images, in evaluation and with ``noise`` also in training.
 
-    It stays as it is, but for parameters that it makes in its first forward pass.
-
-    Returns:
-        Whether the loss in training leaves parameters out.
-
-    Raises:
-        TrainError: it does not take the images, gives no logits, or cannot be trained.
+    It stays as it is, but for parameters that it makes in its first forward pass. Returns whether
+    the loss in training leaves parameters out. TrainError: the model does not take the images,
+    gives no logits, or cannot be trained.
     """
-    device = images.labels.device
-    inputs, labels = images.batch(torch.arange(2, device=device), view=images.view_of(0))
+    inputs, labels = images.batch(
+        torch.arange(2, device=images.labels.device), view=images.view_of(0)
+    )
 
     def logits(model):
         found = model(inputs)
@@ -95,36 +98,38 @@ def try_on(who: str, model: nn.Module, images: Images, noise: Noise | None = Non
             f"logits of shape {wanted}, and nothing else"
         )
 
-    mode, skips = model.training, False
+    mode = model.training
     try:
         model.eval()
         with torch.no_grad():
             logits(model)
         model.train(mode)
-        if noise is not None:
-            trained = [p for p in model.parameters() if p.requires_grad]
-            if not trained:
-                raise TrainError(f"the {who} has no parameter that requires grad: none can learn")
-            trial = copy.deepcopy(model).train()
-            state_of(trial)  # which its checkpoints will hold
-            parameters = list(trial.parameters())
-            cuda = [device] if device.type == "cuda" else []
-            with torch.random.fork_rng(cuda), torch.enable_grad():
-                loss = noise.on_loss(lambda: F.cross_entropy(logits(trial), labels), parameters, 0)
-                loss.backward()
-            skips = any(p.grad is None for p in parameters if p.requires_grad)
+        if noise is None:
+            return False
+        return _leaves_out(who, model, lambda trial: F.cross_entropy(logits(trial), labels), noise)
     except TrainError:
         raise
     except Exception as error:  # a model may raise anything
-        said = str(error).strip().splitlines()
         what = "cannot be trained on" if noise is not None and model.training else "does not take"
         more = "its parameters must be torch.float32, and its input's size image_size"
         if noise is not None and noise.place == "regularizer":
             more = "the noise regularizer requires a model that can be differentiated twice"
         raise TrainError(
             f"the {who} {type(model).__name__} {what} images of shape {list(inputs.shape)} "
-            f"({type(error).__name__}: {said[0] if said else ''}): {more}"
+            f"({type(error).__name__}: {said(error)}): {more}"
         ) from None
     finally:
         model.train(mode)
-    return skips
+
+
+def _leaves_out(who: str, model: nn.Module, loss_of: Callable, noise: Noise) -> bool:
+    """Whether the loss of a copy of the model, in training, leaves parameters out."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TrainError(f"the {who} has no parameter that requires grad: none can learn")
+    trial = copy.deepcopy(model).train()
+    state_of(trial)  # which its checkpoints will hold
+    parameters = list(trial.parameters())
+    device = parameters[0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        noise.on_loss(lambda: loss_of(trial), parameters, 0).backward()
+    return any(p.grad is None for p in parameters if p.requires_grad)

@@ -1,6 +1,7 @@
-"""What a person sees of a run in the terminal: progress bars, lines and tables."""
+"""What the terminal shows of a run: progress bars, lines and tables."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 
 from rich import box
 from rich.console import Console
@@ -14,6 +15,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from kdkernels.train.images import OnStep
+
 
 def make(quiet: bool = False) -> Console:
     """A console for stdout; ``quiet``: one that shows nothing."""
@@ -24,8 +27,9 @@ def make(quiet: bool = False) -> Console:
     return Console(width=170, markup=False, highlight=False, quiet=quiet)
 
 
-def progress(run: Callable, settings, folder, console: Console, **more):
-    """What ``run(settings, folder, on_step, say, **more)`` returns, called under progress bars."""
+@contextlib.contextmanager
+def progress(console: Console) -> Generator[tuple[OnStep, Callable]]:
+    """Inside, progress bars: gives ``on_step(name, done, total)``, and a print beside them."""
     columns = (
         TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("steps"), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
@@ -33,12 +37,12 @@ def progress(run: Callable, settings, folder, console: Console, **more):
     with Progress(*columns, console=console, transient=True) as bars:
         tasks = {}
 
-        def on_step(learner, done, total):
-            if learner not in tasks:
-                tasks[learner] = bars.add_task(learner, total=total)
-            bars.update(tasks[learner], completed=done)
+        def on_step(name, done, total):
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done)
 
-        return run(settings, folder, on_step, bars.console.print, **more)
+        yield on_step, bars.console.print
 
 
 def show(console: Console, tables) -> None:

@@ -6,25 +6,38 @@ import gzip
 import os
 import pickle
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from kdkernels.train import TrainError
+from kdkernels.train import TrainError, said
 from kdkernels.train.folder import folder
 from kdkernels.train.images import IMAGENET, Augment, Images, OnStep, statistics
 from kdkernels.train.settings import DATA
 
-# Of the training images, by channel.
+# Mean and standard deviation of the training images, by channel.
 _FASHION = (0.2860,), (0.3530,)
 _CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 _CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its files."""
+
+
+Part = tuple[torch.Tensor, torch.Tensor]
+"""Pixels ``[n, channels, height, width]`` uint8 and labels ``[n]`` int64."""
+
+
+def _images(parts: Iterable[Part], classes: Iterable[str], size: int, mean, std, **more):
+    names, white = tuple(classes), more.pop("white", 255.0)
+    train, test = (
+        Images(x, y, len(names), size, white, *statistics(mean, std), names=names, **more)
+        for x, y in parts
+    )
+    return train, test
 
 
 def _digits(size: int) -> tuple[Images, Images]:
@@ -34,18 +47,16 @@ def _digits(size: int) -> tuple[Images, Images]:
     pixels, labels = load_digits(return_X_y=True)
     # The split is fixed, whatever the run's seed: two runs are then tested on the same images.
     parts = train_test_split(pixels, labels, test_size=0.2, stratify=labels, random_state=0)
-    train_x, test_x, train_y, test_y = parts
-    intensity = torch.from_numpy(train_x).float() / 16
-    mean, std = (v.view(1, 1, 1, 1) for v in (intensity.mean(), intensity.std()))
-
-    def images(x, y):
-        pixels = torch.from_numpy(x).to(torch.uint8).view(-1, 1, 8, 8)
-        return Images(
-            pixels, torch.from_numpy(y).long(), 10, size, 16.0, mean, std,
-            names=tuple("0123456789"), flips=False,
-        )  # fmt: skip
-
-    return images(train_x, train_y), images(test_x, test_y)
+    train_x, test_x, train_y, test_y = map(torch.from_numpy, parts)
+    intensity = train_x.float() / 16
+    parts = [
+        (x.to(torch.uint8).view(-1, 1, 8, 8), y.long())
+        for x, y in ((train_x, train_y), (test_x, test_y))
+    ]
+    # As fp32 tensors: the statistics must be theirs to the last bit.
+    return _images(
+        parts, "0123456789", size, intensity.mean(), intensity.std(), white=16.0, flips=False
+    )
 
 
 @contextlib.contextmanager
@@ -61,8 +72,7 @@ def _reading(name: str, place: Path, missing: list[str], advice: str) -> Generat
                 f"{name} is not in {place} ({missing[0]} is missing) and could not be "
                 f"downloaded: {advice}"
             ) from None
-        said = str(error).splitlines()[0] if str(error) else repr(error)
-        raise TrainError(f"{name} in {place} cannot be read: {said}") from None
+        raise TrainError(f"{name} in {place} cannot be read: {said(error)}") from None
     finally:
         socket.setdefaulttimeout(patience)
 
@@ -99,11 +109,8 @@ def _cifar(base: type, own, size: int, data_dir: str, imagenet: bool) -> tuple[I
             self.root = data_dir
 
     layout = Path(data_dir) / base.base_folder
-    names = {
-        part: [name for name, _ in listed]
-        for part, listed in (("train", base.train_list), ("test", base.test_list))
-    }
-    every = [*names["train"], *names["test"], base.meta["filename"]]
+    names = [[name for name, _ in listed] for listed in (base.train_list, base.test_list)]
+    every = [*names[0], *names[1], base.meta["filename"]]
     missing = [name for name in every if not (layout / name).is_file()]
     advice = (
         f"put {base.filename} from {base.url} there, unpacked, and name the folder that holds "
@@ -113,20 +120,13 @@ def _cifar(base: type, own, size: int, data_dir: str, imagenet: bool) -> tuple[I
         if missing:
             Files().download()
         classes = _unpickled(layout / base.meta["filename"])[base.meta["key"]]
-        parts = [_cifar_part(layout, names[part], len(classes)) for part in ("train", "test")]
-
+        parts = [_cifar_part(layout, part, len(classes)) for part in names]
     # Pretrained weights expect the statistics that they were trained with.
-    mean, std = statistics(*(IMAGENET if imagenet else own))
-
-    train, test = (
-        Images(pixels, labels, len(classes), size, 255.0, mean, std, names=tuple(classes))
-        for pixels, labels in parts
-    )
-    return train, test
+    return _images(parts, classes, size, *(IMAGENET if imagenet else own))
 
 
-def _cifar_part(layout: Path, names: list[str], classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels ``[n, 3, 32, 32]`` and labels of files in CIFAR's Python format."""
+def _cifar_part(layout: Path, names: list[str], classes: int) -> Part:
+    """Files in CIFAR's Python format."""
     pixels, labels = [], []
     for name in names:
         found = _unpickled(layout / name)
@@ -164,7 +164,8 @@ def _fashion(size: int, data_dir: str, imagenet: bool) -> tuple[Images, Images]:
 
     files = present()
     advice = (
-        f"put {packed[0]} and its three fellows there, or install Debian's dataset-fashion-mnist"
+        f"put {packed[0]} and the three files beside it there, or install Debian's "
+        "dataset-fashion-mnist"
     )
     missing = [] if files else [n for n in packed if not (raw / n.removesuffix(".gz")).is_file()]
     with _reading("Fashion-MNIST", files[0].parent if files else raw, missing, advice):
@@ -172,16 +173,11 @@ def _fashion(size: int, data_dir: str, imagenet: bool) -> tuple[Images, Images]:
             FashionMNIST(data_dir, download=True)
             files = present()
         train_x, train_y, test_x, test_y = map(_idx, files)
-        for x, y in ((train_x, train_y), (test_x, test_y)):
+        parts = [(x[:, None], y.long()) for x, y in ((train_x, train_y), (test_x, test_y))]
+        for x, y in parts:
             if len(x) != len(y):
                 raise ValueError(f"{len(x)} images have {len(y)} labels")
-
-    mean, std = statistics(*(IMAGENET if imagenet else _FASHION))
-    train, test = (
-        Images(x[:, None], y.long(), 10, size, 255.0, mean, std, names=tuple(FashionMNIST.classes))
-        for x, y in ((train_x, train_y), (test_x, test_y))
-    )
-    return train, test
+    return _images(parts, FashionMNIST.classes, size, *(IMAGENET if imagenet else _FASHION))
 
 
 def load(

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 import kdkernels
 from kdkernels.train import TrainError, distributed, loop, models, session
 from kdkernels.train.checks import check_images, images_of, try_on
-from kdkernels.train.images import Images
+from kdkernels.train.images import Images, OnStep
 from kdkernels.train.noise import Noise
-from kdkernels.train.predictions import Predictions, differences, model_hash, write
+from kdkernels.train.predictions import Predictions, about, differences, model_hash, write
 from kdkernels.train.run_folder import RunFolder
 from kdkernels.train.settings import ARMS, CONTROL, NOISY, Arm
 from kdkernels.train.settings import Distil as Settings
@@ -58,7 +58,7 @@ def plain_loss(
 
 def _loss(arm: Arm, settings: Settings, regularized: bool = False) -> loop.Loss:
     if arm.loss == "cross-entropy":
-        return lambda logits, _, labels: F.cross_entropy(logits, labels)
+        return _cross_entropy
     soft: dict[str, Any] = {"temperature": settings.temperature, "alpha": settings.alpha}
     if arm.loss == "plain" and settings.divergence == "forward_kl":
         return lambda logits, taught, labels: plain_loss(logits, taught, labels, **soft)
@@ -87,34 +87,44 @@ def _loss(arm: Arm, settings: Settings, regularized: bool = False) -> loop.Loss:
 def run(
     settings: Settings,
     folder: RunFolder,
-    on_step: Callable[[str, int, int], None],
+    on_step: OnStep,
     say: Callable,
     *,
     teacher: nn.Module | None = None,
     student: nn.Module | None = None,
     images: tuple[Images, Images] | None = None,
 ) -> dict[str, nn.Module]:
-    """Run experiment 2, or what is left of it; everything it finds goes to the folder.
+    """Run experiment 2, or what is left of it.
 
     Args:
-        settings: what was asked for.
-        folder: where metrics, checkpoints and test predictions go. Checkpoints already in it are
-            continued.
+        settings: of the run.
+        folder: for metrics, checkpoints and test predictions. Checkpoints in it are continued.
         on_step: ``on_step(learner, steps done, steps in all)``, called after each step.
-        say: called with a line for the person who watches, after each epoch.
+        say: called with a line for the terminal, after each epoch.
         teacher, student: models to take instead of those that the settings name; the teacher is
-            ready and stays as it is, the student is where every arm starts, and is left alone.
+            ready and stays as it is, a copy of the student is where every arm starts.
         images: training and test images to take instead.
 
     Returns:
         The trained students by name: an arm's, of later generations ``"<arm>-g<generation>"``.
-
-    Raises:
-        TrainError: see :meth:`kdkernels.train.loop.Learner.train_epoch`, and missing data.
     """
     with session.running(settings, folder) as (device, interrupt):
         one = _Run(settings, folder, device, interrupt, on_step, say, images)
         return one.students(teacher, student)
+
+
+def _cross_entropy(logits, _, labels):
+    return F.cross_entropy(logits, labels)
+
+
+def _asking(expert: nn.Module) -> loop.Predict:
+    """``predict`` of a learner whose teacher runs at each step."""
+
+    def ask(images, *_):
+        with torch.no_grad():
+            return expert(images)
+
+    return ask
 
 
 class _Run:
@@ -124,16 +134,13 @@ class _Run:
         self.settings, self.folder, self.device = settings, folder, device
         self.interrupt, self.on_step, self.say = interrupt, on_step, say
         self.ranks = distributed.current()
-        self.stays_unasked, self.skips = False, {"teacher": False, "student": False}
+        self.keeps_teacher, self.skips = False, {"teacher": False, "student": False}
         self.whole, train, test = images_of(settings, images)
         check_images(train, test)
         self.inputs: dict[str, dict] = {
-            name: {
-                "data": part.fingerprint(), "images": len(part), "classes": part.classes,
-                "preprocessing": part.preprocessing(),
-            }
+            name: {"images": len(part)} | about(part)
             for name, part in (("training", train), ("test", test))
-        }  # fmt: skip
+        }
         # The pixels are hashed once.
         self.whole = dataclasses.replace(self.whole, _pixels_sha256=train._pixels_sha256)
         self.train, self.test = train.to(device), test.to(device)
@@ -152,7 +159,7 @@ class _Run:
                     stacklevel=2,
                 )
                 self.inputs["teacher"] = before["teacher"]
-                self.stays_unasked = True
+                self.keeps_teacher = True
             elif differs:
                 raise TrainError(
                     f"the run in {self.folder.path} began with another {name} "
@@ -163,25 +170,34 @@ class _Run:
         self.folder.write_json("inputs.json", self.inputs)
 
     def all_kept(self) -> bool:
-        """Whether the folder has all that a teacher has to say."""
+        """Whether the folder has all of the teacher's predictions that the arms need."""
         try:
             Predictions.open(self.folder.path / "predictions" / "teacher")
         except TrainError:
             return False
         return all(ARMS[name].teacher != "each step" for name in self.settings.arms)
 
-    def learner(self, name: str, model: nn.Module, loss: loop.Loss, predict, tuned: bool, seed: int,
-                **more) -> loop.Learner:  # fmt: skip
+    def learner(self, name, model, loss, predict, tuned, seed, limit, **more) -> loop.Learner:
+        """A learner of up to ``limit`` epochs, continued from its checkpoint."""
+        settings = self.settings
         memory_format = torch.channels_last if tuned else torch.contiguous_format
-        return loop.Learner(
+        size = settings.batch_size
+        steps = limit * len(loop.epoch_batches(len(self.train), size, settings.seed, 0, "cpu"))
+
+        def cosine(step):
+            return 0.5 + 0.5 * math.cos(math.pi * step / steps)
+
+        learner = loop.Learner(
             name, model.to(self.device), loss, predict,
             lambda model: loop.accuracy(model, self.test, memory_format),
-            self.settings.lr, seed, tuned=tuned,
-            weight_decay=self.settings.weight_decay,
-            checkpoint_every=self.settings.checkpoint_every, parallel=self.settings.parallel,
-            exact=self.settings.exact_ranks,
+            settings.lr, seed, tuned=tuned, weight_decay=settings.weight_decay,
+            schedule=cosine if settings.schedule == "cosine" else None,
+            checkpoint_every=settings.checkpoint_every, parallel=settings.parallel,
+            exact=settings.exact_ranks,
             skips=self.skips["teacher" if name == "teacher" else "student"], **more,
         )  # fmt: skip
+        learner.load(self.folder)
+        return learner
 
     def epochs(self, learner: loop.Learner, limit: int) -> Iterator[None]:
         """Train one epoch at a time, so that the caller can take turns."""
@@ -193,24 +209,15 @@ class _Run:
                 if line["kind"] == "epoch" and line["learner"] == learner.name
             )
         )
+        turns = learner.epochs(
+            limit, self.train, settings.batch_size, settings.seed, self.folder, self.interrupt,
+            self.on_step,
+        )  # fmt: skip
         while learner.epoch < limit:
-            if learner.name != "teacher":
-                if self.reached(learner):
-                    return
-                if settings.budget is not None and spent >= settings.budget:
-                    return
-            batches = loop.epoch_batches(
-                len(self.train), settings.batch_size, settings.seed, learner.epoch, self.device
-            )
-            steps = len(batches) * limit
-            if settings.schedule == "cosine":
-                learner.schedule = lambda step, steps=steps: (
-                    0.5 + 0.5 * math.cos(math.pi * step / steps)
-                )
-            spent += learner.train_epoch(
-                self.train, batches, self.folder, self.interrupt,
-                lambda steps=steps: self.on_step(learner.name, learner.step, steps),
-            )  # fmt: skip
+            over = settings.budget is not None and spent >= settings.budget
+            if learner.name != "teacher" and (over or self.reached(learner)):
+                return
+            spent += next(turns)
             self.say(
                 f"{learner.name}: epoch {learner.epoch} of {limit}, test accuracy "
                 f"{learner.measures['accuracy']:.1%}"
@@ -218,16 +225,15 @@ class _Run:
             yield
 
     def reached(self, learner: loop.Learner) -> bool:
-        """Whether a learner has the accuracy that was asked for."""
+        """Whether a learner has the target accuracy."""
         target = self.settings.target_accuracy
         return target is not None and learner.measures.get("accuracy", -1.0) >= target
 
     def tried(self, who: str, model: nn.Module, trains: bool) -> nn.Module:
         """A model on the device, after its trial: see :func:`try_on`."""
-        noise = None
-        if trains:
-            regularized = who == "student" and self.settings.noise == "regularizer"
-            noise = Noise("regularizer", self.settings.noise_std or 0.0) if regularized else Noise()
+        noise = Noise() if trains else None
+        if trains and who == "student" and self.settings.noise == "regularizer":
+            noise = Noise("regularizer", self.settings.noise_std or 0.0)
         model = model.to(self.device)
         self.skips[who] = try_on(who, model, self.train, noise)
         return model
@@ -252,17 +258,13 @@ class _Run:
             limit = 0 if ready else 3
         self.tried("teacher", model, trains=limit > 0)
         self.begin(None)
-        teacher = self.learner(
-            "teacher", model, lambda logits, _, labels: F.cross_entropy(logits, labels), None,
-            tuned=True, seed=settings.seed,
-        )  # fmt: skip
-        teacher.load(self.folder)
+        teacher = self.learner("teacher", model, _cross_entropy, None, True, settings.seed, limit)
         for _ in self.epochs(teacher, limit):
             pass
         if not teacher.measures:
             teacher.measures = teacher.evaluate(teacher.model)
         teacher.save(self.folder, optimizer=False)
-        self.keep_test("teacher", teacher.model, torch.channels_last)
+        self.keep_test(teacher)
         return teacher.model.eval()
 
     def kept(self, name: str, expert: nn.Module | None, memory_format) -> tuple[Predictions, float]:
@@ -275,8 +277,8 @@ class _Run:
         path = self.folder.path / "predictions" / name
         assert expert is not None  # only given predictions do without
 
-        def ask() -> float:
-            if name == "teacher" and self.stays_unasked:
+        def predict() -> float:
+            if name == "teacher" and self.keeps_teacher:
                 return 0.0
             began = time.perf_counter()
             write(
@@ -290,15 +292,16 @@ class _Run:
                 self.folder.write_json(f"predictions/{name}.json", took)
             return took["seconds"]
 
-        took = self.ranks.first(ask)
+        took = self.ranks.first(predict)
         rows = Predictions.open(path)
         rows.check(self.train)
         return rows, took
 
-    def keep_test(self, name: str, model: nn.Module, memory_format) -> None:
-        """Write a model's predictions on the test images."""
-        logits = loop.predictions(model, self.test, 256, memory_format)
-        self.folder.save(f"{name}-test", {"logits": logits, "labels": self.test.labels}, {})
+    def keep_test(self, learner: loop.Learner) -> None:
+        """Write a learner's predictions on the test images."""
+        logits = loop.predictions(learner.model, self.test, 256, learner.memory_format)
+        tensors = {"logits": logits, "labels": self.test.labels}
+        self.folder.save(f"{learner.name}-test", tensors, {})
 
     def students(self, teacher: nn.Module | None, student: nn.Module | None) -> dict:
         """Train every arm, in turns; returns the students by name."""
@@ -309,7 +312,8 @@ class _Run:
         else:
             student = self.tried("student", student, trains=True)
         expert = self.expert(teacher)
-        # The arms that ask at each step get what a plain script has: torch's default memory format.
+        # In the arms that run it at each step it is as in a plain script: in torch's default memory
+        # format.
         plain = None
         if expert is not None:
             plain = copy.deepcopy(expert).to(memory_format=torch.contiguous_format)
@@ -339,44 +343,35 @@ class _Run:
     def generations(self, arm_name: str, arm: Arm, expert, student, trained) -> Iterator[None]:
         """One arm's students, an epoch at a time; from the second on taught by the one before."""
         settings = self.settings
-        memory_format = torch.channels_last if arm.tuned else torch.contiguous_format
+        limit = min(settings.epochs, arm.epochs or settings.epochs)
         count = settings.generations if arm.teacher != "never" and arm_name != CONTROL else 1
         noise = Noise()
         if arm_name == NOISY:
             noise = Noise(settings.noise, settings.noise_std, settings.seed)
+        loss = _loss(arm, settings, noise.place == "regularizer")
         name, source, taught_in = arm_name, "teacher", torch.channels_last
         for generation in range(1, count + 1):
             if generation > 1:
-                source, name, taught_in = name, f"{arm_name}-g{generation}", memory_format
+                source, name = name, f"{arm_name}-g{generation}"
             predict, took = None, 0.0
             if arm.teacher == "each step":
-                predict = self.asking(expert)
+                predict = _asking(expert)
             elif arm.teacher == "once":
                 rows, took = self.kept(source, expert, taught_in)
                 predict = lambda _, index, view, rows=rows: rows.rows(index, view)  # noqa: E731
-            seed = settings.seed + generation
-            start = self.made(seed) if student is None else copy.deepcopy(student)
+            start = copy.deepcopy(student)
+            if start is None:
+                start = self.made(settings.seed + generation)
             learner = self.learner(
-                name, start, _loss(arm, settings, noise.place == "regularizer"), predict,
-                tuned=arm.tuned, seed=settings.seed + 2, noise=noise,
+                name, start, loss, predict, arm.tuned, settings.seed + 2, limit, noise=noise,
                 twin=_loss(ARMS["reference"], settings) if name == "fused" else None,
             )  # fmt: skip
-            learner.load(self.folder)
             if learner.step == 0 and name != CONTROL:
                 learner.seconds["teacher"] += took
-            yield from self.epochs(learner, min(settings.epochs, arm.epochs or settings.epochs))
+            yield from self.epochs(learner, limit)
             if name != CONTROL:
-                self.keep_test(name, learner.model, memory_format)
+                self.keep_test(learner)
                 trained[name] = learner.model.eval()
             if self.reached(learner):
                 return
-            expert = copy.deepcopy(learner.model).eval()
-
-    def asking(self, expert: nn.Module):
-        """``predict`` of a learner whose teacher runs at each step."""
-
-        def ask(images, *_):
-            with torch.no_grad():
-                return expert(images)
-
-        return ask
+            expert, taught_in = copy.deepcopy(learner.model).eval(), learner.memory_format

@@ -34,7 +34,7 @@ _Found = TypeVar("_Found")
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, this one among them: number ``rank`` of ``world``, alone 0 of 1.
+    """The processes of a run: this one is ``rank`` of ``world``, alone 0 of 1.
 
     ``local`` is its number among those of its machine: that of its GPU.
     """
@@ -87,7 +87,7 @@ class Ranks:
         """A context for the forward pass of this rank's share of ``count`` samples.
 
         The noise of kdkernels' layers is that of these rows among all ``count``; with ``exact``,
-        what else the model draws or measures over its batch is so, too.
+        all else that the model draws or measures over its batch is so, too.
         """
         if self.world == 1:
             return contextlib.nullcontext()
@@ -158,13 +158,10 @@ def engine(
 ) -> nn.Module:
     """What to train instead of ``model`` on several ranks; alone, the model itself.
 
-    Args:
-        model: whole, the same on each rank.
-        parallel: ``"ddp"``: a wrapper around the model. ``"fsdp2"``: a sharded copy, block by
-            block where the model has a list of them; :func:`whole` gives its tensors back.
-        device: the model's.
-        skips: whether the loss leaves parameters out, for which DDP then looks in each step.
-        exact: BatchNorm takes its mean and variance from the whole batch.
+    ``model`` is whole and the same on each rank. ``parallel``: ``"ddp"``, a wrapper around it, or
+    ``"fsdp2"``, a sharded copy, block by block where the model has a list of them; :func:`whole`
+    gives its tensors back. ``skips``: the loss leaves parameters out, for which DDP then looks in
+    each step. ``exact``: BatchNorm takes its mean and variance from the whole batch.
     """
     if current().world == 1:
         return model

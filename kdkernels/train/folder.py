@@ -1,9 +1,4 @@
-"""A folder of image files, a folder a class: its layout, and its images decoded once.
-
-Each image is decoded into a memory-mapped file in ``$XDG_CACHE_HOME/kdkernels`` or
-``~/.cache/kdkernels``; another folder, or a file that is added, taken away or changed, makes a new
-one. Files there may be deleted whenever no run uses them.
-"""
+"""A folder of image files, a folder a class: its layout, and its images decoded once."""
 
 import contextlib
 import dataclasses
@@ -24,14 +19,10 @@ import torch
 
 from kdkernels.train import TrainError
 from kdkernels.train.images import IMAGENET, Augment, Images, OnStep, held_out, statistics
-from kdkernels.train.run_folder import lock
+from kdkernels.train.run_folder import cache_folder, lock
 
 _16_BITS = ("PNG", "PPM")
 """Formats whose grey images have at most so many."""
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdkernels"
 
 
 def _in_rgb(image: Any, format: str | None) -> Any:
@@ -70,23 +61,24 @@ def _decoded(root: Path, files: list[str], size: int, on_step: OnStep | None):
     listing = []
     for file in files:
         try:
-            found = os.stat(file)
+            s = os.stat(file)
         except OSError as error:
             raise TrainError(f"the image {file} cannot be read: {error.strerror}") from None
         # The time of the last change, unlike that of the contents, cannot be set.
-        times = (found.st_mtime_ns, found.st_ctime_ns)
-        listing.append((os.path.relpath(file, root), found.st_size, found.st_ino, *times))
+        name = os.path.relpath(file, root)
+        listing.append((name, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns))
     key = hashlib.sha256(json.dumps([2, str(root), size, listing]).encode()).hexdigest()[:32]
-    pixels, known = _cache() / f"{key}.npy", _cache() / f"{key}.json"
+    cache = cache_folder()
+    pixels, known = cache / f"{key}.npy", cache / f"{key}.json"
     shape = (len(files), 3, size, size)
     try:
-        _cache().mkdir(parents=True, exist_ok=True)
-        with (_cache() / f"{key}.lock").open("w") as file:
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / f"{key}.lock").open("w") as file:
             # A process that comes later waits, and finds the images decoded; without locks it
             # decodes them, too.
             alone = lock(file, fcntl.LOCK_EX)
             if not (known.exists() and pixels.exists()):
-                beside = _cache() / (f"{key}.tmp" if alone else f"{key}-{uuid.uuid4().hex}.tmp")
+                beside = cache / (f"{key}.tmp" if alone else f"{key}-{uuid.uuid4().hex}.tmp")
                 try:
                     found = _decode_into(beside, shape, files, on_step)
                     os.replace(beside, pixels)
@@ -97,7 +89,7 @@ def _decoded(root: Path, files: list[str], size: int, on_step: OnStep | None):
                 os.replace(beside, known)
     except OSError as error:
         raise TrainError(
-            f"the decoded images of {root} cannot be kept in {_cache()} ({error.strerror}): they "
+            f"the decoded images of {root} cannot be kept in {cache} ({error.strerror}): they "
             f"take {np.prod(shape, dtype=float) / 1e9:.1f} GB there; set XDG_CACHE_HOME to a "
             "folder with room"
         ) from None
@@ -255,8 +247,8 @@ def folder(
 ) -> tuple[Images, Images]:
     """The training and the test images of a folder, a folder a class.
 
-    Each image is decoded once (turned as its EXIF says, RGB, the shorter side resized to
-    ``size``, centre cropped), into a memory-mapped file in ``$XDG_CACHE_HOME/kdkernels`` or
+    Each image is decoded once (turned as its EXIF says, RGB, the shorter side resized to ``size``,
+    centre cropped), into a memory-mapped file in ``$XDG_CACHE_HOME/kdkernels`` or
     ``~/.cache/kdkernels``; another folder, or a file that is added, taken away or changed, makes a
     new one. Files there may be deleted whenever no run uses them. Classes alternate, so that the
     first N images are of all of them.
@@ -264,9 +256,9 @@ def folder(
     Args:
         path: holds ``train/<class>/*`` and ``test/<class>/*`` (or ``val``; ``training``,
             ``testing``, ``valid`` and ``validation`` do, too, in any case), in the formats that
-            torchvision's ImageFolder takes. Without ``test`` and ``val``, or without all three,
-            20 % of each class are held out, always the same ones. Files and folders whose names
-            begin with a dot are left out.
+            torchvision's ImageFolder takes. Without ``test`` and ``val``, or without all three, 20
+            % of each class are held out, always the same ones. Names that begin with a dot are left
+            out.
         size: side in pixels.
         imagenet: normalise with ImageNet's statistics, for a pretrained teacher, instead of those
             of the training images.
@@ -306,17 +298,14 @@ def folder(
         test_files, test_labels = _listed(test_place, names, allow_empty=True)
     if flips is None:
         flips = not all(len(name) == 1 for name in names)
-
-    pixels, known = _decoded(root, files, size, on_step)
-    test_pixels, test_known = _decoded(root, test_files, size, on_step)
+    decoded = [_decoded(root, part, size, on_step) for part in (files, test_files)]
+    known = decoded[0][1]
     mean, std = statistics(*(IMAGENET if imagenet else (known["mean"], known["std"])))
-
-    def images(pixels, labels, known):
-        return Images(
-            pixels, labels, len(names), size, 255.0, mean, std, names=tuple(names), flips=flips,
-            _pixels_sha256=known["sha256"],
-        )  # fmt: skip
-
-    train = images(pixels, labels, known)
-    test = images(test_pixels, test_labels, test_known)
+    train, test = (
+        Images(
+            pixels, y, len(names), size, 255.0, mean, std, names=tuple(names), flips=flips,
+            _pixels_sha256=about["sha256"],
+        )
+        for (pixels, about), y in zip(decoded, (labels, test_labels), strict=True)
+    )  # fmt: skip
     return dataclasses.replace(train, augment=augment, views=views, seed=seed), test

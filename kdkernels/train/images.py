@@ -118,17 +118,11 @@ class Images:
         return dataclasses.replace(self, labels=self.labels[:count], ids=self.ids[:count])
 
     def split(self, share: float, seed: int) -> tuple["Images", "Images"]:
-        """Hold out a share of each class.
+        """Hold out a share, 0..1, of each class's images, rounded to a whole number, chosen by the
+        seed.
 
-        Args:
-            share: between 0 and 1; of each class's images, rounded to a whole number.
-            seed: of the choice.
-
-        Returns:
-            The rest, to train on, and the held-out images, never augmented.
-
-        Raises:
-            TrainError: one of the two would be empty.
+        Returns the rest, to train on, and the held-out images, never augmented. TrainError: one of
+        the two would be empty.
         """
         held = held_out(self.labels.cpu(), self.classes, share, seed)
         if held.all() or not held.any():
@@ -261,4 +255,5 @@ def held_out(labels: torch.Tensor, classes: int, share: float, seed: int) -> tor
 
 def statistics(mean, std) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers a channel as :class:`Images` takes them."""
-    return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
+    mean, std = (torch.as_tensor(value).view(1, -1, 1, 1) for value in (mean, std))
+    return mean, std

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,20 +13,20 @@ from torch import nn
 
 from kdkernels import info
 from kdkernels.train import TrainError, distributed
-from kdkernels.train.images import Images
+from kdkernels.train.images import Images, OnStep
 from kdkernels.train.noise import Noise
 from kdkernels.train.run_folder import RunFolder, load_state, state_of
 from kdkernels.train.session import Interrupt
 
 PHASES = ("data", "teacher", "student forward", "loss", "backward", "optimizer")
-"""What a training step spends its time on, in order; "student" is whichever model learns."""
+"""The phases of a training step, in order; "student" is the model that learns."""
 
 Predict = Callable[[torch.Tensor, torch.Tensor, int | None], Any]
 Loss = Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]
 
 
 class Samples(Protocol):
-    """What a learner learns from: :class:`kdkernels.train.images.Images`, or anything like it."""
+    """What a learner learns from, such as :class:`kdkernels.train.images.Images`."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -43,10 +43,14 @@ class Samples(Protocol):
         ...
 
 
+_STATE = ("epoch", "step", "within", "seconds", "losses", "order", "measures")
+"""What a checkpoint holds of a learner beside tensors."""
+
+
 def epoch_batches(count: int, size: int, seed: int, epoch: int, device) -> list[torch.Tensor]:
     """The epoch's batches: a function of seed and epoch alone, so the same for every learner.
 
-    Image numbers, of ``count`` images ``size`` a batch: int64 vectors on ``device``.
+    Numbers of ``count`` samples, ``size`` a batch: int64 vectors on ``device``.
     """
     # An odd multiplier keeps (seed, epoch) pairs apart; Generator takes any 64-bit number.
     order = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) & (2**63 - 1))
@@ -78,8 +82,8 @@ def predictions(
 ) -> torch.Tensor:
     """Logits of every image, ``[n, classes]`` fp32, from ``model`` in eval mode without gradient.
 
-    The model is left in eval mode, and is expected in ``memory_format``. Of several ranks each runs
-    its share of the images; all must call this, and get all rows.
+    The model stays in eval mode, and must be in ``memory_format``. Of several ranks each runs its
+    share of the images; all must call this, and get all rows.
     """
     model.eval()
     ranks = distributed.current()
@@ -105,33 +109,29 @@ class Learner:
 
     Attributes:
         name: in metrics and checkpoints.
-        model: in train mode while it learns; on the data's device.
+        model: in train mode while it learns; on the data's device. On several ranks it stays whole
+            on each, with the weights of the last checkpoint or epoch's end.
         loss: ``loss(outputs, taught, labels)`` -> scalar, a mean over samples; outputs are the
             model's, taught is what ``predict`` gave.
-        predict: ``predict(inputs, index [b], view)`` -> what the teacher says of these samples,
-            such as logits ``[b, classes]``; None where no teacher is asked.
+        predict: ``predict(inputs, index [b], view)`` -> the teacher's output for these samples,
+            such as logits ``[b, classes]``; None without a teacher.
         evaluate: ``evaluate(model)`` -> the measures of an epoch's end, by name, such as
-            ``{"accuracy": 0.9}``; they go into the metrics.
+            ``{"accuracy": 0.9}``, for the metrics.
         lr: Adam's learning rate.
-        schedule: ``schedule(step)`` -> what the learning rate of a step, from 0, is multiplied
-            by; None: 1.
-        weight_decay: decoupled from the gradient (AdamW, Loshchilov and Hutter, arXiv 1711.05101).
         seed: of the dropout masks, which are a function of it, the step and, unless ``exact``, the
             rank. Learners with one seed draw the same masks.
         tuned: channels_last memory format and Adam's fused kernel.
         noise: in training; the teacher sees none of it.
-        twin: the same loss by other means, asked at each step for the same logits, off the clock;
-            what it says stands beside the loss in the metrics.
+        twin: the same loss by other means, of the same logits at each step, off the clock; its
+            value stands beside the loss in the metrics.
+        schedule: ``schedule(step)`` -> what the learning rate of a step, from 0, is multiplied
+            by; None: 1.
+        weight_decay: decoupled from the gradient (AdamW, Loshchilov and Hutter, arXiv 1711.05101).
         checkpoint_every: steps between checkpoints within an epoch; None: at its end only.
-        parallel: ``"ddp"`` or ``"fsdp2"``, how several ranks train; they are those of
-            :func:`kdkernels.train.distributed.current`. ``model`` stays whole on each rank, with
-            the weights of the last checkpoint or epoch's end.
-        skips, exact: as :func:`kdkernels.train.distributed.engine` has them.
-        epoch, step: whole epochs and steps done.
-        within: steps done in the unfinished epoch.
-        seconds: by phase in the unfinished epoch.
-        losses: of the unfinished epoch.
-        order: what tells the unfinished epoch's batches from others.
+        parallel, skips, exact: as :func:`kdkernels.train.distributed.engine` has them.
+        epoch, step, within: whole epochs done, steps done, steps of the unfinished epoch done.
+        seconds, losses: by phase, and of each step, in the unfinished epoch.
+        order: tells the unfinished epoch's batches from others.
         measures: what ``evaluate`` found last; empty before the first epoch's end.
     """
 
@@ -187,7 +187,7 @@ class Learner:
     def save(self, folder: RunFolder, optimizer: bool = True) -> None:
         """Write everything that :meth:`load` needs; ``optimizer=False`` for a finished model.
 
-        All ranks must call this together; rank 0 writes.
+        All ranks must call this together.
         """
         self._gather()
         tensors = {f"model.{k}": v for k, v in state_of(self.model).items()}
@@ -195,8 +195,7 @@ class Learner:
             for number, parameter in enumerate(self.parameters):
                 for key, value in self.optimizer.state[parameter].items():
                     tensors[f"optimizer.{number}.{key}"] = distributed.whole(value)
-        names = ("epoch", "step", "within", "seconds", "losses", "order", "measures")
-        folder.save(self.name, tensors, {name: getattr(self, name) for name in names})
+        folder.save(self.name, tensors, {name: getattr(self, name) for name in _STATE})
 
     def _gather(self) -> None:
         """Bring the model up to date on every rank, where the engine has weights of its own."""
@@ -211,15 +210,13 @@ class Learner:
     def load(self, folder: RunFolder) -> bool:
         """Continue from the checkpoint, if there is one, and drop the metrics written after it.
 
-        It may be of any number of ranks. False where there is none.
-
-        Raises:
-            TrainError: it cannot be read, or is of another model.
+        It may be of any number of ranks. False where there is none; TrainError where it cannot be
+        read, or is of another model.
         """
         found = folder.load(self.name)
         if found is not None:
             tensors, state = found
-            load_state(self.model, tensors, f"{folder.path}/checkpoints/{self.name}.safetensors")
+            load_state(self.model, tensors, folder.checkpoint(self.name))
             for name, value in state.items():
                 setattr(self, name, value)
             if self.parallel == "fsdp2" and self.engine is not self.model:
@@ -227,20 +224,7 @@ class Learner:
                 self.engine.load_state_dict(
                     {k: distributed.like(v, own[k]) for k, v in self.model.state_dict().items()}
                 )
-            for number, parameter in enumerate(self.parameters):
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    value = tensors.get(f"optimizer.{number}.{key}")
-                    if value is None:
-                        continue
-                    # Adam's moments must lie in memory as the parameter does: the fused kernel
-                    # walks all of them by address. Its step counter stays where Adam keeps it.
-                    if key != "step":
-                        value = distributed.like(value, parameter)
-                    elif self.tuned:
-                        value = value.to(self.device)
-                    self.optimizer.state[parameter][key] = value
-            if self.gradient_noise is not None:
-                self.gradient_noise.load_state_dict({"seed": self.noise.seed, "step": self.step})
+            self._load_optimizer(tensors)
 
         def before(line):
             unit = "step" if line["kind"] == "step" else "epoch"
@@ -249,6 +233,45 @@ class Learner:
         folder.trim(before)
         self.ranks.sum([0.0])  # the metrics are not read before they are trimmed
         return found is not None
+
+    def _load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
+        for number, parameter in enumerate(self.parameters):
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors.get(f"optimizer.{number}.{key}")
+                if value is None:
+                    continue
+                # Adam's moments must lie in memory as the parameter does: the fused kernel
+                # walks all of them by address. Its step counter stays where Adam keeps it.
+                if key != "step":
+                    value = distributed.like(value, parameter)
+                elif self.tuned:
+                    value = value.to(self.device)
+                self.optimizer.state[parameter][key] = value
+        if self.gradient_noise is not None:
+            self.gradient_noise.load_state_dict({"seed": self.noise.seed, "step": self.step})
+
+    def epochs(
+        self,
+        count: int,
+        train: Samples,
+        size: int,
+        seed: int,
+        folder: RunFolder,
+        interrupt: Interrupt,
+        on_step: OnStep,
+    ) -> Iterator[float]:
+        """Train until ``count`` epochs are done; gives :meth:`train_epoch` 's seconds of each.
+
+        ``size`` and ``seed`` are of the batches, see :func:`epoch_batches`; ``on_step(name, steps
+        done, steps in all)`` is called after each step.
+        """
+        while self.epoch < count:
+            batches = epoch_batches(len(train), size, seed, self.epoch, self.device)
+            total = len(batches) * count
+            yield self.train_epoch(
+                train, batches, folder, interrupt,
+                lambda total=total: on_step(self.name, self.step, total),
+            )  # fmt: skip
 
     def train_epoch(
         self,
@@ -264,16 +287,16 @@ class Learner:
             train: on the model's device.
             batches: int64 vectors of sample numbers; of several ranks each trains on its share.
             folder: where metrics and the checkpoint go.
-            interrupt: asked after each step.
-            on_step: called after each step, to show progress.
+            interrupt: checked after each step.
+            on_step: called after each step.
 
         Returns:
             Seconds of the epoch's training, without the test; of rank 0.
 
         Raises:
             TrainError: the loss is not finite, or a file cannot be written (the last checkpoint
-                stays); a signal came (the state after the last step was saved); the batches are
-                not those of the checkpoint's unfinished epoch, or too small for the ranks.
+                stays); a signal came (the last step was saved); the batches are not the
+                checkpoint's.
         """
         self._begin(batches)
         watch = info.Others()
@@ -293,7 +316,7 @@ class Learner:
                     f"interrupted, and saved: continue with --resume {folder.path}, or resume=True",
                     status=interrupt.status,
                 )
-        # Of several ranks each is another's other work.
+        # On several ranks the other ranks' work would count as another process's.
         return self._end(folder, watch.share() if self.ranks.world == 1 else None)
 
     def _step(
@@ -356,7 +379,7 @@ class Learner:
         """That the last step's loss is finite."""
         if math.isfinite(self.losses[-1]):
             return
-        kept = folder.path / "checkpoints" / f"{self.name}.safetensors"
+        kept = folder.checkpoint(self.name)
         where = f"its last checkpoint is {kept}" if kept.exists() else "it has no checkpoint yet"
         raise TrainError(
             f"the loss of {self.name} is {self.losses[-1]} at step {self.step}: {where}; a smaller "

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision import models
 
-from kdkernels.train import TrainError, run_folder
+from kdkernels.train import TrainError, run_folder, said
 
 SMALL = 64
 """Images at most this wide get the CIFAR stem: see :func:`build`."""
@@ -38,7 +38,7 @@ def _read(name: str, weights: str) -> dict[str, torch.Tensor]:
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = said(error)
         if isinstance(error, pickle.UnpicklingError):
             reason = (
                 "it holds more than tensors, or is no file of torch.save, and pickled objects are "
@@ -148,22 +148,18 @@ def build(name: str, classes: int, size: int, weights: str = "none") -> tuple[nn
     """A model and whether it knows these classes already.
 
     Args:
-        name: one of torchvision's classification models, such as ``"resnet18"`` (He et al., arXiv
-            1512.03385) or ``"mobilenet_v2"`` (Sandler et al., arXiv 1801.04381), or
-            ``"module:function"``, one's own, called as ``function(num_classes=classes)``; it takes
-            images ``[b, 3, size, size]`` and gives logits ``[b, classes]``.
+        name: one of torchvision's classification models, or ``"module:function"``, one's own,
+            called as ``function(num_classes=classes)``; it takes images ``[b, 3, size, size]`` and
+            gives logits ``[b, classes]``.
         classes: number of outputs.
         size: side of the images in pixels. Up to ``SMALL`` torchvision's models get a stem that
-            keeps the resolution: a ResNet the one of its paper's CIFAR section, a 3x3 convolution
-            of stride 1 and no max-pool; MobileNets and EfficientNets stride 1 in their first
-            convolution. The ImageNet stem would leave a 32x32 image a single pixel before the
-            last stage.
+            keeps the resolution: a ResNet that of its paper's CIFAR section, a 3x3 convolution of
+            stride 1 and no max-pool; MobileNets and EfficientNets stride 1 in their first
+            convolution. The ImageNet stem would leave a 32x32 image a single pixel before the last
+            stage.
         weights: ``"none"``: random, from torch's generator. ``"DEFAULT"``: torchvision's ImageNet
             weights with a new last layer. Otherwise a .safetensors or .pth file of this
             architecture; one whose last layer fits ``classes`` is ready, another gets a new one.
-
-    Raises:
-        TrainError: there is no such model, or its weights cannot be had or do not fit.
     """
     make = _maker(name)
     try:

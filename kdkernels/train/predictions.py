@@ -18,14 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 
 import kdkernels
 from kdkernels.train import TrainError
 from kdkernels.train.images import Images
-from kdkernels.train.run_folder import RunFolder, lock, state_of
+from kdkernels.train.run_folder import RunFolder, lock, read_tensors, state_of
 
 DTYPES = ("float16", "bfloat16", "float32")
 _FORMAT = "kdkernels teacher predictions 1"
@@ -41,8 +41,16 @@ def model_hash(model: nn.Module) -> str:
     return found.hexdigest()
 
 
+def about(images: Images) -> dict:
+    """What tells these images from others."""
+    return {
+        "data": images.fingerprint(), "classes": images.classes,
+        "preprocessing": images.preprocessing(),
+    }  # fmt: skip
+
+
 def views_of(images: Images) -> list[int | None]:
-    """The views that a teacher has to be asked about: ``[None]`` for images as they are."""
+    """The views that a teacher has to predict: ``[None]`` for images as they are."""
     if images.augment == "none":
         return [None]
     if images.views is None:
@@ -65,28 +73,25 @@ def write(
     memory_format: torch.memory_format = torch.contiguous_format,
     on_step: Callable[[str, int, int], None] = lambda *_: None,
 ) -> "Predictions":
-    """Ask the teacher about all views of all images, or about those not in the folder yet.
+    """Make the teacher's predictions of all views of all images, or those not in the folder yet.
 
     Args:
-        path: of the folder; absent, empty, or of an earlier call with the same arguments, which
-            is continued after its last whole shard.
-        model: the teacher, on the device of ``images``; asked in eval mode.
+        path: of the folder; absent, empty, or of an earlier call with the same arguments, which is
+            continued after its last whole shard.
+        model: the teacher, on the device of ``images``; run in eval mode.
         images: a whole set, or its first images.
         top_k: keep the k largest logits of each row, 1..min(classes, 1024); None: all.
         dtype: of the logits, one of ``DTYPES``.
         batch_size: images a forward pass.
         shard_rows: images a file, and what is lost at most where the work is cut off.
-        memory_format: of the images; the model is expected to be in the same.
+        memory_format: of the images and of the model.
         on_step: ``on_step("teacher", rows done, rows in all)``, called after each batch.
 
-    Returns:
-        The predictions, opened and checked.
-
     Raises:
-        TrainError: the folder holds other predictions, or cannot be written; the images have
-            no fixed views, or are a part of a set other than its first; a logit is not finite or
-            too large for ``dtype``.
-        ValueError: ``top_k``, ``dtype``, ``batch_size`` or ``shard_rows`` is not as said.
+        TrainError: the folder holds other predictions, or cannot be written; the images have no
+            fixed views, or are not the first of their set; a logit is not finite or too large for
+            ``dtype``.
+        ValueError: ``top_k``, ``dtype``, ``batch_size`` or ``shard_rows`` is out of range.
     """
     limit = min(images.classes, 1024)
     if top_k is not None and not 1 <= top_k <= limit:
@@ -110,19 +115,20 @@ def write(
     manifest = {
         "format": _FORMAT,
         "model": model_hash(model),
-        "data": images.fingerprint(),
         "images": count,
-        "classes": images.classes,
-        "preprocessing": images.preprocessing(),
+        **about(images),
         "dtype": dtype,
         "top_k": top_k,
         "shards": [{"file": f"{n:05}.safetensors"} | shard for n, shard in enumerate(shards)],
     }
-    path = Path(path).expanduser()
-    folder = RunFolder(path, {})
+    folder = RunFolder(Path(path).expanduser(), {})
     with _alone(folder.path):
         _begin(folder, manifest)
-        _ask(folder, manifest, model, images, batch_size, memory_format, on_step)
+        training = model.training
+        try:
+            _ask(folder, manifest, model.eval(), images, batch_size, memory_format, on_step)
+        finally:
+            model.train(training)
     found = Predictions.open(path)
     found.check(images, manifest["model"])
     return found
@@ -167,28 +173,21 @@ def _begin(folder: RunFolder, manifest: dict) -> None:
 
 def _ask(folder, manifest, model, images, batch_size, memory_format, on_step) -> None:
     done, total = 0, sum(shard["rows"] for shard in manifest["shards"])
-    training = model.training
-    model.eval()
-    try:
-        for shard in manifest["shards"]:
-            if _read(folder.path, manifest, shard) is None:
-                numbers = torch.arange(
-                    shard["first"], shard["first"] + shard["rows"], device=images.labels.device
-                )
-                parts = []
-                for index in numbers.split(batch_size):
-                    with torch.no_grad():
-                        logits = model(images.batch(index, memory_format, shard["view"])[0])
-                    parts.append(_kept(logits.float(), manifest))
-                    done += len(index)
-                    on_step("teacher", done, total)
-                content = {k: torch.cat([p[k] for p in parts]).contiguous() for k in parts[0]}
-                folder.write_bytes(shard["file"], save(content))
-            else:
-                done += shard["rows"]
-                on_step("teacher", done, total)
-    finally:
-        model.train(training)
+    for shard in manifest["shards"]:
+        if _read(folder.path, manifest, shard) is not None:
+            done += shard["rows"]
+            on_step("teacher", done, total)
+            continue
+        numbers = torch.arange(shard["first"], shard["first"] + shard["rows"])
+        parts = []
+        for index in numbers.to(images.labels.device).split(batch_size):
+            with torch.no_grad():
+                logits = model(images.batch(index, memory_format, shard["view"])[0])
+            parts.append(_kept(logits.float(), manifest))
+            done += len(index)
+            on_step("teacher", done, total)
+        content = {k: torch.cat([p[k] for p in parts]).contiguous() for k in parts[0]}
+        folder.write_bytes(shard["file"], save(content))
 
 
 def _kept(logits: torch.Tensor, manifest: dict) -> dict[str, torch.Tensor]:
@@ -198,19 +197,17 @@ def _kept(logits: torch.Tensor, manifest: dict) -> dict[str, torch.Tensor]:
             f"the teacher gives {list(logits.shape[1:])} values an image, not one for each of the "
             f"{manifest['classes']} classes"
         )
-    dtype = getattr(torch, manifest["dtype"])
-    found = {"logits": logits}
-    if manifest["top_k"] is not None:
-        found = kdkernels.topk_teacher(logits, manifest["top_k"])._asdict()
-    values = "logits" if manifest["top_k"] is None else "values"
-    found[values] = found[values].to(dtype)
-    if not (found[values].isfinite().all() and logits.isfinite().all()):
-        if logits.isfinite().all():
-            raise TrainError(
-                f"a logit of the teacher is {logits.abs().max().item():g}, too large for "
-                f"{manifest['dtype']}: use dtype bfloat16 or float32"
-            )
+    if not logits.isfinite().all():
         raise TrainError("a logit of the teacher is not finite: its weights are of no use")
+    found, values = {"logits": logits}, "logits"
+    if manifest["top_k"] is not None:
+        found, values = kdkernels.topk_teacher(logits, manifest["top_k"])._asdict(), "values"
+    found[values] = found[values].to(getattr(torch, manifest["dtype"]))
+    if not found[values].isfinite().all():
+        raise TrainError(
+            f"a logit of the teacher is {logits.abs().max().item():g}, too large for "
+            f"{manifest['dtype']}: use dtype bfloat16 or float32"
+        )
     return {name: value.cpu() for name, value in found.items()}
 
 
@@ -229,56 +226,43 @@ def _manifest(path: Path) -> dict:
     return found
 
 
-def _shapes(manifest: dict, rows: int) -> dict[str, tuple[list[int], torch.dtype]]:
-    dtype, k = getattr(torch, manifest["dtype"]), manifest["top_k"]
-    if k is None:
-        return {"logits": ([rows, manifest["classes"]], dtype)}
-    return {
-        "values": ([rows, k], dtype),
-        "indices": ([rows, k], torch.int32),
-        "logsumexp": ([rows], torch.float32),
-    }
-
-
 def _read(path: Path, manifest: dict, shard: dict) -> dict[str, torch.Tensor] | None:
     """A shard's tensors, memory-mapped; None where it is not there or not whole."""
+    rows, k, dtype = shard["rows"], manifest["top_k"], getattr(torch, manifest["dtype"])
+    wanted = {"logits": ([rows, manifest["classes"]], dtype)}
+    if k is not None:
+        wanted = {
+            "values": ([rows, k], dtype), "indices": ([rows, k], torch.int32),
+            "logsumexp": ([rows], torch.float32),
+        }  # fmt: skip
     try:
-        with safe_open(path / shard["file"], "pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found, _ = read_tensors(path / shard["file"])
     except (SafetensorError, OSError):
         return None
     got = {name: (list(value.shape), value.dtype) for name, value in found.items()}
-    return found if got == _shapes(manifest, shard["rows"]) else None
+    return found if got == wanted else None
 
 
-_SAID = {
-    "model": "the model's weights",
-    "data": "the images or labels",
-    "images": "the number of images",
-    "classes": "the number of classes",
-    "dtype": "dtype",
-    "top_k": "top_k",
-    "shards": "the rows of a shard",
-}
+_DIFFER = {
+    "model": "the model's weights differ", "data": "the images or labels differ",
+    "shards": "the rows of a shard differ",
+}  # fmt: skip
+_NAMES = {"images": "the number of images", "classes": "the number of classes"}
 
 
 def differences(there: dict, here: dict) -> str:
     """What differs between two manifests, in words; empty if nothing does."""
     said = []
-    for name in here:
+    for name, value in here.items():
+        pairs = {name: (there[name], value)}
         if name == "preprocessing":
-            one, other = there[name], here[name]
-            said += [
-                f"{key} is {one.get(key)} there and {other.get(key)} here"
-                for key in sorted(one.keys() | other.keys())
-                if one.get(key) != other.get(key)
-            ]
-        elif there[name] == here[name]:
-            continue
-        elif name in ("model", "data", "shards"):
-            said.append(f"{_SAID[name]} differ")
-        else:
-            said.append(f"{_SAID[name]} is {there[name]} there and {here[name]} here")
+            keys = sorted(there[name].keys() | value.keys())
+            pairs = {key: (there[name].get(key), value.get(key)) for key in keys}
+        said += [
+            _DIFFER.get(key) or f"{_NAMES.get(key, key)} is {one} there and {other} here"
+            for key, (one, other) in pairs.items()
+            if one != other
+        ]
     return "; ".join(said)
 
 
@@ -331,19 +315,13 @@ class Predictions:
         return right / len(self._views)
 
     def check(self, images: Images, model_hash: str | None = None) -> None:
-        """Make sure that these are predictions of these images; :meth:`rows` then takes theirs.
+        """Raise TrainError unless these are predictions of these images; :meth:`rows` then takes
+        theirs.
 
         ``images`` are all of the set, or a part; ``model_hash`` is of the teacher, None for any.
-
-        Raises:
-            TrainError: data, preprocessing or model differ; it says what does.
         """
         views_of(images)
-        here = {
-            "data": images.fingerprint(),
-            "classes": images.classes,
-            "preprocessing": images.preprocessing(),
-        }
+        here = about(images)
         if model_hash is not None:
             here["model"] = model_hash
         differs = differences(self.manifest, here)
@@ -357,13 +335,11 @@ class Predictions:
         self._ids = images.ids.cpu()
 
     def rows(self, index: torch.Tensor, view: int | None = None) -> torch.Tensor | kdkernels.TopK:
-        """What the teacher said of the images ``index`` (``[b]`` int64) in a view of theirs.
+        """The teacher's predictions of the images ``index`` (``[b]`` int64) in a view of theirs.
 
         Numbers are of the images that :meth:`check` was given; before it, of the whole set's.
-
-        Returns:
-            Logits ``[b, classes]`` fp32, or ``TopK`` (values ``[b, k]`` fp32, indices ``[b, k]``
-            int32, logsumexp ``[b]`` fp32 of temperature 1), on the device of ``index``.
+        Returns logits ``[b, classes]`` fp32, or ``TopK`` (values ``[b, k]`` fp32, indices ``[b,
+        k]`` int32, logsumexp ``[b]`` fp32 of temperature 1), on the device of ``index``.
         """
         if view not in self._views:
             raise TrainError(f"the predictions in {self.path} have no view {view}")

@@ -19,7 +19,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,16 +28,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from kdkernels.train import TrainError, distributed
+from kdkernels.train import TrainError, distributed, said
 from kdkernels.train.tensorboard import Events
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, through a power cut too; folders above it are made.
+def cache_folder() -> Path:
+    """Where files lie that can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdkernels"
 
-    Raises:
-        TrainError: the system says why not; what was there before is there still.
-    """
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, through a power cut too; folders above it are made."""
     beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,10 +56,29 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(entry)
         finally:
             os.close(entry)
-    except OSError as error:
+    except OSError:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise _unwritten(path, error) from None
+        raise
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Generator[None]:
+    """Says in one sentence why the system refuses to write a run's file."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainError(
+            f"cannot write {path}: {error.strerror}; what was saved before is whole: make room "
+            "there, or whatever it lacks, and resume the run",
+            status=1,
+        ) from None
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """:func:`replace` a file of a run; TrainError where the system refuses."""
+    with _writing(path):
+        replace(path, content)
 
 
 def lock(file: IO | int, kind: int) -> bool:
@@ -71,6 +94,14 @@ def lock(file: IO | int, kind: int) -> bool:
         return False
     return True
 
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A safetensors file's tensors, memory-mapped, and its metadata; raises what it may."""
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+# ---- a model's state as tensors ------------------------------------------------------------------
 
 _PACKED = "_packed"
 """Ends the name of a state that is no tensor, but the bytes that torch.save makes of it."""
@@ -104,12 +135,16 @@ def _unpacked(value: torch.Tensor) -> Any:
     return torch.load(io.BytesIO(value.numpy().tobytes()), weights_only=True)
 
 
-def load_state(model: nn.Module, tensors: dict[str, torch.Tensor], path: object) -> None:
-    """Load the model's part of a checkpoint, into the tensors that the model has.
+def unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The state_dict in what :func:`state_of` gave."""
+    return {
+        name.removesuffix(_PACKED): _unpacked(value) if name.endswith(_PACKED) else value
+        for name, value in tensors.items()
+    }
 
-    Raises:
-        TrainError: it is of another model.
-    """
+
+def load_state(model: nn.Module, tensors: dict[str, torch.Tensor], path: object) -> None:
+    """Load the model's part of a checkpoint; TrainError where it is of another model."""
     own = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     try:
         model.load_state_dict(unpacked(own))
@@ -121,20 +156,11 @@ def load_state(model: nn.Module, tensors: dict[str, torch.Tensor], path: object)
         ) from None
 
 
-def unpacked(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The state_dict in what :func:`state_of` gave."""
-    return {
-        name.removesuffix(_PACKED): _unpacked(value) if name.endswith(_PACKED) else value
-        for name, value in tensors.items()
-    }
+# ---- the folder ----------------------------------------------------------------------------------
 
 
-def _unwritten(path: Path, error: OSError) -> TrainError:
-    return TrainError(
-        f"cannot write {path}: {error.strerror}; what was saved before is whole: make room there, "
-        "or whatever it lacks, and resume the run",
-        status=1,
-    )
+def _first_rank() -> bool:
+    return distributed.current().rank == 0
 
 
 class RunFolder:
@@ -145,12 +171,10 @@ class RunFolder:
         config: the dictionary in config.json.
     """
 
-    _events = None
+    _metrics = _lock = _events = None
 
     def __init__(self, path: Path, config: dict):
-        self.path = path
-        self.config = config
-        self._metrics = self._lock = None
+        self.path, self.config = path, config
 
     @classmethod
     def create(cls, out: str | None, config: dict) -> "RunFolder":
@@ -186,22 +210,20 @@ class RunFolder:
         folder.write_json("config.json", config)
         return folder
 
-    def __getstate__(self) -> dict:  # what rank 0 tells the others: they hold no files
-        return {"path": self.path, "config": self.config, "_metrics": None, "_lock": None}
+    def __getstate__(self) -> dict:  # what rank 0 sends to the others, who hold no files
+        return {"path": self.path, "config": self.config}
 
     @classmethod
     def open(cls, path: str) -> "RunFolder":
         """Open the folder of an earlier run; TrainError where it has no readable config.json."""
-        place = Path(path).expanduser()
-        try:
-            config = json.loads((place / "config.json").read_bytes())
-        except OSError:
-            raise TrainError(f"{path} is not the folder of a run: it has no config.json") from None
-        except ValueError as error:
-            raise TrainError(f"{place / 'config.json'} cannot be read: {error}") from None
+        folder = cls(Path(path).expanduser(), {})
+        if not (folder.path / "config.json").exists():
+            raise TrainError(f"{path} is not the folder of a run: it has no config.json")
+        config = folder.read_json("config.json")
         if not isinstance(config, dict):
-            raise TrainError(f"{place / 'config.json'} must hold a JSON object")
-        return cls(place, config)
+            raise TrainError(f"{folder.path / 'config.json'} must hold a JSON object")
+        folder.config = config
+        return folder
 
     def begin(self) -> None:
         """Write config.json, if this process changed it: what was asked for can be done."""
@@ -217,10 +239,8 @@ class RunFolder:
         if self._lock is not None:
             return
         path = self.path / "lock"
-        try:
+        with _writing(path):
             file = path.open("ab")
-        except OSError as error:
-            raise _unwritten(path, error) from None
         try:
             lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -233,26 +253,23 @@ class RunFolder:
 
     def discard(self) -> None:
         """Take the folder away again if it holds no more than :meth:`create` put there."""
-        try:
-            if distributed.current().rank == 0:
-                (self.path / "checkpoints").rmdir()
-                if {file.name for file in self.path.iterdir()} <= {"config.json", "lock"}:
-                    for name in ("config.json", "lock"):
-                        (self.path / name).unlink(missing_ok=True)
-                    self.path.rmdir()
-        except OSError:
-            pass  # it holds more: that stays
+        if not _first_rank():
+            return
+        with contextlib.suppress(OSError):  # it holds more: that stays
+            (self.path / "checkpoints").rmdir()
+            if {file.name for file in self.path.iterdir()} <= {"config.json", "lock"}:
+                for name in ("config.json", "lock"):
+                    (self.path / name).unlink(missing_ok=True)
+                self.path.rmdir()
 
-    def write_bytes(self, name: str, content: bytes) -> Path:
-        """Write one file of the folder as :func:`write_bytes` does; returns its path."""
-        target = self.path / name
-        if distributed.current().rank == 0:
-            write_bytes(target, content)
-        return target
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write one file of the folder as :func:`write_bytes` does."""
+        if _first_rank():
+            write_bytes(self.path / name, content)
 
-    def write_json(self, name: str, content: dict) -> Path:
-        """Write one JSON file of the folder; returns its path."""
-        return self.write_bytes(name, (json.dumps(content, indent=1) + "\n").encode())
+    def write_json(self, name: str, content: dict) -> None:
+        """Write one JSON file of the folder."""
+        self.write_bytes(name, (json.dumps(content, indent=1) + "\n").encode())
 
     def read_json(self, name: str) -> dict | None:
         """Read one JSON file of the folder; None where there is none."""
@@ -262,10 +279,14 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise TrainError(f"{path} cannot be read: {error}") from None
 
-    def save(self, name: str, tensors: dict[str, torch.Tensor], state: dict) -> Path:
+    def checkpoint(self, name: str) -> Path:
+        """Where :meth:`save` puts it."""
+        return self.path / "checkpoints" / f"{name}.safetensors"
+
+    def save(self, name: str, tensors: dict[str, torch.Tensor], state: dict) -> None:
         """Write checkpoints/<name>.safetensors, with ``state``, small things, as JSON in it."""
-        if distributed.current().rank != 0:
-            return self.path / "checkpoints" / f"{name}.safetensors"
+        if not _first_rank():
+            return
         self.hold()
         self._sync()  # no checkpoint is on the disk before the steps it counts
         # safetensors stores row-major bytes only, and no memory twice: channels_last tensors and
@@ -279,19 +300,17 @@ class RunFolder:
         try:
             content = save(packed, metadata={"state": json.dumps(state)})
         except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise TrainError(f"the checkpoint {name} cannot be written: {reason}") from None
-        return self.write_bytes(f"checkpoints/{name}.safetensors", content)
+            raise TrainError(f"the checkpoint {name} cannot be written: {said(error)}") from None
+        write_bytes(self.checkpoint(name), content)
 
     def load(self, name: str) -> tuple[dict[str, torch.Tensor], dict] | None:
         """Read checkpoints/<name>.safetensors as (tensors on the CPU, state); None if absent."""
-        path = self.path / "checkpoints" / f"{name}.safetensors"
+        path = self.checkpoint(name)
         if not path.exists():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return tensors, json.loads(file.metadata()["state"])
+            tensors, metadata = read_tensors(path)
+            return tensors, json.loads(metadata["state"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise TrainError(
                 f"the checkpoint {path} cannot be read: {error}; without the file this part of "
@@ -300,29 +319,28 @@ class RunFolder:
 
     def remove(self, name: str) -> None:
         """Take checkpoints/<name>.safetensors away, if it is there."""
-        if distributed.current().rank == 0:
+        if _first_rank():
             self.hold()
-            (self.path / "checkpoints" / f"{name}.safetensors").unlink(missing_ok=True)
+            self.checkpoint(name).unlink(missing_ok=True)
 
     def log(self, sync: bool = False, **record) -> None:
         """Append one line to metrics.jsonl; ``sync``: wait until it is on the disk."""
-        if distributed.current().rank != 0:
+        if not _first_rank():
             return
         self.hold()
         path = self.path / "metrics.jsonl"
-        before = None
-        try:
+        with _writing(path):
             if self._metrics is None:
                 self._metrics = path.open("ab", buffering=0)
             before = os.fstat(self._metrics.fileno()).st_size
             line = (json.dumps(record) + "\n").encode()
-            while line:
-                line = line[self._metrics.write(line) :]
-        except OSError as error:
-            if before is not None:  # part of a line is none
+            try:
+                while line:
+                    line = line[self._metrics.write(line) :]
+            except OSError:  # part of a line is none
                 with contextlib.suppress(OSError):
                     os.truncate(path, before)
-            raise _unwritten(path, error) from None
+                raise
         if sync:
             self._sync()
         self._events = self._events or Events(self.path, self.metrics)
@@ -330,28 +348,22 @@ class RunFolder:
 
     def _sync(self) -> None:
         """Wait until metrics.jsonl, if it is open, is on the disk."""
-        if self._metrics is None:
-            return
-        try:
-            os.fsync(self._metrics.fileno())
-        except OSError as error:
-            raise _unwritten(self.path / "metrics.jsonl", error) from None
+        if self._metrics is not None:
+            with _writing(self.path / "metrics.jsonl"):
+                os.fsync(self._metrics.fileno())
 
     def metrics(self) -> Iterator[dict]:
         """The lines of metrics.jsonl; a torn last line is dropped."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
-        with path.open("rb") as file:
+        with path.open("rb") as file, contextlib.suppress(ValueError):
             for line in file:
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    return
+                yield json.loads(line)
 
     def trim(self, keep: Callable[[dict], bool]) -> None:
         """Drop the lines of metrics.jsonl for which ``keep(line)`` is false."""
-        if distributed.current().rank != 0:
+        if not _first_rank():
             return
         self.hold()
         lines = [json.dumps(record) + "\n" for record in self.metrics() if keep(record)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import kdkernels
-from kdkernels.train import TrainError, distributed
+from kdkernels.train import TrainError, distributed, said
 from kdkernels.train.run_folder import RunFolder
 
 
@@ -47,8 +47,7 @@ def reproducible(seed: int, threads: int | None) -> Generator[None]:
 def choose_device(name: str) -> torch.device:
     """The device to train on: ``"auto"`` (CUDA where torch sees it), ``"cpu"`` or ``"cuda"``.
 
-    Raises:
-        TrainError: CUDA is asked for and cannot be had.
+    TrainError: there is no CUDA device that kdkernels can use.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,7 +65,7 @@ def choose_device(name: str) -> torch.device:
         try:
             kdkernels.distillation_loss(row, row)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise TrainError(f"device cuda: {str(error).splitlines()[0]}") from None
+            raise TrainError(f"device cuda: {said(error)}") from None
     return torch.device(name)
 
 
@@ -107,9 +106,7 @@ class Interrupt:
 def running(settings: Any, folder: RunFolder) -> Generator[tuple[torch.device, Interrupt]]:
     """Inside, a run is reproducible and stops at a step's end; gives its device.
 
-    Args:
-        settings: with ``device``, ``seed`` and ``threads``.
-        folder: of the run, closed at the end.
+    ``settings`` have ``device``, ``seed`` and ``threads``; ``folder`` is closed at the end.
     """
     device = choose_device(settings.device)
     try:

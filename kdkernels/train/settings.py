@@ -6,6 +6,7 @@ checks a value given in Python and makes the option of the command line; torch i
 
 import argparse
 import dataclasses
+import functools
 import math
 import numbers
 import os
@@ -80,43 +81,22 @@ class Takes:
         return value
 
 
-def _field(default, takes: Takes) -> Any:
-    return dataclasses.field(default=default, metadata={"takes": takes})
+def _field(kind: type, default, help: str, **takes) -> Any:
+    return dataclasses.field(default=default, metadata={"takes": Takes(kind, help, **takes)})
 
 
-def count(default, help: str, low: int = 1, high: float = math.inf, metavar=None) -> Any:
-    """A field of a whole number."""
-    return _field(default, Takes(int, help, low, high, metavar=metavar))
-
-
-def real(default, help: str, low=0.0, high=math.inf, above: bool = False, metavar=None) -> Any:
-    """A field of a finite number."""
-    return _field(default, Takes(float, help, low, high, above, metavar=metavar))
-
-
-def choice(default, help: str, names, metavar: str | None = None) -> Any:
-    """A field of one of some names."""
-    return _field(default, Takes(str, help, names=names, metavar=metavar))
-
-
-def several(default, help: str, names) -> Any:
-    """A field of different names; separated by commas in the command line."""
-    return _field(default, Takes(tuple, help, names=names, metavar="A,B"))
-
-
-def text(default, help: str, metavar: str = "NAME") -> Any:
-    """A field of any text."""
-    return _field(default, Takes(str, help, metavar=metavar))
-
-
-def flag(help: str) -> Any:
-    """A field that is true if its option is given."""
-    return _field(False, Takes(bool, help))
+# Fields, made as count(default, help, low=2): the keywords are the attributes of Takes.
+count = functools.partial(_field, int, low=1)
+real = functools.partial(_field, float, low=0.0)
+text = functools.partial(_field, str, metavar="NAME")
+choice = functools.partial(_field, str)
+several = functools.partial(_field, tuple, metavar="A,B")  # separated by commas
+flag = functools.partial(_field, bool, False)  # true if its option is given
 
 
 def path(default, help: str, metavar: str = "DIR", absolute: bool = False) -> Any:
     """A field of a path; an absolute one is found again when a run is resumed from elsewhere."""
-    return _field(default, Takes(str, help, metavar=metavar, read=place if absolute else expanded))
+    return _field(str, default, help, metavar=metavar, read=place if absolute else expanded)
 
 
 def expanded(text: str) -> str:
@@ -132,8 +112,7 @@ def place(text: str) -> str:
 class Checked:
     """A dataclass whose fields are checked when it is made; None is taken where it is the default.
 
-    Raises:
-        SettingError: a ValueError that names the setting, what it got and what it takes.
+    SettingError: a ValueError that names the setting, what it got and what it takes.
     """
 
     def __post_init__(self):
@@ -153,12 +132,11 @@ class Checked:
 def add_options(
     parser: argparse.ArgumentParser, settings: type, names: Iterable[str] | None = None
 ):
-    """Add an option for each field of a settings class, but for those that are there.
+    """Add an option for each field of a settings class, or those in ``names``, but for those there
+    are.
 
-    Args:
-        parser: with ``argument_default=argparse.SUPPRESS``: only what is given is in its result.
-        settings: a dataclass of fields made here.
-        names: of the fields; all by default.
+    The parser must have ``argument_default=argparse.SUPPRESS``: only what is given is in its
+    result.
     """
     there = {action.dest for action in parser._actions}
     fields = {field.name: field for field in dataclasses.fields(settings)}
@@ -225,7 +203,7 @@ CONTROL = "control"
 """The reference arm but for the rounding of the teacher's predictions, one epoch: how far two
 curves of one procedure part for no better reason. Run where the arms reference and fused are."""
 NOISY = "noisy"
-"""The full arm with noise on its student. Run where noise is asked for."""
+"""The full arm with noise on its student. Run where the settings name a noise."""
 NOISE_STD = {"input": 0.1, "gradient": 0.01, "parameter": 0.01, "regularizer": 0.01}
 """Standard deviation where none is given, by the places of the noise."""
 
@@ -239,24 +217,25 @@ def divergences() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Distil(Checked):
-    """What ``distill`` is asked for, in Python and on the command line."""
+    """The settings of ``distill``, in Python and on the command line."""
 
     # fmt: off
     data: str = choice("digits", "images to learn; folder is one of your own, with "
-        "train/CLASS/*.jpg and test/CLASS/*.jpg", (*DATA, "own images"), f"{{{','.join(DATA)}}}")
+        "train/CLASS/*.jpg and test/CLASS/*.jpg", names=(*DATA, "own images"),
+        metavar=f"{{{','.join(DATA)}}}")
     data_dir: str = path("data", "folder that holds the images, or gets them by download",
         absolute=True)
     image_size: int = count(32, "side in pixels to which images are resized; up to 64 the "
         "networks get the CIFAR stem")
     normalize: str | None = choice(None, "whose mean and deviation images are normalised with "
         "(default: data, or imagenet with teacher weights DEFAULT, which were trained so)",
-        ("data", "imagenet"))
+        names=("data", "imagenet"))
     augment: str = text("none", "random changes to the training images: none, crop, crop-flip, "
         "resized-crop or trivial")
     views: int | None = count(None, "different augmented images of each, one an epoch in turn, so "
         "that the teacher's predictions of them can be kept (default: new ones each epoch)")
     validation: float = real(0.0, "share of the training images that is held out and tested on "
-        "instead of the test images", 0, 0.9)
+        "instead of the test images", high=0.9)
     teacher: str = text("resnet18", "one of torchvision's classification models, or "
         "module:function, which gives your own for num_classes=N")
     student: str = text("mobilenet_v2", "the same")
@@ -265,42 +244,42 @@ class Distil(Checked):
         absolute=True)
     teacher_predictions: str | None = path(None, "what predict-teacher wrote; the teacher is then "
         "not run (default: the run's own)", absolute=True)
-    batch_size: int = count(64, "images a step", 2)
+    batch_size: int = count(64, "images a step", low=2)
     lr: float = real(1e-3, "Adam's learning rate", above=True)
     schedule: str = choice("constant", "of the learning rate; cosine falls from lr to 0 over all "
-        "epochs", ("constant", "cosine"))
+        "epochs", names=("constant", "cosine"))
     weight_decay: float = real(0.0, "of AdamW; 0 is Adam")
-    temperature: float = real(4.0, "of the soft targets", 0, 1e6, above=True)
-    alpha: float = real(0.5, "weight of the soft targets, the labels have the rest", 0, 1)
+    temperature: float = real(4.0, "of the soft targets", high=1e6, above=True)
+    alpha: float = real(0.5, "weight of the soft targets, the labels have the rest", high=1)
     divergence: str = choice("forward_kl", "of the soft targets: forward_kl, reverse_kl, js or "
-        "another of kdkernels.divergences()", divergences, "NAME")
+        "another of kdkernels.divergences()", names=divergences, metavar="NAME")
     beta: float | None = real(None, "of the divergences js and skew_* (default: the divergence's "
-        "own)", 0, 1)
+        "own)", high=1)
     epochs: int = count(5, "of each arm, at most")
     teacher_epochs: int | None = count(None, "of the teacher (default: 3, or 0 for a loaded one "
-        "that knows the classes)", 0)
+        "that knows the classes)", low=0)
     target_accuracy: float | None = real(None, "an arm stops at this test accuracy, 0..1 "
-        "(default: never early)", 0, 1)
+        "(default: never early)", high=1)
     budget: float | None = real(None, "of training, after which an arm begins no other epoch "
         "(default: none)", above=True, metavar="SECONDS")
     generations: int = count(1, "of students; each one from the second on is taught by the one "
         "before")
     arms: tuple[str, ...] | None = several(None, "which of alone, reference, fused, cached, full "
-        "(default: all five)", tuple(ARMS))
+        "(default: all five)", names=tuple(ARMS))
     noise: str | None = choice(None, "one more arm, noisy: full, with this noise on its student "
-        "(default: no such arm)", tuple(NOISE_STD))
+        "(default: no such arm)", names=tuple(NOISE_STD))
     noise_std: float | None = real(None, "its standard deviation, of a gradient's in the first "
         "step, the regulariser's weight (default: " + ", ".join(f"{std} {where}" for where, std in
-        NOISE_STD.items()) + ")", 0, 1e6)
-    train_samples: int | None = count(None, "use the first N only (default: all)", 2)
+        NOISE_STD.items()) + ")", low=0, high=1e6)
+    train_samples: int | None = count(None, "use the first N only (default: all)", low=2)
     test_samples: int | None = count(None, "use the first N only (default: all)")
-    seed: int = count(0, "of weights, batches, dropout, augmentation and noise", 0, 2**62)
-    device: str = choice("auto", "auto is cuda where torch sees one", ("auto", "cpu", "cuda"))
+    seed: int = count(0, "of weights, batches, dropout, augmentation and noise", low=0, high=2**62)
+    device: str = choice("auto", "auto is cuda where torch sees one", names=("auto", "cpu", "cuda"))
     threads: int | None = count(None, "CPU threads (default: torch's choice)")
     checkpoint_every: int | None = count(None, "write a checkpoint within an epoch too (default: "
         "at an epoch's end)", metavar="STEPS")
     parallel: str = choice("ddp", "what trains on several ranks, started by `torchrun "
-        "--nproc-per-node=N -m kdkernels distill ...`", PARALLEL)
+        "--nproc-per-node=N -m kdkernels distill ...`", names=PARALLEL)
     exact_ranks: bool = flag("several ranks give the result of one process, to rounding: BatchNorm "
         "and dropout are those of the whole batch, and not each rank's own as DDP has them")
     # fmt: on

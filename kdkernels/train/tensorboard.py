@@ -4,7 +4,7 @@
 
 A learner is a run of TensorBoard's, so that the arms' curves lie over each other: ``loss`` by step;
 ``epoch/<measure>`` and ``seconds/<phase>`` by epoch. They hold nothing that metrics.jsonl does
-not, and a learner that goes on from a checkpoint writes its file anew from there.
+not, and a learner that continues from a checkpoint writes its file anew from there.
 """
 
 import contextlib
@@ -18,9 +18,7 @@ _NOT_MEASURES = ("kind", "learner", "epoch", "step", "phases")
 class Events:
     """Writes a run's lines as scalars; without tensorboard, or on a disk that refuses, nothing.
 
-    Args:
-        path: the run's folder.
-        metrics: gives all lines of its metrics.jsonl.
+    ``metrics`` gives all lines of the run's metrics.jsonl.
     """
 
     def __init__(self, path: Path, metrics: Callable[[], Iterable[dict]]):
@@ -45,7 +43,7 @@ class Events:
             else:
                 self._write(record)
             self._steps[learner] = step
-        except OSError:  # a run goes on without its curves
+        except OSError:  # the run continues without its curves
             self._make = None
 
     def _begin(self, learner: str, lines: Iterable[dict]) -> None:

@@ -44,14 +44,10 @@ _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 class WholeBatch(TorchFunctionMode):
     """Inside, what a forward pass draws or measures over the batch is that of the whole batch.
 
-    That is dropout and what else draws a number a sample (stochastic depth), the noise of
+    That is dropout and all else that draws a number a sample (stochastic depth), the noise of
     kdkernels, and on the CPU BatchNorm, for which PyTorch's SyncBatchNorm takes CUDA tensors only.
-    Samples are expected along the first dimension. Ranks draw alike, so their generators stay
-    alike.
-
-    Args:
-        rows: this rank's samples among all.
-        count: of all samples.
+    Samples are expected along the first dimension, this rank's ``rows`` among ``count``. Ranks draw
+    alike, so their generators stay alike.
     """
 
     def __init__(self, rows: slice, count: int):
