@@ -197,8 +197,8 @@ CPU = [
     Fault(
         "parameters-of-the-last-call",
         "csrc/cpu/distillation.h",
-        "p.divergence != divergence || p.beta != beta || p.second != second",
-        "p.divergence != divergence || p.second != second",
+        "p.divergence != divergence || p.divergence_alpha != alpha || p.beta != beta",
+        "p.divergence != divergence || p.divergence_alpha != alpha",
         DIVERGENCES + " -k 'everything or limits or frozen_teacher'",
     ),
     Fault(
