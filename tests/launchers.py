@@ -734,7 +734,8 @@ def divergence_compare(case, got, want):
             atol += 2.0**-24
         rtol = 1.001 * HALF_ULP.get(case.torch_dtype, 0.0)
         if near:
-            atol = 1e-4 * want[name].abs().max().item()
+            capped = case.soft_cap or case.teacher_soft_cap  # a cap rounds logits once more
+            atol = (3e-4 if capped else 1e-4) * want[name].abs().max().item()
         if name == "teacher_gradient" and case.kind == "probs":  # over p
             rtol += 1e-12 if exact else 2e-5
         torch.testing.assert_close(

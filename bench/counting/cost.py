@@ -243,8 +243,8 @@ SASS_LINE = re.compile(
 )
 
 
-def in_loops(listing, line, special):
-    """The instructions of the innermost loops with special functions; all where there are none."""
+def instructions(listing, line, special):
+    """All of a listing, and those of the innermost loops with special functions."""
     names, jumps, labels = [], [], {}
     for found in filter(None, map(line.search, listing.splitlines())):
         if found["label"]:
@@ -259,7 +259,7 @@ def in_loops(listing, line, special):
         for a, b in loops
         if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)
     ]
-    return [name for loop in inner for name in names[slice(*loop)]] or names
+    return names, [name for loop in inner for name in names[slice(*loop)]]
 
 
 @functools.cache
@@ -280,15 +280,24 @@ def compiled(text, kernel):
         listing = re.split(r"(?m)^\$__internal\S*:", listing)[0]
     registers = int(re.search(r"Used (\d+) registers", said)[1])
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    made = in_loops(listing, SASS_LINE, r"MUFU")
-    given = in_loops(body, PTX_LINE, r"(ex2|lg2|rcp)\.approx")
+    made, hot_made = instructions(listing, SASS_LINE, r"MUFU\.(EX2|LG2)")
+    given, hot_given = instructions(body, PTX_LINE, r"(ex2|lg2)\.approx")
+    ratio = (
+        of_units(made, given, least=0)
+        | of_units(hot_made, hot_given)
+        | {"mufu": 1.0, "memory": 1.0}
+    )
+    return registers, sum(map(int, spilled.groups())), ratio
+
+
+def of_units(made, given, least=8):
+    """{unit or "slots": SASS over PTX instructions} of the units with so many PTX instructions."""
     units = by_unit(collections.Counter(given))
     ratio = {u: sum(n.startswith(SASS[u]) for n in made) / max(1, units[u]) for u in SASS}
-    ratio["slots"] = len(made) / units["slots"]
+    ratio["slots"] = len(made) / max(1, units["slots"])
     # ptxas repeats the bodies of loops too, which FP32 shows: it merges some of it, and adds none.
     repeated = max(1.0, ratio["fma"])
-    ratio = {u: r / repeated for u, r in ratio.items()} | {"mufu": 1.0, "memory": 1.0}
-    return registers, sum(map(int, spilled.groups())), ratio
+    return {u: r / repeated for u, r in ratio.items() if units[u] >= least}
 
 
 @functools.cache

@@ -143,9 +143,12 @@ DivergenceTask<Real> task_of(const LossParams& p) {
   task.own = !task.row.renormalize || task.row.cross_entropy;
   task.reads_teacher =
       p.tail == Tail::kNone && (task.row.compares || p.teacher_gradient != nullptr);
+  const bool of_student = !Transform::nothing(task.student) || has_row_options(p);
+  const bool of_teacher = task.reads_teacher && (p.probs || !Transform::nothing(task.teacher));
+  // A gradient in probabilities needs them once more.
   task.transformed =
-      !Transform::nothing(task.student) || has_row_options(p) ||
-      (task.reads_teacher && (p.teachers > 1 || p.probs || !Transform::nothing(task.teacher)));
+      task.reads_teacher && (p.teachers > 1 || (p.probs && p.teacher_gradient != nullptr));
+  task.changes = !task.transformed && (of_student || of_teacher);
   task.best = p.statistics != nullptr || p.state != nullptr;
   return task;
 }

@@ -19,7 +19,9 @@ struct DivergenceTask {
   Real temperature;
   bool own;  // the columns beside a top-k teacher's entries are read
   bool reads_teacher;  // a dense one
-  bool transformed;  // logits wait transformed
+  bool
+      transformed;  // what is several teachers' mixture waits in shared memory, and the student's logits transformed
+  bool changes;  // else: logits are transformed as they are read
   bool best;  // the classes of the largest logits are wanted
   bool refine;  // a pass over the row puts its sums right
   int capacity;  // classes of a chunk
@@ -286,7 +288,30 @@ struct RowWalk {
     each(n, [&](int i) { f(i, static_cast<Real>(widen(image[i]))); });
   }
   __device__ __forceinline__ Real teacher_logit(Real x) const {
-    return p.probs ? math::log_acc(x) : Transform::apply(task.teacher, x);
+    if (p.probs) return x == -Real(INFINITY) ? x : math::log_acc(x);
+    return Transform::apply(task.teacher, x);
+  }
+  __device__ __forceinline__ Real student_at(int i) const {
+    const Real x = lane.get(lane.u, i);
+    return task.changes ? Transform::apply(task.student, x) : x;
+  }
+  __device__ __forceinline__ Real teacher_at(int i) const {
+    const Real x = lane.get(lane.t, i);
+    return task.changes ? teacher_logit(x) : x;
+  }
+  template <class Visit>
+  __device__ __forceinline__ void each_group(Visit visit) const {
+    const bool changes = task.changes && !lane.entries;
+    lane.each_group([&](int i, Group& u, Group& t) {
+      if (changes) {
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+          u[j] = Transform::apply(task.student, u[j]);
+          if (lane.has_teacher) t[j] = teacher_logit(t[j]);
+        }
+      }
+      visit(i, u, t);
+    });
   }
 
   // What is needed of each of several teachers to mix them.
@@ -390,7 +415,7 @@ struct RowWalk {
     __syncthreads();
     if (first_pass && task.row.smoothing > 0 && task.row.cross_entropy) {
       Real sum = 0;
-      each(lane.n, [&](int i) { sum += lane.get(lane.u, i); });
+      each(lane.n, [&](int i) { sum += student_at(i); });
       double total[kTotals] = {static_cast<double>(sum)};
       reduce_block<Sum>(total, 1, shared.totals);
       if (threadIdx.x == 0) shared.total_u += total[0];
@@ -406,8 +431,8 @@ struct RowWalk {
     __syncthreads();
   }
   __device__ __forceinline__ void separate_label_at(int at) {
-    shared.label_u = lane.get(lane.u, at);
-    shared.label_t = task.reads_teacher ? lane.get(lane.t, at) : Real(0);
+    shared.label_u = student_at(at);
+    shared.label_t = task.reads_teacher ? teacher_at(at) : Real(0);
     if (!task.row.separate_label) return;
     lane.put(lane.u, at, -Real(INFINITY));
     if (task.reads_teacher) lane.put(lane.t, at, -Real(INFINITY));
@@ -531,7 +556,7 @@ struct RowWalk {
   // ---- one pass over one lane, or over one chunk of it ----
 
   __device__ __forceinline__ void add_moments(Real (&acc)[kTotals]) const {
-    lane.each_group([&](int, const Group& u, const Group& t) {
+    each_group([&](int, const Group& u, const Group& t) {
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         add_moment(acc, u[j]);
@@ -560,7 +585,7 @@ struct RowWalk {
   }
   __device__ __forceinline__ void add_maxima(Real (&acc)[kTotals], int64_t& at_s,
                                              int64_t& at_t) const {
-    lane.each_group([&](int i, const Group& u, const Group& t) {
+    each_group([&](int i, const Group& u, const Group& t) {
       add_maximum(i, u, acc[0], at_s);
       add_maximum(i, t, acc[1], at_t);
     });
@@ -569,7 +594,7 @@ struct RowWalk {
   __device__ __forceinline__ void add_sums(Real (&acc)[kTotals]) const {
     const Real max_s = shared.max_s[lane.entries], max_t = shared.max_t[lane.entries],
                scale_s = shared.scale_s, scale_t = shared.scale_t;
-    lane.each_group([&](int i, const Group& u, const Group& t) {
+    each_group([&](int i, const Group& u, const Group& t) {
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) acc[0] += math::exp2_nonpositive((u[j] - max_s) * scale_s);
       if (lane.has_teacher) {
@@ -591,7 +616,7 @@ struct RowWalk {
   // What probabilities lack to a sum of 1, but for rounding.
   __device__ __forceinline__ void add_excess(Real (&acc)[kTotals]) const {
     const math::ElementNorm<Real> norm = shared.norm;
-    lane.each_group([&](int, const Group& u, const Group& t) {
+    each_group([&](int, const Group& u, const Group& t) {
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         const math::Element<Real> x = math::ElementNorm<Real>::element(norm, u[j], t[j]);
@@ -607,7 +632,7 @@ struct RowWalk {
     const math::ElementGradient<Real>& g = shared.gradient;
     const int label_at = label_place();
     const bool entropies = p.statistics != nullptr || p.state != nullptr;
-    lane.each_group([&](int i, Group& u, Group& t) {
+    each_group([&](int i, Group& u, Group& t) {
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         const math::Element<Real> x = math::ElementNorm<Real>::element(norm, u[j], t[j]);
@@ -654,7 +679,7 @@ struct RowWalk {
     const math::ElementGradient<Real>& g = shared.gradient;
     Real y = math::ElementGradient<Real>::student(g, task.row.cross_entropy, u, soft);
     if (lane.entries ? column(i) == label : i == label_at) y -= g.at_label;
-    return task.transformed ? Transform::back(task.student, u, y) : y;
+    return task.transformed || task.changes ? Transform::back(task.student, u, y) : y;
   }
   __device__ __forceinline__ Real teacher_gradient(Real t, Real soft) const {
     Real y = math::ElementGradient<Real>::teacher(shared.gradient, t, soft);
@@ -665,7 +690,7 @@ struct RowWalk {
   __device__ __forceinline__ void other_gradients() const {
     const Real max = shared.max_s[0], scale = shared.scale_s, of_other = shared.gradient.of_other;
     const int label_at = label_place();
-    lane.each_group([&](int i, Group& u, Group& t) {
+    each_group([&](int i, Group& u, Group& t) {
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         Real soft = of_other;

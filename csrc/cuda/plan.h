@@ -130,7 +130,7 @@ inline DistillationPlan plan_distillation(int64_t classes, int element_size, con
 // ---- any divergence -----------------------------------------------------------------------------
 //
 // A row has one block, which goes over it once a pass of math/row.h. What the passes read waits in shared
-// memory: the logits as they are, or `transformed`, which means transformed, of the compute type, with one more row
+// memory: the logits as they are, or `transformed`, of the compute type, with one more row
 // to bring them in. A row that fits is read from global memory once; of a longer one each pass brings in one
 // chunk after the other, of 24 KB so that 3 blocks fit the SMs of every device and one's loads hide behind the
 // others' arithmetic, mostly from L2.
