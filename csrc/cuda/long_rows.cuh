@@ -203,7 +203,7 @@ __device__ __forceinline__ Real more_sweeps(const LossParams& p, const Task<Real
     });
     sweep.refine(reduce_row(excess, Real(0)).first);
   }
-  Pair<Real> terms = {sweep.zero(), sweep.zero()};
+  Pair<Real> terms = {0, 0};
   math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
     using Terms = decltype(policy);
     if constexpr (!math::kTwoSweeps<Terms>) {

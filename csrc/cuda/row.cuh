@@ -146,8 +146,6 @@ struct TermSweeps : SecondSweep<T, AnySweeps> {
     x.log2_p = log_p;
     return x;
   }
-  // 0, or not a number where a logit is none: terms of bounded size would hide that.
-  __device__ __forceinline__ Real zero() const { return Real(0) * this->above; }
   // After the sum of q - p: see math::refine.
   __device__ __forceinline__ void refine(Real excess) {
     if (!(math::magnitude(excess) < Real(math::kLargestExcess))) return;

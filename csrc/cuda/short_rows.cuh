@@ -86,7 +86,6 @@ __device__ __forceinline__ Solved<T, Policy> solve(const LossParams& p, const Ta
     math::with_policy(p.divergence, p.beta, p.second, [&](auto policy) {
       using Terms = decltype(policy);
       if constexpr (!math::kTwoSweeps<Terms>) {
-        terms[0] = terms[1] = out.sweep.zero();
         each([&](int k) {
           const math::ClassShare<Real> x =
               Terms::share(out.sweep.element(task, z[k], t[k]), task.parameters);
