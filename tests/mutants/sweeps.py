@@ -258,7 +258,7 @@ MATH = [
         "csrc/math/divergence.h",
         "select(small, a * (series - e), difference)};",
         "difference};",
-        TRAINING,
+        DIVERGENCES + " -k 'four_digits or frozen_teacher'",
     ),
     Fault(
         "close-classes-without-series",
