@@ -141,7 +141,7 @@ constexpr int kDivergenceBusy = 1024, kDivergenceWork = 16;
 // With a register each of 65536 for 128 of them; fp64 needs up to 255.
 constexpr int divergence_threads(int element_size) { return element_size == 8 ? 256 : 512; }
 constexpr int kChunkBytes = 24 * 1024;
-constexpr int kDivergenceStatic = 3072;  // bytes of static shared memory, at most
+constexpr int kDivergenceStatic = 3328;  // bytes of static shared memory, at most
 
 // Entries of a row in whole groups: see Lane in divergence.cuh.
 constexpr int64_t padded_entries(int64_t entries) { return (entries + 3) / 4 * 4; }

@@ -122,7 +122,12 @@ struct TermSweeps : SecondSweep<T, AnySweeps> {
                                         Real label_z, Real factor)
       : Base(task, sums, label_z, factor),
         log2_s(math::log_acc(sums.sum_s) * Real(math::kLog2E)),
-        log2_t(math::log_acc(sums.sum_t) * Real(math::kLog2E)) {}
+        log2_t(math::log_acc(sums.sum_t) * Real(math::kLog2E)) {
+    // Of a row with NaN the sums alone are sure to be; the maxima below would pass over it.
+    const Real nothing = Real(0) * (sums.sum_s + sums.sum_t);
+    this->of_term += nothing;
+    this->other += nothing;
+  }
 
   __device__ __forceinline__ Real difference(const Task<Real>& task, Real z, Real t) const {
     const Real after = Base::kEarly ? t - this->early : t;
