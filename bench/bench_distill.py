@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import kdkernels
+from kdkernels.measuring import OURS, Comparison
 from kdkernels.tools.comparisons import (
     backward,
     dense,
@@ -21,7 +22,6 @@ from kdkernels.tools.comparisons import (
     top_k,
     training_logits,
 )
-from kdkernels.tools.measuring import OURS, Comparison
 
 FP32, BF16 = torch.float32, torch.bfloat16
 BETAS = {"forward_kl": 0.0, "js": 0.5, "reverse_kl": 1.0}  # TRL's and Liger's names for them

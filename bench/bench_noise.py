@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import kdkernels
+from kdkernels.measuring import OURS, Comparison, memcpy
 from kdkernels.tools.comparisons import gpt2, noise, plain_noise, resnet18
-from kdkernels.tools.measuring import OURS, Comparison, memcpy
 
 FULL = pytest.mark.full
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils import cpp_extension
 
 import kdkernels
+from kdkernels.measuring import OURS, Comparison
 from kdkernels.tools.comparisons import OPTIMIZERS, backward, dense, noise, optimizer, plain_loss
-from kdkernels.tools.measuring import OURS, Comparison
 
 # As cheap as a C++ autograd Function with a gradient can be.
 NOTHING = r"""

@@ -3,8 +3,8 @@
 import torch
 
 import kdkernels
+from kdkernels.measuring import OURS, Comparison
 from kdkernels.tools.comparisons import experiment_1
-from kdkernels.tools.measuring import OURS, Comparison
 from kdkernels.train import models
 from kdkernels.train.distillation import plain_loss
 

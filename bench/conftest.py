@@ -1,6 +1,6 @@
 """What the benchmarks share: their options, the fixture `compare`, and what a run leaves behind.
 
-How a comparison is measured is in kdkernels/tools/measuring.py, what its page looks like in
+How a comparison is measured is in kdkernels/measuring.py, what its page looks like in
 report.py.
 """
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import report
-from kdkernels.tools import measuring
+from kdkernels import measuring
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",

@@ -15,9 +15,9 @@ import markupsafe
 import matplotlib
 from matplotlib.figure import Figure
 
+from kdkernels import measuring
+from kdkernels.measuring import OURS, duration, interval, ratio, times
 from kdkernels.reports.page import STYLE
-from kdkernels.tools import measuring
-from kdkernels.tools.measuring import OURS, duration, interval, ratio, times
 
 SUITES = {
     "distill": "Distillation losses: loss and gradient",

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import kdkernels
-from kdkernels.tools.measuring import _silent_stderr
+from kdkernels.measuring import _silent_stderr
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt  # noqa: E402

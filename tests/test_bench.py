@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from kdkernels import measuring as benchmark
 from kdkernels.__main__ import main
+from kdkernels.measuring import OURS, Comparison
 from kdkernels.tools import bench
-from kdkernels.tools import measuring as benchmark
 from kdkernels.tools.comparisons import IGNORED, training_logits
-from kdkernels.tools.measuring import OURS, Comparison
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import report  # noqa: E402

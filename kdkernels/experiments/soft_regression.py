@@ -20,7 +20,7 @@ import torch
 import kdkernels
 from kdkernels import info
 from kdkernels.experiments.settings import Regression
-from kdkernels.tools.measuring import take_turns
+from kdkernels.measuring import take_turns
 
 AGREEMENT = 1e-5
 """Largest difference in theta that the three paths may show when fed the same noise."""

@@ -5,10 +5,10 @@ import pandas
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from kdkernels.measuring import duration
 from kdkernels.reports import metrics, page, plots
 from kdkernels.reports.arms import FOLLOW, LADDER, TIMES_CONTROL, best_of, generation, results
 from kdkernels.reports.report import Cell, Plot, Section, Table, table, with_error
-from kdkernels.tools.measuring import duration
 from kdkernels.train.loop import PHASES
 from kdkernels.train.run_folder import RunFolder
 from kdkernels.train.settings import ARMS, CONTROL

@@ -18,10 +18,10 @@ from kdkernels.experiments.soft_regularization import (
     difference,
     reliability,
 )  # fmt: skip
+from kdkernels.measuring import duration
 from kdkernels.reports import metrics, page, plots
 from kdkernels.reports.page import BLUE, COLOURS, INK, RED, note
 from kdkernels.reports.report import Cell, Plot, Section, Table, table, with_error
-from kdkernels.tools.measuring import duration
 from kdkernels.train.run_folder import RunFolder
 
 CLEAR = 2.0

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from kdkernels.tools import comparisons, measuring
+from kdkernels import measuring
+from kdkernels.tools import comparisons
 from kdkernels.tools.settings import Bench
 
 

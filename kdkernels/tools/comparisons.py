@@ -1,6 +1,6 @@
 """What is compared: the ops on inputs as training has them, beside plain PyTorch.
 
-:func:`kdkernels.tools.measuring.measure` times these comparisons; bench/ in the source folder adds
+:func:`kdkernels.measuring.measure` times these comparisons; bench/ in the source folder adds
 peers to them.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kdkernels
-from kdkernels.tools.measuring import OURS, Comparison, memcpy
+from kdkernels.measuring import OURS, Comparison, memcpy
 
 COPIES_BYTES = 1 << 26
 """The most that copies of logits take, of which each call in a row overwrites another one."""

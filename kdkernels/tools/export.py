@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import kdkernels
-from kdkernels.tools.measuring import take_turns
+from kdkernels.measuring import take_turns
 from kdkernels.tools.settings import FORMATS, Export
 from kdkernels.train import TrainError, checks, loop, models, session
 from kdkernels.train.images import Images
