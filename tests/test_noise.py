@@ -1426,3 +1426,12 @@ def test_tensors_that_share_memory_are_refused():
     assert not x.any()
     add_noise_([x[50:], x[:50]], 1.0, seed=0)
     assert torch.equal(x[:50], randn_like(x[:50], seed=0, stream=1))
+
+
+def test_empty_tensors_within_a_list():
+    sizes = (5000, 0, 0, 5000)
+    got, want = ([torch.zeros(n) for n in sizes] for _ in range(2))
+    add_noise_(got, 1.0, seed=5)
+    reference.add_noise_(want, 1.0, seed=5)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
