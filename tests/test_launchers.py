@@ -168,6 +168,24 @@ def test_rows_in_runs(emulated_library, classes, dtype):
         op.compare(case, got, op.expected(case))
 
 
+class LengthFirst(launchers.Device):
+    """A device on which rows of three sequences take turns, and gradients lie one after another."""
+
+    def put_rows(self, matrix, pad, offset, name):
+        turns = matrix.view(3, -1, matrix.shape[1]).transpose(0, 1).contiguous()
+        return self.put(turns, offset, name).transpose(0, 1)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("classes", [10, 100, 1000])
+def test_sequences_that_come_length_first(emulated_library, classes):
+    (op,) = (op for op in launchers.OPS if op.name == "distillation")
+    case = launchers.Distillation("float32", 12, classes, alpha=0.5)
+    with emulated_library.run() as run:
+        got = op.launch(LengthFirst(emulated_library.python, "cpu", run.buffer), case)
+    op.compare(case, got, op.expected(case))
+
+
 class Far(launchers.Device):
     """A device on which rows lie beyond 2^31 elements of each other, in memory that no one uses."""
 

@@ -176,7 +176,9 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
     T* g_tile = want_gradient ? row_at<T>(p.gradient, p.gradient_rows, first) : nullptr;
     const int64_t flat_elements = static_cast<int64_t>(rows - 1) * classes;
     auto flat = [&](const RowStrides& strides) {
-      return offset_of(strides, first + rows - 1) - offset_of(strides, first) == flat_elements;
+      // Sequences that come length first fill the same memory in another order.
+      return strides.inner == classes &&
+             offset_of(strides, first + rows - 1) - offset_of(strides, first) == flat_elements;
     };
     const Span<T, int> span(z_tile, t_tile, g_tile, rows * classes);
     const bool vectors = span.vectors && flat(p.student_rows) && flat(p.teacher_rows[0]) &&
