@@ -116,13 +116,14 @@ Inverse inverse_of_denominator(const LossParams& p, cudaStream_t stream) {
 template <class Real>
 cudaError_t add_partials(const LossParams& p, int64_t count, const Inverse& inverse,
                          cudaStream_t stream) {
-  if (p.loss == nullptr) return cudaSuccess;
+  if (p.loss == nullptr) return cudaGetLastError();  // of the sums of weights
   Device device;
   cudaError_t error = device_of(reinterpret_cast<const void*>(loss_kernel<Real>), device);
   if (error != cudaSuccess) return error;
-  return launch_kernel(loss_kernel<Real>, {.blocks = 1, .threads = kSumThreads, .overlaps = true},
-                       device, stream, p.workspace + kPartials, count, inverse.number,
-                       inverse.on_device, static_cast<Real*>(p.loss));
+  error = launch_kernel(loss_kernel<Real>, {.blocks = 1, .threads = kSumThreads, .overlaps = true},
+                        device, stream, p.workspace + kPartials, count, inverse.number,
+                        inverse.on_device, static_cast<Real*>(p.loss));
+  return error != cudaSuccess ? error : cudaGetLastError();
 }
 
 template <class T, class Policy>

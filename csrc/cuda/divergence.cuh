@@ -19,9 +19,9 @@ struct DivergenceTask {
   Real temperature;
   bool own;  // the columns beside a top-k teacher's entries are read
   bool reads_teacher;  // a dense one
-  bool
-      transformed;  // what is several teachers' mixture waits in shared memory, and the student's logits transformed
-  bool changes;  // else: logits are transformed as they are read
+  // Logits wait in shared memory transformed, the teachers' as their mixture.
+  bool transformed;
+  bool changes;  // else they are transformed as they are read
   bool best;  // the classes of the largest logits are wanted
   bool refine;  // a pass over the row puts its sums right
   int capacity;  // classes of a chunk
@@ -110,7 +110,7 @@ struct Lane {
       visit(i, z, y);
     }
   }
-  // By the first threads, before the barrier that ends what else is written.
+  // Writes those places, before the barrier after the lane's own classes.
   __device__ __forceinline__ void pad() const {
     const int thread = threadIdx.x, behind = (kGroup - (lead + n) % kGroup) % kGroup;
     if (thread >= lead + behind) return;
@@ -382,7 +382,7 @@ struct RowWalk {
     if (mix) each(lane.n, [&](int i) { t[i] *= task.temperature; });
   }
 
-  // The chunk of the row's own classes from `first` on, what is kept separate of them as -inf.
+  // The chunk of the row's own classes from `first` on, with -inf for what is kept separate.
   __device__ __forceinline__ void stage_chunk(int64_t first) {
     const T* z = student_row() + first;
     const T* t = task.reads_teacher ? teacher_row(0) + first : nullptr;
