@@ -127,6 +127,13 @@ FAULTS = [
         LAUNCHERS + "in_runs",
     ),
     Fault(
+        "sequences-length-first-as-one-span",
+        "csrc/cuda/short_rows.cuh",
+        "return strides.inner == classes &&",
+        "return",
+        LAUNCHERS + "length_first",
+    ),
+    Fault(
         "losses-added-before-the-rows-end",
         "csrc/cuda/distillation.cu",
         "  wait_for_launch_before();\n  double sum",
