@@ -1,7 +1,7 @@
 // What a call's parameters say of its rows, for math/row.h and for the choice of a kernel.
 #pragma once
 
-#include "math/row.h"
+#include "math/row_element.h"
 #include "params.h"
 
 namespace kdkernels {
@@ -30,6 +30,13 @@ KD_FN math::RowTask row_task(const LossParams& p) {
   return task;
 }
 
+template <class Real>
+KD_FN math::Logits<Real> logits_of(const LossParams& p) {
+  using Transform = math::Transform<Real>;
+  return {Transform::of(p.logit_scale, p.soft_cap),
+          Transform::of(p.teacher_logit_scale, p.teacher_soft_cap), p.probs};
+}
+
 KD_FN bool has_row_options(const LossParams& p) {
   for (int i = 0; i < kRowOptions; ++i) {
     if (p.row_options[i] != nullptr) return true;
@@ -37,13 +44,16 @@ KD_FN bool has_row_options(const LossParams& p) {
   return false;
 }
 
-// Whether a call's loss and gradient are of two matrices of logits as they are, whole rows of them: what the kernels
-// made for one divergence take.
+// Whether a call compares two matrices class by class, with the same numbers for all rows: what sweeps take.
+KD_FN bool is_of_two_matrices(const LossParams& p) {
+  return !has_row_options(p) && p.teachers == 1 && p.tail == Tail::kNone && !p.standardize &&
+         p.teacher_gradient == nullptr && p.state == nullptr;
+}
+
+// Whether these are logits as they are, and only the loss and its gradient are wanted.
 KD_FN bool is_of_plain_logits(const LossParams& p) {
-  return !has_row_options(p) && p.teachers == 1 && p.tail == Tail::kNone && !p.probs &&
-         !p.standardize && p.logit_scale == 1 && p.soft_cap == 0 && p.teacher_logit_scale == 1 &&
-         p.teacher_soft_cap == 0 && p.teacher_gradient == nullptr && p.statistics == nullptr &&
-         p.state == nullptr;
+  return is_of_two_matrices(p) && !p.probs && p.logit_scale == 1 && p.soft_cap == 0 &&
+         p.teacher_logit_scale == 1 && p.teacher_soft_cap == 0 && p.statistics == nullptr;
 }
 
 // The divergence of a call and its parameters, by its name's. At the limits of a parameter another one is exact.

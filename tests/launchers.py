@@ -697,6 +697,8 @@ def divergence_expected(case):
         out["statistics"] = torch.stack(statistics)
     if case.invalid:
         out["loss"][1], out["gradient"][1] = math.nan, 0.0
+        if case.statistics:
+            out["statistics"][:, 1] = math.nan
     return out
 
 
@@ -853,6 +855,23 @@ def divergence_cases():
             )
             yield Divergence(dtype, 3, classes, **reverse, values="masked", temperature=1.0, **hard)
             yield Divergence(dtype, 3, classes, **reverse, gradient=False)
+        # What logits are turned into, and statistics, by every walk.
+        turned = (
+            {"logit_scale": 0.7, "teacher_logit_scale": 1.5},
+            {"soft_cap": 5.0, "teacher_soft_cap": 4.0, "statistics": True},
+            {"kind": "probs", "logit_scale": 2.0},
+            {"statistics": True, "prompts": 0.3, "values": "training", "gap": 0.1},
+        )
+        walks = ("forward_kl", "reverse_kl", "js", "total_variation")
+        for i, classes in enumerate((10, 100, 700, 1100, 3001, 20000)):
+            for k, options in enumerate(turned):
+                of = {"divergence": walks[(i + k + d) % 4], "reduction": "none"} | options
+                yield Divergence(dtype, 5, classes, **of, **hard, weighted=True, smoothing=0.1)
+                of = {"values": "masked"} | of
+                yield Divergence(
+                    dtype, 3, classes, **of, offset=(1, 2, 0), inplace=True, temperature=1.0
+                )
+                yield Divergence(dtype, 3, classes, **of, gradient=False, invalid=True, **hard)
         yield Divergence(dtype, 3, 1100, **reverse, temperature=8.0, levels=(3e3, -9e3))
         yield Divergence(dtype, 0, 10)
         yield Divergence(dtype, 700, 10, **hard, ignored=0.1)
@@ -873,6 +892,7 @@ def divergence_cases():
     yield Divergence("bfloat16", 1, 200000, divergence="total_variation", soft_cap=30.0)
     yield Divergence("float32", 1, 40000, teachers=2, standardize=True)
     yield Divergence("float32", 1, 200000, divergence="skew_forward_kl", slices=2)
+    yield Divergence("float32", 2, 300000, divergence="reverse_kl", soft_cap=9.0, statistics=True)
     yield Divergence("float64", 1, 60000, divergence="alpha_beta")
     # So near that D feels the rounding of both sums, by every walk.
     for name, gap in (("total_variation", 1e-5), ("alpha_beta", 1e-4)):

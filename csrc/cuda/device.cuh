@@ -50,10 +50,10 @@ struct alignas(sizeof(T) * kCount) Vector {
 };
 
 // All of a vector's elements in the compute type.
-template <class T, class Real>
-__device__ __forceinline__ void widen_all(const Vector<T>& x, Real (&out)[16 / sizeof(T)]) {
+template <class T, int kCount, class Real>
+__device__ __forceinline__ void widen_all(const Vector<T, kCount>& x, Real (&out)[kCount]) {
 #pragma unroll
-  for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j) out[j] = widen(x.value[j]);
+  for (int j = 0; j < kCount; ++j) out[j] = widen(x.value[j]);
 }
 // A bfloat16 is the upper half of its float: two of a word are one instruction each.
 __device__ __forceinline__ void widen_all(const Vector<__nv_bfloat16>& x, float (&out)[8]) {

@@ -66,7 +66,7 @@ CrossEntropy cross_entropy(const LossParams& p) {
   return p.temperature == 1 ? CrossEntropy::kShared : CrossEntropy::kOwn;
 }
 
-template <class T, class Policy>
+template <class T, class Policy, bool kOptions>
 cudaError_t launch_rows(const LossParams& p, const Task<typename Compute<T>::type>& task,
                         const DistillationPlan& plan, const Device& device, cudaStream_t stream) {
   const Grid grid = {plan.partials(p.rows) * plan.cluster, plan.threads, plan.shared, plan.cluster,
@@ -79,13 +79,14 @@ cudaError_t launch_rows(const LossParams& p, const Task<typename Compute<T>::typ
                : launch_kernel(kernel, grid, device, stream, p, task, arguments...);
   };
   switch (plan.walk) {
-    case Walk::kTile: return launch(tile_kernel<T, Policy>, plan.lanes, plan.rows);
+    case Walk::kTile: return launch(tile_kernel<T, Policy, kOptions>, plan.lanes, plan.rows);
     case Walk::kWarp:
       if constexpr (sizeof(T) < 8 && !math::kThirdSweep<Policy>)
-        return launch(warp_kernel<T, Policy>);
+        return launch(warp_kernel<T, Policy, kOptions>);
       break;
-    case Walk::kHeld: return launch(row_kernel<T, Policy, true>, plan.cluster, plan.slots);
-    case Walk::kStream: return launch(row_kernel<T, Policy, false>, 1, 0);
+    case Walk::kHeld:
+      return launch(row_kernel<T, Policy, true, kOptions>, plan.cluster, plan.slots);
+    case Walk::kStream: return launch(row_kernel<T, Policy, false, kOptions>, 1, 0);
   }
   return cudaErrorInvalidValue;
 }
@@ -126,15 +127,16 @@ cudaError_t add_partials(const LossParams& p, int64_t count, const Inverse& inve
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
-template <class T, class Policy>
+template <class T, class Policy, bool kOptions>
 cudaError_t launch_sweeps(const LossParams& p, cudaStream_t stream) {
   using Real = typename Compute<T>::type;
   Device device;
-  cudaError_t error = device_of(reinterpret_cast<const void*>(row_kernel<T, Policy, true>), device);
+  cudaError_t error =
+      device_of(reinterpret_cast<const void*>(row_kernel<T, Policy, true, kOptions>), device);
   if (error != cudaSuccess) return error;
   CrossEntropy hard = cross_entropy(p);
   const DistillationPlan plan =
-      plan_distillation(p.classes, sizeof(T), device, math::kThirdSweep<Policy>);
+      plan_distillation(p.classes, sizeof(T), kOptions, device, math::kThirdSweep<Policy>);
   const Inverse inverse = inverse_of_denominator<Real>(p, stream);
   Task<Real> task = {hard,
                      hard != CrossEntropy::kNone && p.label_smoothing > 0,
@@ -147,9 +149,11 @@ cudaError_t launch_sweeps(const LossParams& p, cudaStream_t stream) {
                      inverse.number,
                      inverse.on_device,
                      p.loss != nullptr ? p.workspace + kPartials : nullptr,
-                     {}};
+                     {},
+                     logits_of<Real>(p),
+                     !math::Logits<Real>::nothing(logits_of<Real>(p))};
   if constexpr (math::kThirdSweep<Policy>) task.parameters = math::parameters_of<Real>(p);
-  if (p.rows > 0) error = launch_rows<T, Policy>(p, task, plan, device, stream);
+  if (p.rows > 0) error = launch_rows<T, Policy, kOptions>(p, task, plan, device, stream);
   if (error != cudaSuccess) return error;
   return add_partials<Real>(p, plan.partials(p.rows) * plan.cluster, inverse, stream);
 }
@@ -216,15 +220,23 @@ int64_t loss_workspace(int64_t rows) {
 cudaError_t loss(const LossParams& p, cudaStream_t stream) {
   return by_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    if (!is_of_plain_logits(p)) return launch_general<T>(p, stream);
+    const bool plain = is_of_plain_logits(p);
+    // fp64 has no special functions to save. An fp32 number is a class's below 2^24.
+    if (!plain && (sizeof(T) == 8 || !is_of_two_matrices(p) || p.classes > (1 << 24)))
+      return launch_general<T>(p, stream);
+    auto sweeps = [&](auto policy) {
+      using Policy = decltype(policy);
+      if constexpr (sizeof(T) == 8) return launch_sweeps<T, Policy, false>(p, stream);
+      return plain ? launch_sweeps<T, Policy, false>(p, stream)
+                   : launch_sweeps<T, Policy, sizeof(T) < 8>(p, stream);
+    };
     switch (p.divergence) {
-      case math::Divergence::kForwardKL: return launch_sweeps<T, ForwardSweeps>(p, stream);
-      case math::Divergence::kReverseKL: return launch_sweeps<T, ReverseSweeps>(p, stream);
+      case math::Divergence::kForwardKL: return sweeps(ForwardSweeps{});
+      case math::Divergence::kReverseKL: return sweeps(ReverseSweeps{});
       default: break;
     }
-    // fp64 has no special functions to save.
     if constexpr (sizeof(T) < 8) {
-      if (math::has_third_sweep(p, sizeof(T) == 2)) return launch_sweeps<T, AnySweeps>(p, stream);
+      if (math::has_third_sweep(p, sizeof(T) == 2)) return sweeps(AnySweeps{});
     }
     return launch_general<T>(p, stream);
   });

@@ -11,10 +11,8 @@ namespace {
 // What of a task stands in a call's options.
 template <class Real>
 KD_FN void set_options(const LossParams& p, DivergenceTask<Real>& task) {
-  using Transform = math::Transform<Real>;
   task.row = row_task(p);
-  task.student = Transform::of(p.logit_scale, p.soft_cap);
-  task.teacher = Transform::of(p.teacher_logit_scale, p.teacher_soft_cap);
+  task.logits = logits_of<Real>(p);
   task.temperature = static_cast<Real>(p.temperature);
   task.refine = task.row.compares && p.state == nullptr && math::needs_exact_sums(p.divergence);
 }
@@ -143,8 +141,8 @@ DivergenceTask<Real> task_of(const LossParams& p) {
   task.own = !task.row.renormalize || task.row.cross_entropy;
   task.reads_teacher =
       p.tail == Tail::kNone && (task.row.compares || p.teacher_gradient != nullptr);
-  const bool of_student = !Transform::nothing(task.student) || has_row_options(p);
-  const bool of_teacher = task.reads_teacher && (p.probs || !Transform::nothing(task.teacher));
+  const bool of_student = !Transform::nothing(task.logits.student) || has_row_options(p);
+  const bool of_teacher = task.reads_teacher && (p.probs || !Transform::nothing(task.logits.teacher));
   // A gradient in probabilities needs them once more.
   task.transformed =
       task.reads_teacher && (p.teachers > 1 || (p.probs && p.teacher_gradient != nullptr));

@@ -14,7 +14,7 @@ namespace {
 template <class Real>
 struct DivergenceTask {
   math::RowTask row;
-  math::Transform<Real> student, teacher;
+  math::Logits<Real> logits;
   math::Parameters<Real> parameters;
   Real temperature;
   bool own;  // the columns beside a top-k teacher's entries are read
@@ -287,13 +287,15 @@ struct RowWalk {
     __syncthreads();
     each(n, [&](int i) { f(i, static_cast<Real>(widen(image[i]))); });
   }
+  __device__ __forceinline__ Real student_logit(Real x) const {
+    return math::Logits<Real>::of_student(task.logits, x);
+  }
   __device__ __forceinline__ Real teacher_logit(Real x) const {
-    if (p.probs) return x == -Real(INFINITY) ? x : math::log_acc(x);
-    return Transform::apply(task.teacher, x);
+    return math::Logits<Real>::of_teacher(task.logits, x);
   }
   __device__ __forceinline__ Real student_at(int i) const {
     const Real x = lane.get(lane.u, i);
-    return task.changes ? Transform::apply(task.student, x) : x;
+    return task.changes ? student_logit(x) : x;
   }
   __device__ __forceinline__ Real teacher_at(int i) const {
     const Real x = lane.get(lane.t, i);
@@ -306,7 +308,7 @@ struct RowWalk {
       if (changes) {
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
-          u[j] = Transform::apply(task.student, u[j]);
+          u[j] = student_logit(u[j]);
           if (lane.has_teacher) t[j] = teacher_logit(t[j]);
         }
       }
@@ -363,7 +365,7 @@ struct RowWalk {
   __device__ __forceinline__ void load_transformed(int64_t first) {
     Real *u = shared_at<Real>(lane.u), *t = shared_at<Real>(lane.t);
     through_raw(student_row() + first, lane.n,
-                [&](int i, Real x) { u[i] = Transform::apply(task.student, x); });
+                [&](int i, Real x) { u[i] = student_logit(x); });
     if (!lane.has_teacher) return;
     const bool mix = p.teachers > 1;
     if (mix) each(lane.n, [&](int i) { t[i] = p.log_mix ? Real(0) : -Real(INFINITY); });
@@ -460,7 +462,7 @@ struct RowWalk {
       const bool here = at >= 0 && at < p.classes && !bad;
       shared_at<int64_t>(task.column)[k] = here ? at : -1;
       Real u = here ? static_cast<Real>(widen(student_row()[at])) : -Real(INFINITY);
-      shared_at<Real>(task.entry_u)[k] = Transform::apply(task.student, u);
+      shared_at<Real>(task.entry_u)[k] = student_logit(u);
       shared_at<Real>(task.entry_t)[k] = here ? values[k] : -Real(INFINITY);
     });
     entries_lane().pad();
@@ -679,11 +681,11 @@ struct RowWalk {
     const math::ElementGradient<Real>& g = shared.gradient;
     Real y = math::ElementGradient<Real>::student(g, task.row.cross_entropy, u, soft);
     if (lane.entries ? column(i) == label : i == label_at) y -= g.at_label;
-    return task.transformed || task.changes ? Transform::back(task.student, u, y) : y;
+    return task.transformed || task.changes ? Transform::back(task.logits.student, u, y) : y;
   }
   __device__ __forceinline__ Real teacher_gradient(Real t, Real soft) const {
     Real y = math::ElementGradient<Real>::teacher(shared.gradient, t, soft);
-    return p.probs ? y : Transform::back(task.teacher, t, y);
+    return p.probs ? y : Transform::back(task.logits.teacher, t, y);
   }
 
   // Gradients of classes that have no share of their own in the divergence.

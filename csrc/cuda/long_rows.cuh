@@ -9,10 +9,9 @@ namespace cuda {
 namespace {
 
 // Adds a vector's elements, none above the sums' maxima, to a thread's sums.
-template <class Policy, class T, class Real>
-__device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums, const Vector<T>& z,
-                                    const Vector<T>& t) {
-  constexpr int kCount = 16 / sizeof(T);
+template <class Policy, class T, int kCount, class Real>
+__device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums,
+                                    const Vector<T, kCount>& z, const Vector<T, kCount>& t) {
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     Real x = (widen(z.value[j]) - sums.max_s) * task.scale;
@@ -32,11 +31,11 @@ __device__ __forceinline__ void add(const Task<Real>& task, RowSums<Real>& sums,
 }
 
 // Of the elements that a place has, what label smoothing adds up.
-template <class T, class Index, class Real>
-__device__ __forceinline__ void add_smooth(RowSums<Real>& sums, const Vector<T>& z,
+template <class T, int kCount, class Index, class Real>
+__device__ __forceinline__ void add_smooth(RowSums<Real>& sums, const Vector<T, kCount>& z,
                                            const Place<Index>& place) {
 #pragma unroll
-  for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j) {
+  for (int j = 0; j < kCount; ++j) {
     if (place.holds(j)) {
       sums.sum_z += widen(z.value[j]) - sums.max_s;
       sums.count += Real(1);
@@ -109,10 +108,10 @@ __device__ __forceinline__ void add_part(RowSums<float>& sums, const RowSums<flo
 template <class T>
 struct Largest {
   T value = Lowest<T>::value;
-  __device__ __forceinline__ void add(const Vector<T>& x) {
+  template <int kCount>
+  __device__ __forceinline__ void add(const Vector<T, kCount>& x) {
 #pragma unroll
-    for (int j = 0; j < static_cast<int>(16 / sizeof(T)); ++j)
-      value = Max::apply(x.value[j], value);
+    for (int j = 0; j < kCount; ++j) value = Max::apply(x.value[j], value);
   }
   __device__ __forceinline__ T result() const { return value; }
 };
@@ -164,88 +163,636 @@ __device__ __forceinline__ RowSums<Real> merge_lanes(const Task<Real>& task,
 }
 
 // Blocks an SM that registers must allow.
-constexpr int row_blocks(bool held, int element_size) {
-  int threads = held ? held_max_threads(element_size) : kStreamThreads;
-  return (held ? 65536 / held_registers(element_size) : element_size == 8 ? 256 : 512) / threads;
+constexpr int row_blocks(bool held, int element_size, bool options) {
+  const int threads = held ? held_max_threads(element_size) : kStreamThreads;
+  return (held                ? 65536 / held_registers(element_size, options)
+          : element_size == 8 ? 256
+                              : 512) /
+         threads;
 }
 
 template <class T>
 constexpr int kHeldWarps = held_max_threads(sizeof(T)) / kWarp;
 
+// What warps tell each other of a row.
 template <class Real>
-struct Pair {
-  Real first, second;
-};
-template <class Real>
-struct alignas(16) Part {
+union alignas(16) Part {
   RowSums<Real> sums;
+  Real values[sizeof(RowSums<Real>) / sizeof(Real)];
 };
 struct alignas(16) LossShare {
   double loss;
 };
+template <class T>
+struct Exchange {
+  using Real = typename Compute<T>::type;
+  // In two turns: who writes the next has passed a barrier after all have read the last.
+  Part<Real> parts[2][kHeldWarps<T>];
+  LossShare shares[kHeldWarps<T>];  // of the row's loss
+  double totals[kHeldWarps<T>];  // of all rows
+  Real factor;  // kept by thread 0; the others read it after a row's barrier
+};
 
-// The sweeps behind the first of a divergence with three: the sum of the row's terms, and its gradient but for the label's
-// share. each(visit): visit(s, z, t) for the thread's slots; reduce_row(a, b): the sums of both over the row's threads;
-// keep(s, slopes): t is these from now on; write(s, gradient).
-template <bool kHeld, class T, class Real, class Each, class ReduceRow, class Keep, class Write>
-__device__ __forceinline__ Real more_sweeps(const LossParams& p, const Task<Real>& task,
-                                            TermSweeps<T>& sweep, Each each, ReduceRow reduce_row,
-                                            Keep keep, Write write) {
-  constexpr int kCount = 16 / sizeof(T);
-  if (math::needs_exact_sums(p.divergence)) {
-    Real excess = 0;
-    each([&](int, const Vector<T>& z, const Vector<T>& t) {
+// The threads that share rows: of a block, or of a cluster's blocks. Each warp adds up what all of them have.
+template <class T>
+struct Team {
+  using Real = typename Compute<T>::type;
+  Exchange<T>& exchange;
+  const int cluster, rank, thread, threads, warps, lane, log_warps;
+  int turn = 0;
+  bool arrived = false;  // at the barrier behind which a block may end
+
+  __device__ __forceinline__ Team(Exchange<T>& exchange, int cluster, int rank, int log_warps)
+      : exchange(exchange),
+        cluster(cluster),
+        rank(rank),
+        thread(threadIdx.x),
+        threads(blockDim.x),
+        warps(threads / kWarp),
+        lane(thread % kWarp),
+        log_warps(log_warps) {}
+
+  __device__ __forceinline__ int warp() const { return thread / kWarp; }
+  __device__ __forceinline__ bool is_first() const { return thread == 0 && rank == 0; }
+  __device__ __forceinline__ int parts() const { return warps * cluster; }  // a power of two
+  __device__ __forceinline__ void meet() const {
+    if (cluster > 1) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
+  }
+  __device__ __forceinline__ void arrive() {
+    if (cluster == 1) return;
+    cluster_arrive();
+    arrived = true;
+  }
+  __device__ __forceinline__ void end() const {
+    if (cluster == 1) return;
+    if (!arrived) cluster_arrive();
+    cluster_wait();
+  }
+  __device__ __forceinline__ Part<Real> part(int i) const {
+    const Part<Real>* at = &exchange.parts[turn][i & (warps - 1)];
+    return cluster > 1 ? read_peer(at, i >> log_warps) : *at;
+  }
+  __device__ __forceinline__ double loss_of(int i) const {
+    const LossShare* at = &exchange.shares[i & (warps - 1)];
+    return cluster > 1 ? read_peer(at, i >> log_warps).loss : at->loss;
+  }
+
+  // The sums of all threads' parts. last: of what this block tells others.
+  template <class Policy>
+  __device__ __forceinline__ RowSums<Real> merge(const Task<Real>& task, RowSums<Real> sums,
+                                                 bool last) {
+    sums = merge_lanes<Policy>(task, sums, kWarp);
+    if (lane == 0) exchange.parts[turn][warp()].sums = sums;
+    meet();
+    sums = part(lane & (parts() - 1)).sums;
+    for (int i = lane + kWarp; i < parts(); i += kWarp)
+      sums = math::merge<Policy>(task.hard, sums, part(i).sums, task.scale, Exp2Nonpositive());
+    if (last) arrive();
+    turn ^= 1;
+    return merge_lanes<Policy>(task, sums, min(parts(), kWarp));
+  }
+  // The first kSums values become sums over the row's threads, the others maxima.
+  template <int kSums, int kValues>
+  __device__ __forceinline__ void reduce(Real (&value)[kValues]) {
+    auto apply = [](int v, Real a, Real b) {
+      return v < kSums ? Sum::apply(a, b) : Max::apply(a, b);
+    };
+    auto of_lanes = [&](int lanes) {
+      for (int step = lanes / 2; step > 0; step /= 2) {
+#pragma unroll
+        for (int v = 0; v < kValues; ++v)
+          value[v] = apply(v, value[v], __shfl_xor_sync(0xFFFFFFFFu, value[v], step));
+      }
+    };
+    of_lanes(kWarp);
+    if (lane == 0) {
+      Part<Real> mine = {};  // whole, as it is read
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) mine.values[v] = value[v];
+      exchange.parts[turn][warp()] = mine;
+    }
+    meet();
+    const Part<Real> first = part(lane & (parts() - 1));
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) value[v] = first.values[v];
+    for (int i = lane + kWarp; i < parts(); i += kWarp) {
+      const Part<Real> more = part(i);
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) value[v] = apply(v, value[v], more.values[v]);
+    }
+    turn ^= 1;
+    of_lanes(min(parts(), kWarp));
+  }
+};
+
+// Logits of a row in shared memory: of each thread a vector a turn, in planes of 16 bytes.
+template <class Held, int kCount>
+struct Slots {
+  static constexpr int kPlanes = kCount * sizeof(Held) / 16;
+  uint4* first;  // of this thread
+  int threads, plane;
+
+  __device__ __forceinline__ uint4* at(int slot) const { return first + slot * threads; }
+  __device__ __forceinline__ Vector<Held, kCount> get(int slot) const {
+    uint4 bits[kPlanes];
+#pragma unroll
+    for (int i = 0; i < kPlanes; ++i) bits[i] = at(slot)[i * plane];
+    Vector<Held, kCount> x;
+    memcpy(&x, bits, sizeof x);
+    return x;
+  }
+  __device__ __forceinline__ void put(int slot, const Vector<Held, kCount>& x) const {
+    uint4 bits[kPlanes];
+    memcpy(bits, &x, sizeof x);
+#pragma unroll
+    for (int i = 0; i < kPlanes; ++i) at(slot)[i * plane] = bits[i];
+  }
+};
+
+// A thread's part of one row: slots, in shared memory if kHeld, else read again in each sweep.
+template <class T, class Policy, bool kHeld, bool kOptions>
+struct LongRow {
+  using Real = typename Compute<T>::type;
+  using Held = HeldType<T, kOptions>;
+  using Index = std::conditional_t<kHeld, int, int64_t>;
+  static constexpr int kCount = 16 / sizeof(T), kGroups = kHeld && !kOptions ? 4 : 1;
+  using Logits = Vector<Held, kCount>;
+  // Wider types in shared memory have the instructions to spare, and not the registers.
+  static constexpr bool kShift = !kOptions && (sizeof(T) == 2 || (sizeof(T) == 4 && !kHeld));
+  static constexpr int kLeastSlots = 4;  // that pay for what is done once a group
+
+  const LossParams& p;
+  const Task<Real>& task;
+  Team<T>& team;
+  const Slots<Held, kCount> z_slots, t_slots;
+  const int64_t r;
+  const bool last;  // of this block's rows
+  const Row<Real> row;
+  const T *z_row, *t_row;
+  T* g_row;
+  const Span<T, Index> span;
+  // This block's share of the body; this thread's slots with something in them: `mine` of the body (the first may be the one
+  // that is none, and is passed over), then at most one with an element of the row's head or tail.
+  Index begin, end, own;
+  int mine, skip, slots, whole;  // slots up to `whole` are whole vectors, those from `skip` on
+  Index at_first;  // where they start
+
+  __device__ __forceinline__ LongRow(const LossParams& p, const Task<Real>& task, Team<T>& team,
+                                     const Slots<Held, kCount>& z_slots,
+                                     const Slots<Held, kCount>& t_slots, int64_t r, bool last)
+      : p(p),
+        task(task),
+        team(team),
+        z_slots(z_slots),
+        t_slots(t_slots),
+        r(r),
+        last(last),
+        row(read_row<Real>(p, r)),
+        z_row(row_at<T>(p.student, p.student_rows, r)),
+        t_row(row_at<T>(p.teacher_data[0], p.teacher_rows[0], r)),
+        g_row(p.gradient != nullptr ? row_at<T>(p.gradient, p.gradient_rows, r) : nullptr),
+        span(z_row, t_row, g_row, static_cast<Index>(p.classes)) {
+    const int thread = team.thread, threads = team.threads;
+    Index share = (span.body + team.cluster - 1) / team.cluster;
+    share += share % 2;  // as in held_plan: whole sectors
+    begin = team.rank * share < span.body ? team.rank * share : span.body;
+    end = begin + share < span.body ? begin + share : span.body;
+    own = span.vectors ? end - begin : min(end * kCount, span.elements) - begin * kCount;
+    const int log_step = 31 - __clz(span.vectors ? threads : threads * kCount);
+    mine = own > thread ? static_cast<int>((own - thread - 1) >> log_step) + 1 : 0;
+    skip = span.vectors && begin + thread < span.skew;
+    slots = mine + (team.rank == 0 && thread < kEdges && !edge().empty());
+    whole = span.vectors ? mine : 0;
+    at_first = span.head + (begin + thread - span.skew) * kCount;
+  }
+
+  __device__ __forceinline__ Place<Index> edge() const {
+    return edge_place(span, team.thread & (kEdges - 1));
+  }
+  __device__ __forceinline__ Place<Index> place(int s) const {
+    return s < mine ? body_place(span, begin, end, s, team.thread, team.threads) : edge();
+  }
+  __device__ __forceinline__ Index at(int s) const {
+    return at_first + static_cast<Index>(s) * (team.threads * kCount);
+  }
+  __device__ __forceinline__ Vector<T> fetch(const T* from, int s) const {
+    return s < whole ? *reinterpret_cast<const Vector<T>*>(from + at(s)) : load(from, place(s));
+  }
+
+  // ---- logits as they are compared ----
+
+  __device__ __forceinline__ void convert(const Vector<T>& z, const Vector<T>& t, Logits& z_out,
+                                          Logits& t_out) const {
+    if constexpr (kOptions) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        const auto x = sweep.element(task, widen(z.value[j]), widen(t.value[j]));
-        excess += math::difference(x.q, x.p, -x.d);
+        z_out.value[j] = task.template student<true>(widen(z.value[j]));
+        t_out.value[j] = task.template teacher<true>(widen(t.value[j]));
       }
-    });
-    sweep.refine(reduce_row(excess, Real(0)).first);
+    } else {
+      z_out = z;
+      t_out = t;
+    }
   }
-  Pair<Real> terms = {0, 0};
-  math::with_policy(p, [&](auto policy) {
-    using Terms = decltype(policy);
-    if constexpr (!math::kTwoSweeps<Terms>) {
-      // Where rows are held; rounded to 16 bits slopes would lose digits to their sum.
-      constexpr bool kSlopes = kHeld && math::kHasSlope<Terms> && sizeof(T) > 2;
-      each([&](int s, const Vector<T>& z, const Vector<T>& t) {
-        Real zs[kCount], ts[kCount];
-        widen_all(z, zs);
-        widen_all(t, ts);
-        [[maybe_unused]] Vector<T> slopes;
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          const math::ClassShare<Real> x =
-              Terms::share(sweep.element(task, zs[j], ts[j]), task.parameters);
-          terms.first += x.f;
-          terms.second += x.a;
-          if constexpr (kSlopes) narrow(x.slope, slopes.value[j]);
+  __device__ __forceinline__ void read(int s, Logits& z, Logits& t) const {
+    if constexpr (kHeld) {
+      z = z_slots.get(s);
+      t = t_slots.get(s);
+    } else {
+      convert(fetch(z_row, s), fetch(t_row, s), z, t);
+    }
+  }
+  // visit(s, z, t) for slots [from, slots).
+  template <class Visit>
+  __device__ __forceinline__ void each(int from, Visit visit) const {
+#pragma unroll 1
+    for (int s = from; s < slots; ++s) {
+      Logits z, t;
+      read(s, z, t);
+      visit(s, z, t);
+    }
+  }
+  __device__ __forceinline__ void write(int s, const Vector<T>& out) const {
+    if (s < whole) {
+      *reinterpret_cast<Vector<T>*>(g_row + at(s)) = out;
+    } else {
+      store(g_row, place(s), out);
+    }
+  }
+
+  // ---- sweep 1 ----
+
+  __device__ __forceinline__ int group_slots() const {
+    const int some = (slots + kGroups - 1) / kGroups;
+    return kShift ? max(some, kLeastSlots) : some;
+  }
+  __device__ __forceinline__ void bring() const {
+    if constexpr (kOptions) {
+#pragma unroll 2
+      for (int s = skip; s < slots; ++s) {
+        Logits z, t;
+        convert(fetch(z_row, s), fetch(t_row, s), z, t);
+        z_slots.put(s, z);
+        t_slots.put(s, t);
+      }
+      return;
+    }
+    const int of_group = group_slots();
+#pragma unroll 1
+    for (int g = 0; g < kGroups; ++g) {
+      const int to = min(slots, (g + 1) * of_group), to_whole = min(to, whole);
+      int s = max(skip, g * of_group);
+#pragma unroll 1
+      for (; s < to_whole; ++s) {
+        copy_async(z_slots.at(s), z_row + at(s));
+        copy_async(t_slots.at(s), t_row + at(s));
+      }
+#pragma unroll 1
+      for (; s < to; ++s) {
+        Logits z, t;
+        convert(load(z_row, place(s)), load(t_row, place(s)), z, t);
+        z_slots.put(s, z);
+        t_slots.put(s, t);
+      }
+      commit_copies();
+    }
+  }
+  // Of slots [from, to), which are held.
+  __device__ __forceinline__ void add_group(int from, int to, RowSums<Real>& sums) const {
+    Largest<Held> largest_s, largest_t;
+#pragma unroll 2
+    for (int s = from; s < to; ++s) {
+      largest_s.add(z_slots.get(s));
+      largest_t.add(t_slots.get(s));
+    }
+    const Real max_s = Max::apply(largest_s.result(), sums.max_s);
+    const Real max_t = Max::apply(largest_t.result(), sums.max_t);
+    rebase<Policy>(task, sums, max_s, max_t);
+    if (task.smooth) {
+#pragma unroll 1
+      for (int s = from; s < to; ++s) add_smooth(sums, z_slots.get(s), place(s));
+    }
+    if constexpr (kShift) {
+      const Shifts shifts(task, max_s, max_t);
+      if (shifts.small()) {
+        RowSums<Real> part = {max_s, max_t, 0, 0, 0, 0, 0, 0};
+#pragma unroll 1
+        for (int s = from; s < to; ++s) {
+          const Logits z = z_slots.get(s), t = t_slots.get(s);
+          add_shifted<Policy>(task, part, shifts, z, t);
         }
-        if constexpr (kSlopes) keep(s, slopes);
-      });
-      terms = reduce_row(terms.first, terms.second);
-      sweep.of_q = -sweep.other * terms.second;
-      if (p.gradient == nullptr) return;
-      each([&](int s, const Vector<T>& z, const Vector<T>& t) {
-        Real zs[kCount], ts[kCount];
-        Vector<T> out;
-        widen_all(z, zs);
-        widen_all(t, ts);
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          if constexpr (kSlopes) {
-            narrow(sweep.gradient_of_slope(task, zs[j], ts[j]), out.value[j]);
-          } else {
-            narrow(sweep.template gradient<Terms>(task, zs[j], ts[j]), out.value[j]);
-          }
-        }
-        write(s, out);
+        if (part.cross == part.cross) return add_part<Policy>(sums, part, shifts);
+      }
+    }
+#pragma unroll 1
+    for (int s = from; s < to; ++s) add<Policy>(task, sums, z_slots.get(s), t_slots.get(s));
+  }
+  // This thread's sums. While later groups are on their way it adds up the earlier ones.
+  __device__ __forceinline__ RowSums<Real> add_up() const {
+    RowSums<Real> sums = {Lowest<Real>::value, Lowest<Real>::value, 0, 0, 0, 0, 0, 0};
+    if constexpr (kHeld) {
+      const int of_group = group_slots();
+#pragma unroll 1
+      for (int g = 0; g < kGroups; ++g) {
+        if (g == kGroups - 4) wait_copies<3>();
+        if (g == kGroups - 3) wait_copies<2>();
+        if (g == kGroups - 2) wait_copies<1>();
+        if (g == kGroups - 1) wait_copies<0>();
+        const int from = max(skip, g * of_group), to = min(slots, (g + 1) * of_group);
+        if (kShift && from >= to) continue;
+        add_group(from, to, sums);
+      }
+    } else {
+      each(skip, [&](int s, const Logits& z, const Logits& t) {
+        Largest<Held> largest_s, largest_t;
+        largest_s.add(z);
+        largest_t.add(t);
+        rebase<Policy>(task, sums, Max::apply(largest_s.result(), sums.max_s),
+                       Max::apply(largest_t.result(), sums.max_t));
+        add<Policy>(task, sums, z, t);
+        if (task.smooth) add_smooth(sums, z, place(s));
       });
     }
-  });
-  return terms.first < Real(0) ? Real(0) : terms.first;  // of rounded terms
-}
+    return sums;
+  }
+
+  // ---- the other sweeps ----
+
+  // Whether this thread writes a class's gradient.
+  __device__ __forceinline__ bool writes(Index label) const {
+    const Index member =
+        span.vectors ? (label - span.head) / kCount + span.skew - begin : label - begin * kCount;
+    const bool in_body = label >= span.head && member >= 0 && member < own;
+    return in_body ? (member & (team.threads - 1)) == team.thread
+                   : slots > mine && label == edge().first;
+  }
+  // The label's gradient, with its own share: the thread that wrote the label's element writes it again.
+  template <class Gradient>
+  __device__ __forceinline__ void write_label(Real label_z, Real at_label, Gradient gradient) const {
+    if (g_row == nullptr || task.hard == CrossEntropy::kNone) return;
+    const Index label = static_cast<Index>(p.labels[r]);  // read again, for registers
+    if (!writes(label)) return;
+    const Real label_t = task.template teacher<kOptions>(widen(t_row[label]));
+    narrow(task.template back<kOptions>(label_z, gradient(label_t) - at_label), g_row[label]);
+  }
+  // Where a thread has a row's largest logit, its class.
+  __device__ __forceinline__ void find_first(const RowSums<Real>& own_sums,
+                                             const RowSums<Real>& sums,
+                                             StatisticSums<Real>& statistics) const {
+    if (own_sums.max_s < sums.max_s && own_sums.max_t < sums.max_t) return;
+    each(skip, [&](int s, const Logits& z, const Logits& t) {
+      const Place<Index> here = place(s);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        if (here.holds(j))
+          statistics.compare(sums, widen(z.value[j]), widen(t.value[j]), Real(here.at(j)));
+      }
+    });
+  }
+  __device__ __forceinline__ void add_statistics(const RowSums<Real>& sums, const Logits& z,
+                                                 const Logits& t,
+                                                 StatisticSums<Real>& statistics) const {
+    if constexpr (kOptions) {
+      if (p.statistics == nullptr) return;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j)
+        statistics.add(task, sums, widen(z.value[j]), widen(t.value[j]));
+    }
+  }
+
+  // Sums over the row of a thread's terms and their derivatives, and of what statistics take.
+  __device__ __forceinline__ void reduce(Real& terms, Real& of_a,
+                                         StatisticSums<Real>& statistics) const {
+    if constexpr (kOptions) {
+      Real x[] = {terms,           of_a, statistics.self_s, statistics.self_t, statistics.first_s,
+                  statistics.first_t};
+      team.template reduce<4>(x);
+      terms = x[0];
+      of_a = x[1];
+      statistics = {x[2], x[3], x[4], x[5]};
+    } else {
+      Real x[] = {terms, of_a};
+      team.template reduce<2>(x);
+      terms = x[0];
+      of_a = x[1];
+    }
+  }
+  // By one thread: the row's loss, and its statistics.
+  __device__ __forceinline__ void emit(const RowSums<Real>& sums, Real terms, Real loss,
+                                       const StatisticSums<Real>& statistics) const {
+    if (!team.is_first()) return;
+    team.exchange.totals[0] += row.emit(p, r, loss);
+    if (kOptions && p.statistics != nullptr) statistics.write(p, task, sums, r, terms);
+  }
+
+  // Of a divergence with three sweeps, whose second adds up its terms and their derivatives.
+  template <class Terms>
+  __device__ __forceinline__ Real other_sweeps(TermSweeps<T, kOptions>& sweep,
+                                               const RowSums<Real>& sums,
+                                               StatisticSums<Real>& statistics) const {
+    // Where rows are held; rounded to 16 bits slopes would lose digits to their sum.
+    constexpr bool kSlopes = kHeld && math::kHasSlope<Terms> && sizeof(T) > 2;
+    Real terms = 0, of_a = 0;
+    each(skip, [&](int s, const Logits& z, const Logits& t) {
+      Real zs[kCount], ts[kCount];
+      widen_all(z, zs);
+      widen_all(t, ts);
+      [[maybe_unused]] Logits slopes;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const math::ClassShare<Real> x =
+            Terms::share(sweep.element(task, zs[j], ts[j]), task.parameters);
+        terms += x.f;
+        of_a += x.a;
+        if constexpr (kSlopes) narrow(x.slope, slopes.value[j]);
+      }
+      add_statistics(sums, z, t, statistics);
+      if constexpr (kSlopes) t_slots.put(s, slopes);
+    });
+    reduce(terms, of_a, statistics);
+    sweep.of_q = -sweep.other * of_a;
+    if (g_row == nullptr) return terms;
+    each(skip, [&](int s, const Logits& z, const Logits& t) {
+      Real zs[kCount], ts[kCount];
+      Vector<T> out;
+      widen_all(z, zs);
+      widen_all(t, ts);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        Real gradient;
+        if constexpr (kSlopes) {
+          gradient = sweep.gradient_of_slope(task, zs[j], ts[j]);
+        } else {
+          gradient = sweep.template gradient<Terms>(task, zs[j], ts[j]);
+        }
+        narrow(task.template back<kOptions>(zs[j], gradient), out.value[j]);
+      }
+      write(s, out);
+    });
+    return terms;
+  }
+  __device__ __forceinline__ void three_sweeps(const RowSums<Real>& sums, Real label_z,
+                                               StatisticSums<Real>& statistics) const {
+    TermSweeps<T, kOptions> sweep(task, sums, label_z, row.weight * team.exchange.factor);
+    if (math::needs_exact_sums(p.divergence)) {
+      Real excess[] = {Real(0)};
+      each(skip, [&](int, const Logits& z, const Logits& t) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          const auto x = sweep.element(task, widen(z.value[j]), widen(t.value[j]));
+          excess[0] += math::difference(x.q, x.p, -x.d);
+        }
+      });
+      team.template reduce<1>(excess);
+      sweep.refine(excess[0]);
+    }
+    Real terms = 0;
+    math::with_policy(p, [&](auto policy) {
+      using Terms = decltype(policy);
+      if constexpr (!math::kTwoSweeps<Terms>) terms = other_sweeps<Terms>(sweep, sums, statistics);
+    });
+    terms = terms < Real(0) ? Real(0) : terms;  // of rounded terms
+    if (last) team.arrive();
+    emit(sums, terms, math::fma(sweep.of_term, terms, sweep.loss), statistics);
+    write_label(label_z, sweep.at_label,
+                [&](Real label_t) { return sweep.gradient_of(p, task, label_z, label_t); });
+  }
+
+  // The second sweep over whole vectors, in fewer instructions.
+  template <class Sweep>
+  __device__ __forceinline__ Real shifted_sweep(Sweep& sweep, const Shifts& shifts) const {
+    const Real of_s = shifts.s.factor(), of_t = shifts.t.factor(),
+               of_hard = sweep.of_hard * shifts.hard.factor();
+    sweep.inv_s *= of_s;
+    sweep.inv_t *= of_t;
+    Real terms = 0;
+#pragma unroll 1
+    for (int s = skip; s < whole; ++s) {
+      Logits z, t;
+      Vector<T> out;
+      read(s, z, t);
+      Real zs[kCount], ts[kCount], gradient[kCount];
+      widen_all(z, zs);
+      widen_all(t, ts);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const TermAndGradient<Real> x =
+            sweep.soft(task, zs[j], ts[j], math::exp2_nonpositive(shifts.s(zs[j])),
+                       math::exp2_nonpositive(shifts.t(ts[j])));
+        terms += x.term;
+        gradient[j] = x.gradient;
+      }
+      if (g_row == nullptr) continue;
+      if (task.hard != CrossEntropy::kNone) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          Real eh = math::exp2_nonpositive(shifts.hard(zs[j]));
+          gradient[j] = math::fma(of_hard, eh, gradient[j] - sweep.uniform);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) narrow(gradient[j], out.value[j]);
+      *reinterpret_cast<Vector<T>*>(g_row + at(s)) = out;
+    }
+    sweep.inv_s *= math::inverse(of_s);
+    sweep.inv_t *= math::inverse(of_t);
+    return terms;
+  }
+  __device__ __forceinline__ void two_sweeps(const RowSums<Real>& sums, Real label_z,
+                                             StatisticSums<Real>& statistics) const {
+    SecondSweep<T, Policy, kOptions> sweep(task, sums, label_z,
+                                           row.weight * team.exchange.factor);
+    Real terms = 0;
+    int done = skip;  // slots up to here are done
+    if constexpr (kShift) {
+      const Shifts shifts(task, sums.max_s, sums.max_t);
+      if (shifts.small()) {
+        terms = shifted_sweep(sweep, shifts);
+        done = max(skip, whole);
+      }
+    }
+    each(done, [&](int s, const Logits& z, const Logits& t) {
+      Vector<T> out;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const Real zj = widen(z.value[j]);
+        const TermAndGradient<Real> x = sweep.element(task, zj, widen(t.value[j]));
+        terms += x.term;
+        narrow(task.template back<kOptions>(zj, x.gradient), out.value[j]);
+      }
+      add_statistics(sums, z, t, statistics);
+      if (g_row != nullptr) write(s, out);
+    });
+    // Numbers are made again, for registers.
+    const Real weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[r] : Real(1);
+    const Real at_label = (Real(1) - task.alpha) * (weight * team.exchange.factor) *
+                          (Real(1) - task.smoothing);
+    write_label(label_z, at_label,
+                [&](Real label_t) { return sweep.element(task, label_z, label_t).gradient; });
+    const Real of_term = task.alpha * task.temperature * task.temperature;
+    if (kOptions && p.statistics != nullptr) {
+      Real none = 0;
+      reduce(terms, none, statistics);
+      return emit(sums, terms, math::fma(of_term, terms, sweep.loss), statistics);
+    }
+    add_shares(of_term, sweep.loss, terms, weight);
+  }
+  // The row's loss is the sum of all warps' shares.
+  __device__ __forceinline__ void add_shares(Real of_term, Real of_row, Real terms,
+                                             Real weight) const {
+    Real of_warp[1] = {terms};
+    reduce_lanes<Sum>(of_warp);
+    if (team.lane == 0) {
+      Real loss = of_term * of_warp[0];
+      if (team.is_first()) loss += of_row;
+      loss *= weight;
+      team.exchange.shares[team.warp()].loss = static_cast<double>(loss);
+      team.exchange.totals[team.warp()] += static_cast<double>(loss);
+    }
+    if (p.row_loss == nullptr) return;
+    team.meet();
+    if (!team.is_first()) return;
+    double loss = 0;
+    for (int i = 0; i < team.parts(); ++i) loss += team.loss_of(i);
+    static_cast<Real*>(p.row_loss)[r] = static_cast<Real>(loss);
+  }
+
+  __device__ __forceinline__ void skip_row() const {
+    if (team.is_first()) {
+      team.exchange.totals[0] += row.emit(p, r, Real(0));
+      if (kOptions && p.statistics != nullptr) blank_statistics(p, row, r);
+    }
+    if (g_row == nullptr) return;
+    Vector<T> zero;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) narrow(Real(0), zero.value[j]);
+#pragma unroll 1
+    for (int s = 0; s < slots; ++s) store(g_row, place(s), zero);
+  }
+  __device__ __forceinline__ void run() const {
+    if (row.skipped()) return skip_row();
+    if constexpr (kHeld) bring();
+    const Real label_z = task.hard != CrossEntropy::kNone
+                             ? task.template student<kOptions>(widen(z_row[row.label]))
+                             : Real(0);
+    const RowSums<Real> mine_only = add_up();
+    constexpr bool kThird = math::kThirdSweep<Policy>;
+    const bool tells_more = kThird || p.row_loss != nullptr || (kOptions && p.statistics != nullptr);
+    const RowSums<Real> sums = team.template merge<Policy>(task, mine_only, last && !tells_more);
+    StatisticSums<Real> statistics;
+    if (kOptions && p.statistics != nullptr) find_first(mine_only, sums, statistics);
+    if constexpr (kThird) {
+      three_sweeps(sums, label_z, statistics);
+    } else {
+      two_sweeps(sums, label_z, statistics);
+    }
+  }
+};
 
 // held, kHeld: a block or a cluster a row. A block's slice of the row is copied to shared memory at once,
 // in up to 4 groups; while later groups are on their way the thread adds up the earlier ones. A thread reads only what
@@ -253,362 +800,35 @@ __device__ __forceinline__ Real more_sweeps(const LossParams& p, const Task<Real
 // to what it adds up over all rows. Bytes 1.00 times the least. Special functions an element: 4, or 6 with
 // cross-entropy's own exponentials.
 // stream, else: a block a row, read from global memory in both sweeps.
-template <class T, class Policy, bool kHeld>
+template <class T, class Policy, bool kHeld, bool kOptions>
 __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamThreads,
-                                  row_blocks(kHeld, sizeof(T)))
+                                  row_blocks(kHeld, sizeof(T), kOptions))
     row_kernel(const __grid_constant__ LossParams p,
                const __grid_constant__ Task<typename Compute<T>::type> task, int cluster,
                int capacity) {
-  using Real = typename Compute<T>::type;
-  using Index = std::conditional_t<kHeld, int, int64_t>;
-  constexpr int kCount = 16 / sizeof(T);
-  // Wider types in shared memory have the instructions to spare, and not the registers.
-  constexpr bool kShift = sizeof(T) == 2 || (sizeof(T) == 4 && !kHeld);
-  constexpr int kGroups = kHeld ? 4 : 1;
-  constexpr int kLeastSlots = 4;  // that pay for what is done once a group
+  using Walk = LongRow<T, Policy, kHeld, kOptions>;
+  using RowSlots = Slots<typename Walk::Held, Walk::kCount>;
   extern __shared__ uint4 slots_shared[];
-  __shared__ Part<Real> parts[2][kHeldWarps<T>];
-  // Of each warp: the row's share of the loss, and the sum over all rows.
-  __shared__ LossShare shares[kHeldWarps<T>];
-  __shared__ double totals[kHeldWarps<T>];
-  // Kept by thread 0; the others read it after a row's barrier.
-  __shared__ Real factor;
-  const int thread = threadIdx.x, threads = blockDim.x, rank = kHeld ? cluster_rank() : 0;
-  const int warps = threads / kWarp, lane = thread % kWarp, log_warps = 31 - __clz(warps);
-  Vector<T>* z_slots = reinterpret_cast<Vector<T>*>(slots_shared) + thread;
-  Vector<T>* t_slots = z_slots + capacity * threads + kEdges;
-  if (lane == 0) totals[thread / kWarp] = 0;
+  __shared__ Exchange<T> exchange;
+  Team<T> team(exchange, cluster, kHeld ? cluster_rank() : 0, 31 - __clz(blockDim.x / kWarp));
+  const int plane = capacity * team.threads + kEdges;
+  const RowSlots z_slots = {slots_shared + team.thread, team.threads, plane};
+  const RowSlots t_slots = {z_slots.first + RowSlots::kPlanes * plane, team.threads, plane};
+  if (team.lane == 0) exchange.totals[team.warp()] = 0;
   wait_for_launch_before();
-  if (thread == 0) factor = task.factor(p);
-  int turn = 0;
-  bool arrived = false;
+  if (team.thread == 0) exchange.factor = task.factor(p);
 
   const int stride = gridDim.x / cluster;
-  for (int64_t r = blockIdx.x / cluster; r < p.rows; r += stride) {
-    const Row<Real> row = read_row<Real>(p, r);
-    const T* z_row = row_at<T>(p.student, p.student_rows, r);
-    const T* t_row = row_at<T>(p.teacher_data[0], p.teacher_rows[0], r);
-    T* g_row = p.gradient != nullptr ? row_at<T>(p.gradient, p.gradient_rows, r) : nullptr;
-    const Span<T, Index> span(z_row, t_row, g_row, static_cast<Index>(p.classes));
-    Index share = (span.body + cluster - 1) / cluster;
-    share += share % 2;  // as in held_plan: whole sectors
-    const Index begin = rank * share < span.body ? rank * share : span.body;
-    const Index end = begin + share < span.body ? begin + share : span.body;
-    // This thread's slots with something in them: `mine` of the body (the first may be the one that is none,
-    // and is passed over), then at most one with an element of the row's head or tail.
-    const Index own =
-        span.vectors ? end - begin : min(end * kCount, span.elements) - begin * kCount;
-    const int log_step = 31 - __clz(span.vectors ? threads : threads * kCount);
-    const int mine = own > thread ? static_cast<int>((own - thread - 1) >> log_step) + 1 : 0;
-    const int skip = span.vectors && begin + thread < span.skew;
-    auto edge = [&] { return edge_place(span, thread & (kEdges - 1)); };
-    const int slots = mine + (rank == 0 && thread < kEdges && !edge().empty());
-    auto place = [&](int s) {
-      return s < mine ? body_place(span, begin, end, s, thread, threads) : edge();
-    };
-    // Slots up to here are whole vectors, those from `skip` on; where they start.
-    const int whole = span.vectors ? mine : 0;
-    const Index at_first = span.head + (begin + thread - span.skew) * kCount;
-    auto at = [&](int s) { return at_first + static_cast<Index>(s) * (threads * kCount); };
+  for (int64_t r = blockIdx.x / cluster; r < p.rows; r += stride)
+    Walk(p, task, team, z_slots, t_slots, r, r + stride >= p.rows).run();
 
-    if (row.skipped()) {
-      if (thread == 0 && rank == 0) totals[0] += row.emit(p, r, Real(0));
-      if (g_row == nullptr) continue;
-      Vector<T> zero;
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) narrow(Real(0), zero.value[j]);
-#pragma unroll 1
-      for (int s = 0; s < slots; ++s) store(g_row, place(s), zero);
-      continue;
-    }
-
-    int group_slots = (slots + kGroups - 1) / kGroups;
-    if constexpr (kShift) group_slots = max(group_slots, kLeastSlots);
-    if constexpr (kHeld) {
-#pragma unroll 1
-      for (int g = 0; g < kGroups; ++g) {
-        const int to = min(slots, (g + 1) * group_slots), to_whole = min(to, whole);
-        int s = max(skip, g * group_slots);
-#pragma unroll 1
-        for (; s < to_whole; ++s) {
-          copy_async(z_slots + s * threads, z_row + at(s));
-          copy_async(t_slots + s * threads, t_row + at(s));
-        }
-#pragma unroll 1
-        for (; s < to; ++s) {
-          z_slots[s * threads] = load(z_row, place(s));
-          t_slots[s * threads] = load(t_row, place(s));
-        }
-        commit_copies();
-      }
-    }
-    const Real label_z =
-        task.hard != CrossEntropy::kNone ? static_cast<Real>(widen(z_row[row.label])) : Real(0);
-
-    RowSums<Real> sums = {Lowest<Real>::value, Lowest<Real>::value, 0, 0, 0, 0, 0, 0};
-    if constexpr (kHeld) {
-#pragma unroll 1
-      for (int g = 0; g < kGroups; ++g) {
-        if (g == 0) wait_copies<3>();
-        if (g == 1) wait_copies<2>();
-        if (g == 2) wait_copies<1>();
-        if (g == 3) wait_copies<0>();
-        const int from = max(skip, g * group_slots), to = min(slots, (g + 1) * group_slots);
-        if (kShift && from >= to) continue;
-        Largest<T> largest_s, largest_t;
-#pragma unroll 2
-        for (int s = from; s < to; ++s) {
-          Vector<T> z = z_slots[s * threads], t = t_slots[s * threads];
-          largest_s.add(z);
-          largest_t.add(t);
-        }
-        const Real max_s = Max::apply(largest_s.result(), sums.max_s);
-        const Real max_t = Max::apply(largest_t.result(), sums.max_t);
-        rebase<Policy>(task, sums, max_s, max_t);
-        if (task.smooth) {
-#pragma unroll 1
-          for (int s = from; s < to; ++s)
-            add_smooth(sums, Vector<T>(z_slots[s * threads]), place(s));
-        }
-        bool added = false;
-        if constexpr (kShift) {
-          const Shifts shifts(task, max_s, max_t);
-          if (shifts.small()) {
-            RowSums<Real> part = {max_s, max_t, 0, 0, 0, 0, 0, 0};
-#pragma unroll 1
-            for (int s = from; s < to; ++s) {
-              const Vector<T> z = z_slots[s * threads], t = t_slots[s * threads];
-              add_shifted<Policy>(task, part, shifts, z, t);
-            }
-            added = part.cross == part.cross;
-            if (added) add_part<Policy>(sums, part, shifts);
-          }
-        }
-        if (!added) {
-#pragma unroll 1
-          for (int s = from; s < to; ++s)
-            add<Policy>(task, sums, Vector<T>(z_slots[s * threads]), t_slots[s * threads]);
-        }
-      }
-    } else {
-#pragma unroll 1
-      for (int s = 0; s < slots; ++s) {
-        auto here = place(s);
-        Vector<T> z = load(z_row, here), t = load(t_row, here);
-        Largest<T> largest_s, largest_t;
-        largest_s.add(z);
-        largest_t.add(t);
-        rebase<Policy>(task, sums, Max::apply(largest_s.result(), sums.max_s),
-                       Max::apply(largest_t.result(), sums.max_t));
-        add<Policy>(task, sums, z, t);
-        if (task.smooth) add_smooth(sums, z, here);
-      }
-    }
-
-    // Whether this thread writes a class's gradient.
-    auto writes = [&](Index label) {
-      const Index member =
-          span.vectors ? (label - span.head) / kCount + span.skew - begin : label - begin * kCount;
-      const bool in_body = label >= span.head && member >= 0 && member < own;
-      return in_body ? (member & (threads - 1)) == thread : slots > mine && label == edge().first;
-    };
-
-    // Every warp merges the parts of all warps of the cluster. Two turns of parts: who writes the next
-    // row's has passed that row's barrier after all have read this row's.
-    sums = merge_lanes<Policy>(task, sums, kWarp);
-    if (lane == 0) parts[turn][thread / kWarp].sums = sums;
-    auto meet = [&] {
-      if (cluster > 1) {
-        cluster_arrive();
-        cluster_wait();
-      } else {
-        __syncthreads();
-      }
-    };
-    meet();
-    const int count = warps * cluster;  // a power of two
-    auto part = [&](int i) {
-      const Part<Real>* at = &parts[turn][i & (warps - 1)];
-      return cluster > 1 ? read_peer(at, i >> log_warps).sums : at->sums;
-    };
-    sums = part(lane & (count - 1));
-    for (int i = lane + kWarp; i < count; i += kWarp)
-      sums = math::merge<Policy>(task.hard, sums, part(i), task.scale, Exp2Nonpositive());
-    if (!math::kThirdSweep<Policy> && cluster > 1 && r + stride >= p.rows &&
-        p.row_loss == nullptr) {
-      cluster_arrive();
-      arrived = true;
-    }
-    turn ^= 1;
-    sums = merge_lanes<Policy>(task, sums, min(count, kWarp));
-
-    if constexpr (math::kThirdSweep<Policy>) {
-      TermSweeps<T> sweep(task, sums, label_z, row.weight * factor);
-      // visit(s, z, t) for this thread's slots.
-      auto each = [&](auto visit) {
-#pragma unroll 1
-        for (int s = skip; s < slots; ++s) {
-          if constexpr (kHeld) {
-            visit(s, Vector<T>(z_slots[s * threads]), Vector<T>(t_slots[s * threads]));
-          } else {
-            visit(s, load(z_row, place(s)), load(t_row, place(s)));
-          }
-        }
-      };
-      // The sums of all threads of the row.
-      auto reduce_row = [&](Real a, Real b) {
-        Real of_lanes[2] = {a, b};
-        reduce_lanes<Sum>(of_lanes);
-        if (lane == 0)
-          parts[turn][thread / kWarp].sums = {0, 0, of_lanes[0], of_lanes[1], 0, 0, 0, 0};
-        meet();
-        Real total[2] = {0, 0};
-        for (int i = lane; i < count; i += kWarp) {
-          const RowSums<Real> of = part(i);
-          total[0] += of.sum_s;
-          total[1] += of.sum_t;
-        }
-        turn ^= 1;
-        reduce_lanes<Sum>(total);
-        return Pair<Real>{total[0], total[1]};
-      };
-      auto keep = [&](int s, const Vector<T>& slopes) { t_slots[s * threads] = slopes; };
-      auto write = [&](int s, const Vector<T>& out) {
-        if (s < whole) {
-          *reinterpret_cast<Vector<T>*>(g_row + at(s)) = out;
-        } else {
-          store(g_row, place(s), out);
-        }
-      };
-      const Real terms = more_sweeps<kHeld>(p, task, sweep, each, reduce_row, keep, write);
-      if (cluster > 1 && r + stride >= p.rows) {
-        cluster_arrive();
-        arrived = true;
-      }
-      if (thread == 0 && rank == 0)
-        totals[0] += row.emit(p, r, math::fma(sweep.of_term, terms, sweep.loss));
-      if (g_row != nullptr && task.hard != CrossEntropy::kNone) {
-        const Index label = static_cast<Index>(row.label);
-        if (writes(label)) {
-          const T label_t = t_row[label];
-          narrow(sweep.gradient_of(p, task, label_z, widen(label_t)) - sweep.at_label,
-                 g_row[label]);
-        }
-      }
-    } else {
-      SecondSweep<T, Policy> sweep(task, sums, label_z, row.weight * factor);
-      Real terms = 0;
-      int done = skip;  // slots up to here are done
-      if constexpr (kShift) {
-        const Shifts shifts(task, sums.max_s, sums.max_t);
-        if (shifts.small()) {
-          const Real of_s = shifts.s.factor(), of_t = shifts.t.factor(),
-                     of_hard = sweep.of_hard * shifts.hard.factor();
-          sweep.inv_s *= of_s;
-          sweep.inv_t *= of_t;
-#pragma unroll 1
-          for (int s = skip; s < whole; ++s) {
-            Vector<T> z, t, out;
-            if constexpr (kHeld) {
-              z = z_slots[s * threads];
-              t = t_slots[s * threads];
-            } else {
-              z = *reinterpret_cast<const Vector<T>*>(z_row + at(s));
-              t = *reinterpret_cast<const Vector<T>*>(t_row + at(s));
-            }
-            Real zs[kCount], ts[kCount], gradient[kCount];
-            widen_all(z, zs);
-            widen_all(t, ts);
-#pragma unroll
-            for (int j = 0; j < kCount; ++j) {
-              const TermAndGradient<Real> x =
-                  sweep.soft(task, zs[j], ts[j], math::exp2_nonpositive(shifts.s(zs[j])),
-                             math::exp2_nonpositive(shifts.t(ts[j])));
-              terms += x.term;
-              gradient[j] = x.gradient;
-            }
-            if (g_row == nullptr) continue;
-            if (task.hard != CrossEntropy::kNone) {
-#pragma unroll
-              for (int j = 0; j < kCount; ++j) {
-                Real eh = math::exp2_nonpositive(shifts.hard(zs[j]));
-                gradient[j] = math::fma(of_hard, eh, gradient[j] - sweep.uniform);
-              }
-            }
-#pragma unroll
-            for (int j = 0; j < kCount; ++j) narrow(gradient[j], out.value[j]);
-            *reinterpret_cast<Vector<T>*>(g_row + at(s)) = out;
-          }
-          sweep.inv_s *= math::inverse(of_s);
-          sweep.inv_t *= math::inverse(of_t);
-          done = max(skip, whole);
-        }
-      }
-#pragma unroll 1
-      for (int s = done; s < slots; ++s) {
-        const auto here = place(s);
-        Vector<T> z, t, out;
-        if constexpr (kHeld) {
-          z = z_slots[s * threads];
-          t = t_slots[s * threads];
-        } else {
-          z = load(z_row, here);
-          t = load(t_row, here);
-        }
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          const TermAndGradient<Real> x = sweep.element(task, widen(z.value[j]), widen(t.value[j]));
-          terms += x.term;
-          narrow(x.gradient, out.value[j]);
-        }
-        if (g_row != nullptr) store(g_row, here, out);
-      }
-      // The label's share: the thread that wrote the label's element writes it again.
-      if (g_row != nullptr && task.hard != CrossEntropy::kNone) {
-        const Index label = static_cast<Index>(p.labels[r]);  // read again, for registers
-        if (writes(label)) {
-          // Numbers are made again, for registers.
-          const Real weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[r] : Real(1);
-          const Real at_label =
-              (Real(1) - task.alpha) * (weight * factor) * (Real(1) - task.smoothing);
-          const T label_t = t_row[label];
-          narrow(sweep.element(task, label_z, widen(label_t)).gradient - at_label, g_row[label]);
-        }
-      }
-
-      // The row's loss is the sum of all warps' shares.
-      Real of_warp[1] = {terms};
-      reduce_lanes<Sum>(of_warp);
-      if (lane == 0) {
-        Real loss = task.alpha * task.temperature * task.temperature * of_warp[0];
-        if (thread == 0 && rank == 0) loss += sweep.loss;
-        if (p.weight != nullptr) loss *= static_cast<const Real*>(p.weight)[r];
-        shares[thread / kWarp].loss = static_cast<double>(loss);
-        totals[thread / kWarp] += static_cast<double>(loss);
-      }
-      if (p.row_loss == nullptr) continue;
-      meet();
-      if (thread == 0 && rank == 0) {
-        double loss = 0;
-        for (int i = 0; i < count; ++i) {
-          const LossShare* at = &shares[i & (warps - 1)];
-          loss += cluster > 1 ? read_peer(at, i >> log_warps).loss : at->loss;
-        }
-        static_cast<Real*>(p.row_loss)[r] = static_cast<Real>(loss);
-      }
-    }
-  }
   __syncthreads();
-  if (thread == 0 && task.partial != nullptr) {
+  if (team.thread == 0 && task.partial != nullptr) {
     double total = 0;
-    for (int warp = 0; warp < warps; ++warp) total += totals[warp];
+    for (int warp = 0; warp < team.warps; ++warp) total += exchange.totals[warp];
     task.partial[blockIdx.x] = total;
   }
-  // A block stays while others of its cluster may read its parts.
-  if (cluster > 1) {
-    if (!arrived) cluster_arrive();
-    cluster_wait();
-  }
+  team.end();  // a block stays while others of its cluster may read its parts
 }
 
 }  // namespace

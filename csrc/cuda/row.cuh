@@ -6,6 +6,7 @@
 
 #include "cuda/device.cuh"
 #include "math/distillation.h"
+#include "math/row_element.h"
 
 namespace kdkernels {
 namespace cuda {
@@ -36,10 +37,26 @@ struct Task {
   const double* device_inv_denominator;  // instead of it, or null
   double* partial;  // one sum of losses a block, or null
   math::Parameters<Real> parameters;  // of AnySweeps
+  math::Logits<Real> logits;
+  bool changes;  // logits are not compared as they are; only kernels with kOptions look at it
 
   __device__ Real factor(const LossParams& p) const {
     double inverse = device_inv_denominator != nullptr ? *device_inv_denominator : inv_denominator;
     return static_cast<Real>(inverse * p.gradient_scale);
+  }
+  // Both sides' logits as they are compared, and the gradient in a logit from that in the compared one, z.
+  template <bool kOptions>
+  __device__ __forceinline__ Real student(Real z) const {
+    return kOptions && changes ? math::Logits<Real>::of_student(logits, z) : z;
+  }
+  template <bool kOptions>
+  __device__ __forceinline__ Real teacher(Real t) const {
+    return kOptions && changes ? math::Logits<Real>::of_teacher(logits, t) : t;
+  }
+  template <bool kOptions>
+  __device__ __forceinline__ Real back(Real z, Real gradient) const {
+    return kOptions && changes ? math::Transform<Real>::back(logits.student, z, gradient)
+                               : gradient;
   }
 };
 
@@ -66,12 +83,17 @@ __device__ __forceinline__ Row<Real> read_row(const LossParams& p, int64_t row) 
           p.labels != nullptr && (label < 0 || label >= p.classes)};
 }
 
+// kOptions, of a kernel: logits are scaled or capped, or probabilities, or statistics are wanted. It keeps logits in the
+// compute type, as they are compared.
+template <class T, bool kOptions>
+using HeldType = std::conditional_t<kOptions, typename Compute<T>::type, T>;
+
 // What a row's elements need once its sums are known: see math::RowResult.
-template <class T, class Policy>
+template <class T, class Policy, bool kOptions>
 struct SecondSweep : math::RowResult<typename Compute<T>::type> {
   using Real = typename Compute<T>::type;
   // e = kSign ((t - early - z - late) / T + above), as in math::ElementNorm. Logits of 16 bits differ by exact numbers.
-  static constexpr bool kEarly = sizeof(T) > 2;
+  static constexpr bool kEarly = sizeof(HeldType<T, kOptions>) > 2;
   Real max_s, max_t, early, late;
 
   // label_z: the label's logit.
@@ -111,9 +133,9 @@ struct SecondSweep : math::RowResult<typename Compute<T>::type> {
 };
 
 // The second and third sweeps of a divergence whose policy is one of math/divergence.h.
-template <class T>
-struct TermSweeps : SecondSweep<T, AnySweeps> {
-  using Base = SecondSweep<T, AnySweeps>;
+template <class T, bool kOptions>
+struct TermSweeps : SecondSweep<T, AnySweeps, kOptions> {
+  using Base = SecondSweep<T, AnySweeps, kOptions>;
   using Real = typename Base::Real;
   using Element = math::Element<Real, sizeof(T) == 2>;
   Real log2_s, log2_t;  // of the sums
@@ -190,6 +212,56 @@ struct TermSweeps : SecondSweep<T, AnySweeps> {
     return y;
   }
 };
+
+// What a row's statistics take beside its sums and terms.
+template <class Real>
+struct StatisticSums {
+  Real self_s = 0, self_t = 0;  // of ex x, ey y
+  Real first_s = -Real(INFINITY), first_t = -Real(INFINITY);  // minus the first class of the largest logit
+
+  // Of an element's exponents and exponentials.
+  __device__ __forceinline__ void add(const Task<Real>& task, const RowSums<Real>& sums, Real z,
+                                      Real t) {
+    const Real x = (z - sums.max_s) * task.scale, y = (t - sums.max_t) * task.scale;
+    self_s += math::times(math::exp2_nonpositive(x), x);
+    self_t += math::times(math::exp2_nonpositive(y), y);
+  }
+  __device__ __forceinline__ void compare(const RowSums<Real>& sums, Real z, Real t, Real at) {
+    if (z == sums.max_s) first_s = Max::apply(first_s, -at);
+    if (t == sums.max_t) first_t = Max::apply(first_t, -at);
+  }
+  // By one thread, once all are added up.
+  __device__ __forceinline__ void write(const LossParams& p, const Task<Real>& task,
+                                        const RowSums<Real>& sums, int64_t row,
+                                        Real divergence) const {
+    const Real infinity = INFINITY, of_scale = task.inv_temperature;
+    const Real log_s = math::log_acc(sums.sum_s), log_t = math::log_acc(sums.sum_t);
+    auto broken = [&](Real sum) { return !(sum > Real(0) && sum < infinity); };
+    const bool nan = broken(sums.sum_s) || (task.alpha > Real(0) && broken(sums.sum_t)) ||
+                     (task.hard == CrossEntropy::kOwn && broken(sums.sum_hard));
+    const Real kLn2 = math::kLn2;
+    Real values[math::kStatistics] = {math::fma(sums.max_s, of_scale, log_s),
+                                      math::fma(sums.max_t, of_scale, log_t),
+                                      log_s - kLn2 * self_s * math::inverse(sums.sum_s),
+                                      log_t - kLn2 * self_t * math::inverse(sums.sum_t),
+                                      divergence,
+                                      Real(first_s == first_t)};
+#pragma unroll
+    for (int i = 0; i < math::kStatistics; ++i) {
+      const Real y = nan ? (i == 5 ? Real(1) : Real(NAN)) : values[i];
+      static_cast<Real*>(p.statistics)[i * p.rows + row] = y;
+    }
+  }
+};
+
+// Of a row that is skipped.
+template <class Real>
+__device__ __forceinline__ void blank_statistics(const LossParams& p, const Row<Real>& state,
+                                                 int64_t row) {
+  const Real y = state.ignored ? Real(0) : static_cast<Real>(nan(""));
+#pragma unroll
+  for (int i = 0; i < math::kStatistics; ++i) static_cast<Real*>(p.statistics)[i * p.rows + row] = y;
+}
 
 }  // namespace
 }  // namespace cuda

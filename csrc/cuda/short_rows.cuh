@@ -22,24 +22,35 @@ __device__ __forceinline__ void visit_chunks(int chunks, Visit visit) {
   for (int j = 0; j < kEdge; ++j) visit(kChunks * kChunk + j);
 }
 
-template <class T, class Policy>
-using Sweep = std::conditional_t<math::kThirdSweep<Policy>, TermSweeps<T>, SecondSweep<T, Policy>>;
-template <class T, class Policy>
+template <class T, class Policy, bool kOptions>
+using Sweep = std::conditional_t<math::kThirdSweep<Policy>, TermSweeps<T, kOptions>,
+                                 SecondSweep<T, Policy, kOptions>>;
+template <class T, class Policy, bool kOptions>
 struct Solved {
-  Sweep<T, Policy> sweep;
+  Sweep<T, Policy, kOptions> sweep;
   typename Compute<T>::type loss;
 };
 
 // One row in the registers of `lanes` neighbouring lanes: z and t come as logits, -inf where a lane has no
 // element, and z goes as the gradient but for the label's own share, at_label. kChunks chunks of kChunk elements,
-// of which the first `chunks` are in use, then kEdge elements; valid(k) tells elements from padding.
-template <class T, class Policy, int kChunks, int kChunk, int kEdge, class Real, class Valid>
-__device__ __forceinline__ Solved<T, Policy> solve(const LossParams& p, const Task<Real>& task,
-                                                   Real label_z, Real factor, int chunks, int lanes,
-                                                   Real (&z)[kChunks * kChunk + kEdge],
-                                                   Real (&t)[kChunks * kChunk + kEdge],
-                                                   Valid valid) {
+// of which the first `chunks` are in use, then kEdge elements; valid(k) tells elements from padding, column(k) is an
+// element's class. at: the row.
+template <class T, class Policy, bool kOptions, int kChunks, int kChunk, int kEdge, class Real,
+          class Valid, class Column>
+__device__ __forceinline__ Solved<T, Policy, kOptions> solve(
+    const LossParams& p, const Task<Real>& task, int64_t at, const Row<Real>& state, Real label_z,
+    Real factor, int chunks, int lanes, Real (&z)[kChunks * kChunk + kEdge],
+    Real (&t)[kChunks * kChunk + kEdge], Valid valid, Column column) {
   auto each = [&](auto visit) { visit_chunks<kChunks, kChunk, kEdge>(chunks, visit); };
+  if (kOptions && task.changes) {
+    each([&](int k) {
+      z[k] = task.template student<true>(z[k]);
+      t[k] = task.template teacher<true>(t[k]);
+    });
+  }
+  auto back = [&](Real of_z, Real gradient) {
+    return task.template back<kOptions>(of_z, gradient);
+  };
   const bool own = task.hard == CrossEntropy::kOwn;
   Real maxima[2] = {Lowest<Real>::value, Lowest<Real>::value};
   each([&](int k) {
@@ -71,7 +82,20 @@ __device__ __forceinline__ Solved<T, Policy> solve(const LossParams& p, const Ta
   const RowSums<Real> row = {
       maxima[0],    maxima[1],    sums[0], sums[1], Policy::kCross ? sums[kSums - 1] : Real(0),
       hard_sums[0], hard_sums[1], Real(0)};
-  Solved<T, Policy> out = {Sweep<T, Policy>(task, row, label_z, factor), Real(0)};
+  Solved<T, Policy, kOptions> out = {Sweep<T, Policy, kOptions>(task, row, label_z, factor),
+                                     Real(0)};
+  StatisticSums<Real> statistics;
+  if (kOptions && p.statistics != nullptr) {
+    each([&](int k) {
+      statistics.add(task, row, z[k], t[k]);
+      if (valid(k)) statistics.compare(row, z[k], t[k], Real(column(k)));
+    });
+    Real of_lanes[2] = {statistics.self_s, statistics.self_t};
+    Real first[2] = {statistics.first_s, statistics.first_t};
+    reduce_lanes<Sum>(of_lanes, lanes);
+    reduce_lanes<Max>(first, lanes);
+    statistics = {of_lanes[0], of_lanes[1], first[0], first[1]};
+  }
   Real terms[math::kThirdSweep<Policy> ? 2 : 1] = {};
   if constexpr (math::kThirdSweep<Policy>) {
     if (math::needs_exact_sums(p.divergence)) {
@@ -97,9 +121,9 @@ __device__ __forceinline__ Solved<T, Policy> solve(const LossParams& p, const Ta
         out.sweep.of_q = -out.sweep.other * terms[1];
         each([&](int k) {
           if constexpr (math::kHasSlope<Terms>) {
-            z[k] = out.sweep.gradient_of_slope(task, z[k], t[k]);
+            z[k] = back(z[k], out.sweep.gradient_of_slope(task, z[k], t[k]));
           } else {
-            z[k] = out.sweep.template gradient<Terms>(task, z[k], t[k]);
+            z[k] = back(z[k], out.sweep.template gradient<Terms>(task, z[k], t[k]));
           }
         });
       }
@@ -108,12 +132,19 @@ __device__ __forceinline__ Solved<T, Policy> solve(const LossParams& p, const Ta
     each([&](int k) {
       const TermAndGradient<Real> x = out.sweep.element(task, z[k], t[k]);
       terms[0] += x.term;
-      z[k] = x.gradient;
+      z[k] = back(z[k], x.gradient);
     });
     reduce_lanes<Sum>(terms, lanes);
   }
   terms[0] = terms[0] < Real(0) ? Real(0) : terms[0];  // of rounded terms
   out.loss = math::fma(out.sweep.of_term, terms[0], out.sweep.loss);
+  if (kOptions && p.statistics != nullptr && (threadIdx.x & (lanes - 1)) == 0 && at < p.rows) {
+    if (state.skipped()) {
+      blank_statistics(p, state, at);
+    } else {
+      statistics.write(p, task, row, at, terms[0]);
+    }
+  }
   return out;
 }
 
@@ -128,22 +159,16 @@ static_assert(kTileThreads == kWarpThreads);
 
 // Blocks an SM that registers must allow.
 constexpr int kWarpBlocks = 4;
-constexpr int tile_blocks(int element_size) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  return element_size == 8
-             ? 2
-             : 4;  // of sm_120 shared memory holds no more; on sm_100 a third would spill
-#else
-  return element_size == 8 ? 2 : 4;
-#endif
+constexpr int tile_blocks(int element_size, bool options) {
+  return element_size == 8 ? 2 : options ? 3 : 4;
 }
 
 // tile. A block copies a run of whole rows to shared memory as one flat image: global accesses are 16 bytes
 // whatever the rows' own alignment, and a row's few lanes find its elements anywhere. The gradient goes back
 // the same way, over the student's image. Bytes 1.00 times the least, 4 special functions an element (6 with
 // cross-entropy's own); each lane finishes its row.
-template <class T, class Policy>
-__global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
+template <class T, class Policy, bool kOptions>
+__global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T), kOptions))
     tile_kernel(const __grid_constant__ LossParams p,
                 const __grid_constant__ Task<typename Compute<T>::type> task, int lanes,
                 int tile_rows) {
@@ -239,22 +264,25 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
       });
       const bool labelled = task.hard != CrossEntropy::kNone && !row.skipped();
       const int label = labelled ? static_cast<int>(row.label) : 0;
-      Real label_z = labelled ? widen(z_image[start + label]) : Real(0);
-      const Solved<T, Policy> solved = solve<T, Policy, kChunks, kChunk, 0>(
-          p, task, label_z, row.weight * factor, chunks, lanes, z, t, valid);
+      // Of a row that is not there, the row behind the last.
+      const int64_t at = live ? first + in_tile : p.rows;
+      const Real label_z =
+          labelled ? task.template student<kOptions>(widen(z_image[start + label])) : Real(0);
+      const Solved<T, Policy, kOptions> solved = solve<T, Policy, kOptions, kChunks, kChunk, 0>(
+          p, task, at, row, label_z, row.weight * factor, chunks, lanes, z, t, valid, column);
       if (live && lane == 0) total += row.emit(p, first + in_tile, solved.loss);
       if (!want_gradient) continue;
       // The label's element, once more and with its share: no lane looks for it among its own.
       T at_label;
       if (labelled) {
-        const Real label_t = widen(t_image[start + label]);
+        const Real label_t = task.template teacher<kOptions>(widen(t_image[start + label]));
         Real gradient;
         if constexpr (math::kThirdSweep<Policy>) {
           gradient = solved.sweep.gradient_of(p, task, label_z, label_t);
         } else {
           gradient = solved.sweep.element(task, label_z, label_t).gradient;
         }
-        narrow(gradient - solved.sweep.at_label, at_label);
+        narrow(task.template back<kOptions>(label_z, gradient - solved.sweep.at_label), at_label);
       }
       __syncwarp();  // all lanes have read the label's logit
       if (row.skipped()) {
@@ -291,7 +319,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T)))
 
 // warp. A warp reads a row into registers, 16 bytes a lane and access; a lane has at most one element of its
 // head or tail. Bytes 1.00 times the least, 4 special functions an element (6 with cross-entropy's own).
-template <class T, class Policy>
+template <class T, class Policy, bool kOptions>
 __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
     warp_kernel(const __grid_constant__ LossParams p,
                 const __grid_constant__ Task<typename Compute<T>::type> task) {
@@ -322,6 +350,7 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
 
     if (row.skipped()) {
       if (lane == 0) total += row.emit(p, r, Real(0));
+      if (kOptions && p.statistics != nullptr && lane == 0) blank_statistics(p, row, r);
       if (g_row == nullptr) continue;
       Vector<T> zero;
 #pragma unroll
@@ -338,6 +367,10 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
       if (!span.vectors) return first + k * kWarp < classes;
       const int item = lane + k / kCount * kWarp;
       return item >= span.skew && item < span.body;
+    };
+    auto column = [&](int k) {
+      if (k == kElements) return edge.first;
+      return first + (span.vectors ? k / kCount * kWarp * kCount + k % kCount : k * kWarp);
     };
     Real z[kElements + 1], t[kElements + 1];
     z[kElements] = has_edge ? widen(z_row[edge.first]) : -Real(INFINITY);
@@ -377,10 +410,12 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
         }
       }
     }
-    Real label_z = task.hard != CrossEntropy::kNone ? widen(z_row[row.label]) : Real(0);
-    const Solved<T, Policy> solved = solve<T, Policy, kSlots, kCount, 1>(
-        p, task, label_z, row.weight * factor, slots, kWarp, z, t, valid);
-    const Real at_label = solved.sweep.at_label;
+    const Real label_z =
+        task.hard != CrossEntropy::kNone ? task.template student<kOptions>(widen(z_row[row.label]))
+                                         : Real(0);
+    const Solved<T, Policy, kOptions> solved = solve<T, Policy, kOptions, kSlots, kCount, 1>(
+        p, task, r, row, label_z, row.weight * factor, slots, kWarp, z, t, valid, column);
+    const Real at_label = task.template back<kOptions>(label_z, solved.sweep.at_label);
     if (lane == 0) total += row.emit(p, r, solved.loss);
     if (g_row == nullptr) continue;
     // In place: the label's logit is read before any lane writes.

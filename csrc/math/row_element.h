@@ -32,6 +32,22 @@ struct Transform {
   }
 };
 
+// Both sides' logits, as a kernel compares them.
+template <class F>
+struct Logits {
+  Transform<F> student, teacher;
+  bool probs;  // the teacher has probabilities
+
+  KD_FN bool nothing(const Logits& x) {
+    return Transform<F>::nothing(x.student) && Transform<F>::nothing(x.teacher) && !x.probs;
+  }
+  KD_FN F of_student(const Logits& x, F z) { return Transform<F>::apply(x.student, z); }
+  KD_FN F of_teacher(const Logits& x, F t) {
+    if (!x.probs) return Transform<F>::apply(x.teacher, t);
+    return t == F(-static_cast<RealOf<F>>(__builtin_inf())) ? t : log_acc(t);
+  }
+};
+
 // log(e^a + e^b), as row.h has it in fp64. F: float, or a vector of them.
 template <class F>
 KD_FN F log_add(F a, F b) {
