@@ -30,8 +30,8 @@ cudaError_t launch(void (*kernel)(Parameters...), int blocks, const Distillation
 template <class Policy>
 cudaError_t launch_sweeps(int cluster, int blocks, const LossParams& p, const Task<float>& task) {
   Device device;
-  cudaError_t error =
-      device_of(reinterpret_cast<const void*>(row_kernel<float, Policy, true, false>), device);
+  cudaError_t error = device_of(
+      reinterpret_cast<const void*>(row_kernel<float, Policy, true, Extra::kNothing>), device);
   if (error != cudaSuccess) return error;
   DistillationPlan plan =
       plan_distillation(p.classes, sizeof(float), false, device, math::kThirdSweep<Policy>);
@@ -40,16 +40,17 @@ cudaError_t launch_sweeps(int cluster, int blocks, const LossParams& p, const Ta
   if (cluster == 0) plan = {Walk::kStream, kStreamThreads, kStreamThreads, 1, 1, 0, 0};
   switch (plan.walk) {
     case Walk::kTile:
-      return launch(tile_kernel<float, Policy, false>, blocks, plan, p, task, plan.lanes, plan.rows);
+      return launch(tile_kernel<float, Policy, Extra::kNothing>, blocks, plan, p, task, plan.lanes,
+                    plan.rows);
     case Walk::kWarp:
       if constexpr (!math::kThirdSweep<Policy>)
-        return launch(warp_kernel<float, Policy, false>, blocks, plan, p, task);
+        return launch(warp_kernel<float, Policy, Extra::kNothing>, blocks, plan, p, task);
       break;
     case Walk::kHeld:
-      return launch(row_kernel<float, Policy, true, false>, blocks, plan, p, task, plan.cluster,
-                    plan.slots);
+      return launch(row_kernel<float, Policy, true, Extra::kNothing>, blocks, plan, p, task,
+                    plan.cluster, plan.slots);
     case Walk::kStream:
-      return launch(row_kernel<float, Policy, false, false>, blocks, plan, p, task, 1, 0);
+      return launch(row_kernel<float, Policy, false, Extra::kNothing>, blocks, plan, p, task, 1, 0);
   }
   return cudaErrorInvalidValue;
 }

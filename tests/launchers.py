@@ -1166,6 +1166,8 @@ def noise_cases():
             yield Noise(dtype, (numel,), mode, pattern=(size, inner), misalign=(size % 3,))
         yield Noise(dtype, (4096,), "add", "laplace", pattern=(4096, 1), inplace=False)
         yield Noise(dtype, (5000, 0, 301, 2, 9000), norms=True, runs=2, offsets=(7,))
+    # Chunks of several steps, whose stds go on where the last step's ended.
+    yield Noise("float32", (600_007,), "add", pattern=(1000, 3), inplace=False)
     yield Noise("float32", tuple(17 + i % 50 for i in range(760)), offsets=(0, 1, 4))
     many = tuple(17 + i % 50 for i in range(1300))
     yield Noise("float32", many, offsets=(0, 1, 4), norms=True, runs=3, distribution="uniform")

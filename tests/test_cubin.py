@@ -366,7 +366,7 @@ CLASSES = [
 CLASSES += [16384, 21841, 32000, 32001, 50257, 65536, 100000, 128256, 151936, 200000, 256000, 10**6]
 SIZES = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2}
 # The kernel of each Walk, in their order.
-WALKS = ["tile_kernel<", "warp_kernel<", "row_kernel<.*true>", "row_kernel<.*false>"]
+WALKS = ["tile_kernel<", "warp_kernel<", "row_kernel<.*true, ", "row_kernel<.*false, "]
 
 PLAN = """
 #include "cuda/plan.h"

@@ -158,11 +158,6 @@ KD_FN Doubles exp2_nonpositive(Doubles x) {
   for (int i = 0; i < Doubles::kLanes; ++i) x.lanes[i] = __builtin_exp2(x.lanes[i]);
   return x;
 }
-KD_FN Doubles log2_of_1_plus(Doubles x, Doubles sum) {
-  for (int i = 0; i < Doubles::kLanes; ++i)
-    x.lanes[i] = math::log2_of_1_plus(x.lanes[i], sum.lanes[i]);
-  return x;
-}
 KD_FN Floats log_acc(Floats x) { return math::log(x); }
 KD_FN Doubles log_acc(Doubles x) {
   for (int i = 0; i < Doubles::kLanes; ++i) x.lanes[i] = __builtin_log(x.lanes[i]);

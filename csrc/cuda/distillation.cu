@@ -66,7 +66,7 @@ CrossEntropy cross_entropy(const LossParams& p) {
   return p.temperature == 1 ? CrossEntropy::kShared : CrossEntropy::kOwn;
 }
 
-template <class T, class Policy, bool kOptions>
+template <class T, class Policy, Extra kExtra>
 cudaError_t launch_rows(const LossParams& p, const Task<typename Compute<T>::type>& task,
                         const DistillationPlan& plan, const Device& device, cudaStream_t stream) {
   const Grid grid = {plan.partials(p.rows) * plan.cluster, plan.threads, plan.shared, plan.cluster,
@@ -79,14 +79,13 @@ cudaError_t launch_rows(const LossParams& p, const Task<typename Compute<T>::typ
                : launch_kernel(kernel, grid, device, stream, p, task, arguments...);
   };
   switch (plan.walk) {
-    case Walk::kTile: return launch(tile_kernel<T, Policy, kOptions>, plan.lanes, plan.rows);
+    case Walk::kTile: return launch(tile_kernel<T, Policy, kExtra>, plan.lanes, plan.rows);
     case Walk::kWarp:
       if constexpr (sizeof(T) < 8 && !math::kThirdSweep<Policy>)
-        return launch(warp_kernel<T, Policy, kOptions>);
+        return launch(warp_kernel<T, Policy, kExtra>);
       break;
-    case Walk::kHeld:
-      return launch(row_kernel<T, Policy, true, kOptions>, plan.cluster, plan.slots);
-    case Walk::kStream: return launch(row_kernel<T, Policy, false, kOptions>, 1, 0);
+    case Walk::kHeld: return launch(row_kernel<T, Policy, true, kExtra>, plan.cluster, plan.slots);
+    case Walk::kStream: return launch(row_kernel<T, Policy, false, kExtra>, 1, 0);
   }
   return cudaErrorInvalidValue;
 }
@@ -127,16 +126,16 @@ cudaError_t add_partials(const LossParams& p, int64_t count, const Inverse& inve
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
-template <class T, class Policy, bool kOptions>
+template <class T, class Policy, Extra kExtra>
 cudaError_t launch_sweeps(const LossParams& p, cudaStream_t stream) {
   using Real = typename Compute<T>::type;
   Device device;
   cudaError_t error =
-      device_of(reinterpret_cast<const void*>(row_kernel<T, Policy, true, kOptions>), device);
+      device_of(reinterpret_cast<const void*>(row_kernel<T, Policy, true, kExtra>), device);
   if (error != cudaSuccess) return error;
   CrossEntropy hard = cross_entropy(p);
-  const DistillationPlan plan =
-      plan_distillation(p.classes, sizeof(T), kOptions, device, math::kThirdSweep<Policy>);
+  const DistillationPlan plan = plan_distillation(
+      p.classes, sizeof(T), kExtra == Extra::kTransforms, device, math::kThirdSweep<Policy>);
   const Inverse inverse = inverse_of_denominator<Real>(p, stream);
   Task<Real> task = {hard,
                      hard != CrossEntropy::kNone && p.label_smoothing > 0,
@@ -153,7 +152,7 @@ cudaError_t launch_sweeps(const LossParams& p, cudaStream_t stream) {
                      logits_of<Real>(p),
                      !math::Logits<Real>::nothing(logits_of<Real>(p))};
   if constexpr (math::kThirdSweep<Policy>) task.parameters = math::parameters_of<Real>(p);
-  if (p.rows > 0) error = launch_rows<T, Policy, kOptions>(p, task, plan, device, stream);
+  if (p.rows > 0) error = launch_rows<T, Policy, kExtra>(p, task, plan, device, stream);
   if (error != cudaSuccess) return error;
   return add_partials<Real>(p, plan.partials(p.rows) * plan.cluster, inverse, stream);
 }
@@ -226,9 +225,12 @@ cudaError_t loss(const LossParams& p, cudaStream_t stream) {
       return launch_general<T>(p, stream);
     auto sweeps = [&](auto policy) {
       using Policy = decltype(policy);
-      if constexpr (sizeof(T) == 8) return launch_sweeps<T, Policy, false>(p, stream);
-      return plain ? launch_sweeps<T, Policy, false>(p, stream)
-                   : launch_sweeps<T, Policy, sizeof(T) < 8>(p, stream);
+      if constexpr (sizeof(T) < 8) {
+        if (!math::Logits<float>::nothing(logits_of<float>(p)))
+          return launch_sweeps<T, Policy, Extra::kTransforms>(p, stream);
+        if (p.statistics != nullptr) return launch_sweeps<T, Policy, Extra::kStatistics>(p, stream);
+      }
+      return launch_sweeps<T, Policy, Extra::kNothing>(p, stream);
     };
     switch (p.divergence) {
       case math::Divergence::kForwardKL: return sweeps(ForwardSweeps{});

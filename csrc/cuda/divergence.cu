@@ -142,7 +142,8 @@ DivergenceTask<Real> task_of(const LossParams& p) {
   task.reads_teacher =
       p.tail == Tail::kNone && (task.row.compares || p.teacher_gradient != nullptr);
   const bool of_student = !Transform::nothing(task.logits.student) || has_row_options(p);
-  const bool of_teacher = task.reads_teacher && (p.probs || !Transform::nothing(task.logits.teacher));
+  const bool of_teacher =
+      task.reads_teacher && (p.probs || !Transform::nothing(task.logits.teacher));
   // A gradient in probabilities needs them once more.
   task.transformed =
       task.reads_teacher && (p.teachers > 1 || (p.probs && p.teacher_gradient != nullptr));

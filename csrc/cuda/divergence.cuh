@@ -364,8 +364,7 @@ struct RowWalk {
   // Classes [first, first + lane.n) into shared memory, transformed.
   __device__ __forceinline__ void load_transformed(int64_t first) {
     Real *u = shared_at<Real>(lane.u), *t = shared_at<Real>(lane.t);
-    through_raw(student_row() + first, lane.n,
-                [&](int i, Real x) { u[i] = student_logit(x); });
+    through_raw(student_row() + first, lane.n, [&](int i, Real x) { u[i] = student_logit(x); });
     if (!lane.has_teacher) return;
     const bool mix = p.teachers > 1;
     if (mix) each(lane.n, [&](int i) { t[i] = p.log_mix ? Real(0) : -Real(INFINITY); });

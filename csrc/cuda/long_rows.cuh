@@ -53,6 +53,10 @@ struct Shift {
   __device__ __forceinline__ float operator()(float v) const { return math::fma(v, scale, -base); }
   // Of |error| <= 2^-9 the third power is nothing. Not so beyond, or of no maximum.
   __device__ __forceinline__ bool small() const { return fabsf(base) <= 65536.0f; }
+  // The sum of e x from that of exponents which still lack the error; sum: of e, which does not.
+  __device__ __forceinline__ float back(float of_shifted, float sum) const {
+    return math::fma(factor(), of_shifted, -error * sum);
+  }
   // 2^-error
   __device__ __forceinline__ float factor() const {
     constexpr double square = math::kLn2 * math::kLn2 / 2;
@@ -68,11 +72,10 @@ struct Shifts {
 
 // add() in fewer instructions, for sums whose exponents still lack the shifts' errors; `cross` is unguarded: NaN where
 // the guard would have made a difference.
-template <class Policy, class T>
+template <class Policy, class T, int kCount>
 __device__ __forceinline__ void add_shifted(const Task<float>& task, RowSums<float>& sums,
-                                            const Shifts& shifts, const Vector<T>& z,
-                                            const Vector<T>& t) {
-  constexpr int kCount = 16 / sizeof(T);
+                                            const Shifts& shifts, const Vector<T, kCount>& z,
+                                            const Vector<T, kCount>& t) {
   float zs[kCount], ts[kCount];
   widen_all(z, zs);
   widen_all(t, ts);
@@ -163,9 +166,9 @@ __device__ __forceinline__ RowSums<Real> merge_lanes(const Task<Real>& task,
 }
 
 // Blocks an SM that registers must allow.
-constexpr int row_blocks(bool held, int element_size, bool options) {
+constexpr int row_blocks(bool held, int element_size, bool wide) {
   const int threads = held ? held_max_threads(element_size) : kStreamThreads;
-  return (held                ? 65536 / held_registers(element_size, options)
+  return (held                ? 65536 / held_registers(element_size, wide)
           : element_size == 8 ? 256
                               : 512) /
          threads;
@@ -174,12 +177,14 @@ constexpr int row_blocks(bool held, int element_size, bool options) {
 template <class T>
 constexpr int kHeldWarps = held_max_threads(sizeof(T)) / kWarp;
 
-// What warps tell each other of a row.
+// What warps tell each other of a row: sums as the first sweep makes them, or others, and maxima from kMaximaAt on.
+constexpr int kPartValues = 8, kMaximaAt = 4;
 template <class Real>
 union alignas(16) Part {
   RowSums<Real> sums;
-  Real values[sizeof(RowSums<Real>) / sizeof(Real)];
+  Real values[kPartValues];
 };
+static_assert(sizeof(RowSums<float>) == kPartValues * sizeof(float));
 struct alignas(16) LossShare {
   double loss;
 };
@@ -256,37 +261,54 @@ struct Team {
     turn ^= 1;
     return merge_lanes<Policy>(task, sums, min(parts(), kWarp));
   }
-  // The first kSums values become sums over the row's threads, the others maxima.
-  template <int kSums, int kValues>
-  __device__ __forceinline__ void reduce(Real (&value)[kValues]) {
-    auto apply = [](int v, Real a, Real b) {
-      return v < kSums ? Sum::apply(a, b) : Max::apply(a, b);
-    };
-    auto of_lanes = [&](int lanes) {
-      for (int step = lanes / 2; step > 0; step /= 2) {
+  // Sums over the row's threads, and of what tell() told before, maxima.
+  template <int kSums, int kMaxima = 0>
+  __device__ __forceinline__ void reduce(Real (&value)[kSums + kMaxima], bool told = false) {
+    Part<Real>& mine = exchange.parts[turn][warp()];
+    Real sums[kSums];
 #pragma unroll
-        for (int v = 0; v < kValues; ++v)
-          value[v] = apply(v, value[v], __shfl_xor_sync(0xFFFFFFFFu, value[v], step));
+    for (int v = 0; v < kSums; ++v) sums[v] = value[v];
+    reduce_lanes<Sum>(sums);
+    if (lane == 0) {  // whole, as it is read
+#pragma unroll
+      for (int v = 0; v < kMaximaAt; ++v) mine.values[v] = v < kSums ? sums[v] : Real(0);
+      if (!told) {
+#pragma unroll
+        for (int v = kMaximaAt; v < kPartValues; ++v) mine.values[v] = Real(0);
       }
-    };
-    of_lanes(kWarp);
-    if (lane == 0) {
-      Part<Real> mine = {};  // whole, as it is read
-#pragma unroll
-      for (int v = 0; v < kValues; ++v) mine.values[v] = value[v];
-      exchange.parts[turn][warp()] = mine;
     }
     meet();
-    const Part<Real> first = part(lane & (parts() - 1));
+    Real maxima[kMaxima + 1];
+    Part<Real> x = part(lane & (parts() - 1));
+    auto take = [&](bool first) {
 #pragma unroll
-    for (int v = 0; v < kValues; ++v) value[v] = first.values[v];
+      for (int v = 0; v < kSums; ++v) sums[v] = first ? x.values[v] : sums[v] + x.values[v];
+#pragma unroll
+      for (int v = 0; v < kMaxima; ++v) {
+        const Real y = x.values[kMaximaAt + v];
+        maxima[v] = first ? y : Max::apply(maxima[v], y);
+      }
+    };
+    take(true);
     for (int i = lane + kWarp; i < parts(); i += kWarp) {
-      const Part<Real> more = part(i);
-#pragma unroll
-      for (int v = 0; v < kValues; ++v) value[v] = apply(v, value[v], more.values[v]);
+      x = part(i);
+      take(false);
     }
     turn ^= 1;
-    of_lanes(min(parts(), kWarp));
+    maxima[kMaxima] = 0;
+    reduce_lanes<Sum>(sums, min(parts(), kWarp));
+    if constexpr (kMaxima > 0) reduce_lanes<Max>(maxima, min(parts(), kWarp));
+#pragma unroll
+    for (int v = 0; v < kSums + kMaxima; ++v) value[v] = v < kSums ? sums[v] : maxima[v - kSums];
+  }
+  // Maxima for the next reduce: so they take no registers until then.
+  __device__ __forceinline__ void tell(Real a, Real b) const {
+    Real maxima[2] = {a, b};
+    reduce_lanes<Max>(maxima);
+    if (lane != 0) return;
+#pragma unroll
+    for (int v = kMaximaAt; v < kPartValues; ++v)
+      exchange.parts[turn][warp()].values[v] = v - kMaximaAt < 2 ? maxima[v - kMaximaAt] : Real(0);
   }
 };
 
@@ -315,15 +337,17 @@ struct Slots {
 };
 
 // A thread's part of one row: slots, in shared memory if kHeld, else read again in each sweep.
-template <class T, class Policy, bool kHeld, bool kOptions>
+template <class T, class Policy, bool kHeld, Extra kExtra>
 struct LongRow {
   using Real = typename Compute<T>::type;
-  using Held = HeldType<T, kOptions>;
+  using Held = HeldType<T, kExtra>;
   using Index = std::conditional_t<kHeld, int, int64_t>;
-  static constexpr int kCount = 16 / sizeof(T), kGroups = kHeld && !kOptions ? 4 : 1;
+  static constexpr int kCount = 16 / sizeof(T), kGroups = kHeld ? 4 : 1;
+  static constexpr bool kTransforms = kExtra == Extra::kTransforms,
+                        kStatistics = kExtra != Extra::kNothing;
   using Logits = Vector<Held, kCount>;
   // Wider types in shared memory have the instructions to spare, and not the registers.
-  static constexpr bool kShift = !kOptions && (sizeof(T) == 2 || (sizeof(T) == 4 && !kHeld));
+  static constexpr bool kShift = sizeof(T) == 2 || (sizeof(T) == 4 && (!kHeld || kTransforms));
   static constexpr int kLeastSlots = 4;  // that pay for what is done once a group
 
   const LossParams& p;
@@ -371,6 +395,9 @@ struct LongRow {
     at_first = span.head + (begin + thread - span.skew) * kCount;
   }
 
+  __device__ __forceinline__ bool wants_statistics() const {
+    return kExtra == Extra::kStatistics || (kTransforms && p.statistics != nullptr);
+  }
   __device__ __forceinline__ Place<Index> edge() const {
     return edge_place(span, team.thread & (kEdges - 1));
   }
@@ -388,11 +415,11 @@ struct LongRow {
 
   __device__ __forceinline__ void convert(const Vector<T>& z, const Vector<T>& t, Logits& z_out,
                                           Logits& t_out) const {
-    if constexpr (kOptions) {
+    if constexpr (kTransforms) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        z_out.value[j] = task.template student<true>(widen(z.value[j]));
-        t_out.value[j] = task.template teacher<true>(widen(t.value[j]));
+        z_out.value[j] = task.template student<kExtra>(widen(z.value[j]));
+        t_out.value[j] = task.template teacher<kExtra>(widen(t.value[j]));
       }
     } else {
       z_out = z;
@@ -431,17 +458,8 @@ struct LongRow {
     const int some = (slots + kGroups - 1) / kGroups;
     return kShift ? max(some, kLeastSlots) : some;
   }
+  // The row to shared memory, in groups, each in a thread's first plane as it is.
   __device__ __forceinline__ void bring() const {
-    if constexpr (kOptions) {
-#pragma unroll 2
-      for (int s = skip; s < slots; ++s) {
-        Logits z, t;
-        convert(fetch(z_row, s), fetch(t_row, s), z, t);
-        z_slots.put(s, z);
-        t_slots.put(s, t);
-      }
-      return;
-    }
     const int of_group = group_slots();
 #pragma unroll 1
     for (int g = 0; g < kGroups; ++g) {
@@ -454,21 +472,28 @@ struct LongRow {
       }
 #pragma unroll 1
       for (; s < to; ++s) {
-        Logits z, t;
-        convert(load(z_row, place(s)), load(t_row, place(s)), z, t);
-        z_slots.put(s, z);
-        t_slots.put(s, t);
+        raw(z_slots, s) = load(z_row, place(s));
+        raw(t_slots, s) = load(t_row, place(s));
       }
       commit_copies();
     }
   }
-  // Of slots [from, to), which are held.
+  __device__ __forceinline__ static Vector<T>& raw(const Slots<Held, kCount>& side, int s) {
+    return *reinterpret_cast<Vector<T>*>(side.at(s));
+  }
+  // Of slots [from, to), which have been brought.
   __device__ __forceinline__ void add_group(int from, int to, RowSums<Real>& sums) const {
     Largest<Held> largest_s, largest_t;
 #pragma unroll 2
     for (int s = from; s < to; ++s) {
-      largest_s.add(z_slots.get(s));
-      largest_t.add(t_slots.get(s));
+      Logits z, t;
+      convert(raw(z_slots, s), raw(t_slots, s), z, t);
+      if constexpr (kTransforms) {
+        z_slots.put(s, z);
+        t_slots.put(s, t);
+      }
+      largest_s.add(z);
+      largest_t.add(t);
     }
     const Real max_s = Max::apply(largest_s.result(), sums.max_s);
     const Real max_t = Max::apply(largest_t.result(), sums.max_t);
@@ -533,68 +558,63 @@ struct LongRow {
   }
   // The label's gradient, with its own share: the thread that wrote the label's element writes it again.
   template <class Gradient>
-  __device__ __forceinline__ void write_label(Real label_z, Real at_label, Gradient gradient) const {
+  __device__ __forceinline__ void write_label(Real label_z, Real at_label,
+                                              Gradient gradient) const {
     if (g_row == nullptr || task.hard == CrossEntropy::kNone) return;
     const Index label = static_cast<Index>(p.labels[r]);  // read again, for registers
     if (!writes(label)) return;
-    const Real label_t = task.template teacher<kOptions>(widen(t_row[label]));
-    narrow(task.template back<kOptions>(label_z, gradient(label_t) - at_label), g_row[label]);
+    const Real label_t = task.template teacher<kExtra>(widen(t_row[label]));
+    narrow(task.template back<kExtra>(label_z, gradient(label_t) - at_label), g_row[label]);
   }
-  // Where a thread has a row's largest logit, its class.
-  __device__ __forceinline__ void find_first(const RowSums<Real>& own_sums,
-                                             const RowSums<Real>& sums,
-                                             StatisticSums<Real>& statistics) const {
-    if (own_sums.max_s < sums.max_s && own_sums.max_t < sums.max_t) return;
-    each(skip, [&](int s, const Logits& z, const Logits& t) {
-      const Place<Index> here = place(s);
+  // Tells the classes of the largest logits that this thread has.
+  __device__ __forceinline__ void tell_first(const RowSums<Real>& own_sums,
+                                             const RowSums<Real>& sums) const {
+    if (!wants_statistics()) return;
+    FirstClasses<Real> first;
+    if (!(own_sums.max_s < sums.max_s && own_sums.max_t < sums.max_t)) {
+      each(skip, [&](int s, const Logits& z, const Logits& t) {
+        const Place<Index> here = place(s);
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        if (here.holds(j))
-          statistics.compare(sums, widen(z.value[j]), widen(t.value[j]), Real(here.at(j)));
-      }
-    });
-  }
-  __device__ __forceinline__ void add_statistics(const RowSums<Real>& sums, const Logits& z,
-                                                 const Logits& t,
-                                                 StatisticSums<Real>& statistics) const {
-    if constexpr (kOptions) {
-      if (p.statistics == nullptr) return;
-#pragma unroll
-      for (int j = 0; j < kCount; ++j)
-        statistics.add(task, sums, widen(z.value[j]), widen(t.value[j]));
+        for (int j = 0; j < kCount; ++j) {
+          if (here.holds(j))
+            first.compare(sums, widen(z.value[j]), widen(t.value[j]), Real(here.at(j)));
+        }
+      });
     }
+    team.tell(first.s, first.t);
   }
-
-  // Sums over the row of a thread's terms and their derivatives, and of what statistics take.
-  __device__ __forceinline__ void reduce(Real& terms, Real& of_a,
-                                         StatisticSums<Real>& statistics) const {
-    if constexpr (kOptions) {
-      Real x[] = {terms,           of_a, statistics.self_s, statistics.self_t, statistics.first_s,
-                  statistics.first_t};
-      team.template reduce<4>(x);
+  // Sums over the row of a thread's terms and their derivatives, and what statistics take.
+  __device__ __forceinline__ FirstClasses<Real> reduce(Real& terms, Real& of_a,
+                                                       StatisticSums<Real>& statistics) const {
+    if constexpr (kStatistics) {
+      Real x[] = {terms, of_a, statistics.self_s, statistics.self_t, Real(0), Real(0)};
+      team.template reduce<4, 2>(x, wants_statistics());
       terms = x[0];
       of_a = x[1];
-      statistics = {x[2], x[3], x[4], x[5]};
+      statistics = {x[2], x[3]};
+      return {x[4], x[5]};
     } else {
       Real x[] = {terms, of_a};
       team.template reduce<2>(x);
       terms = x[0];
       of_a = x[1];
+      return {};
     }
   }
   // By one thread: the row's loss, and its statistics.
   __device__ __forceinline__ void emit(const RowSums<Real>& sums, Real terms, Real loss,
-                                       const StatisticSums<Real>& statistics) const {
+                                       const StatisticSums<Real>& statistics,
+                                       const FirstClasses<Real>& first) const {
     if (!team.is_first()) return;
     team.exchange.totals[0] += row.emit(p, r, loss);
-    if (kOptions && p.statistics != nullptr) statistics.write(p, task, sums, r, terms);
+    if (wants_statistics()) write_statistics<Policy>(p, task, r, sums, statistics, first, terms);
   }
 
   // Of a divergence with three sweeps, whose second adds up its terms and their derivatives.
   template <class Terms>
-  __device__ __forceinline__ Real other_sweeps(TermSweeps<T, kOptions>& sweep,
-                                               const RowSums<Real>& sums,
-                                               StatisticSums<Real>& statistics) const {
+  __device__ __forceinline__ Real other_sweeps(TermSweeps<T, kExtra>& sweep,
+                                               StatisticSums<Real>& statistics,
+                                               FirstClasses<Real>& first) const {
     // Where rows are held; rounded to 16 bits slopes would lose digits to their sum.
     constexpr bool kSlopes = kHeld && math::kHasSlope<Terms> && sizeof(T) > 2;
     Real terms = 0, of_a = 0;
@@ -605,16 +625,16 @@ struct LongRow {
       [[maybe_unused]] Logits slopes;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        const math::ClassShare<Real> x =
-            Terms::share(sweep.element(task, zs[j], ts[j]), task.parameters);
+        const auto element = sweep.element(task, zs[j], ts[j]);
+        const math::ClassShare<Real> x = Terms::share(element, task.parameters);
         terms += x.f;
         of_a += x.a;
+        if (wants_statistics()) statistics.add(element);
         if constexpr (kSlopes) narrow(x.slope, slopes.value[j]);
       }
-      add_statistics(sums, z, t, statistics);
       if constexpr (kSlopes) t_slots.put(s, slopes);
     });
-    reduce(terms, of_a, statistics);
+    first = reduce(terms, of_a, statistics);
     sweep.of_q = -sweep.other * of_a;
     if (g_row == nullptr) return terms;
     each(skip, [&](int s, const Logits& z, const Logits& t) {
@@ -630,15 +650,15 @@ struct LongRow {
         } else {
           gradient = sweep.template gradient<Terms>(task, zs[j], ts[j]);
         }
-        narrow(task.template back<kOptions>(zs[j], gradient), out.value[j]);
+        narrow(task.template back<kExtra>(zs[j], gradient), out.value[j]);
       }
       write(s, out);
     });
     return terms;
   }
-  __device__ __forceinline__ void three_sweeps(const RowSums<Real>& sums, Real label_z,
-                                               StatisticSums<Real>& statistics) const {
-    TermSweeps<T, kOptions> sweep(task, sums, label_z, row.weight * team.exchange.factor);
+  __device__ __forceinline__ void three_sweeps(const RowSums<Real>& own_sums,
+                                               const RowSums<Real>& sums, Real label_z) const {
+    TermSweeps<T, kExtra> sweep(task, sums, label_z, row.weight * team.exchange.factor);
     if (math::needs_exact_sums(p.divergence)) {
       Real excess[] = {Real(0)};
       each(skip, [&](int, const Logits& z, const Logits& t) {
@@ -651,21 +671,35 @@ struct LongRow {
       team.template reduce<1>(excess);
       sweep.refine(excess[0]);
     }
+    tell_first(own_sums, sums);
     Real terms = 0;
+    StatisticSums<Real> statistics;
+    FirstClasses<Real> first;
     math::with_policy(p, [&](auto policy) {
       using Terms = decltype(policy);
-      if constexpr (!math::kTwoSweeps<Terms>) terms = other_sweeps<Terms>(sweep, sums, statistics);
+      if constexpr (!math::kTwoSweeps<Terms>) terms = other_sweeps<Terms>(sweep, statistics, first);
     });
     terms = terms < Real(0) ? Real(0) : terms;  // of rounded terms
     if (last) team.arrive();
-    emit(sums, terms, math::fma(sweep.of_term, terms, sweep.loss), statistics);
+    emit(sums, terms, math::fma(sweep.of_term, terms, sweep.loss), statistics, first);
     write_label(label_z, sweep.at_label,
                 [&](Real label_t) { return sweep.gradient_of(p, task, label_z, label_t); });
   }
 
+  // As shifted_sweep has them.
+  __device__ __forceinline__ Exponents<Real> shifted_exponents(const RowSums<Real>& sums, Real z,
+                                                               Real t) const {
+    if constexpr (kShift) {
+      const Shifts shifts(task, sums.max_s, sums.max_t);
+      return {shifts.s(z), shifts.t(t)};
+    } else {
+      return {z, t};
+    }
+  }
   // The second sweep over whole vectors, in fewer instructions.
   template <class Sweep>
-  __device__ __forceinline__ Real shifted_sweep(Sweep& sweep, const Shifts& shifts) const {
+  __device__ __forceinline__ Real shifted_sweep(Sweep& sweep, const Shifts& shifts,
+                                                StatisticSums<Real>& statistics) const {
     const Real of_s = shifts.s.factor(), of_t = shifts.t.factor(),
                of_hard = sweep.of_hard * shifts.hard.factor();
     sweep.inv_s *= of_s;
@@ -681,10 +715,10 @@ struct LongRow {
       widen_all(t, ts);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        const TermAndGradient<Real> x =
-            sweep.soft(task, zs[j], ts[j], math::exp2_nonpositive(shifts.s(zs[j])),
-                       math::exp2_nonpositive(shifts.t(ts[j])));
+        const Exponents<Real> of(shifts.s(zs[j]), shifts.t(ts[j]));
+        const TermAndGradient<Real> x = sweep.soft(task, zs[j], ts[j], of.ex, of.ey);
         terms += x.term;
+        if (wants_statistics()) statistics.add(of);
         gradient[j] = x.gradient;
       }
       if (g_row == nullptr) continue;
@@ -696,23 +730,27 @@ struct LongRow {
         }
       }
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) narrow(gradient[j], out.value[j]);
+      for (int j = 0; j < kCount; ++j)
+        narrow(task.template back<kExtra>(zs[j], gradient[j]), out.value[j]);
       *reinterpret_cast<Vector<T>*>(g_row + at(s)) = out;
     }
     sweep.inv_s *= math::inverse(of_s);
     sweep.inv_t *= math::inverse(of_t);
     return terms;
   }
-  __device__ __forceinline__ void two_sweeps(const RowSums<Real>& sums, Real label_z,
-                                             StatisticSums<Real>& statistics) const {
-    SecondSweep<T, Policy, kOptions> sweep(task, sums, label_z,
-                                           row.weight * team.exchange.factor);
+  __device__ __forceinline__ void two_sweeps(const RowSums<Real>& own_sums,
+                                             const RowSums<Real>& sums, Real label_z) const {
+    tell_first(own_sums, sums);
+    StatisticSums<Real> statistics;
+    SecondSweep<T, Policy, kExtra> sweep(task, sums, label_z, row.weight * team.exchange.factor);
     Real terms = 0;
     int done = skip;  // slots up to here are done
+    [[maybe_unused]] bool shifted = false;
     if constexpr (kShift) {
       const Shifts shifts(task, sums.max_s, sums.max_t);
-      if (shifts.small()) {
-        terms = shifted_sweep(sweep, shifts);
+      shifted = shifts.small();
+      if (shifted) {
+        terms = shifted_sweep(sweep, shifts, statistics);
         done = max(skip, whole);
       }
     }
@@ -720,25 +758,33 @@ struct LongRow {
       Vector<T> out;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        const Real zj = widen(z.value[j]);
-        const TermAndGradient<Real> x = sweep.element(task, zj, widen(t.value[j]));
+        const Real zj = widen(z.value[j]), tj = widen(t.value[j]);
+        const Exponents<Real> of = sweep.exponents(task, zj, tj);
+        const TermAndGradient<Real> x = sweep.element(task, zj, tj, of);
         terms += x.term;
-        narrow(task.template back<kOptions>(zj, x.gradient), out.value[j]);
+        if (wants_statistics()) statistics.add(shifted ? shifted_exponents(sums, zj, tj) : of);
+        narrow(task.template back<kExtra>(zj, x.gradient), out.value[j]);
       }
-      add_statistics(sums, z, t, statistics);
       if (g_row != nullptr) write(s, out);
     });
     // Numbers are made again, for registers.
     const Real weight = p.weight != nullptr ? static_cast<const Real*>(p.weight)[r] : Real(1);
-    const Real at_label = (Real(1) - task.alpha) * (weight * team.exchange.factor) *
-                          (Real(1) - task.smoothing);
+    const Real at_label =
+        (Real(1) - task.alpha) * (weight * team.exchange.factor) * (Real(1) - task.smoothing);
     write_label(label_z, at_label,
                 [&](Real label_t) { return sweep.element(task, label_z, label_t).gradient; });
     const Real of_term = task.alpha * task.temperature * task.temperature;
-    if (kOptions && p.statistics != nullptr) {
+    if (wants_statistics()) {
       Real none = 0;
-      reduce(terms, none, statistics);
-      return emit(sums, terms, math::fma(of_term, terms, sweep.loss), statistics);
+      const FirstClasses<Real> first = reduce(terms, none, statistics);
+      if constexpr (kShift) {
+        const Shifts shifts(task, sums.max_s, sums.max_t);
+        if (shifted) {
+          statistics.self_s = shifts.s.back(statistics.self_s, sums.sum_s);
+          statistics.self_t = shifts.t.back(statistics.self_t, sums.sum_t);
+        }
+      }
+      return emit(sums, terms, math::fma(of_term, terms, sweep.loss), statistics, first);
     }
     add_shares(of_term, sweep.loss, terms, weight);
   }
@@ -765,7 +811,7 @@ struct LongRow {
   __device__ __forceinline__ void skip_row() const {
     if (team.is_first()) {
       team.exchange.totals[0] += row.emit(p, r, Real(0));
-      if (kOptions && p.statistics != nullptr) blank_statistics(p, row, r);
+      if (wants_statistics()) blank_statistics(p, row, r);
     }
     if (g_row == nullptr) return;
     Vector<T> zero;
@@ -778,18 +824,16 @@ struct LongRow {
     if (row.skipped()) return skip_row();
     if constexpr (kHeld) bring();
     const Real label_z = task.hard != CrossEntropy::kNone
-                             ? task.template student<kOptions>(widen(z_row[row.label]))
+                             ? task.template student<kExtra>(widen(z_row[row.label]))
                              : Real(0);
-    const RowSums<Real> mine_only = add_up();
+    const RowSums<Real> own_sums = add_up();
     constexpr bool kThird = math::kThirdSweep<Policy>;
-    const bool tells_more = kThird || p.row_loss != nullptr || (kOptions && p.statistics != nullptr);
-    const RowSums<Real> sums = team.template merge<Policy>(task, mine_only, last && !tells_more);
-    StatisticSums<Real> statistics;
-    if (kOptions && p.statistics != nullptr) find_first(mine_only, sums, statistics);
+    const bool tells_more = kThird || p.row_loss != nullptr || (wants_statistics());
+    const RowSums<Real> sums = team.template merge<Policy>(task, own_sums, last && !tells_more);
     if constexpr (kThird) {
-      three_sweeps(sums, label_z, statistics);
+      three_sweeps(own_sums, sums, label_z);
     } else {
-      two_sweeps(sums, label_z, statistics);
+      two_sweeps(own_sums, sums, label_z);
     }
   }
 };
@@ -800,13 +844,13 @@ struct LongRow {
 // to what it adds up over all rows. Bytes 1.00 times the least. Special functions an element: 4, or 6 with
 // cross-entropy's own exponentials.
 // stream, else: a block a row, read from global memory in both sweeps.
-template <class T, class Policy, bool kHeld, bool kOptions>
+template <class T, class Policy, bool kHeld, Extra kExtra>
 __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamThreads,
-                                  row_blocks(kHeld, sizeof(T), kOptions))
+                                  row_blocks(kHeld, sizeof(T), kExtra == Extra::kTransforms))
     row_kernel(const __grid_constant__ LossParams p,
                const __grid_constant__ Task<typename Compute<T>::type> task, int cluster,
                int capacity) {
-  using Walk = LongRow<T, Policy, kHeld, kOptions>;
+  using Walk = LongRow<T, Policy, kHeld, kExtra>;
   using RowSlots = Slots<typename Walk::Held, Walk::kCount>;
   extern __shared__ uint4 slots_shared[];
   __shared__ Exchange<T> exchange;

@@ -26,6 +26,15 @@ struct Exp2Nonpositive {
   }
 };
 
+// What a kernel does beside the loss and gradient of logits as they are. Each adds to the last.
+enum class Extra {
+  kNothing,
+  kStatistics,
+  kTransforms,  // of scaled or capped logits, or of probabilities: it keeps them in the compute type, as they are compared
+};
+template <class T, Extra kExtra>
+using HeldType = std::conditional_t<kExtra == Extra::kTransforms, typename Compute<T>::type, T>;
+
 // What a launch computes, the same for all its rows, so that every branch on it is uniform: one kernel for
 // all options. The host rounds the scalars.
 template <class Real>
@@ -38,25 +47,26 @@ struct Task {
   double* partial;  // one sum of losses a block, or null
   math::Parameters<Real> parameters;  // of AnySweeps
   math::Logits<Real> logits;
-  bool changes;  // logits are not compared as they are; only kernels with kOptions look at it
+  bool changes;  // logits are not compared as they are: Extra::kTransforms
 
   __device__ Real factor(const LossParams& p) const {
     double inverse = device_inv_denominator != nullptr ? *device_inv_denominator : inv_denominator;
     return static_cast<Real>(inverse * p.gradient_scale);
   }
   // Both sides' logits as they are compared, and the gradient in a logit from that in the compared one, z.
-  template <bool kOptions>
+  template <Extra kExtra>
   __device__ __forceinline__ Real student(Real z) const {
-    return kOptions && changes ? math::Logits<Real>::of_student(logits, z) : z;
+    return kExtra == Extra::kTransforms && changes ? math::Logits<Real>::of_student(logits, z) : z;
   }
-  template <bool kOptions>
+  template <Extra kExtra>
   __device__ __forceinline__ Real teacher(Real t) const {
-    return kOptions && changes ? math::Logits<Real>::of_teacher(logits, t) : t;
+    return kExtra == Extra::kTransforms && changes ? math::Logits<Real>::of_teacher(logits, t) : t;
   }
-  template <bool kOptions>
+  template <Extra kExtra>
   __device__ __forceinline__ Real back(Real z, Real gradient) const {
-    return kOptions && changes ? math::Transform<Real>::back(logits.student, z, gradient)
-                               : gradient;
+    return kExtra == Extra::kTransforms && changes
+               ? math::Transform<Real>::back(logits.student, z, gradient)
+               : gradient;
   }
 };
 
@@ -83,17 +93,20 @@ __device__ __forceinline__ Row<Real> read_row(const LossParams& p, int64_t row) 
           p.labels != nullptr && (label < 0 || label >= p.classes)};
 }
 
-// kOptions, of a kernel: logits are scaled or capped, or probabilities, or statistics are wanted. It keeps logits in the
-// compute type, as they are compared.
-template <class T, bool kOptions>
-using HeldType = std::conditional_t<kOptions, typename Compute<T>::type, T>;
+// Of an element, and 2 to their power.
+template <class Real>
+struct Exponents {
+  Real x, y, ex, ey;
+  __device__ __forceinline__ Exponents(Real x, Real y)
+      : x(x), y(y), ex(math::exp2_nonpositive(x)), ey(math::exp2_nonpositive(y)) {}
+};
 
 // What a row's elements need once its sums are known: see math::RowResult.
-template <class T, class Policy, bool kOptions>
+template <class T, class Policy, Extra kExtra>
 struct SecondSweep : math::RowResult<typename Compute<T>::type> {
   using Real = typename Compute<T>::type;
   // e = kSign ((t - early - z - late) / T + above), as in math::ElementNorm. Logits of 16 bits differ by exact numbers.
-  static constexpr bool kEarly = sizeof(HeldType<T, kOptions>) > 2;
+  static constexpr bool kEarly = sizeof(HeldType<T, kExtra>) > 2;
   Real max_s, max_t, early, late;
 
   // label_z: the label's logit.
@@ -120,22 +133,29 @@ struct SecondSweep : math::RowResult<typename Compute<T>::type> {
     return Policy::element(this->of_q, this->other, ey * this->inv_t, ex * this->inv_s,
                            math::at_least(e, Real(math::kLeast)));
   }
-  __device__ __forceinline__ TermAndGradient<Real> element(const Task<Real>& task, Real z,
-                                                           Real t) const {
-    TermAndGradient<Real> x = soft(task, z, t, math::exp2_nonpositive((z - max_s) * task.scale),
-                                   math::exp2_nonpositive((t - max_t) * task.scale));
+  __device__ __forceinline__ Exponents<Real> exponents(const Task<Real>& task, Real z,
+                                                       Real t) const {
+    return {(z - max_s) * task.scale, (t - max_t) * task.scale};
+  }
+  __device__ __forceinline__ TermAndGradient<Real> element(const Task<Real>& task, Real z, Real t,
+                                                           const Exponents<Real>& of) const {
+    TermAndGradient<Real> x = soft(task, z, t, of.ex, of.ey);
     if (task.hard != CrossEntropy::kNone) {
       Real eh = math::exp2_nonpositive((z - max_s) * Real(math::kLog2E));
       x.gradient = math::fma(this->of_hard, eh, x.gradient - this->uniform);
     }
     return x;
   }
+  __device__ __forceinline__ TermAndGradient<Real> element(const Task<Real>& task, Real z,
+                                                           Real t) const {
+    return element(task, z, t, exponents(task, z, t));
+  }
 };
 
 // The second and third sweeps of a divergence whose policy is one of math/divergence.h.
-template <class T, bool kOptions>
-struct TermSweeps : SecondSweep<T, AnySweeps, kOptions> {
-  using Base = SecondSweep<T, AnySweeps, kOptions>;
+template <class T, Extra kExtra>
+struct TermSweeps : SecondSweep<T, AnySweeps, kExtra> {
+  using Base = SecondSweep<T, AnySweeps, kExtra>;
   using Real = typename Base::Real;
   using Element = math::Element<Real, sizeof(T) == 2>;
   Real log2_s, log2_t;  // of the sums
@@ -213,46 +233,65 @@ struct TermSweeps : SecondSweep<T, AnySweeps, kOptions> {
   }
 };
 
-// What a row's statistics take beside its sums and terms.
+// What a row's statistics take beside its sums and terms. What is NaN here is so in the row's sums.
 template <class Real>
 struct StatisticSums {
-  Real self_s = 0, self_t = 0;  // of ex x, ey y
-  Real first_s = -Real(INFINITY), first_t = -Real(INFINITY);  // minus the first class of the largest logit
+  Real self_s = 0,
+       self_t = 0;  // of q log2 q, p log2 p; of a divergence of two sweeps of ex x, ey y
 
-  // Of an element's exponents and exponentials.
-  __device__ __forceinline__ void add(const Task<Real>& task, const RowSums<Real>& sums, Real z,
-                                      Real t) {
-    const Real x = (z - sums.max_s) * task.scale, y = (t - sums.max_t) * task.scale;
-    self_s += math::times(math::exp2_nonpositive(x), x);
-    self_t += math::times(math::exp2_nonpositive(y), y);
+  __device__ __forceinline__ static void add(Real e, Real x, Real& sum) {
+    sum = math::fma(e, Max::apply(x, Real(-1e30)), sum);  // -inf times 0 would be NaN
   }
-  __device__ __forceinline__ void compare(const RowSums<Real>& sums, Real z, Real t, Real at) {
-    if (z == sums.max_s) first_s = Max::apply(first_s, -at);
-    if (t == sums.max_t) first_t = Max::apply(first_t, -at);
+  template <bool kRounded>
+  __device__ __forceinline__ void add(const math::Element<Real, kRounded>& x) {
+    add(x.q, x.log2_q, self_s);
+    add(x.p, x.log2_p, self_t);
   }
-  // By one thread, once all are added up.
-  __device__ __forceinline__ void write(const LossParams& p, const Task<Real>& task,
-                                        const RowSums<Real>& sums, int64_t row,
-                                        Real divergence) const {
-    const Real infinity = INFINITY, of_scale = task.inv_temperature;
-    const Real log_s = math::log_acc(sums.sum_s), log_t = math::log_acc(sums.sum_t);
-    auto broken = [&](Real sum) { return !(sum > Real(0) && sum < infinity); };
-    const bool nan = broken(sums.sum_s) || (task.alpha > Real(0) && broken(sums.sum_t)) ||
-                     (task.hard == CrossEntropy::kOwn && broken(sums.sum_hard));
-    const Real kLn2 = math::kLn2;
-    Real values[math::kStatistics] = {math::fma(sums.max_s, of_scale, log_s),
-                                      math::fma(sums.max_t, of_scale, log_t),
-                                      log_s - kLn2 * self_s * math::inverse(sums.sum_s),
-                                      log_t - kLn2 * self_t * math::inverse(sums.sum_t),
-                                      divergence,
-                                      Real(first_s == first_t)};
-#pragma unroll
-    for (int i = 0; i < math::kStatistics; ++i) {
-      const Real y = nan ? (i == 5 ? Real(1) : Real(NAN)) : values[i];
-      static_cast<Real*>(p.statistics)[i * p.rows + row] = y;
-    }
+  __device__ __forceinline__ void add(const Exponents<Real>& of) {
+    add(of.ex, of.x, self_s);
+    add(of.ey, of.y, self_t);
   }
 };
+
+// Of the largest logits: minus the first class that has it.
+template <class Real>
+struct FirstClasses {
+  Real s = -Real(INFINITY), t = -Real(INFINITY);
+
+  __device__ __forceinline__ void compare(const RowSums<Real>& sums, Real z, Real t_logit,
+                                          Real at) {
+    if (z == sums.max_s) s = Max::apply(s, -at);
+    if (t_logit == sums.max_t) t = Max::apply(t, -at);
+  }
+};
+
+// RowStatistics of kdkernels/reference/rows.py, by one thread.
+template <class Policy, class Real>
+__device__ __forceinline__ void write_statistics(const LossParams& p, const Task<Real>& task,
+                                                 int64_t row, const RowSums<Real>& sums,
+                                                 const StatisticSums<Real>& statistics,
+                                                 const FirstClasses<Real>& first, Real divergence) {
+  const Real ln2 = math::kLn2;
+  const Real log_s = math::log_acc(sums.sum_s), log_t = math::log_acc(sums.sum_t);
+  auto broken = [](Real sum) { return !(sum > Real(0) && sum < Real(INFINITY)); };
+  const bool nan = broken(sums.sum_s) || (task.alpha > Real(0) && broken(sums.sum_t)) ||
+                   (task.hard == CrossEntropy::kOwn && broken(sums.sum_hard));
+  auto entropy = [&](Real self, Real sum, Real log_sum) {
+    return math::kThirdSweep<Policy> ? -ln2 * self : log_sum - ln2 * self * math::inverse(sum);
+  };
+  const Real values[math::kStatistics] = {math::fma(sums.max_s, task.inv_temperature, log_s),
+                                          math::fma(sums.max_t, task.inv_temperature, log_t),
+                                          entropy(statistics.self_s, sums.sum_s, log_s),
+                                          entropy(statistics.self_t, sums.sum_t, log_t),
+                                          divergence,
+                                          Real(first.s == first.t)};
+#pragma unroll
+  for (int i = 0; i < math::kStatistics; ++i) {
+    const Real of_broken =
+        i == 5 ? Real(1) : Real(NAN);  // all of it is NaN: the first is the largest
+    static_cast<Real*>(p.statistics)[i * p.rows + row] = nan ? of_broken : values[i];
+  }
+}
 
 // Of a row that is skipped.
 template <class Real>
@@ -260,7 +299,8 @@ __device__ __forceinline__ void blank_statistics(const LossParams& p, const Row<
                                                  int64_t row) {
   const Real y = state.ignored ? Real(0) : static_cast<Real>(nan(""));
 #pragma unroll
-  for (int i = 0; i < math::kStatistics; ++i) static_cast<Real*>(p.statistics)[i * p.rows + row] = y;
+  for (int i = 0; i < math::kStatistics; ++i)
+    static_cast<Real*>(p.statistics)[i * p.rows + row] = y;
 }
 
 }  // namespace

@@ -22,12 +22,12 @@ __device__ __forceinline__ void visit_chunks(int chunks, Visit visit) {
   for (int j = 0; j < kEdge; ++j) visit(kChunks * kChunk + j);
 }
 
-template <class T, class Policy, bool kOptions>
-using Sweep = std::conditional_t<math::kThirdSweep<Policy>, TermSweeps<T, kOptions>,
-                                 SecondSweep<T, Policy, kOptions>>;
-template <class T, class Policy, bool kOptions>
+template <class T, class Policy, Extra kExtra>
+using Sweep = std::conditional_t<math::kThirdSweep<Policy>, TermSweeps<T, kExtra>,
+                                 SecondSweep<T, Policy, kExtra>>;
+template <class T, class Policy, Extra kExtra>
 struct Solved {
-  Sweep<T, Policy, kOptions> sweep;
+  Sweep<T, Policy, kExtra> sweep;
   typename Compute<T>::type loss;
 };
 
@@ -35,22 +35,20 @@ struct Solved {
 // element, and z goes as the gradient but for the label's own share, at_label. kChunks chunks of kChunk elements,
 // of which the first `chunks` are in use, then kEdge elements; valid(k) tells elements from padding, column(k) is an
 // element's class. at: the row.
-template <class T, class Policy, bool kOptions, int kChunks, int kChunk, int kEdge, class Real,
+template <class T, class Policy, Extra kExtra, int kChunks, int kChunk, int kEdge, class Real,
           class Valid, class Column>
-__device__ __forceinline__ Solved<T, Policy, kOptions> solve(
+__device__ __forceinline__ Solved<T, Policy, kExtra> solve(
     const LossParams& p, const Task<Real>& task, int64_t at, const Row<Real>& state, Real label_z,
     Real factor, int chunks, int lanes, Real (&z)[kChunks * kChunk + kEdge],
     Real (&t)[kChunks * kChunk + kEdge], Valid valid, Column column) {
   auto each = [&](auto visit) { visit_chunks<kChunks, kChunk, kEdge>(chunks, visit); };
-  if (kOptions && task.changes) {
+  if (kExtra == Extra::kTransforms && task.changes) {
     each([&](int k) {
-      z[k] = task.template student<true>(z[k]);
-      t[k] = task.template teacher<true>(t[k]);
+      z[k] = task.template student<kExtra>(z[k]);
+      t[k] = task.template teacher<kExtra>(t[k]);
     });
   }
-  auto back = [&](Real of_z, Real gradient) {
-    return task.template back<kOptions>(of_z, gradient);
-  };
+  auto back = [&](Real of_z, Real gradient) { return task.template back<kExtra>(of_z, gradient); };
   const bool own = task.hard == CrossEntropy::kOwn;
   Real maxima[2] = {Lowest<Real>::value, Lowest<Real>::value};
   each([&](int k) {
@@ -82,20 +80,19 @@ __device__ __forceinline__ Solved<T, Policy, kOptions> solve(
   const RowSums<Real> row = {
       maxima[0],    maxima[1],    sums[0], sums[1], Policy::kCross ? sums[kSums - 1] : Real(0),
       hard_sums[0], hard_sums[1], Real(0)};
-  Solved<T, Policy, kOptions> out = {Sweep<T, Policy, kOptions>(task, row, label_z, factor),
-                                     Real(0)};
-  StatisticSums<Real> statistics;
-  if (kOptions && p.statistics != nullptr) {
+  Solved<T, Policy, kExtra> out = {Sweep<T, Policy, kExtra>(task, row, label_z, factor), Real(0)};
+  [[maybe_unused]] const bool wants_statistics =
+      kExtra != Extra::kNothing && p.statistics != nullptr;
+  FirstClasses<Real> first;
+  if (wants_statistics) {
     each([&](int k) {
-      statistics.add(task, row, z[k], t[k]);
-      if (valid(k)) statistics.compare(row, z[k], t[k], Real(column(k)));
+      if (valid(k)) first.compare(row, z[k], t[k], Real(column(k)));
     });
-    Real of_lanes[2] = {statistics.self_s, statistics.self_t};
-    Real first[2] = {statistics.first_s, statistics.first_t};
-    reduce_lanes<Sum>(of_lanes, lanes);
-    reduce_lanes<Max>(first, lanes);
-    statistics = {of_lanes[0], of_lanes[1], first[0], first[1]};
+    Real classes[2] = {first.s, first.t};
+    reduce_lanes<Max>(classes, lanes);
+    first = {classes[0], classes[1]};
   }
+  StatisticSums<Real> statistics;
   Real terms[math::kThirdSweep<Policy> ? 2 : 1] = {};
   if constexpr (math::kThirdSweep<Policy>) {
     if (math::needs_exact_sums(p.divergence)) {
@@ -111,10 +108,11 @@ __device__ __forceinline__ Solved<T, Policy, kOptions> solve(
       using Terms = decltype(policy);
       if constexpr (!math::kTwoSweeps<Terms>) {
         each([&](int k) {
-          const math::ClassShare<Real> x =
-              Terms::share(out.sweep.element(task, z[k], t[k]), task.parameters);
+          const auto element = out.sweep.element(task, z[k], t[k]);
+          const math::ClassShare<Real> x = Terms::share(element, task.parameters);
           terms[0] += x.f;
           terms[1] += x.a;
+          if (wants_statistics) statistics.add(element);
           if constexpr (math::kHasSlope<Terms>) t[k] = x.slope;
         });
         reduce_lanes<Sum>(terms, lanes);
@@ -130,7 +128,9 @@ __device__ __forceinline__ Solved<T, Policy, kOptions> solve(
     });
   } else {
     each([&](int k) {
-      const TermAndGradient<Real> x = out.sweep.element(task, z[k], t[k]);
+      const Exponents<Real> of = out.sweep.exponents(task, z[k], t[k]);
+      const TermAndGradient<Real> x = out.sweep.element(task, z[k], t[k], of);
+      if (wants_statistics) statistics.add(of);
       terms[0] += x.term;
       z[k] = back(z[k], x.gradient);
     });
@@ -138,11 +138,14 @@ __device__ __forceinline__ Solved<T, Policy, kOptions> solve(
   }
   terms[0] = terms[0] < Real(0) ? Real(0) : terms[0];  // of rounded terms
   out.loss = math::fma(out.sweep.of_term, terms[0], out.sweep.loss);
-  if (kOptions && p.statistics != nullptr && (threadIdx.x & (lanes - 1)) == 0 && at < p.rows) {
-    if (state.skipped()) {
+  if (wants_statistics) {
+    Real self[2] = {statistics.self_s, statistics.self_t};
+    reduce_lanes<Sum>(self, lanes);
+    const bool writes = (threadIdx.x & (lanes - 1)) == 0 && at < p.rows;
+    if (writes && state.skipped()) {
       blank_statistics(p, state, at);
-    } else {
-      statistics.write(p, task, row, at, terms[0]);
+    } else if (writes) {
+      write_statistics<Policy, Real>(p, task, at, row, {self[0], self[1]}, first, terms[0]);
     }
   }
   return out;
@@ -159,16 +162,16 @@ static_assert(kTileThreads == kWarpThreads);
 
 // Blocks an SM that registers must allow.
 constexpr int kWarpBlocks = 4;
-constexpr int tile_blocks(int element_size, bool options) {
-  return element_size == 8 ? 2 : options ? 3 : 4;
+constexpr int tile_blocks(int element_size, bool extra) {
+  return element_size == 8 ? 2 : extra ? 3 : 4;
 }
 
 // tile. A block copies a run of whole rows to shared memory as one flat image: global accesses are 16 bytes
 // whatever the rows' own alignment, and a row's few lanes find its elements anywhere. The gradient goes back
 // the same way, over the student's image. Bytes 1.00 times the least, 4 special functions an element (6 with
 // cross-entropy's own); each lane finishes its row.
-template <class T, class Policy, bool kOptions>
-__global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T), kOptions))
+template <class T, class Policy, Extra kExtra>
+__global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T), kExtra != Extra::kNothing))
     tile_kernel(const __grid_constant__ LossParams p,
                 const __grid_constant__ Task<typename Compute<T>::type> task, int lanes,
                 int tile_rows) {
@@ -267,22 +270,22 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T), kOptions)
       // Of a row that is not there, the row behind the last.
       const int64_t at = live ? first + in_tile : p.rows;
       const Real label_z =
-          labelled ? task.template student<kOptions>(widen(z_image[start + label])) : Real(0);
-      const Solved<T, Policy, kOptions> solved = solve<T, Policy, kOptions, kChunks, kChunk, 0>(
+          labelled ? task.template student<kExtra>(widen(z_image[start + label])) : Real(0);
+      const Solved<T, Policy, kExtra> solved = solve<T, Policy, kExtra, kChunks, kChunk, 0>(
           p, task, at, row, label_z, row.weight * factor, chunks, lanes, z, t, valid, column);
       if (live && lane == 0) total += row.emit(p, first + in_tile, solved.loss);
       if (!want_gradient) continue;
       // The label's element, once more and with its share: no lane looks for it among its own.
       T at_label;
       if (labelled) {
-        const Real label_t = task.template teacher<kOptions>(widen(t_image[start + label]));
+        const Real label_t = task.template teacher<kExtra>(widen(t_image[start + label]));
         Real gradient;
         if constexpr (math::kThirdSweep<Policy>) {
           gradient = solved.sweep.gradient_of(p, task, label_z, label_t);
         } else {
           gradient = solved.sweep.element(task, label_z, label_t).gradient;
         }
-        narrow(task.template back<kOptions>(label_z, gradient - solved.sweep.at_label), at_label);
+        narrow(task.template back<kExtra>(label_z, gradient - solved.sweep.at_label), at_label);
       }
       __syncwarp();  // all lanes have read the label's logit
       if (row.skipped()) {
@@ -319,7 +322,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T), kOptions)
 
 // warp. A warp reads a row into registers, 16 bytes a lane and access; a lane has at most one element of its
 // head or tail. Bytes 1.00 times the least, 4 special functions an element (6 with cross-entropy's own).
-template <class T, class Policy, bool kOptions>
+template <class T, class Policy, Extra kExtra>
 __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
     warp_kernel(const __grid_constant__ LossParams p,
                 const __grid_constant__ Task<typename Compute<T>::type> task) {
@@ -350,7 +353,8 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
 
     if (row.skipped()) {
       if (lane == 0) total += row.emit(p, r, Real(0));
-      if (kOptions && p.statistics != nullptr && lane == 0) blank_statistics(p, row, r);
+      if (kExtra != Extra::kNothing && p.statistics != nullptr && lane == 0)
+        blank_statistics(p, row, r);
       if (g_row == nullptr) continue;
       Vector<T> zero;
 #pragma unroll
@@ -410,12 +414,12 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)
         }
       }
     }
-    const Real label_z =
-        task.hard != CrossEntropy::kNone ? task.template student<kOptions>(widen(z_row[row.label]))
-                                         : Real(0);
-    const Solved<T, Policy, kOptions> solved = solve<T, Policy, kOptions, kSlots, kCount, 1>(
+    const Real label_z = task.hard != CrossEntropy::kNone
+                             ? task.template student<kExtra>(widen(z_row[row.label]))
+                             : Real(0);
+    const Solved<T, Policy, kExtra> solved = solve<T, Policy, kExtra, kSlots, kCount, 1>(
         p, task, r, row, label_z, row.weight * factor, slots, kWarp, z, t, valid, column);
-    const Real at_label = task.template back<kOptions>(label_z, solved.sweep.at_label);
+    const Real at_label = task.template back<kExtra>(label_z, solved.sweep.at_label);
     if (lane == 0) total += row.emit(p, r, solved.loss);
     if (g_row == nullptr) continue;
     // In place: the label's logit is read before any lane writes.

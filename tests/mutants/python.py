@@ -64,7 +64,7 @@ PYTHON = [
         "kdkernels/distill/calls.py",
         "first = process_group.rank() * own",
         "first = 0 * own",
-        LINEAR + " -k ranks",
+        "tests/test_parallel.py -k 'share or vocabulary or process_group'",
     ),
     Fault(
         "samples-importance-left-out",
