@@ -722,7 +722,7 @@ def divergence_compare(case, got, want):
             got["statistics"].double(), want["statistics"], rtol=1e-11 if exact else 4e-6,
             atol=1e-12 if exact else 4e-6, equal_nan=True,
         )  # fmt: skip
-    scale = max(1.0, largest * max(case.temperature, 1.0)) * factor
+    scale = max(1.0, largest * max(case.temperature, 1.0)) * factor * max(1.0, case.logit_scale)
     atol = (1e-13 if exact else 2e-6) * scale
     for name, pad in (("gradient", 0 if case.inplace else 2), ("teacher_gradient", 1)):
         if name not in got:
