@@ -396,6 +396,7 @@ def distillation_cases():
         yield Distillation(dtype, 2000, 10, alpha=0.5, gap=1e-3, weighted=True, ignored=0.5)
         at = 16 // size_of(dtype)  # of 32 bytes
         yield Distillation(dtype, 3, 1024, offset=(at, at, at), inplace=True)
+        yield Distillation(dtype, 150, 520, alpha=0.5, offset=(1, 1, 1))  # labels in rows' edges
     # More rows than one block adds up the weights of.
     yield Distillation("float32", 70000, 5, alpha=0.5, ignored=0.3)
     # Rounded products of logit and scale, whose errors one factor mends: in sums, in gradients.
@@ -421,7 +422,7 @@ def distillation_cases():
 
 @dataclass(frozen=True)
 class Divergence(Distillation):
-    values: str = "normal"  # also "equal", "excluded"
+    values: str = "normal"  # also "equal", "excluded", "tied"
 
     divergence: str = "reverse_kl"
     divergence_alpha: float | None = None
@@ -490,6 +491,9 @@ def divergence_inputs(case):
     shape = (case.rows, case.classes)
     if case.values == "equal":
         z[0], t[0] = 0.5, -2.0
+    if case.values == "tied":  # the student's first largest logit is the teacher's
+        z[:, [1, -1]] = 20.0
+        t[:, 1] = 20.0
     if case.values == "excluded":  # what the teacher has
         z[-1, -1] = -math.inf
     teachers = [t.double()]
@@ -872,6 +876,11 @@ def divergence_cases():
                     dtype, 3, classes, **of, offset=(1, 2, 0), inplace=True, temperature=1.0
                 )
                 yield Divergence(dtype, 3, classes, **of, gradient=False, invalid=True, **hard)
+        for classes in (11, 600, 1301):
+            yield Divergence(dtype, 3, classes, **reverse, values="tied", statistics=True)
+        yield Divergence(
+            dtype, 3, 1100, **reverse, temperature=8.0, levels=(3e3, -9e3), statistics=True
+        )
         yield Divergence(dtype, 3, 1100, **reverse, temperature=8.0, levels=(3e3, -9e3))
         yield Divergence(dtype, 0, 10)
         yield Divergence(dtype, 700, 10, **hard, ignored=0.1)
@@ -894,6 +903,8 @@ def divergence_cases():
     yield Divergence("float32", 1, 200000, divergence="skew_forward_kl", slices=2)
     yield Divergence("float32", 2, 300000, divergence="reverse_kl", soft_cap=9.0, statistics=True)
     yield Divergence("float64", 1, 60000, divergence="alpha_beta")
+    # More rows than blocks, each with options of its own.
+    yield Divergence("float32", 16390, 3, by_row=("temperature",), reduction="none")
     # So near that D feels the rounding of both sums, by every walk.
     for name, gap in (("total_variation", 1e-5), ("alpha_beta", 1e-4)):
         of = {"divergence": name, "gap": gap, "reduction": "none"}

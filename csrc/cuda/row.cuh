@@ -175,12 +175,11 @@ struct TermSweeps : SecondSweep<T, AnySweeps, kExtra> {
     const Real after = Base::kEarly ? t - this->early : t;
     return math::fma(after - z - this->late, task.inv_temperature, this->above);
   }
-  // A class that both sides exclude has probabilities 0 and d = kLeast. Where the gradient is not rounded, the smaller
-  // probability comes from the larger one and their difference: two exponentials give p, q and w.
+  // Where the gradient is not rounded, the smaller probability comes from the larger one and their difference: two
+  // exponentials give p, q and w.
   __device__ __forceinline__ Element element(const Task<Real>& task, Real z, Real t) const {
     Element x;
     x.d = difference(task, z, t);
-    if constexpr (sizeof(T) > 2) x.d = math::at_least(x.d, Real(math::kLeast));
     const Real log_q = math::fma(z - this->max_s, task.scale, -log2_s),
                log_p = math::fma(t - this->max_t, task.scale, -log2_t);
     x.w = math::smaller_over_larger(x.d);
@@ -196,12 +195,11 @@ struct TermSweeps : SecondSweep<T, AnySweeps, kExtra> {
     x.log2_p = log_p;
     return x;
   }
-  // After the sum of q - p: see math::refine.
+  // After the sum of q - p: see math::refine. Of the ratio alone: each side's probabilities add up to 1 as they are.
   __device__ __forceinline__ void refine(Real excess) {
     if (!(math::magnitude(excess) < Real(math::kLargestExcess))) return;
     const Real more = math::fma(excess * excess, Real(-0.5), excess);  // log(1 + excess)
     this->above += more;
-    log2_s += more * Real(math::kLog2E);
   }
   __device__ __forceinline__ Real add_hard(const Task<Real>& task, Real z, Real soft) const {
     if (task.hard == CrossEntropy::kNone) return soft;

@@ -52,29 +52,24 @@ FAULTS = [
         "csrc/cuda/long_rows.cuh",
         """    if (!arrived) cluster_arrive();
     cluster_wait();
-  }
-}
 """,
-        """    if (arrived) cluster_wait();
-  }
-}
-""",
+        "    if (arrived) cluster_wait();\n",
         LAUNCHERS + "more_rows_than_blocks",
     ),
     Fault(
         "sums-of-terms-have-one-turn",
         "csrc/cuda/long_rows.cuh",
         """turn ^= 1;
-        reduce_lanes<Sum>(total);""",
-        "reduce_lanes<Sum>(total);",
+    maxima[kMaxima] = 0;""",
+        "maxima[kMaxima] = 0;",
         LAUNCHERS + "more_rows_than_blocks",
     ),
     Fault(
         "parts-have-one-turn",
         "csrc/cuda/long_rows.cuh",
         """turn ^= 1;
-    sums = merge_lanes""",
-        "sums = merge_lanes",
+    return merge_lanes""",
+        "return merge_lanes",
         LAUNCHERS + "more_rows_than_blocks",
     ),
     Fault(
@@ -101,7 +96,7 @@ FAULTS = [
     Fault(
         "teachers-shift-error-left-out-of-the-gradient",
         "csrc/cuda/long_rows.cuh",
-        "        sweep.inv_t *= of_t;",
+        "    sweep.inv_t *= of_t;",
         "",
         LAUNCHERS + "'distillation- and -1100]'",
     ),
@@ -150,8 +145,8 @@ FAULTS = [
     Fault(
         "gradient-by-the-students-stride",
         "csrc/cuda/long_rows.cuh",
-        "row_at<T>(p.gradient, p.gradient_rows, r) : nullptr;",
-        "row_at<T>(p.gradient, p.student_rows, r) : nullptr;",
+        "row_at<T>(p.gradient, p.gradient_rows, r)",
+        "row_at<T>(p.gradient, p.student_rows, r)",
         LAUNCHERS + "distillation-",
     ),
     Fault(
@@ -171,22 +166,22 @@ FAULTS = [
     Fault(
         "held-waits-for-an-older-copy",
         "csrc/cuda/long_rows.cuh",
-        "if (g == 2) wait_copies<1>();",
-        "if (g == 2) wait_copies<2>();",
+        "if (g == kGroups - 2) wait_copies<1>();",
+        "if (g == kGroups - 2) wait_copies<2>();",
         LAUNCHERS + "distillation-",
     ),
     Fault(
         "row-loss-of-the-first-block-alone",
         "csrc/cuda/long_rows.cuh",
-        "loss += cluster > 1 ? read_peer(at, i >> log_warps).loss : at->loss;",
-        "loss += at->loss;",
+        "return cluster > 1 ? read_peer(at, i >> log_warps).loss : at->loss;",
+        "return at->loss;",
         LAUNCHERS + "distillation-",
     ),
     Fault(
         "held-last-slot-skipped",
         "csrc/cuda/long_rows.cuh",
-        "const int from = max(skip, g * group_slots), to = min(slots, (g + 1) * group_slots);",
-        "const int from = max(skip, g * group_slots), to = min(slots - 1, (g + 1) * group_slots);",
+        "const int from = max(skip, g * of_group), to = min(slots, (g + 1) * of_group);",
+        "const int from = max(skip, g * of_group), to = min(slots - 1, (g + 1) * of_group);",
         LAUNCHERS + "distillation-",
     ),
     Fault(

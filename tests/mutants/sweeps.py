@@ -12,43 +12,43 @@ LONG_ROWS = [
     Fault(
         "long-rows-do-not-refine-their-sums",
         "csrc/cuda/long_rows.cuh",
-        "sweep.refine(reduce_row(excess, Real(0)).first);",
-        "reduce_row(excess, Real(0));",
+        "      sweep.refine(excess[0]);\n",
+        "",
         NEAR,
     ),
     Fault(
         "long-rows-keep-the-derivatives-sum",
         "csrc/cuda/long_rows.cuh",
-        "sweep.of_q = -sweep.other * terms.second;",
+        "sweep.of_q = -sweep.other * of_a;",
         "",
         LAUNCHERS + "'divergence-'",
     ),
     Fault(
         "terms-of-a-clusters-first-block",
         "csrc/cuda/long_rows.cuh",
-        "for (int i = lane; i < count; i += kWarp) {",
-        "for (int i = lane; i < warps; i += kWarp) {",
+        "Part<Real> x = part(lane & (parts() - 1));",
+        "Part<Real> x = part(lane & (warps - 1));",
         LAUNCHERS + "more_rows_than_blocks",
     ),
     Fault(
         "edges-left-out-of-the-later-sweeps",
         "csrc/cuda/long_rows.cuh",
-        "for (int s = skip; s < slots; ++s) {",
-        "for (int s = skip; s < whole; ++s) {",
+        "for (int s = from; s < slots; ++s) {",
+        "for (int s = from; s < whole; ++s) {",
         LAUNCHERS + "'divergence-'",
     ),
     Fault(
         "streamed-student-in-place-of-the-teacher",
         "csrc/cuda/long_rows.cuh",
-        "visit(s, load(z_row, place(s)), load(t_row, place(s)));",
-        "visit(s, load(z_row, place(s)), load(z_row, place(s)));",
+        "convert(fetch(z_row, s), fetch(t_row, s), z, t);",
+        "convert(fetch(z_row, s), fetch(z_row, s), z, t);",
         LAUNCHERS + "more_rows_than_blocks",
     ),
     Fault(
         "slopes-over-the-students-logits",
         "csrc/cuda/long_rows.cuh",
-        "{ t_slots[s * threads] = slopes; };",
-        "{ z_slots[s * threads] = slopes; };",
+        "t_slots.put(s, slopes);",
+        "z_slots.put(s, slopes);",
         LAUNCHERS + "more_rows_than_blocks",
     ),
     Fault(
@@ -61,8 +61,8 @@ LONG_ROWS = [
     Fault(
         "cluster-arrives-before-its-terms",
         "csrc/cuda/long_rows.cuh",
-        "if (!math::kThirdSweep<Policy> && cluster > 1 &&",
-        "if (cluster > 1 &&",
+        "kThird || p.row_loss != nullptr",
+        "p.row_loss != nullptr",
         LAUNCHERS + "more_rows_than_blocks",
     ),
     Fault(
@@ -126,26 +126,71 @@ SHORT_ROWS = [
     ),
 ]
 
-ROW = [
+EXTRAS = [
     Fault(
-        "refined-ratio-and-not-q",
+        "last-class-of-a-tie",
         "csrc/cuda/row.cuh",
-        "    log2_s += more * Real(math::kLog2E);\n",
-        "",
-        NEAR,
+        "if (z == sums.max_s) s = Max::apply(s, -at);",
+        "if (z == sums.max_s) s = -at;",
+        LAUNCHERS + "'divergence-'",
     ),
+    Fault(
+        "entropy-keeps-the-shifts-error",
+        "csrc/cuda/long_rows.cuh",
+        "return math::fma(factor(), of_shifted, -error * sum);",
+        "return factor() * of_shifted;",
+        LAUNCHERS + "'divergence-'",
+    ),
+    Fault(
+        "told-classes-overwritten",
+        "csrc/cuda/long_rows.cuh",
+        "      if (!told) {\n",
+        "      {\n",
+        LAUNCHERS + "'divergence-'",
+    ),
+    Fault(
+        "gradient-in-the-compared-logit",
+        "csrc/cuda/long_rows.cuh",
+        "narrow(task.template back<kExtra>(zs[j], gradient), out.value[j]);",
+        "narrow(gradient, out.value[j]);",
+        LAUNCHERS + "'divergence-'",
+    ),
+    Fault(
+        "label-is-not-transformed",
+        "csrc/cuda/long_rows.cuh",
+        "? task.template student<kExtra>(widen(z_row[row.label]))",
+        "? widen(z_row[row.label])",
+        LAUNCHERS + "'divergence-'",
+    ),
+    Fault(
+        "second-plane-over-the-first",
+        "csrc/cuda/long_rows.cuh",
+        "for (int i = 0; i < kPlanes; ++i) at(slot)[i * plane] = bits[i];",
+        "for (int i = 0; i < kPlanes; ++i) at(slot)[0] = bits[i];",
+        LAUNCHERS + "'divergence-'",
+    ),
+    Fault(
+        "tanh-of-large-values-by-the-series",
+        "csrc/math/divergence.h",
+        "return ::fabsf(x) < 0.6f ?",
+        "return ::fabsf(x) < 1.2f ?",
+        LAUNCHERS + "'divergence-'",
+    ),
+    Fault(
+        "skipped-rows-have-no-statistics",
+        "csrc/cuda/long_rows.cuh",
+        "if (wants_statistics()) blank_statistics(p, row, r);",
+        "",
+        LAUNCHERS + "'divergence-'",
+    ),
+]
+
+ROW = [
     Fault(
         "larger-probability-for-the-smaller",
         "csrc/cuda/row.cuh",
         "x.q = x.d < Real(0) ? top : low;",
         "x.q = top;",
-        LAUNCHERS + "'divergence-'",
-    ),
-    Fault(
-        "excluded-classes-have-no-gap",
-        "csrc/cuda/row.cuh",
-        "    if constexpr (sizeof(T) > 2) x.d = math::at_least(x.d, Real(math::kLeast));\n",
-        "",
         LAUNCHERS + "'divergence-'",
     ),
     Fault(
@@ -305,4 +350,4 @@ MATH = [
     ),
 ]
 
-FAULTS = LONG_ROWS + SHORT_ROWS + ROW + CPU + MATH
+FAULTS = LONG_ROWS + SHORT_ROWS + EXTRAS + ROW + CPU + MATH
