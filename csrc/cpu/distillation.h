@@ -395,7 +395,7 @@ double second_and_third_sweep(const LossParams& p, const T* z, const T* t,
     const double excess =
         excess_sweep(z, t, p.classes, Elements<T>(by, row), ex, static_cast<const Real*>(ey));
     // Of the ratio alone: each side's probabilities add up to 1 as they are.
-    if (math::magnitude(excess) < math::kLargestExcess) row.above += math::log_acc(1 + excess);
+    row.above += math::log_of_excess(excess);
   }
   const Elements<T> elements(by, row);
   const math::Parameters<Real>& parameters = parameters_of<Real>(p);
@@ -593,11 +593,7 @@ void short_rows(const LossParams& p, math::CrossEntropy cross_entropy, int64_t b
         }
       }
 #pragma omp simd
-      for (int r = 0; r < kLanes; ++r) {
-        const bool sound = math::magnitude(excess[r]) < static_cast<Real>(math::kLargestExcess);
-        // log(1 + excess), of which rounding 1 + excess would leave nothing.
-        above[r] += sound ? math::fma(excess[r] * excess[r], Real(-0.5), excess[r]) : Real(0);
-      }
+      for (int r = 0; r < kLanes; ++r) above[r] += math::log_of_excess(excess[r]);
     }
     for (int c = 0; c < classes; ++c) {
 #pragma omp simd

@@ -6,7 +6,7 @@
 // the teacher's.
 #pragma once
 
-#include "cpu/lane.h"
+#include "cpu/row_classes.h"
 #include "row_task.h"
 
 namespace kdkernels {
@@ -42,7 +42,7 @@ struct RowWalk {
   const bool shares_hard;  // cross-entropy's exponentials are those at temperature T
   const bool watched;  // statistics are wanted, or may be by another slice
   const int first_stage;
-  Lane<Real> own, entry;
+  RowClasses<Real> own, entry;
   Real *u, *t, *entry_u, *entry_t;  // planes for logits
   int64_t* column;  // of an entry, or -1
 
@@ -73,8 +73,8 @@ struct RowWalk {
     Real* memory = static_cast<Real*>(
         buffer.reserve(static_cast<size_t>(planes * (padded + entries)) * sizeof(Real) +
                        static_cast<size_t>(entries) * sizeof(int64_t)));
-    own = lane(memory, p.classes, padded);
-    entry = lane(memory + planes * padded, task.entries ? p.entries : 0, entries);
+    own = held(memory, p.classes, padded);
+    entry = held(memory + planes * padded, task.entries ? p.entries : 0, entries);
     u = memory + 2 * padded;
     t = memory + 3 * padded;
     entry_u = memory + planes * padded + 2 * entries;
@@ -82,7 +82,7 @@ struct RowWalk {
     column = reinterpret_cast<int64_t*>(memory + planes * (padded + entries));
   }
 
-  Lane<Real> lane(Real* memory, int64_t n, int64_t padded) const {
+  RowClasses<Real> held(Real* memory, int64_t n, int64_t padded) const {
     Real *q = memory, *probabilities = memory + padded, *more = memory + 4 * padded;
     return {n,
             padded,
@@ -93,7 +93,7 @@ struct RowWalk {
             wants_teacher ? more : probabilities,
             wants_teacher ? more + padded : probabilities};
   }
-  const Lane<Real>& compared() const { return task.entries ? entry : own; }
+  const RowClasses<Real>& compared() const { return task.entries ? entry : own; }
 
   // The factor of exponentials that are rounded to Real, in powers of 2.
   static Real log2_scale(double scale) { return static_cast<Real>(scale * math::kLog2E); }
@@ -308,7 +308,7 @@ struct RowWalk {
     x.entry_max_t = task.entries ? max_of(entry.t, entry.padded) : math::kLowestState;
     x.best_s = x.best_t = 0;
     if (!watched || !task.compares) return;
-    const Lane<Real>& best = compared();
+    const RowClasses<Real>& best = compared();
     Real top_s = static_cast<Real>(task.entries ? x.entry_max_s : x.max_s),
          top_t = static_cast<Real>(task.entries ? x.entry_max_t : x.max_t);
     int64_t s = where(best.u, best.n, best.padded, top_s),
@@ -372,22 +372,22 @@ struct RowWalk {
     const bool separate = task.separate_label || task.entries;
     auto norm = math::ElementNorm<Real>::of(exact, separate);
     if ((p.stages & kTerms) != 0) add_other_terms(norm);
-    const Lane<Real>& lane = compared();
+    const RowClasses<Real>& held = compared();
     const double max_s = task.entries ? x.entry_max_s : x.max_s,
                  max_t = task.entries ? x.entry_max_t : x.max_t;
     if (math::needs_exact_sums(p.divergence) && p.state == nullptr) {
-      math::refine(exact, excess_of_q(lane, norm, inverse_s(max_s), inverse_t(max_t)));
+      math::refine(exact, excess_of_q(held, norm, inverse_s(max_s), inverse_t(max_t)));
       norm = math::ElementNorm<Real>::of(exact, separate);
     }
     Terms sums = {};
-    terms(p, lane, norm, inverse_s(max_s), inverse_t(max_t), wants_teacher, sums);
+    terms(p, held, norm, inverse_s(max_s), inverse_t(max_t), wants_teacher, sums);
     if ((p.stages & kTerms) == 0) return;
     x.f = sums.f;
     x.a = sums.a;
     x.b = sums.b;
     if (!task.standardize) return;
-    x.az = times_z(lane.a, lane.u, lane.padded, exact.s);
-    x.bz = wants_teacher ? times_z(lane.b, lane.t, lane.padded, exact.t) : 0.0;
+    x.az = times_z(held.a, held.u, held.padded, exact.s);
+    x.bz = wants_teacher ? times_z(held.b, held.t, held.padded, exact.t) : 0.0;
   }
 
   // What rounding its sum's logarithm adds to the logarithm of every class.
@@ -398,27 +398,27 @@ struct RowWalk {
   // Sums that no divergence is needed for, before `a` takes the place of p.
   void add_other_terms(const math::ElementNorm<Real>& norm) {
     using Norm = math::ElementNorm<Real>;
-    const Lane<Real>& lane = compared();
+    const RowClasses<Real>& held = compared();
     const double inv_s = inverse_s(task.entries ? x.entry_max_s : x.max_s),
                  inv_t = inverse_t(task.entries ? x.entry_max_t : x.max_t);
     if (watched) {
-      x.self_s = inv_s * sum_of<Real>(lane.padded, [&](int64_t i) KD_INLINE_LAMBDA {
-        return math::times(lane.q[i], Norm::log_q(norm, lane.u[i]));
+      x.self_s = inv_s * sum_of<Real>(held.padded, [&](int64_t i) KD_INLINE_LAMBDA {
+        return math::times(held.q[i], Norm::log_q(norm, held.u[i]));
       });
-      x.self_t = inv_t * sum_of<Real>(lane.padded, [&](int64_t i) KD_INLINE_LAMBDA {
-        return math::times(lane.p[i], Norm::log_p(norm, lane.t[i]));
+      x.self_t = inv_t * sum_of<Real>(held.padded, [&](int64_t i) KD_INLINE_LAMBDA {
+        return math::times(held.p[i], Norm::log_p(norm, held.t[i]));
       });
     }
     if (task.standardize) {
-      x.qz = inv_s * times_z(lane.q, lane.u, lane.padded, exact.s);
-      x.pz = wants_teacher ? inv_t * times_z(lane.p, lane.t, lane.padded, exact.t) : 0.0;
+      x.qz = inv_s * times_z(held.q, held.u, held.padded, exact.s);
+      x.pz = wants_teacher ? inv_t * times_z(held.p, held.t, held.padded, exact.t) : 0.0;
     }
     if (!task.entries) return;
     x.part_q = x.part_p = 0;
     // One less their sum is a probability too, so they are added up in fp64.
-    for (int64_t k = 0; k < lane.n; ++k) {
-      x.part_q += lane.q[k] * inv_s;
-      x.part_p += math::exp_acc((lane.t[k] - exact.max_t) * exact.scale_t - exact.log_sum_t);
+    for (int64_t k = 0; k < held.n; ++k) {
+      x.part_q += held.q[k] * inv_s;
+      x.part_p += math::exp_acc((held.t[k] - exact.max_t) * exact.scale_t - exact.log_sum_t);
     }
   }
 
@@ -454,7 +454,7 @@ struct RowWalk {
   }
 
   // of_e: of exponentials relative to `max`.
-  LaneGradient<Real> lane_gradient(const math::RowGradient& g, double of_e, double max) const {
+  VectorGradient<Real> vector_gradient(const math::RowGradient& g, double of_e, double max) const {
     if (shares_hard && task.cross_entropy) of_e += g.of_hard * math::exp_acc(max - g.hard_max);
     return {static_cast<Real>(g.of_a),
             static_cast<Real>(of_e),
@@ -472,8 +472,8 @@ struct RowWalk {
       return;
     }
     const bool soft = p.alpha > 0 && !task.entries;  // else no class has a share of its own
-    LaneGradient<Real> of =
-        lane_gradient(g, soft ? g.of_q * inverse_s(x.max_s) : g.of_other, x.max_s);
+    VectorGradient<Real> of =
+        vector_gradient(g, soft ? g.of_q * inverse_s(x.max_s) : g.of_other, x.max_s);
     if (!soft) of.of_a = 0;
     const Real* a = soft ? own.a : own.q;
     const Real at_label = label_here >= 0 ? label_gradient(g, of, a[label_here]) : Real(0);
@@ -485,8 +485,8 @@ struct RowWalk {
     return Transform::back(of_student, V(at), V(gradient)).lanes[0];
   }
 
-  Real label_gradient(const math::RowGradient& g, const LaneGradient<Real>& of, Real a) const {
-    using Gradient = LaneGradient<Real>;
+  Real label_gradient(const math::RowGradient& g, const VectorGradient<Real>& of, Real a) const {
+    using Gradient = VectorGradient<Real>;
     const V u(label_u);
     V y;
     if (task.separate_label) {
@@ -500,8 +500,8 @@ struct RowWalk {
 
   void write_entries(const math::RowGradient& g) {
     const bool soft = p.alpha > 0;
-    LaneGradient<Real> of =
-        lane_gradient(g, soft ? g.of_q * inverse_s(x.entry_max_s) : 0.0, x.entry_max_s);
+    VectorGradient<Real> of =
+        vector_gradient(g, soft ? g.of_q * inverse_s(x.entry_max_s) : 0.0, x.entry_max_s);
     if (!soft) of.of_a = 0;
     write_gradient(entry, soft ? entry.a : entry.q, of, of_student, entry.a);
     for (int64_t k = 0; k < entry.n; ++k) {

@@ -42,7 +42,7 @@ __device__ __forceinline__ Value* shared_at(int offset) {
 // Classes or entries that shared memory holds, as logits and in the end as gradients. Threads take them in groups of
 // neighbours; the places of the first and the last group that belong to no class hold -inf.
 template <class T, class Real, int kGroup>
-struct Lane {
+struct HeldClasses {
   using Group = Real[kGroup];
   int u, t;  // where, for shared_at
   int lead;  // places of the first group before the first class
@@ -110,7 +110,7 @@ struct Lane {
       visit(i, z, y);
     }
   }
-  // Writes those places, before the barrier after the lane's own classes.
+  // Writes those places, before the barrier after the thread's own classes.
   __device__ __forceinline__ void pad() const {
     const int thread = threadIdx.x, behind = (kGroup - (lead + n) % kGroup) % kGroup;
     if (thread >= lead + behind) return;
@@ -220,15 +220,15 @@ __device__ __forceinline__ void fill(T* to, int64_t n, Real value) {
   }, [&](int64_t i) { to[i] = x.value[0]; });
 }
 
-// A lane's gradients, which stand in its image, to global memory.
+// Held classes' gradients, which stand in an image, to global memory.
 template <class T, class Real, int kGroup>
-__device__ __forceinline__ void write(const Lane<T, Real, kGroup>& lane, int image, T* to) {
+__device__ __forceinline__ void write(const HeldClasses<T, Real, kGroup>& held, int image, T* to) {
   const T* from = shared_at<T>(image);
-  if ((sizeof(T) < sizeof(Real) && lane.wide) || phase_of(from) != phase_of(to)) {
-    for (int i = threadIdx.x; i < lane.n; i += blockDim.x) narrow(lane.get(image, i), to[i]);
+  if ((sizeof(T) < sizeof(Real) && held.wide) || phase_of(from) != phase_of(to)) {
+    for (int i = threadIdx.x; i < held.n; i += blockDim.x) narrow(held.get(image, i), to[i]);
     return;
   }
-  each_vector<T>(phase_of(to), lane.n, [&](int i) {
+  each_vector<T>(phase_of(to), held.n, [&](int i) {
     *reinterpret_cast<Vector<T>*>(to + i) = *reinterpret_cast<const Vector<T>*>(from + i);
   }, [&](int i) { to[i] = from[i]; });
 }
@@ -250,7 +250,7 @@ struct RowWalk {
   int64_t label;  // of the slice; may lie outside
   bool staged;  // the row's only chunk is in shared memory
   bool first_pass;
-  Lane<T, Real, kGroup> lane;
+  HeldClasses<T, Real, kGroup> held;
 
   __device__ __forceinline__ const T* student_row() const {
     return row_at<T>(p.student, p.student_rows, row);
@@ -294,22 +294,22 @@ struct RowWalk {
     return math::Logits<Real>::of_teacher(task.logits, x);
   }
   __device__ __forceinline__ Real student_at(int i) const {
-    const Real x = lane.get(lane.u, i);
+    const Real x = held.get(held.u, i);
     return task.changes ? student_logit(x) : x;
   }
   __device__ __forceinline__ Real teacher_at(int i) const {
-    const Real x = lane.get(lane.t, i);
+    const Real x = held.get(held.t, i);
     return task.changes ? teacher_logit(x) : x;
   }
   template <class Visit>
   __device__ __forceinline__ void each_group(Visit visit) const {
-    const bool changes = task.changes && !lane.entries;
-    lane.each_group([&](int i, Group& u, Group& t) {
+    const bool changes = task.changes && !held.entries;
+    held.each_group([&](int i, Group& u, Group& t) {
       if (changes) {
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
           u[j] = student_logit(u[j]);
-          if (lane.has_teacher) t[j] = teacher_logit(t[j]);
+          if (held.has_teacher) t[j] = teacher_logit(t[j]);
         }
       }
       visit(i, u, t);
@@ -361,17 +361,17 @@ struct RowWalk {
     __syncthreads();
   }
 
-  // Classes [first, first + lane.n) into shared memory, transformed.
+  // Classes [first, first + held.n) into shared memory, transformed.
   __device__ __forceinline__ void load_transformed(int64_t first) {
-    Real *u = shared_at<Real>(lane.u), *t = shared_at<Real>(lane.t);
-    through_raw(student_row() + first, lane.n, [&](int i, Real x) { u[i] = student_logit(x); });
-    if (!lane.has_teacher) return;
+    Real *u = shared_at<Real>(held.u), *t = shared_at<Real>(held.t);
+    through_raw(student_row() + first, held.n, [&](int i, Real x) { u[i] = student_logit(x); });
+    if (!held.has_teacher) return;
     const bool mix = p.teachers > 1;
-    if (mix) each(lane.n, [&](int i) { t[i] = p.log_mix ? Real(0) : -Real(INFINITY); });
+    if (mix) each(held.n, [&](int i) { t[i] = p.log_mix ? Real(0) : -Real(INFINITY); });
     for (int k = 0; k < p.teachers; ++k) {
       if (mix && p.teacher_weights[k] == 0) continue;
       const Real scale = shared.mix_scale[k], max = shared.mix_max[k], shift = shared.mix_shift[k];
-      through_raw(teacher_row(k) + first, lane.n, [&](int i, Real x) {
+      through_raw(teacher_row(k) + first, held.n, [&](int i, Real x) {
         Real y = teacher_logit(x);
         if (mix) {
           y = math::fma(y - max, scale, shift);
@@ -380,7 +380,7 @@ struct RowWalk {
         t[i] = y;
       });
     }
-    if (mix) each(lane.n, [&](int i) { t[i] *= task.temperature; });
+    if (mix) each(held.n, [&](int i) { t[i] *= task.temperature; });
   }
 
   // The chunk of the row's own classes from `first` on, with -inf for what is kept separate.
@@ -399,7 +399,7 @@ struct RowWalk {
       }
     }
     const int shift = phase * static_cast<int>(sizeof(T));
-    lane = {
+    held = {
         task.student_image + shift, task.teacher_image + shift, phase % kGroup, first, chunk(first),
         task.transformed,           task.reads_teacher,         false};
     if (staged) return;
@@ -408,15 +408,15 @@ struct RowWalk {
     if (task.transformed) {
       load_transformed(first);
     } else {
-      bring(z, lane.n, shared_at<T>(lane.u));
-      if (t != nullptr) bring(t, lane.n, shared_at<T>(lane.t));
+      bring(z, held.n, shared_at<T>(held.u));
+      if (t != nullptr) bring(t, held.n, shared_at<T>(held.t));
       wait_copies<0>();
     }
-    lane.pad();
+    held.pad();
     __syncthreads();
     if (first_pass && task.row.smoothing > 0 && task.row.cross_entropy) {
       Real sum = 0;
-      each(lane.n, [&](int i) { sum += student_at(i); });
+      each(held.n, [&](int i) { sum += student_at(i); });
       double total[kTotals] = {static_cast<double>(sum)};
       reduce_block<Sum>(total, 1, shared.totals);
       if (threadIdx.x == 0) shared.total_u += total[0];
@@ -428,23 +428,23 @@ struct RowWalk {
       __syncthreads();
     }
     if (!task.row.entries) return;
-    each_entry([&](int k, int i) { lane.put(lane.u, i, -Real(INFINITY)); });
+    each_entry([&](int k, int i) { held.put(held.u, i, -Real(INFINITY)); });
     __syncthreads();
   }
   __device__ __forceinline__ void separate_label_at(int at) {
     shared.label_u = student_at(at);
     shared.label_t = task.reads_teacher ? teacher_at(at) : Real(0);
     if (!task.row.separate_label) return;
-    lane.put(lane.u, at, -Real(INFINITY));
-    if (task.reads_teacher) lane.put(lane.t, at, -Real(INFINITY));
+    held.put(held.u, at, -Real(INFINITY));
+    if (task.reads_teacher) held.put(held.t, at, -Real(INFINITY));
   }
 
   // f(k, i) for the entries that are in the chunk, at i of it.
   template <class F>
   __device__ __forceinline__ void each_entry(F f) const {
     each(static_cast<int>(p.entries), [&](int k) {
-      const int64_t i = column(k) - lane.first;
-      if (column(k) >= 0 && i >= 0 && i < lane.n) f(k, static_cast<int>(i));
+      const int64_t i = column(k) - held.first;
+      if (column(k) >= 0 && i >= 0 && i < held.n) f(k, static_cast<int>(i));
     });
   }
 
@@ -464,7 +464,7 @@ struct RowWalk {
       shared_at<Real>(task.entry_u)[k] = student_logit(u);
       shared_at<Real>(task.entry_t)[k] = here ? values[k] : -Real(INFINITY);
     });
-    entries_lane().pad();
+    entries_held().pad();
     const int entries = static_cast<int>(p.entries);
     const int behind = (kGroup - entries % kGroup) % kGroup;
     if (static_cast<int>(threadIdx.x) < behind)
@@ -472,13 +472,13 @@ struct RowWalk {
     return __syncthreads_or(bad);
   }
 
-  __device__ __forceinline__ Lane<T, Real, kGroup> entries_lane() const {
+  __device__ __forceinline__ HeldClasses<T, Real, kGroup> entries_held() const {
     return {task.entry_u, task.entry_t, 0, 0, static_cast<int>(p.entries), true, true, true};
   }
 
-  // Whether the label is one of the lane's classes.
+  // Whether the label is one of the held's classes.
   __device__ __forceinline__ bool holds_label() const {
-    return label >= lane.first && label < lane.first + lane.n;
+    return label >= held.first && label < held.first + held.n;
   }
   __device__ __forceinline__ int chunk(int64_t first) const {
     return static_cast<int>(p.classes - first < task.capacity ? p.classes - first : task.capacity);
@@ -554,7 +554,7 @@ struct RowWalk {
     if (p.row_loss != nullptr) static_cast<Real*>(p.row_loss)[row] = static_cast<Real>(loss);
   }
 
-  // ---- one pass over one lane, or over one chunk of it ----
+  // ---- one pass over one held, or over one chunk of it ----
 
   __device__ __forceinline__ void add_moments(Real (&acc)[kTotals]) const {
     each_group([&](int, const Group& u, const Group& t) {
@@ -579,7 +579,7 @@ struct RowWalk {
     if (task.best && largest > max) {
 #pragma unroll
       for (int j = kGroup - 1; j >= 0; --j) {
-        if (x[j] == largest) at = lane.first + first + j;
+        if (x[j] == largest) at = held.first + first + j;
       }
     }
     max = Max::apply(largest, max);
@@ -593,12 +593,12 @@ struct RowWalk {
   }
 
   __device__ __forceinline__ void add_sums(Real (&acc)[kTotals]) const {
-    const Real max_s = shared.max_s[lane.entries], max_t = shared.max_t[lane.entries],
+    const Real max_s = shared.max_s[held.entries], max_t = shared.max_t[held.entries],
                scale_s = shared.scale_s, scale_t = shared.scale_t;
     each_group([&](int i, const Group& u, const Group& t) {
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) acc[0] += math::exp2_nonpositive((u[j] - max_s) * scale_s);
-      if (lane.has_teacher) {
+      if (held.has_teacher) {
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) acc[1] += math::exp2_nonpositive((t[j] - max_t) * scale_t);
       }
@@ -607,7 +607,7 @@ struct RowWalk {
         for (int j = 0; j < kGroup; ++j)
           acc[2] += math::exp2_nonpositive((u[j] - max_s) * Real(kLog2E));
       }
-      if (lane.entries) {
+      if (held.entries) {
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) acc[3] += column(i + j) >= 0 ? Real(1) : Real(0);
       }
@@ -650,12 +650,12 @@ struct RowWalk {
           acc[3] += math::times(x.q, math::nats(x.log2_q));
           acc[4] += math::times(x.p, math::nats(x.log2_p));
         }
-        if (lane.entries) acc[5] += x.q;
+        if (held.entries) acc[5] += x.q;
         if (task.row.standardize) add_moved(u[j], t[j], x, share, acc);
       }
       if constexpr (kGradients) {
-        lane.put_group(lane.u, i, u);
-        if (kTeacher) lane.put_group(lane.t, i, t);
+        held.put_group(held.u, i, u);
+        if (kTeacher) held.put_group(held.t, i, t);
       }
     });
   }
@@ -672,14 +672,14 @@ struct RowWalk {
     acc[10] += math::times(x.p, zt);
   }
 
-  // Where the label is in the lane; a place of none if it is not. Of entries, each says so itself.
+  // Where the label is in the held; a place of none if it is not. Of entries, each says so itself.
   __device__ __forceinline__ int label_place() const {
-    return !lane.entries && holds_label() ? static_cast<int>(label - lane.first) : INT_MAX;
+    return !held.entries && holds_label() ? static_cast<int>(label - held.first) : INT_MAX;
   }
   __device__ __forceinline__ Real student_gradient(int i, Real u, Real soft, int label_at) const {
     const math::ElementGradient<Real>& g = shared.gradient;
     Real y = math::ElementGradient<Real>::student(g, task.row.cross_entropy, u, soft);
-    if (lane.entries ? column(i) == label : i == label_at) y -= g.at_label;
+    if (held.entries ? column(i) == label : i == label_at) y -= g.at_label;
     return task.transformed || task.changes ? Transform::back(task.logits.student, u, y) : y;
   }
   __device__ __forceinline__ Real teacher_gradient(Real t, Real soft) const {
@@ -699,8 +699,8 @@ struct RowWalk {
         u[j] = student_gradient(i + j, u[j], soft, label_at);
         t[j] = 0;
       }
-      lane.put_group(lane.u, i, u);
-      if (p.teacher_gradient != nullptr) lane.put_group(lane.t, i, t);
+      held.put_group(held.u, i, u);
+      if (p.teacher_gradient != nullptr) held.put_group(held.t, i, t);
     });
   }
 
@@ -709,28 +709,28 @@ struct RowWalk {
     __syncthreads();
     if (task.row.separate_label && holds_label() && threadIdx.x == 0) {
       const math::ElementGradient<Real>& g = shared.gradient;
-      const int at = static_cast<int>(label - lane.first);
-      lane.put(lane.u, at, student_gradient(at, shared.label_u, g.label_s, at));
+      const int at = static_cast<int>(label - held.first);
+      held.put(held.u, at, student_gradient(at, shared.label_u, g.label_s, at));
       if (p.teacher_gradient != nullptr)
-        lane.put(lane.t, at, teacher_gradient(shared.label_t, g.label_t));
+        held.put(held.t, at, teacher_gradient(shared.label_t, g.label_t));
     }
     if (task.row.entries)
-      each_entry([&](int k, int i) { lane.put(lane.u, i, shared_at<Real>(task.entry_u)[k]); });
+      each_entry([&](int k, int i) { held.put(held.u, i, shared_at<Real>(task.entry_u)[k]); });
     __syncthreads();
     if (p.teacher_gradient != nullptr && p.probs) {
       // In the probability itself, which still stands in `raw`.
-      const T* prob = shared_at<T>(task.raw) + phase_of(teacher_row(0) + lane.first);
-      each(lane.n, [&](int i) {
+      const T* prob = shared_at<T>(task.raw) + phase_of(teacher_row(0) + held.first);
+      each(held.n, [&](int i) {
         Real y = static_cast<Real>(widen(prob[i]));
-        lane.put(lane.t, i, y == Real(0) ? Real(0) : lane.get(lane.t, i) / y);
+        held.put(held.t, i, y == Real(0) ? Real(0) : held.get(held.t, i) / y);
       });
       __syncthreads();
     }
-    if (p.gradient != nullptr) write(lane, lane.u, gradient_row() + lane.first);
-    if (p.teacher_gradient != nullptr) write(lane, lane.t, teacher_gradient_row() + lane.first);
+    if (p.gradient != nullptr) write(held, held.u, gradient_row() + held.first);
+    if (p.teacher_gradient != nullptr) write(held, held.t, teacher_gradient_row() + held.first);
   }
 
-  // What a pass added up over a lane, into the row's state.
+  // What a pass added up over a held, into the row's state.
   __device__ __forceinline__ void collect(int stage, Real (&acc)[kTotals], int64_t at_s,
                                           int64_t at_t) {
     math::RowState& x = shared.state;
@@ -740,14 +740,14 @@ struct RowWalk {
     if (stage == kMaxima) {
       reduce_block<Max>(total, 2, shared.totals);
       if (threadIdx.x == 0) {
-        (lane.entries ? x.entry_max_s : x.max_s) = total[0];
-        (lane.entries ? x.entry_max_t : x.max_t) = total[1];
+        (held.entries ? x.entry_max_s : x.max_s) = total[0];
+        (held.entries ? x.entry_max_t : x.max_t) = total[1];
       }
       __syncthreads();
-      if (!task.best || lane.entries != task.row.entries) return;
+      if (!task.best || held.entries != task.row.entries) return;
       // The first of those that found the largest.
-      const double max_s = lane.entries ? x.entry_max_s : x.max_s,
-                   max_t = lane.entries ? x.entry_max_t : x.max_t;
+      const double max_s = held.entries ? x.entry_max_s : x.max_s,
+                   max_t = held.entries ? x.entry_max_t : x.max_t;
       total[0] = acc[0] == max_s && at_s >= 0 ? -static_cast<double>(at_s) : -INFINITY;
       total[1] = acc[1] == max_t && at_t >= 0 ? -static_cast<double>(at_t) : -INFINITY;
       reduce_block<Max>(total, 2, shared.totals);
@@ -760,7 +760,7 @@ struct RowWalk {
         moments_of_thread(acc, total);
         moments_of_thread(acc + 4, total + 3);
       }
-      if (stage == kTerms && lane.entries) total[6] = part_p();
+      if (stage == kTerms && held.entries) total[6] = part_p();
       const int count = stage == kMoments      ? 6
                         : stage == kSums       ? 4
                         : task.row.standardize ? kTotals
@@ -775,15 +775,15 @@ struct RowWalk {
   // A thread's share of the entries' probability: fp64, because one less all of it is a probability too.
   __device__ __forceinline__ double part_p() const {
     double sum = 0;
-    each(lane.n, [&](int i) {
-      const double above = lane.get(lane.t, i) - shared.exact.max_t;
+    each(held.n, [&](int i) {
+      const double above = held.get(held.t, i) - shared.exact.max_t;
       sum += math::exp_acc(above * shared.exact.scale_t - shared.exact.log_sum_t);
     });
     return sum;
   }
   __device__ __forceinline__ double best_class(double at) const {
     if (!(at < INFINITY)) at = 0;
-    if (lane.entries) at = static_cast<double>(column(static_cast<int>(at)));
+    if (held.entries) at = static_cast<double>(column(static_cast<int>(at)));
     return at + static_cast<double>(p.first_class);
   }
   __device__ __forceinline__ void keep(int stage, const double (&total)[kTotals]) {
@@ -795,7 +795,7 @@ struct RowWalk {
       x.count_t = total[3];
       x.moment_t = total[4];
       x.square_t = total[5];
-    } else if (stage == kSums && lane.entries) {
+    } else if (stage == kSums && held.entries) {
       x.entry_sum_s = total[0];
       x.entry_sum_t = total[1];
       x.entry_hard = total[2];
@@ -843,7 +843,7 @@ struct RowWalk {
 #pragma unroll 1
       for (int64_t first = 0; first < (entries ? 1 : p.classes); first += task.capacity) {
         if (entries) {
-          lane = entries_lane();
+          held = entries_held();
         } else {
           stage_chunk(first);
         }
@@ -874,7 +874,7 @@ struct RowWalk {
       }
       __syncthreads();
       if (!entries) continue;
-      each(lane.n, [&](int k) {
+      each(held.n, [&](int k) {
         const Real y = shared_at<Real>(task.entry_u)[k];
         if (p.entry_gradient != nullptr)
           narrow(column(k) >= 0 ? y : Real(0),

@@ -147,7 +147,7 @@ constexpr int divergence_threads(int element_size) { return element_size == 8 ? 
 constexpr int kChunkBytes = 24 * 1024;
 constexpr int kDivergenceStatic = 3328;  // bytes of static shared memory, at most
 
-// Entries of a row in whole groups: see Lane in divergence.cuh.
+// Entries of a row in whole groups: see HeldClasses in divergence.cuh.
 constexpr int64_t padded_entries(int64_t entries) { return (entries + 3) / 4 * 4; }
 
 struct DivergencePlan {

@@ -197,9 +197,7 @@ struct TermSweeps : SecondSweep<T, AnySweeps, kExtra> {
   }
   // After the sum of q - p: see math::refine. Of the ratio alone: each side's probabilities add up to 1 as they are.
   __device__ __forceinline__ void refine(Real excess) {
-    if (!(math::magnitude(excess) < Real(math::kLargestExcess))) return;
-    const Real more = math::fma(excess * excess, Real(-0.5), excess);  // log(1 + excess)
-    this->above += more;
+    this->above += math::log_of_excess(excess);
   }
   __device__ __forceinline__ Real add_hard(const Task<Real>& task, Real z, Real soft) const {
     if (task.hard == CrossEntropy::kNone) return soft;

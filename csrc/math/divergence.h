@@ -32,6 +32,12 @@ KD_FN bool needs_exact_sums(Divergence divergence) {
 }
 // The sum over classes of q - p is 0 but for the rounding of both sums, which leaves less than this.
 constexpr double kLargestExcess = 1e-3;
+// log(1 + excess), of which rounding 1 + excess would leave nothing in fp32; 0 of what is no rounding.
+template <class Real>
+KD_FN Real log_of_excess(Real excess) {
+  const bool sound = -Real(kLargestExcess) < excess && excess < Real(kLargestExcess);
+  return sound ? fma(excess * excess, Real(-0.5), excess) : Real(0);
+}
 // Parameters go from 0 to here.
 KD_FN double largest_parameter(Divergence divergence) {
   const bool two = divergence == Divergence::kAlphaBeta || divergence == Divergence::kDecoupled;

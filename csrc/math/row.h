@@ -125,9 +125,7 @@ KD_FN void normalize(const RowTask& task, const RowState& x, double teacher_logs
 // Sums in fp32 leave an error of some 1e-8 in log_sum_s - log_sum_t, and so in every d. Most divergences do not
 // feel it where p and q are close, since sum p d is 0 to first order. Those that do take it from `excess`, the
 // sum over classes of q - p = difference(q, p, -d), which is 0 but for that error.
-KD_FN void refine(RowNorm& norm, double excess) {
-  if (magnitude(excess) < kLargestExcess) norm.log_sum_s += log_acc(1 + excess);
-}
+KD_FN void refine(RowNorm& norm, double excess) { norm.log_sum_s += log_of_excess(excess); }
 
 // The label beside the others, as DKD has it: b = (p_y, 1 - p_y).
 struct Binary {

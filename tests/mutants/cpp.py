@@ -33,9 +33,9 @@ CPU = [
     Fault(
         "sums-are-not-refined",
         "csrc/cpu/distillation.h",
-        "row.above += math::log_acc(1 + excess);",
+        "row.above += math::log_of_excess(excess);",
         ";",
-        DIVERGENCES + " -k 'small or near'",
+        DIVERGENCES + " -k rounding_of_sums",
     ),
     Fault(
         "third-sweep-forgets-the-sum",

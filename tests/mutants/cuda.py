@@ -138,7 +138,7 @@ FAULTS = [
     Fault(
         "groups-not-padded",
         "csrc/cuda/divergence.cuh",
-        "    lane.pad();\n",
+        "    held.pad();\n",
         "",
         LAUNCHERS + "divergence-",
     ),

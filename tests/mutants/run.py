@@ -286,7 +286,8 @@ def emulated(fault):
 
 FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", re.MULTILINE)
 STARTED = re.compile(
-    r"^(tests/\S+::.+?)(?: (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL).*)?$", re.MULTILINE
+    r"^(tests/\S+::.+?)(?: (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|Fatal Python error).*)?$",
+    re.MULTILINE,
 )
 
 

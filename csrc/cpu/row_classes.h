@@ -17,7 +17,7 @@ constexpr Real kLog2EOf = static_cast<Real>(math::kLog2E);
 
 // Classes [0, n) of a row, or entries of a top-k teacher, padded with excluded ones to whole vectors.
 template <class Real>
-struct Lane {
+struct RowClasses {
   int64_t n, padded;
   const Real *u, *t;  // transformed logits; where they need not be changed, the row itself
   Real *q, *p;  // exponentials relative to some maxima
@@ -101,7 +101,7 @@ void add_moments(const Real* x, int64_t padded, double& count, double& sum, doub
 }
 
 // f(i, j, sums) for the classes i of [0, padded), which adds to the sums[k][j]. These are in Real over kFold
-// classes, beyond them in fp64, each lane j for itself: a vector's lanes are added up once, at the end.
+// classes, beyond them in fp64, each held j for itself: a vector's lanes are added up once, at the end.
 template <class Real, int kSums, class F>
 KD_FN void add_sums(int64_t padded, double (&out)[kSums], F f) {
   alignas(64) double total[kSums][kPad] = {};
@@ -155,8 +155,8 @@ struct Terms {
 
 // Adds to the sums over all classes; a, and b if wanted, are kept. inv_s and inv_t make probabilities of q and p.
 template <class Policy, bool kTeacher, class Real>
-void terms_of(const Lane<Real>& x, const math::ElementNorm<Real>& norm, Real inv_s, Real inv_t,
-              const math::Parameters<Real>& by, Terms& out) {
+void terms_of(const RowClasses<Real>& x, const math::ElementNorm<Real>& norm, Real inv_s,
+              Real inv_t, const math::Parameters<Real>& by, Terms& out) {
   using Norm = math::ElementNorm<Real>;
   // Copies, which no store to a or b can change.
   const Norm n = norm;
@@ -190,7 +190,7 @@ void terms_of(const Lane<Real>& x, const math::ElementNorm<Real>& norm, Real inv
 
 // Added to `out`.
 template <class Real>
-void terms(const LossParams& p, const Lane<Real>& x, const math::ElementNorm<Real>& norm,
+void terms(const LossParams& p, const RowClasses<Real>& x, const math::ElementNorm<Real>& norm,
            double inv_s, double inv_t, bool teacher, Terms& out) {
   Real of_q = static_cast<Real>(inv_s), of_p = static_cast<Real>(inv_t);
   const math::Parameters<Real>& parameters = parameters_of<Real>(p);
@@ -206,7 +206,7 @@ void terms(const LossParams& p, const Lane<Real>& x, const math::ElementNorm<Rea
 
 // The sum of q - p: see math::refine.
 template <class Real>
-double excess_of_q(const Lane<Real>& x, const math::ElementNorm<Real>& norm, double inv_s,
+double excess_of_q(const RowClasses<Real>& x, const math::ElementNorm<Real>& norm, double inv_s,
                    double inv_t) {
   Real of_q = static_cast<Real>(inv_s), of_p = static_cast<Real>(inv_t);
   return sum_of<Real>(x.padded, [=](int64_t i) KD_INLINE_LAMBDA {
@@ -217,29 +217,29 @@ double excess_of_q(const Lane<Real>& x, const math::ElementNorm<Real>& norm, dou
 
 // ---- gradients -------------------------------------------------------------------------------------
 
-// math::RowGradient for the classes of a lane, of_e being for exponentials in place of probabilities.
+// math::RowGradient for the classes of a held, of_e being for exponentials in place of probabilities.
 template <class Real>
-struct LaneGradient {
+struct VectorGradient {
   using V = Vector<Real>;
   Real of_a, of_e, of_hard, hard_max, uniform, of_z, mean;
 
-  KD_FN V soft(const LaneGradient& g, V a, V e) {
+  KD_FN V soft(const VectorGradient& g, V a, V e) {
     return fma(V(g.of_a), a, fma(V(g.of_e), e, V(-g.uniform)));
   }
-  KD_FN V add_hard(const LaneGradient& g, V y, V u) {
+  KD_FN V add_hard(const VectorGradient& g, V y, V u) {
     return fma(V(g.of_hard), exp2_nonpositive((u - V(g.hard_max)) * V(kLog2EOf<Real>)), y);
   }
-  KD_FN V add_z(const LaneGradient& g, V y, V u) {
+  KD_FN V add_z(const VectorGradient& g, V y, V u) {
     return select(u == V(-kInfinity<Real>), y, fma(V(g.of_z), u - V(g.mean), y));
   }
 };
 
 // Through the transform f; to memory of any dtype.
 template <class T, class Real>
-void write_gradient(const Lane<Real>& x, const Real* a, const LaneGradient<Real>& of,
+void write_gradient(const RowClasses<Real>& x, const Real* a, const VectorGradient<Real>& of,
                     const math::Transform<Vector<Real>>& f, T* out) {
   using V = Vector<Real>;
-  using Gradient = LaneGradient<Real>;
+  using Gradient = VectorGradient<Real>;
   const Gradient g = of;  // copies, which no store can change
   const math::Transform<V> transform = f;
   const Real *u = x.u, *e = x.q;
