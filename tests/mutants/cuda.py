@@ -49,7 +49,7 @@ FAULTS = [
     ),
     Fault(
         "cluster-leaves-before-its-peers",
-        "csrc/cuda/long_rows.cuh",
+        "csrc/cuda/team.cuh",
         """    if (!arrived) cluster_arrive();
     cluster_wait();
 """,
@@ -58,7 +58,7 @@ FAULTS = [
     ),
     Fault(
         "sums-of-terms-have-one-turn",
-        "csrc/cuda/long_rows.cuh",
+        "csrc/cuda/team.cuh",
         """turn ^= 1;
     maxima[kMaxima] = 0;""",
         "maxima[kMaxima] = 0;",
@@ -66,7 +66,7 @@ FAULTS = [
     ),
     Fault(
         "parts-have-one-turn",
-        "csrc/cuda/long_rows.cuh",
+        "csrc/cuda/team.cuh",
         """turn ^= 1;
     return merge_lanes""",
         "return merge_lanes",
@@ -74,21 +74,21 @@ FAULTS = [
     ),
     Fault(
         "teachers-sum-by-the-students-error",
-        "csrc/cuda/long_rows.cuh",
+        "csrc/cuda/vector_sums.cuh",
         "sums.sum_t = math::fma(shifts.t.factor(), part.sum_t, sums.sum_t);",
         "sums.sum_t = math::fma(of_s, part.sum_t, sums.sum_t);",
         LAUNCHERS + "'distillation- and -1100]'",
     ),
     Fault(
         "students-shift-error-left-out-of-the-sums",
-        "csrc/cuda/long_rows.cuh",
+        "csrc/cuda/vector_sums.cuh",
         "  float of_s = shifts.s.factor();",
         "  float of_s = 1.0f;",
         LAUNCHERS + "'distillation- and -1100]'",
     ),
     Fault(
         "shifts-errors-left-out-of-the-cross-term",
-        "csrc/cuda/long_rows.cuh",
+        "csrc/cuda/vector_sums.cuh",
         "math::fma(part.sum_s, shifts.t.error - shifts.s.error, part.cross)",
         "part.cross",
         LAUNCHERS + "'divergence- and -1100]'",
@@ -172,7 +172,7 @@ FAULTS = [
     ),
     Fault(
         "row-loss-of-the-first-block-alone",
-        "csrc/cuda/long_rows.cuh",
+        "csrc/cuda/team.cuh",
         "return cluster > 1 ? read_peer(at, i >> log_warps).loss : at->loss;",
         "return at->loss;",
         LAUNCHERS + "distillation-",

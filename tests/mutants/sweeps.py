@@ -25,7 +25,7 @@ LONG_ROWS = [
     ),
     Fault(
         "terms-of-a-clusters-first-block",
-        "csrc/cuda/long_rows.cuh",
+        "csrc/cuda/team.cuh",
         "Part<Real> x = part(lane & (parts() - 1));",
         "Part<Real> x = part(lane & (warps - 1));",
         LAUNCHERS + "more_rows_than_blocks",
@@ -74,7 +74,7 @@ LONG_ROWS = [
     ),
     Fault(
         "teachers-maximum-not-raised",
-        "csrc/cuda/long_rows.cuh",
+        "csrc/cuda/vector_sums.cuh",
         "if (max_s > sums.max_s || max_t > sums.max_t) {",
         "if (max_s > sums.max_s) {",
         LAUNCHERS + "'distillation-'",
@@ -136,14 +136,14 @@ EXTRAS = [
     ),
     Fault(
         "entropy-keeps-the-shifts-error",
-        "csrc/cuda/long_rows.cuh",
+        "csrc/cuda/vector_sums.cuh",
         "return math::fma(factor(), of_shifted, -error * sum);",
         "return factor() * of_shifted;",
         LAUNCHERS + "'divergence-'",
     ),
     Fault(
         "told-classes-overwritten",
-        "csrc/cuda/long_rows.cuh",
+        "csrc/cuda/team.cuh",
         "      if (!told) {\n",
         "      {\n",
         LAUNCHERS + "'divergence-'",
