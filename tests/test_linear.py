@@ -296,6 +296,41 @@ def test_rows_left_out_may_hold_anything(form, reduction):
         assert (got[2][out] == 0).all() and (got[1][:, out] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("form", ["hidden", "logits", "stack", "bucket"])
+def test_a_bound_of_the_rows_that_count(form, reduction, dtype):
+    """On CUDA they are packed to the front, and no others are multiplied beyond the bound."""
+    tensors = [x.to(dtype) for x in student()]
+    options = teacher(form, dtype=dtype) | {"labels": labels_of(), "temperature": 2.0}
+    options |= {"weight": weights_of().to(dtype), "reduction": reduction}
+    count = ((options["labels"] != -100) & (options["weight"] != 0)).sum().item()
+    want = results(linear_distillation_loss, tensors, **options)
+    for bound in (count, count + 1, 10 * ROWS):
+        for budget in (None, 2 * ROW_BYTES):
+            got = results(
+                linear_distillation_loss,
+                tensors,
+                **options,
+                max_rows=bound,
+                memory_budget=budget,
+            )
+            wide = dtype == torch.float64
+            rtol, atol = (1e-12, 1e-15) if wide else (1e-2, 1e-2)
+            assert_all_close(got, want, rtol=rtol, atol=atol)
+
+
+def test_more_rows_count_than_their_bound():
+    h, w, b = student()
+    options = teacher("hidden") | {"labels": labels_of(), "max_rows": 3}
+    try:
+        loss, _, *gradients = results(linear_distillation_loss, (h, w, b), **options)
+    except ValueError as error:
+        assert "max_rows is 3, but 9 rows count" in str(error)
+    else:  # CUDA does not wait for the device to say so
+        assert loss.isnan() and gradients[1].isnan().all()
+
+
 def spoil(x, rows):
     return x.masked_fill(rows[:, None], NAN)
 
@@ -461,7 +496,7 @@ def test_compiles_with_other_teachers(form):
 def test_opcheck(requires_grad):
     h, w, b = (x.requires_grad_(requires_grad) for x in student())
     options = teacher("bias")
-    heads = [b, options["teacher_weight"], options["teacher_bias"]]
+    heads = [b, None, options["teacher_weight"], options["teacher_bias"]]
     arguments = (h, w, heads, [options["teacher_hidden"]])
     arguments += packed({"labels": labels_of(), "memory_budget": 999})
     op = torch.ops.kdkernels.linear_distillation_loss.default
@@ -614,6 +649,9 @@ BAD = [
     ("temperature", TypeError, {**HEAD, "temperature": "2"}),
     ("reduction", ValueError, {**HEAD, "reduction": "batchmean"}),
     ("num_items", ValueError, {**HEAD, "num_items": torch.tensor(2.0), "reduction": "sum"}),
+    ("max_rows", ValueError, {**HEAD, "max_rows": 0}),
+    ("max_rows", ValueError, {**HEAD, "max_rows": 3}),
+    ("max_rows", TypeError, {**HEAD, "max_rows": 3.5}),
     ("memory_budget", ValueError, {**HEAD, "memory_budget": 0}),
     ("memory_budget", TypeError, {**HEAD, "memory_budget": "1 GB"}),
     ("backend", ValueError, {**HEAD, "backend": "triton"}),

@@ -85,6 +85,7 @@ def linear_distillation_loss(
     reduction: str = "mean",
     return_statistics: bool = False,
     process_group: ProcessGroup | None = None,
+    max_rows: int | None = None,
     memory_budget: int | None = None,
     backend: str = "fused",
 ) -> Tensor | tuple[Tensor, RowStatistics]:
@@ -105,7 +106,8 @@ def linear_distillation_loss(
             in fp32 (fp64 for an fp64 student).
         teacher_values, teacher_indices: ``[*, K]``, a top-k teacher.
         labels: ``[*]``, as ``distillation_loss`` has them. Rows that are ignored, or of weight 0,
-            are left out of all products (on CUDA read as 0): what they hold does no harm.
+            are left out of all products (on CUDA read as 0, unless ``max_rows`` is given): what
+            they hold does no harm.
         student_bias, teacher_bias: ``[V]``.
         tail, teacher_logsumexp: of a top-k teacher, as ``topk_distillation_loss`` has them.
         temperature, alpha, divergence, divergence_alpha, beta, teacher_kind, teacher_weights,
@@ -116,6 +118,10 @@ def linear_distillation_loss(
             weights and biases (columns of ``teacher_logits``), in the order of the ranks, and the
             same hidden states, labels and options. Every rank gets the same loss and gradient of
             the hidden states, and the gradients of its rows.
+        max_rows: a bound of how many rows count, where the caller knows one: CUDA then packs those
+            to the front and multiplies no more than that many, without waiting for the device.
+            Where more count, CPUs raise and on CUDA loss and gradients are NaN. CPUs count rows
+            themselves.
         memory_budget: bytes of logits at a time, at least one row's. Default: a 25th of what the
             logits of all rows would take (both sides', where the teacher has a head), at least
             32 MiB; on CUDA, from 1,024 to 4,096 rows of them. Every chunk reads the whole head, so
@@ -172,6 +178,8 @@ def linear_distillation_loss(
     teachers, several = [call["teacher_" + form]], False
     if form == "logits":
         teachers, several = listed(teacher_logits, student_hidden)
+        if not teachers:
+            raise ValueError("teacher_logits is empty; it takes at least one teacher")
     check_teacher_weights(teacher_weights, several)
     if form != "values":
         call["tail"] = "none"
@@ -180,14 +188,14 @@ def linear_distillation_loss(
         classes, group = student_weight.shape[0], process_group.group_name
         call["first_class"] = process_group.rank() * classes
         call["all_classes"] = process_group.size() * classes
+    others = [student_bias, None, *(teacher_weight, teacher_bias) * len(teachers)]
     if is_compiling():
-        biases = [student_bias, teacher_weight, teacher_bias]
         op = torch.ops.kdkernels.linear_distillation_loss
         rest = (*packed(call), wishes_of(call), group)
         hidden = for_floats(student_hidden, call.values())
-        outputs = op(hidden, student_weight, biases, teachers, *rest)
+        outputs = op(hidden, student_weight, others, teachers, *rest)
     else:
-        outputs = _C.linear_distillation_loss(call, "teacher_" + form, teachers, group)
+        outputs = _C.linear_distillation_loss(call, "teacher_" + form, teachers, others, group)
         if outputs is None:
             return by_reference(reference.linear_distillation_loss, given)
     return result_of(outputs, divisor)

@@ -65,4 +65,5 @@ class LinearOptions(DenseTeacherOptions, TopKTeacherOptions, total=False):
     teacher_logits: Tensor | Sequence[Tensor] | None
     teacher_values: Tensor | None
     teacher_indices: Tensor | None
+    max_rows: int | None
     memory_budget: int | None

@@ -224,23 +224,23 @@ CPU = [
 OPS = [
     Fault(
         "chunks-overwrite-the-heads-gradient",
-        "csrc/ops/linear_distillation.cpp",
-        "head.weight_gradient(gradient, h, from == 0 ? 0 : 1, alpha, out.head);",
-        "head.weight_gradient(gradient, h, 0, alpha, out.head);",
+        "csrc/ops/linear_forward.cpp",
+        "head_.weight_gradient(gradient, h, head_written_ ? 1 : 0, alpha, out_.head);",
+        "head_.weight_gradient(gradient, h, 0, alpha, out_.head);",
         LINEAR + " -k 'any_teacher or blocks'",
     ),
     Fault(
         "rows-left-out-without-gradient",
-        "csrc/ops/linear_distillation.cpp",
-        "  if (out.hidden.defined() && rows.index.defined()) out.hidden.zero_();\n",
+        "csrc/ops/linear_forward.cpp",
+        "      if (counted < all_) out_.hidden.zero_();\n",
         "",
         LINEAR + " -k 'left_out or any_teacher'",
     ),
     Fault(
         "weights-of-0-multiplied-all-the-same",
-        "csrc/ops/linear_distillation.cpp",
-        "if (w != 0) kept.push_back(i);",
-        "kept.push_back(i);",
+        "csrc/ops/linear_rows.cpp",
+        "    counts[i] = w != 0;",
+        "    counts[i] = true;",
         LINEAR + " -k left_out",
     ),
     Fault(
