@@ -313,7 +313,7 @@ py::object linear_distillation_loss_of(PyObject* const* arguments) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[3]); ++i) {
     const char* name = i == 0       ? "student_bias"
                        : i == 1     ? "teacher_index"
-                       : i % 2 == 0 ? "teacher_weight"
+                       : i % 2 == 1 ? "teacher_weight"
                                     : "teacher_bias";
     others.push_back(tensor_of(name, PyList_GET_ITEM(arguments[3], i)));
   }

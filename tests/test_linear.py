@@ -226,6 +226,57 @@ def test_logits_of_16_bits_are_not_rounded(divergence, std, dtype):
         assert ((a.double() - b).norm() / b.norm()).item() < 3e-3
 
 
+# ---- labels alone -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("alpha", [None, 0.0])
+def test_labels_alone_are_cross_entropy(alpha, reduction):
+    """Without a teacher, and with one that has no share and is not read."""
+    h, w, b = leaves(student())
+    labels = labels_of()
+    z = 2 * F.linear(h, w, b)
+    want = F.cross_entropy(z, labels, reduction=reduction, label_smoothing=0.1)
+    factor = torch.linspace(-1, 2, want.numel(), dtype=want.dtype).reshape(want.shape)
+    of_want = torch.autograd.grad(want, (h, w, b), factor)
+    options = {"alpha": alpha, "reduction": reduction, "label_smoothing": 0.1, "logit_scale": 2.0}
+    if alpha is not None:
+        options |= teacher("hidden") | {"divergence": "js"}
+        options["teacher_hidden"] = options["teacher_hidden"] * NAN
+    for backend in ("fused", "reference"):
+        for budget in (None, 2 * ROW_BYTES):
+            options |= {"backend": backend, "memory_budget": budget}
+            loss = linear_distillation_loss(h, w, labels=labels, student_bias=b, **options)
+            got = torch.autograd.grad(loss, (h, w, b), factor)
+            assert_all_close((loss, *got), (want, *of_want), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("std", [1, 10])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_labels_alone_are_as_exact_as_pytorch_with_fp32_logits(dtype, std):
+    rows, classes, width = 48, 1500, 64
+    h, w = randn(rows, width, seed=1), randn(classes, width, seed=2) * std / width**0.5
+    tensors, labels = [x.to(dtype) for x in (h, w)], labels_of((rows,), classes)
+
+    def run(loss, tensors):
+        h, w = leaves(tensors)
+        value = 2.0**12 * loss(h, w)  # gradients of fp16 would be subnormal
+        return value.detach(), *torch.autograd.grad(value, (h, w))
+
+    def fp32(h, w):
+        return F.cross_entropy(F.linear(h.float(), w.float()), labels)
+
+    def fused(h, w):
+        return linear_distillation_loss(h, w, labels=labels)
+
+    want = run(lambda h, w: F.cross_entropy(h @ w.T, labels), [x.double() for x in tensors])
+    got, plain = run(fused, tensors), run(fp32, tensors)
+    assert abs(got[0] / want[0] - 1) < 1e-6
+    for a, b, c in zip(got[1:], want[1:], plain[1:], strict=True):
+        error, of_plain = (((x.double() - b).norm() / b.norm()).item() for x in (a, c))
+        assert error < max(1.5 * of_plain, 3e-3)
+
+
 @pytest.mark.filterwarnings("ignore:TF32")
 @pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
@@ -496,7 +547,7 @@ def test_compiles_with_other_teachers(form):
 def test_opcheck(requires_grad):
     h, w, b = (x.requires_grad_(requires_grad) for x in student())
     options = teacher("bias")
-    heads = [b, None, options["teacher_weight"], options["teacher_bias"]]
+    heads = [b, None, None, options["teacher_weight"], options["teacher_bias"]]
     arguments = (h, w, heads, [options["teacher_hidden"]])
     arguments += packed({"labels": labels_of(), "memory_budget": 999})
     op = torch.ops.kdkernels.linear_distillation_loss.default
@@ -649,6 +700,13 @@ BAD = [
     ("temperature", TypeError, {**HEAD, "temperature": "2"}),
     ("reduction", ValueError, {**HEAD, "reduction": "batchmean"}),
     ("num_items", ValueError, {**HEAD, "num_items": torch.tensor(2.0), "reduction": "sum"}),
+    ("alpha", ValueError, {"labels": Y, "alpha": 0.5}),
+    ("alpha", ValueError, {"labels": Y, "alpha": torch.zeros(4)}),
+    ("return_statistics", ValueError, {"labels": Y, "return_statistics": True}),
+    ("standardize", ValueError, {"labels": Y, "standardize": True}),
+    ("tail", ValueError, {"labels": Y, "tail": "bucket"}),
+    ("teacher_bias", ValueError, {"labels": Y, "teacher_bias": B}),
+    ("teacher_index", ValueError, {"labels": Y, "teacher_index": Y}),
     ("max_rows", ValueError, {**HEAD, "max_rows": 0}),
     ("max_rows", ValueError, {**HEAD, "max_rows": 3}),
     ("max_rows", TypeError, {**HEAD, "max_rows": 3.5}),

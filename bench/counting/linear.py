@@ -144,7 +144,7 @@ def ours(rows, width, classes, divergence="forward_kl", kept=None, known=True):
     if kept is not None:
         call |= {"labels": meta(rows, dtype=torch.int64)}
         call |= {"max_rows": kept} if known else {}
-    others = [None, None, meta(classes, width), None]
+    others = [None, None, None, meta(classes, width), None]
     op = torch.ops.kdkernels._linear_distillation_forward.default
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     with Record(aligned=True) as record:

@@ -20,6 +20,8 @@ struct LinearCall {
   OptionalTensor bias;  // [V]
   std::vector<LinearTeacher> teachers;  // none: labels alone
   OptionalTensor teacher_index;  // [*]: the teacher of each row, where all have heads
+  OptionalTensor
+      entropy_gradient;  // [*]: of the entropies of the student's rows; part of the gradients alone
   RowTensors rows;
   LossOptions options;
   std::string group;
@@ -43,7 +45,7 @@ struct LinearCall {
   }
 };
 
-// As the ops take them: student_bias, teacher_index, then weight and bias of each teacher.
+// As the ops take them: student_bias, teacher_index, entropy_gradient, then weight and bias of each teacher.
 TensorOptionals pack_heads(const LinearCall& c);
 LinearCall linear_call(const at::Tensor& hidden, const at::Tensor& head,
                        const TensorOptionals& others, at::TensorList teachers,
@@ -58,6 +60,7 @@ enum WantBits : int64_t { kHidden = 1, kHead = 2, kBias = 4, kGradients = 7, kRo
 struct LinearResult {
   at::Tensor loss, hidden, head, bias;
   at::Tensor statistics;  // [kStatistics, *]
+  at::Tensor top_logits, top_indices;  // [*, top_k]; rows that do not count have index -1
 };
 
 // By way of PyTorch's dispatcher: the op _linear_distillation_forward.

@@ -6,7 +6,7 @@
 
 namespace kdkernels {
 
-// `others`: student_bias, teacher_index, then weight and bias of each teacher. `teachers`: hidden states where there are
+// `others`: student_bias, teacher_index, none, then weight and bias of each teacher. `teachers`: hidden states where there are
 // weights; else logits or, with indices among the rows, top-k values; none: labels alone. Returns as distillation_loss
 // does.
 std::vector<at::Tensor> linear_distillation_loss(

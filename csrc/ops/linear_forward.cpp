@@ -7,8 +7,15 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/linalg_vecdot.h>
+#include <ATen/ops/log_softmax.h>
+#include <ATen/ops/maximum.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/topk.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -27,7 +34,7 @@ namespace kdkernels {
 using at::Tensor;
 
 TensorOptionals pack_heads(const LinearCall& c) {
-  TensorOptionals out({c.bias, c.teacher_index});
+  TensorOptionals out({c.bias, c.teacher_index, c.entropy_gradient});
   for (const LinearTeacher& teacher : c.teachers) {
     out.push_back(teacher.head);
     out.push_back(teacher.bias);
@@ -38,10 +45,17 @@ TensorOptionals pack_heads(const LinearCall& c) {
 LinearCall linear_call(const Tensor& hidden, const Tensor& head, const TensorOptionals& others,
                        at::TensorList teachers, const TensorOptionals& rows,
                        const PackedOptions& options, std::string_view group) {
-  LinearCall out = {hidden,        head,         others.get(0),   {},
-                    others.get(1), unpack(rows), unpack(options), std::string(group)};
+  LinearCall out = {.hidden = hidden,
+                    .head = head,
+                    .bias = others.get(0),
+                    .teachers = {},
+                    .teacher_index = others.get(1),
+                    .entropy_gradient = others.get(2),
+                    .rows = unpack(rows),
+                    .options = unpack(options),
+                    .group = std::string(group)};
   for (size_t m = 0; m < teachers.size(); ++m) {
-    out.teachers.push_back({teachers[m], others.get(2 + 2 * m), others.get(3 + 2 * m)});
+    out.teachers.push_back({teachers[m], others.get(3 + 2 * m), others.get(4 + 2 * m)});
   }
   return out;
 }
@@ -72,6 +86,12 @@ LinearResult outputs(const LinearCall& c, int64_t want) {
     std::vector<c10::SymInt> sizes(rows.begin(), rows.end());
     sizes.insert(sizes.begin(), math::kStatistics);
     out.statistics = at::zeros_symint(sizes, acc);
+  }
+  if (c.options.top_k > 0) {
+    std::vector<c10::SymInt> sizes(rows.begin(), rows.end());
+    sizes.emplace_back(c.options.top_k);
+    out.top_logits = at::zeros_symint(sizes, acc);
+    out.top_indices = at::full_symint(sizes, -1, options.dtype(at::kLong));
   }
   return out;
 }
@@ -107,7 +127,10 @@ class ChunkedLoss {
     Tensor teacher;
     if (c_.teacher_index.has_value())
       teacher = c_.teacher_index->reshape({all_}).cpu().contiguous();
-    kept_ = kept_rows(rows_, c_.options, c_.hidden, all_, teacher, c_.teachers.size());
+    if (c_.entropy_gradient.has_value()) entropy_ = c_.entropy_gradient->reshape({all_}).to(acc_);
+    RowTensors counting = rows_;
+    if (entropy_.defined()) counting.weight = std::nullopt;  // its rows count whatever they weigh
+    kept_ = kept_rows(counting, c_.options, c_.hidden, all_, teacher, c_.teachers.size());
     factor_ = kept_.divisor == 0 ? 0 : 1 / kept_.divisor;
     // A factor on the device goes with the rows' weights, so that gradients need no pass of their own. But in fp16
     // large weights overflow and small ones underflow: their maximum is taken out.
@@ -115,14 +138,17 @@ class ChunkedLoss {
     bool half = product_ == at::kHalf;
     if (kept_.factor.defined() && !half) {
       weight = weight.has_value() ? *weight * kept_.factor : kept_.factor.expand({all_});
+      if (entropy_.defined()) entropy_ = entropy_ * kept_.factor;
     } else {
       device_factor_ = kept_.factor;
     }
     if (half && weight.has_value() && all_ > 0) {
       Tensor keep = kept_.groups[0].keep.squeeze(-1);
-      Tensor largest = at::where(keep, weight->abs(), at::zeros({}, weight->options())).max();
+      Tensor size = entropy_.defined() ? at::maximum(weight->abs(), entropy_.abs()) : weight->abs();
+      Tensor largest = at::where(keep, size, at::zeros({}, weight->options())).max();
       largest = at::where(largest == 0, at::ones({}, largest.options()), largest);
       weight = *weight / largest;
+      if (entropy_.defined()) entropy_ = entropy_ / largest;
       device_factor_ = device_factor_.defined() ? device_factor_ * largest : largest;
     }
     // A teacher without a share in the loss is not read, nor are its logits made.
@@ -137,6 +163,7 @@ class ChunkedLoss {
     bool copied = reads_teacher_ && !heads && !topk() &&
                   (rows.index.defined() || c_.teachers[0].input.scalar_type() != acc_);
     int64_t matrices = 1 + (heads ? 1 : copied ? static_cast<int64_t>(c_.teachers.size()) : 0);
+    if (entropy_.defined()) matrices += 3;  // of entropy_part
     int64_t bytes = static_cast<int64_t>(c10::elementSize(acc_)) * matrices;
     if (product_ != acc_) bytes += static_cast<int64_t>(c10::elementSize(product_));
     double all_logits = static_cast<double>(c_.teacher_index.has_value() ? rows.count : all_) *
@@ -213,13 +240,45 @@ class ChunkedLoss {
         }
       }
       call_.rows = rows.of(rows_, from, n);
+      if (out_.top_logits.defined()) put_largest(rows, from);
+      Tensor of_entropy = entropy_.defined() ? entropy_part(rows.of(entropy_, from, n)) : Tensor();
       LossResult loss = run_loss(
           call_,
           {.gradient = gradients(), .statistics = statistics_.defined(), .inplace = gradients()});
       rows.put(row_loss_, 0, from, loss.loss);
       if (statistics_.defined()) rows.put(statistics_, 1, from, loss.statistics);
+      if (of_entropy.defined()) loss.gradient.add_(of_entropy);
       if (gradients()) add_gradients(rows, from, h, loss.gradient);
     }
+  }
+
+  // The chunk's largest logits, before scale and cap, which keep their order.
+  void put_largest(const KeptRows& rows, int64_t from) {
+    auto [values, indices] = at::topk(call_.student, c_.options.top_k);
+    rows.put(out_.top_logits.view({all_, -1}), 0, from, values);
+    rows.put(out_.top_indices.view({all_, -1}), 0, from, indices);
+  }
+
+  // The share of the entropies H, of gradients g [n], in the gradient of a chunk's logits: -g q (log q + H).
+  Tensor entropy_part(const Tensor& g) const {
+    const LossOptions& o = c_.options;
+    auto number = [&](RowOption option, double value) {
+      const OptionalTensor& x = call_.rows.options[option];
+      return x.has_value() ? x->unsqueeze(-1)
+                           : at::scalar_tensor(value, c_.hidden.options().dtype(acc_));
+    };
+    Tensor scale = number(kLogitScale, o.logit_scale), u = call_.student * scale, bent;
+    if (o.soft_cap.has_value() || call_.rows.options[kSoftCap].has_value()) {
+      Tensor cap = number(kSoftCap, o.soft_cap.value_or(0));
+      bent = u.div_(cap).tanh_();
+      u = bent * cap;
+    }
+    Tensor log_q =
+        at::log_softmax(u, -1).clamp_min_(-1e30);  // of a class that is excluded 0 * log q is 0
+    Tensor q = at::exp_out(u, log_q);
+    Tensor entropy = -at::linalg_vecdot(q, log_q);
+    Tensor out = log_q.add_(entropy.unsqueeze(-1)).mul_(q).mul_(-g.unsqueeze(-1) * scale);
+    return bent.defined() ? out.sub_(out * bent.square_()) : out;
   }
 
   // Of a chunk of rows from `from` on, of hidden states h.
@@ -268,6 +327,7 @@ class ChunkedLoss {
   RowGroups kept_;
   double factor_ = 1;
   Tensor device_factor_;  // another, or undefined
+  Tensor entropy_;  // [all], or undefined
   bool reads_teacher_ = true, head_written_ = false;
   Tensor logits_, teacher_logits_, rounded_, grad_rows_;  // of a chunk
   Tensor hidden_, grad_hidden_, row_loss_, statistics_;  // of all rows
@@ -275,13 +335,18 @@ class ChunkedLoss {
 };
 
 // The op behind autograd. Outputs that were not asked for are empty.
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Outputs outputs_of(const LinearResult& out, const Tensor& hidden) {
   auto or_empty = [&](const Tensor& x) {
     return x.defined() ? x : at::empty({0}, hidden.options());
   };
-  return {out.loss, or_empty(out.hidden), or_empty(out.head), or_empty(out.bias),
-          or_empty(out.statistics)};
+  return {out.loss,
+          or_empty(out.hidden),
+          or_empty(out.head),
+          or_empty(out.bias),
+          or_empty(out.statistics),
+          or_empty(out.top_logits),
+          or_empty(out.top_indices)};
 }
 
 Outputs run_forward(const Tensor& hidden, const Tensor& head, const TensorOptionals& others,
@@ -306,7 +371,7 @@ LinearResult linear_forward(const LinearCall& c, int64_t want) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   std::vector<Tensor> teachers;
   for (const LinearTeacher& teacher : c.teachers) teachers.push_back(teacher.input);
-  auto [loss, hidden, head, bias, statistics] = op.call(
+  auto [loss, hidden, head, bias, statistics, top_logits, top_indices] = op.call(
       c.hidden, c.head, pack_heads(c), teachers, pack(c.rows), pack(c.options), want, c.group);
   LinearResult out;
   out.loss = loss;
@@ -321,7 +386,7 @@ TORCH_LIBRARY_FRAGMENT(kdkernels, m) {
   m.def(
       "_linear_distillation_forward(Tensor hidden, Tensor head, Tensor?[] others, "
       "Tensor[] teachers, Tensor?[] rows, Scalar?[] options, int want, str group) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(kdkernels, CompositeExplicitAutograd, m) {
   m.impl("_linear_distillation_forward", run_forward);

@@ -91,6 +91,7 @@ const std::vector<LossOption>& loss_options() {
       {"max_rows", &O::max_rows, 1, kAny, false, "a number of rows above 0"},
       {"first_class", &O::first_class, 0, 0, false, "", kRowOptions, false},
       {"all_classes", &O::all_classes, 0, 0, false, "", kRowOptions, false},
+      {"top_k", &O::top_k, 0, 0, false, "", kRowOptions, false},
   };
   return table;
 }

@@ -44,6 +44,7 @@ struct LossOptions {
   std::optional<int64_t> max_rows;  // that count, at most
   // Columns of a vocabulary: [first_class, first_class + V) of all_classes; all_classes 0: it is whole.
   int64_t first_class = 0, all_classes = 0;
+  int64_t top_k = 0;  // the student's largest logits that are wanted, a row
   c10::SmallVector<double, kMaxTeachers> teacher_weights;  // none: equal ones
 };
 

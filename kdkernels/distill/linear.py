@@ -10,8 +10,10 @@ from torch.distributed import ProcessGroup
 
 from kdkernels import _C, reference
 from kdkernels.distill.calls import (
+    OF_TOP_K,
     by_reference,
     check_teacher_weights,
+    choose_teachers,
     is_plain,
     listed,
     packed,
@@ -33,8 +35,8 @@ _OF_DENSE_TEACHERS = (
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None = None,
+    teacher_weight: Tensor | Sequence[Tensor] | None = None,
     labels: Tensor | None = None,
     *,
     return_statistics: Literal[False] = False,
@@ -44,8 +46,8 @@ def linear_distillation_loss(
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None = None,
+    teacher_weight: Tensor | Sequence[Tensor] | None = None,
     labels: Tensor | None = None,
     *,
     return_statistics: Literal[True],
@@ -54,15 +56,15 @@ def linear_distillation_loss(
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None = None,
+    teacher_weight: Tensor | Sequence[Tensor] | None = None,
     labels: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
     teacher_logits: Tensor | Sequence[Tensor] | None = None,
-    teacher_values: Tensor | None = None,
-    teacher_indices: Tensor | None = None,
+    teacher_values: Tensor | Sequence[Tensor] | None = None,
+    teacher_indices: Tensor | Sequence[Tensor] | None = None,
     temperature: float | Tensor = 1.0,
     alpha: float | Tensor | None = None,
     divergence: str = "forward_kl",
@@ -71,8 +73,9 @@ def linear_distillation_loss(
     teacher_kind: str = "logits",
     teacher_weights: Sequence[float] | None = None,
     teacher_mixture: str = "probs",
+    teacher_index: Tensor | None = None,
     tail: str = "renormalize",
-    teacher_logsumexp: Tensor | None = None,
+    teacher_logsumexp: Tensor | Sequence[Tensor] | None = None,
     standardize: bool = False,
     logit_scale: float | Tensor = 1.0,
     soft_cap: float | Tensor | None = None,
@@ -101,14 +104,21 @@ def linear_distillation_loss(
         student_hidden: ``[*, H]``, fp32, fp64, bf16 or fp16, on CPU or CUDA.
         student_weight: ``[V, H]``, its dtype and device, as all of the heads' tensors.
         teacher_hidden, teacher_weight: ``[*, Ht]`` and ``[V, Ht]``: the teacher's own head; or, one
-            of the following instead.
+            of the following instead; or no teacher, and the loss is the cross-entropy of the
+            labels. With ``teacher_index`` lists of them, whose widths may differ.
         teacher_logits: ``[*, V]``, a list of those, or ``[M, *, V]``, of any floating dtype; read
             in fp32 (fp64 for an fp64 student).
         teacher_values, teacher_indices: ``[*, K]``, a top-k teacher.
+        teacher_index: ``[*]``, int64: the place of each row's teacher among several. Those with
+            heads are multiplied one after another, each with its own rows alone, whose losses are,
+            bit for bit, those of a call of its own. Heads take an index on the CPU, which groups
+            rows without waiting for the device; one on CUDA is copied, which waits. A scale or soft
+            cap of each teacher's is a tensor of rows, ``scales[teacher_index]``.
         labels: ``[*]``, as ``distillation_loss`` has them. Rows that are ignored, or of weight 0,
             are left out of all products (on CUDA read as 0, unless ``max_rows`` is given): what
             they hold does no harm.
-        student_bias, teacher_bias: ``[V]``.
+        student_bias, teacher_bias: ``[V]``; of several teachers a list, with None for those that
+            have none.
         tail, teacher_logsumexp: of a top-k teacher, as ``topk_distillation_loss`` has them.
         temperature, alpha, divergence, divergence_alpha, beta, teacher_kind, teacher_weights,
             teacher_mixture, standardize, logit_scale, soft_cap, teacher_logit_scale,
@@ -144,8 +154,9 @@ def linear_distillation_loss(
     Differentiable once, and through ``torch.compile``.
 
     Raises:
-        ValueError: none or several teachers; a shape or number is not as said; a tensor of the
-            teacher requires grad; as ``distillation_loss``.
+        ValueError: neither a teacher nor labels, or teachers of several forms; a shape or number is
+            not as said; a tensor of the teacher requires grad; more rows count than ``max_rows``;
+            as ``distillation_loss``.
         TypeError: a dtype is not supported or differs.
 
     Example:
@@ -169,18 +180,9 @@ def linear_distillation_loss(
         teacher_logits,
         teacher_values,
         teacher_indices,
+        labels,
     )
-    others = _OF_DENSE_TEACHERS if form == "values" else ("tail", "teacher_logsumexp")
-    reference.refuse_others(call, others, "teacher_" + form)
-    check("teacher_kind", teacher_kind, STRING)
-    if form == "hidden" and teacher_kind != "logits":
-        raise ValueError(f'teacher_kind is "{teacher_kind}"; with teacher_hidden it takes "logits"')
-    teachers, several = [call["teacher_" + form]], False
-    if form == "logits":
-        teachers, several = listed(teacher_logits, student_hidden)
-        if not teachers:
-            raise ValueError("teacher_logits is empty; it takes at least one teacher")
-    check_teacher_weights(teacher_weights, several)
+    teachers, heads = _teachers_of(call, form)
     if form != "values":
         call["tail"] = "none"
     divisor, group = take_divisor(call), ""
@@ -188,7 +190,7 @@ def linear_distillation_loss(
         classes, group = student_weight.shape[0], process_group.group_name
         call["first_class"] = process_group.rank() * classes
         call["all_classes"] = process_group.size() * classes
-    others = [student_bias, None, *(teacher_weight, teacher_bias) * len(teachers)]
+    others = [student_bias, call["teacher_index"], None, *heads]
     if is_compiling():
         op = torch.ops.kdkernels.linear_distillation_loss
         rest = (*packed(call), wishes_of(call), group)
@@ -199,3 +201,35 @@ def linear_distillation_loss(
         if outputs is None:
             return by_reference(reference.linear_distillation_loss, given)
     return result_of(outputs, divisor)
+
+
+def _teachers_of(call: dict, form: str) -> tuple[list, list]:
+    """The teachers, of which each row has its own or all, and the weight and bias of each; what
+    does not go with their form is refused.
+    """
+    others = _OF_DENSE_TEACHERS if form == "values" else ("tail", "teacher_logsumexp")
+    reference.refuse_others(call, others, "teacher_" + form)
+    kind = call["teacher_kind"]
+    check("teacher_kind", kind, STRING)
+    if form == "none":
+        reference.refuse_others(call, _OF_DENSE_TEACHERS, "labels alone")
+        call["alpha"] = reference.without_teacher(call["alpha"], call["return_statistics"])
+        if call["teacher_index"] is not None:
+            raise ValueError("teacher_index goes with several teachers, and there is none")
+        return [], []
+    if form == "hidden":
+        if kind != "logits":
+            raise ValueError(f'teacher_kind is "{kind}"; with teacher_hidden it takes "logits"')
+        check_teacher_weights(call["teacher_weights"], False)
+        of = (call[f"teacher_{part}"] for part in ("hidden", "weight", "bias", "index"))
+        found = reference.teacher_heads(*of)
+        return [hidden for hidden, *_ in found], [x for _, *head in found for x in head]
+    names = OF_TOP_K if form == "values" else ("teacher_logits",)
+    choose_teachers(call, names, "student_hidden")
+    teachers, several = [call[names[0]]], False
+    if form == "logits":
+        teachers, several = listed(teachers[0], call["student_hidden"])
+        if not teachers:
+            raise ValueError("teacher_logits is empty; it takes at least one teacher")
+    check_teacher_weights(call["teacher_weights"], several)
+    return teachers, [None, None] * len(teachers)
