@@ -103,10 +103,12 @@ def test_excluded_classes_and_rows_left_out():
     b[3] = -math.inf
     ids = ids_of().masked_fill(ids_of() == 3, 4)
     out = ids == -100
-    want = results(reference.linear_log_probs, (h, w, b), ids, top_k=36)
-    got = results(linear_log_probs, (h.masked_fill(out[:, None], NAN), w, b), ids, top_k=36)
-    assert_all_close(got, want, rtol=1e-10, atol=1e-12)
-    assert (got[6][out] == 0).all() and (got[5][out] == -1).all() and not got[3][out].any()
+    for options in ({"top_k": 37}, {"top_k": 37, "soft_cap": 4.0}):
+        want = results(reference.linear_log_probs, (h, w, b), ids, **options)
+        got = results(linear_log_probs, (h.masked_fill(out[:, None], NAN), w, b), ids, **options)
+        assert_all_close(got, want, rtol=1e-10, atol=1e-12)
+        assert (got[4][~out, -1] == -math.inf).all() and (got[5][~out, -1] == 3).all()
+        assert (got[6][out] == 0).all() and (got[5][out] == -1).all() and not got[3][out].any()
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])

@@ -21,6 +21,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "math/row.h"
 #include "ops/checks.h"
@@ -127,7 +128,8 @@ class ChunkedLoss {
     Tensor teacher;
     if (c_.teacher_index.has_value())
       teacher = c_.teacher_index->reshape({all_}).cpu().contiguous();
-    if (c_.entropy_gradient.has_value()) entropy_ = c_.entropy_gradient->reshape({all_}).to(acc_);
+    if (c_.entropy_gradient.has_value())
+      entropy_ = c_.entropy_gradient->reshape({all_, 1}).to(acc_);
     RowTensors counting = rows_;
     if (entropy_.defined()) counting.weight = std::nullopt;  // its rows count whatever they weigh
     kept_ = kept_rows(counting, c_.options, c_.hidden, all_, teacher, c_.teachers.size());
@@ -144,7 +146,8 @@ class ChunkedLoss {
     }
     if (half && weight.has_value() && all_ > 0) {
       Tensor keep = kept_.groups[0].keep.squeeze(-1);
-      Tensor size = entropy_.defined() ? at::maximum(weight->abs(), entropy_.abs()) : weight->abs();
+      Tensor size = entropy_.defined() ? at::maximum(weight->abs(), entropy_.squeeze(-1).abs())
+                                       : weight->abs();
       Tensor largest = at::where(keep, size, at::zeros({}, weight->options())).max();
       largest = at::where(largest == 0, at::ones({}, largest.options()), largest);
       weight = *weight / largest;
@@ -241,7 +244,10 @@ class ChunkedLoss {
       }
       call_.rows = rows.of(rows_, from, n);
       if (out_.top_logits.defined()) put_largest(rows, from);
-      Tensor of_entropy = entropy_.defined() ? entropy_part(rows.of(entropy_, from, n)) : Tensor();
+      Tensor of_entropy;
+      if (entropy_.defined()) {
+        of_entropy = entropy_part(rows.kept_or(rows.of(entropy_, from, n), from, 0));
+      }
       LossResult loss = run_loss(
           call_,
           {.gradient = gradients(), .statistics = statistics_.defined(), .inplace = gradients()});
@@ -255,11 +261,11 @@ class ChunkedLoss {
   // The chunk's largest logits, before scale and cap, which keep their order.
   void put_largest(const KeptRows& rows, int64_t from) {
     auto [values, indices] = at::topk(call_.student, c_.options.top_k);
-    rows.put(out_.top_logits.view({all_, -1}), 0, from, values);
-    rows.put(out_.top_indices.view({all_, -1}), 0, from, indices);
+    rows.put(out_.top_logits.view({all_, -1}), 0, from, rows.kept_or(values, from, 0));
+    rows.put(out_.top_indices.view({all_, -1}), 0, from, rows.kept_or(indices, from, -1));
   }
 
-  // The share of the entropies H, of gradients g [n], in the gradient of a chunk's logits: -g q (log q + H).
+  // The share of the entropies H, of gradients g [n, 1], in the gradient of a chunk's logits: -g q (log q + H).
   Tensor entropy_part(const Tensor& g) const {
     const LossOptions& o = c_.options;
     auto number = [&](RowOption option, double value) {
@@ -271,13 +277,15 @@ class ChunkedLoss {
     if (o.soft_cap.has_value() || call_.rows.options[kSoftCap].has_value()) {
       Tensor cap = number(kSoftCap, o.soft_cap.value_or(0));
       bent = u.div_(cap).tanh_();
-      u = bent * cap;
+      u = (bent * cap)
+              .masked_fill_(call_.student == -std::numeric_limits<double>::infinity(),
+                            -std::numeric_limits<double>::infinity());
     }
     Tensor log_q =
         at::log_softmax(u, -1).clamp_min_(-1e30);  // of a class that is excluded 0 * log q is 0
     Tensor q = at::exp_out(u, log_q);
     Tensor entropy = -at::linalg_vecdot(q, log_q);
-    Tensor out = log_q.add_(entropy.unsqueeze(-1)).mul_(q).mul_(-g.unsqueeze(-1) * scale);
+    Tensor out = log_q.add_(entropy.unsqueeze(-1)).mul_(q).mul_(-g * scale);
     return bent.defined() ? out.sub_(out * bent.square_()) : out;
   }
 

@@ -4,6 +4,7 @@
 #include <ATen/ops/argsort.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
@@ -29,8 +30,13 @@ RowTensors KeptRows::of(RowTensors x, int64_t from, int64_t n) const {
 }
 
 Tensor KeptRows::hidden(const Tensor& x, int64_t from, int64_t n, at::ScalarType type) const {
-  Tensor out = of(x, from, n).to(type);
-  return keep.defined() ? at::where(of(keep, from, n), out, at::zeros({}, out.options())) : out;
+  return kept_or(of(x, from, n).to(type), from, 0);
+}
+
+Tensor KeptRows::kept_or(const Tensor& x, int64_t from, double other) const {
+  return keep.defined()
+             ? at::where(of(keep, from, x.size(0)), x, at::scalar_tensor(other, x.options()))
+             : x;
 }
 
 void KeptRows::put(const Tensor& x, int64_t dim, int64_t from, const Tensor& rows) const {

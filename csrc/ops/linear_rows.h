@@ -20,6 +20,8 @@ struct KeptRows {
   RowTensors of(RowTensors x, int64_t from, int64_t n) const;
   // The same of hidden states, in a dtype, without what rows hold that do not count.
   at::Tensor hidden(const at::Tensor& x, int64_t from, int64_t n, at::ScalarType type) const;
+  // Rows [from, from + n) of values as they are, x [n, ...], with `other` in those that do not count.
+  at::Tensor kept_or(const at::Tensor& x, int64_t from, double other) const;
   // Writes such rows, along `dim`.
   void put(const at::Tensor& x, int64_t dim, int64_t from, const at::Tensor& rows) const;
 };

@@ -103,6 +103,8 @@ def choose_teachers(call: dict, names: Sequence[str], student: str) -> None:
             given = given.unbind()
         if not isinstance(given, (list, tuple)):
             raise ValueError(f"teacher_index goes with several teachers, and {name} is one")
+        if not given:
+            raise ValueError(f"{name} is empty; it takes at least one teacher")
         eager = not is_compiling()
         on_cpu = isinstance(index, Tensor) and index.device.type == "cpu"
         reference.check_teacher_index(index, len(given), rows, values=on_cpu and eager)

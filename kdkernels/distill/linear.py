@@ -111,7 +111,7 @@ def linear_distillation_loss(
         teacher_values, teacher_indices: ``[*, K]``, a top-k teacher.
         teacher_index: ``[*]``, int64: the place of each row's teacher among several. Those with
             heads are multiplied one after another, each with its own rows alone, whose losses are,
-            bit for bit, those of a call of its own. Heads take an index on the CPU, which groups
+            bit for bit, those of a call of their own. Heads take an index on the CPU, which groups
             rows without waiting for the device; one on CUDA is copied, which waits. A scale or soft
             cap of each teacher's is a tensor of rows, ``scales[teacher_index]``.
         labels: ``[*]``, as ``distillation_loss`` has them. Rows that are ignored, or of weight 0,

@@ -1,5 +1,6 @@
 """Log-probabilities of tokens from hidden states and a head."""
 
+import math
 import operator
 
 import torch
@@ -80,24 +81,27 @@ def linear_log_probs(
         return reference.linear_log_probs(hidden, weight, token_ids, **rest, **call)
     if memory_budget is not None:
         check("memory_budget", memory_budget, INT)
-        if memory_budget < 1:
-            raise ValueError(
-                f"memory_budget is {memory_budget}; it takes a number of bytes above 0"
-            )
+        memory_budget = operator.index(memory_budget)
+        if not 1 <= memory_budget < 2**63:
+            raise ValueError(f"memory_budget is {memory_budget}; it takes bytes, at least 1")
     # The cross-entropy is at temperature 1.
-    call["logit_scale"] = logit_scale / temperature
-    call["soft_cap"] = None if soft_cap is None else soft_cap / temperature
+    call |= {n: x if x is None or isinstance(x, Tensor) else float(x) for n, x in call.items()}
+    call["logit_scale"] = call["logit_scale"] / call["temperature"]
+    if soft_cap is not None:
+        call["soft_cap"] = call["soft_cap"] / call["temperature"]
     for name in ("logit_scale", "soft_cap"):
         if isinstance(call[name], Tensor):
             call[name] = call[name].to(hidden.device).expand(token_ids.shape)
     call |= {"temperature": 1.0, "alpha": 0.0, "tail": "none", "reduction": "sum"}
-    call |= {"labels": token_ids, "ignore_index": ignore_index, "memory_budget": memory_budget}
+    call |= {"labels": token_ids, "memory_budget": memory_budget}
+    call["ignore_index"] = operator.index(ignore_index)
     found = _LogProbs.apply(hidden, weight, bias, call, max(top_k, 1))
     log_probs, entropy, logsumexp, top_logits, indices = found
     correct = (indices[..., 0] == token_ids) & (token_ids != ignore_index)
     transform = call["logit_scale"], call["soft_cap"]
     scale, cap = (x[..., None] if isinstance(x, Tensor) else x for x in transform)
     top = scale * top_logits if cap is None else cap * (scale * top_logits / cap).tanh()
+    top = torch.where(top_logits == -math.inf, -math.inf, top)  # a class that is excluded stays so
     top = torch.where(indices >= 0, top - logsumexp[..., None], 0.0)
     return LogProbs(log_probs, entropy, logsumexp, correct, top[..., :top_k], indices[..., :top_k])
 
@@ -108,7 +112,7 @@ def _checked(hidden, weight, token_ids, bias, numbers: dict, top_k, ignore_index
     check("weight", weight, TENSOR)
     check("token_ids", token_ids, TENSOR)
     check("bias", bias, OPTIONAL_TENSOR)
-    autocast = torch.is_autocast_enabled(hidden.device.type)
+    autocast = _autocasts(hidden)
     cast = (x if not autocast or x is None else x.to(hidden.dtype) for x in (weight, bias))
     reference.check_head("", hidden, *cast, hidden.dtype)
     if token_ids.dtype != torch.int64:
@@ -120,6 +124,8 @@ def _checked(hidden, weight, token_ids, bias, numbers: dict, top_k, ignore_index
         raise ValueError(f"token_ids is on {token_ids.device}, hidden on {hidden.device}")
     for name, value in (("top_k", top_k), ("ignore_index", ignore_index)):
         check(name, value, INT)
+        if not -(2**63) <= operator.index(value) < 2**63:
+            raise ValueError(f"{name} is {value}; it is out of range")
     top_k, most = operator.index(top_k), min(len(weight), reference.MAX_TOP_K)
     if not 0 <= top_k <= most:
         raise ValueError(f"top_k is {top_k}; it takes from 0 to {most}")
@@ -144,12 +150,17 @@ def _checked(hidden, weight, token_ids, bias, numbers: dict, top_k, ignore_index
     return top_k
 
 
-def _cast(*tensors: Tensor | None):
-    device = tensors[0].device.type  # of hidden, which is a tensor
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x is None else x.to(dtype) for x in tensors)
+def _autocasts(hidden: Tensor) -> bool:
+    device = hidden.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _cast(hidden: Tensor, weight: Tensor, bias: Tensor | None):
+    """The tensors in the dtype that a linear layer would have them in."""
+    if not _autocasts(hidden) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 class _LogProbs(torch.autograd.Function):

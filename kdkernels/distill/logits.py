@@ -108,8 +108,8 @@ def distillation_loss(
         teacher_mixture: several teachers are mixed as "probs", sum_m w_m p_m, or as "log_probs",
             proportional to prod_m p_m^w_m.
         teacher_index: ``[*]``, int64: of several teachers the place of each row's own, whose logits
-            alone count there, bit for bit as in a call with that teacher (they are put together in
-            a copy). On CUDA a place that there is not gives NaN. Does not go with
+            alone count there, as in a call with that teacher (on CPUs bit for bit). They are put
+            together in a copy. On CUDA a place that there is not gives NaN. Does not go with
             ``teacher_weights``.
         standardize: z-score every row's logits on both sides before the divergence (Sun et al.,
             arXiv 2403.01427), with the unbiased standard deviation; cross-entropy takes them as

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.reference.losses import linear
-from kdkernels.reference.rows import scaled_and_capped
+from kdkernels.reference.rows import as_column, scaled_and_capped
 
 
 class LogProbs(NamedTuple):
@@ -41,11 +41,10 @@ def linear_log_probs(
     ids = token_ids.reshape(-1)[keep]
 
     def number(x):
-        return x.reshape(-1)[keep] if isinstance(x, Tensor) and x.dim() > 0 else x
+        return x.expand(token_ids.shape).reshape(-1)[keep] if isinstance(x, Tensor) else x
 
     u = scaled_and_capped(logits[keep], number(logit_scale), number(soft_cap))
-    temperature = number(temperature)
-    u = u / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    u = u / as_column(number(temperature))
     log_q = u.log_softmax(-1)
     q = log_q.exp()
     entropy = -torch.where(q == 0, 0.0, q * torch.where(q == 0, 0.0, log_q)).sum(-1)
