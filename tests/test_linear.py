@@ -226,6 +226,23 @@ def test_logits_of_16_bits_are_not_rounded(divergence, std, dtype):
         assert ((a.double() - b).norm() / b.norm()).item() < 3e-3
 
 
+def test_unequal_vocabularies():
+    """A draft's classes are some of the teacher's; those that a teacher lacks do not occur."""
+    h, w, b = student()
+    options = teacher("hidden", classes=60)
+    chosen = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:CLASSES]
+    z, t = F.linear(h, w, b), options["teacher_hidden"] @ options["teacher_weight"].T
+    options["teacher_weight"] = options["teacher_weight"][chosen]
+    loss = linear_distillation_loss(h, w, student_bias=b, **options)
+    torch.testing.assert_close(loss, distillation_loss(z, t[:, chosen]))
+    narrow = F.pad(options["teacher_weight"][:30], (0, 0, 0, CLASSES - 30))
+    bias = F.pad(torch.zeros(30, dtype=h.dtype), (0, CLASSES - 30), value=-math.inf)
+    options |= {"teacher_weight": narrow, "teacher_bias": bias}
+    loss = linear_distillation_loss(h, w, student_bias=b, **options)
+    t = F.pad(t[:, chosen[:30]], (0, CLASSES - 30), value=-math.inf)
+    torch.testing.assert_close(loss, distillation_loss(z, t))
+
+
 # ---- labels alone -------------------------------------------------------------------------------
 
 
@@ -621,6 +638,63 @@ def share_the_vocabulary(rank, world):
             got = results(linear_distillation_loss, (h, w[own], b[own]), **options)
             want = (loss, statistics, grad_hidden, grad_weight[own], grad_bias[own])
             assert_all_close(got, want, rtol=1e-10, atol=1e-13)
+
+
+def share_with_several_teachers_or_none(rank, world):
+    """A teacher per row, whose heads are shared, too, and labels alone."""
+    classes = 20 * world
+    own, index = slice(20 * rank, 20 * rank + 20), torch.arange(ROWS) % 2
+    experts = [randn(classes, n, seed=n) for n in (5, 3)]
+    several = {
+        "teacher_hidden": [randn(ROWS, n, seed=n + 1) for n in (5, 3)],
+        "teacher_weight": experts,
+        "teacher_index": index,
+    }
+    for options in (several, {"labels": labels_of(classes=classes), "label_smoothing": 0.1}):
+        h, w, b = leaves(student(classes=classes))
+        want = linear_distillation_loss(h, w, student_bias=b, **options)
+        of_want = torch.autograd.grad(want, (h, w, b))
+        if "teacher_weight" in options:
+            options = options | {"teacher_weight": [x[own] for x in experts]}
+        h, w, b = leaves((h, w[own], b[own]))
+        got = linear_distillation_loss(
+            h, w, student_bias=b, process_group=dist.group.WORLD, memory_budget=6400, **options
+        )
+        of_got = torch.autograd.grad(got, (h, w, b))
+        assert_all_close((got, *of_got), (want, of_want[0], of_want[1][own], of_want[2][own]))
+
+
+def heads_on_dtensors(rank, world):
+    """Sharded by FSDP, whose ranks have rows of their own, and by vocabulary, whose share them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Partial, Shard, distribute_tensor
+
+    mesh, classes = init_device_mesh("cpu", (world,)), 10 * world
+    h, w, b = student(classes=classes)
+    options = teacher("hidden", classes=classes)
+    want = results(linear_distillation_loss, (h, w, b), **options)
+    whole = distribute_tensor(w, mesh, [Shard(0)])
+    got = results(linear_distillation_loss, (h, whole.full_tensor(), b), **options)
+    assert_all_close(got, want, rtol=1e-12, atol=1e-14)
+    leaf = whole.requires_grad_()
+    gathered = leaf.full_tensor(grad_placements=[Partial()])
+    loss = linear_distillation_loss(h, gathered, student_bias=b, **options)
+    gradient = torch.autograd.grad(loss, leaf)[0]
+    torch.testing.assert_close(gradient.full_tensor(), world * want[3])  # a sum over ranks
+    own = slice(10 * rank, 10 * rank + 10)
+    options["teacher_weight"] = options["teacher_weight"][own]
+    loss = linear_distillation_loss(
+        h, leaf.to_local(), student_bias=b[own], process_group=mesh.get_group(), **options
+    )
+    gradient = torch.autograd.grad(loss, leaf)[0]
+    torch.testing.assert_close(gradient.full_tensor(), want[3])
+    with pytest.raises((TypeError, ValueError), match="student_weight"):
+        linear_distillation_loss(h, leaf, **options)
+
+
+@pytest.mark.parametrize("share", [share_with_several_teachers_or_none, heads_on_dtensors])
+def test_more_ranks_that_share(share):
+    spawn(share, 2)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -113,8 +113,8 @@ def _checked(hidden, weight, token_ids, bias, numbers: dict, top_k, ignore_index
     check("token_ids", token_ids, TENSOR)
     check("bias", bias, OPTIONAL_TENSOR)
     autocast = _autocasts(hidden)
-    cast = (x if not autocast or x is None else x.to(hidden.dtype) for x in (weight, bias))
-    reference.check_head("", hidden, *cast, hidden.dtype)
+    heads = [x if not autocast or x is None else x.to(hidden.dtype) for x in (weight, bias)]
+    reference.check_head("", hidden, heads[0], heads[1], hidden.dtype)
     if token_ids.dtype != torch.int64:
         raise TypeError(f"token_ids has dtype {token_ids.dtype}; it takes int64")
     rows = hidden.shape[:-1]

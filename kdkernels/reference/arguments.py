@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def teacher_form(hidden, weight, bias, logits, values, indices, labels=None) -> 
     return given[0]
 
 
-def teacher_heads(hidden, weight, bias, index) -> list[tuple]:
+def teacher_heads(hidden, weight, bias, index) -> list[tuple[Any, Any, Any]]:
     """(hidden states, weight, bias) of each teacher with a head; without an index there is one."""
     if not isinstance(hidden, (list, tuple)):
         if index is not None:

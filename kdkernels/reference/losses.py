@@ -1,6 +1,5 @@
 """The distillation losses, from checked arguments to the reduced loss."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -171,13 +170,9 @@ def topk_distillation_loss(
     check_choice("teacher_kind", teacher_kind, ("logits", "log_probs"))
     check_transform("", logit_scale, soft_cap)
     check_numbers(temperature, alpha, labels, label_smoothing, num_items, reduction)
-    if teacher_index is not None:
-        of = functools.partial(_chosen, index=teacher_index, rows=student_logits.shape[:-1])
-        if teacher_logsumexp is not None:
-            columns = [x[..., None] for x in teacher_logsumexp]
-            teacher_logsumexp = of("teacher_logsumexp", columns).squeeze(-1)
-        teacher_values = of("teacher_values", teacher_values)
-        teacher_indices = of("teacher_indices", teacher_indices)
+    teacher_values, teacher_indices, teacher_logsumexp = _entries(
+        teacher_values, teacher_indices, teacher_logsumexp, teacher_index, student_logits.shape[:-1]
+    )
     check_entries(student_logits, teacher_values, teacher_indices)
     check_logsumexp(student_logits, teacher_logsumexp, tail, teacher_kind, temperature)
     if alpha is None:
@@ -352,9 +347,9 @@ def linear_distillation_loss(
             teacher_logits = teacher_logits[0]
     elif isinstance(teacher_logits, Sequence):
         teacher_logits = [t.to(student.dtype) for t in teacher_logits]
-    else:
-        assert teacher_logits is not None  # the form that is left
+    elif teacher_logits is not None:
         teacher_logits = teacher_logits.to(student.dtype)
+    assert teacher_logits is not None  # which one of the forms has made
     return distillation_loss(
         student, teacher_logits, labels, teacher_index=teacher_index, **shared, **of_dense
     )
@@ -365,6 +360,17 @@ def linear(prefix, hidden, weight, bias, dtype) -> Tensor:
     check_head(prefix, hidden, weight, bias, dtype)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     return F.linear(hidden.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
+
+
+def _entries(values, indices, logsumexp, index, rows) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows' own of several top-k teachers."""
+    if index is None:
+        return values, indices, logsumexp
+    if logsumexp is not None:
+        columns = [x[..., None] for x in logsumexp]
+        logsumexp = _chosen("teacher_logsumexp", columns, index, rows).squeeze(-1)
+    values = _chosen("teacher_values", values, index, rows)
+    return values, _chosen("teacher_indices", indices, index, rows), logsumexp
 
 
 def _chosen(name, teachers, index, rows) -> Tensor:
