@@ -11,7 +11,8 @@ import pytest
 
 if ptx.toolkit() is None:
     pytest.skip("needs nvcc", allow_module_level=True)
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
 import counts  # noqa: E402
 from counting import cost, linear, ours, tables  # noqa: E402
 
@@ -137,8 +138,12 @@ def test_a_fused_linear_costs_little_beside_its_products():
         for r in found
     }
     assert len(whose) == len(found) == len(linear.SHAPES) * 3 * len(linear.WAYS)
+    page = (ROOT / "docs" / "linear.md").read_text()
     for shape, most in zip(linear.SHAPES, OF_PRODUCTS, strict=True):
         size = " x ".join(map(str, shape))
+        shown = [(1, "kdkernels"), (0.5, "kdkernels"), (1, "TRL's way"), (1, "Liger's way")]
+        cells = [whose[size, part, "forward_kl", who]["x products"] for part, who in shown]
+        assert f"| {size} | {' | '.join(f'{cell:.2f}' for cell in cells)} |" in page
         for divergence in ("forward_kl", "js"):
             ours_, trl = (whose[size, 1, divergence, who] for who in ("kdkernels", "TRL's way"))
             assert 1 < ours_["x products"] <= most < trl["x products"]
