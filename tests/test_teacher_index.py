@@ -5,6 +5,7 @@ import torch
 from test_linear import assert_all_close, labels_of, leaves, randn, results, student, weights_of
 
 from kdkernels import (
+    DistillationLoss,
     distillation_loss,
     linear_distillation_loss,
     reference,
@@ -136,6 +137,14 @@ def test_scales_and_caps_of_teachers_are_tensors_of_rows():
             reduction="none", teacher_logit_scale=scales[m].item(),
         )  # fmt: skip
         torch.testing.assert_close(got[0][rows], want[0], rtol=1e-12, atol=1e-14)
+
+
+def test_module():
+    loss_fn = DistillationLoss(temperature=2.0)
+    want = distillation_loss(Z, TEACHERS, teacher_index=INDEX, temperature=2.0)
+    assert torch.equal(loss_fn(Z, TEACHERS, teacher_index=INDEX), want)
+    with pytest.raises(TypeError, match="teacher_index"):
+        DistillationLoss(teacher_index=INDEX)
 
 
 def test_a_teacher_without_rows_and_rows_of_several_dimensions():

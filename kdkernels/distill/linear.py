@@ -112,8 +112,9 @@ def linear_distillation_loss(
         teacher_index: ``[*]``, int64: the place of each row's teacher among several. Those with
             heads are multiplied one after another, each with its own rows alone, whose losses are,
             bit for bit, those of a call of their own. Heads take an index on the CPU, which groups
-            rows without waiting for the device; one on CUDA is copied, which waits. A scale or soft
-            cap of each teacher's is a tensor of rows, ``scales[teacher_index]``.
+            rows without waiting for the device; one on CUDA is copied, which waits, as ``torch.compile``
+            does. A scale or soft cap of each teacher's is a tensor of rows,
+            ``scales[teacher_index]``.
         labels: ``[*]``, as ``distillation_loss`` has them. Rows that are ignored, or of weight 0,
             are left out of all products (on CUDA read as 0, unless ``max_rows`` is given): what
             they hold does no harm.
@@ -195,6 +196,8 @@ def linear_distillation_loss(
         op = torch.ops.kdkernels.linear_distillation_loss
         rest = (*packed(call), wishes_of(call), group)
         hidden = for_floats(student_hidden, call.values())
+        if others[1] is not None:  # an op's fake tensors are all on one device
+            others[1] = others[1].to(student_hidden.device)
         outputs = op(hidden, student_weight, others, teachers, *rest)
     else:
         outputs = _C.linear_distillation_loss(call, "teacher_" + form, teachers, others, group)
