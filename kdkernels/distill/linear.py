@@ -112,8 +112,8 @@ def linear_distillation_loss(
         teacher_index: ``[*]``, int64: the place of each row's teacher among several. Those with
             heads are multiplied one after another, each with its own rows alone, whose losses are,
             bit for bit, those of a call of their own. Heads take an index on the CPU, which groups
-            rows without waiting for the device; one on CUDA is copied, which waits, as ``torch.compile``
-            does. A scale or soft cap of each teacher's is a tensor of rows,
+            rows without waiting for the device; one on CUDA is copied, which waits, as it does in
+            ``torch.compile``. A scale or soft cap of each teacher's is a tensor of rows,
             ``scales[teacher_index]``.
         labels: ``[*]``, as ``distillation_loss`` has them. Rows that are ignored, or of weight 0,
             are left out of all products (on CUDA read as 0, unless ``max_rows`` is given): what
