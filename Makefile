@@ -9,6 +9,7 @@
 # make bench       the benchmarks beside what people use, into bench/results (10 minutes); ARGS="-k noise" and others
 # make bench-full  the same for all sizes, with more rounds (an hour)
 # make peers       the losses against TRL's, Liger-Kernel's and others, installed beside .venv
+# make accuracy     what fused linear losses in bf16 lose, ours and the peers', into bench/results
 # make docs        the site of documentation, into build/docs; its code is run and its pictures drawn
 # make wheel       sdist and manylinux wheel for this Python and torch, into dist
 # make stubs       kdkernels/_C.pyi, for type checkers, after a change of the bindings
@@ -51,7 +52,7 @@ SITE_PACKAGES = $(shell $(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_
 SANITIZER = $(firstword $(shell command -v compute-sanitizer) $(wildcard $(addsuffix \
   /bin/compute-sanitizer,$(CUDA_HOME) /usr/local/cuda /usr/local/cuda-* $(SITE_PACKAGES)/nvidia/*)))
 
-.PHONY: setup reproduce quick test nightly fuzz mutants lint format bench bench-full peers docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
+.PHONY: setup reproduce quick test nightly fuzz mutants lint format bench bench-full peers accuracy docs wheel counts gpu-test gpu-bench gpu gpu-seen clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -89,6 +90,9 @@ counts: setup
 
 peers: $(PEERS_BUILT) setup
 	@build/peers/bin/python bench/peers.py $(ARGS)
+
+accuracy: $(PEERS_BUILT) setup
+	@build/peers/bin/python bench/accuracy.py $(ARGS)
 
 docs: setup
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs

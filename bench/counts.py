@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-from counting import ours, tables  # noqa: E402
+from counting import linear, ours, tables  # noqa: E402
 
 from kdkernels import reference  # noqa: E402
 
@@ -277,6 +277,8 @@ def main(words=None):
         words = row.op, row.dtype, row.size, tables.gap_text(row.gap), row.who
         print(f"{', '.join(filter(None, words))}: {row.of_floor:.2f}", file=sys.stderr, flush=True)
     text = tables.markdown(rows, missing)
+    if not given.selected and given.ops.search("fused linear") and given.who.search(OURS):
+        text += linear.markdown(linear.counted())
     print(text)
     if given.json:
         given.json.write_text(tables.as_json(rows))

@@ -301,20 +301,27 @@ py::object distillation_loss_of(PyObject* const* arguments) {
   return py::cast(std::move(out));
 }
 
-// (call, name of the teacher's argument, teachers, group), likewise.
+// (call, name of the teacher's argument, teachers, others, group), likewise; `others` as the op takes them.
 py::object linear_distillation_loss_of(PyObject* const* arguments) {
   static auto op = op_of<decltype(linear_distillation_loss)>("kdkernels::linear_distillation_loss");
   PyObject* call = arguments[0];
-  auto get = [call](const char* name, bool required = false) {
-    return tensor_of(name, PyDict_GetItemString(call, name), required);
+  auto get = [call](const char* name) {
+    return *tensor_of(name, PyDict_GetItemString(call, name), /*required=*/true);
   };
-  at::Tensor hidden = *get("student_hidden", true), weight = *get("student_weight", true);
-  TensorOptionals others({get("student_bias"), get("teacher_weight"), get("teacher_bias")});
+  at::Tensor hidden = get("student_hidden"), weight = get("student_weight");
+  TensorOptionals others;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[3]); ++i) {
+    const char* name = i == 0       ? "student_bias"
+                       : i == 1     ? "teacher_index"
+                       : i % 2 == 1 ? "teacher_weight"
+                                    : "teacher_bias";
+    others.push_back(tensor_of(name, PyList_GET_ITEM(arguments[3], i)));
+  }
   std::vector<at::Tensor> teachers =
       teachers_of(std::string(text_of(arguments[1])).c_str(), arguments[2]);
   Arguments given(call);
   if (given.needs_option_gradient) return py::none();
-  std::string_view group = text_of(arguments[3]);
+  std::string_view group = text_of(arguments[4]);
   std::vector<at::Tensor> out;
   {
     py::gil_scoped_release no_gil;
@@ -403,10 +410,10 @@ void bind_losses(py::module_& m) {
   define<distillation_loss_of, 3>(m, "distillation_loss",
                                   "distillation_loss(call: dict, teachers: list[Tensor], "
                                   "group: str) -> list[Tensor] | None");
-  define<linear_distillation_loss_of, 4>(
+  define<linear_distillation_loss_of, 5>(
       m, "linear_distillation_loss",
       "linear_distillation_loss(call: dict, teacher_name: str, teachers: list[Tensor], "
-      "group: str) -> list[Tensor] | None");
+      "others: list[Tensor | None], group: str) -> list[Tensor] | None");
   m.def("set_unwrap", set_unwrap);
   m.def("set_differentiable_gradients", set_gradients);
   m.def("loss_options", loss_options_table);

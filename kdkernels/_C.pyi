@@ -55,7 +55,12 @@ def input_noise(
     /,
 ) -> Tensor: ...
 def linear_distillation_loss(
-    call: dict[str, Any], teacher_name: str, teachers: list[Tensor], group: str, /
+    call: dict[str, Any],
+    teacher_name: str,
+    teachers: list[Tensor],
+    others: list[Tensor | None],
+    group: str,
+    /,
 ) -> list[Tensor] | None: ...
 def loss_options() -> list[Any]: ...
 def noise_dot(

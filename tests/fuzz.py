@@ -174,7 +174,15 @@ def dense_loss(r: Draw):
         options["teacher_mixture"] = r.choice(["probs", "log_probs"])
     teacher = r.with_gradient(teachers[0]) if len(teachers) == 1 else teachers
     options |= {"student_logits": student, "teacher_logits": teacher}
+    if len(teachers) > 1 and r.random() < 0.3:
+        options["teacher_index"] = places(r, rows, len(teachers))
     return kdkernels.distillation_loss, options
+
+
+def places(r: Draw, rows: tuple, count: int) -> torch.Tensor:
+    """Whose of several teachers each row is."""
+    found = [r.randrange(count) for _ in range(math.prod(rows))]
+    return torch.tensor(found, dtype=torch.int64).reshape(rows)
 
 
 def top_k_loss(r: Draw):
@@ -218,7 +226,33 @@ def linear_loss(r: Draw):
         call["student_bias"] = r.with_gradient(r.tensor(classes, dtype=dtype))
     if r.rarely():
         call["memory_budget"] = r.choice([1, 1000, 10**6])
+    if r.rarely():
+        call["teacher_hidden"] = [call["teacher_hidden"], r.tensor(*rows, 2, dtype=dtype)]
+        call["teacher_weight"] = [call["teacher_weight"], r.tensor(classes, 2, dtype=dtype)]
+        call["teacher_index"] = places(r, rows, 2)
+    elif "labels" in call and r.rarely():  # which are a target alone
+        left_out = ("teacher_", "return_statistics", "alpha", "divergence", "beta")
+        call = {name: x for name, x in call.items() if not name.startswith(left_out)}
     return kdkernels.linear_distillation_loss, call
+
+
+def log_probs(r: Draw):
+    *rows, classes = r.shape()
+    rows, dtype, hidden = tuple(rows), r.choice(DTYPES), r.choice([1, 3, 8, 16])
+    drawn = loss_options(r, rows, classes, dense=False)
+    options = {name: drawn[name] for name in drawn.keys() & {"temperature", "soft_cap"}}
+    with_labels(r, rows, classes, drawn, needed=True)
+    call = {
+        "hidden": r.with_gradient(r.tensor(*rows, hidden, dtype=dtype)),
+        "weight": r.with_gradient(r.tensor(hidden, classes, dtype=dtype).t().clone()),
+        "token_ids": drawn["labels"],
+        **options,
+    }
+    if r.rarely():
+        call["bias"] = r.with_gradient(r.tensor(classes, dtype=dtype))
+    if r.rarely():
+        call["memory_budget"] = r.choice([1, 1000, 10**6])
+    return kdkernels.linear_log_probs, call
 
 
 def noise_options(r: Draw, *, seeded=True) -> dict:
@@ -311,7 +345,7 @@ def teachers_entries(r: Draw):
     }
 
 
-CASES = [dense_loss] * 6 + [top_k_loss] * 3 + [linear_loss] * 2 + [noise] * 3
+CASES = [dense_loss] * 6 + [top_k_loss] * 3 + [linear_loss] * 2 + [log_probs] + [noise] * 3
 CASES += [combined_noise, regression, optimizer, teachers_entries]
 
 

@@ -11,9 +11,10 @@ import pytest
 
 if ptx.toolkit() is None:
     pytest.skip("needs nvcc", allow_module_level=True)
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
 import counts  # noqa: E402
-from counting import cost, ours, tables  # noqa: E402
+from counting import cost, linear, ours, tables  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -124,3 +125,28 @@ def test_the_whole_table_has_every_divergence_near_and_far():
     losses = {loss for grid in counts.STANDARD for loss in grid}
     for name in counts.reference.DIVERGENCES:
         assert {loss.gap for loss in losses if loss.divergence == name} >= {0.1, math.inf}
+
+
+# Of the four shapes: time over that of the products at most.
+OF_PRODUCTS = (1.15, 1.28, 1.33, 1.65)
+
+
+def test_a_fused_linear_costs_little_beside_its_products():
+    found = linear.counted()
+    whose = {
+        (r["rows x width x classes"], r["rows that count"], r["divergence"], r["kernels of"]): r
+        for r in found
+    }
+    assert len(whose) == len(found) == len(linear.SHAPES) * 3 * len(linear.WAYS)
+    page = (ROOT / "docs" / "linear.md").read_text()
+    for shape, most in zip(linear.SHAPES, OF_PRODUCTS, strict=True):
+        size = " x ".join(map(str, shape))
+        shown = [(1, "kdkernels"), (0.5, "kdkernels"), (1, "TRL's way"), (1, "Liger's way")]
+        cells = [whose[size, part, "forward_kl", who]["x products"] for part, who in shown]
+        assert f"| {size} | {' | '.join(f'{cell:.2f}' for cell in cells)} |" in page
+        for divergence in ("forward_kl", "js"):
+            ours_, trl = (whose[size, 1, divergence, who] for who in ("kdkernels", "TRL's way"))
+            assert 1 < ours_["x products"] <= most < trl["x products"]
+        all_rows, half = (whose[size, part, "forward_kl", "kdkernels"] for part in (1, 0.5))
+        assert half["ms"] < 0.6 * all_rows["ms"] and half["products"] < all_rows["products"]
+    assert "| kdkernels |" in linear.markdown(found)

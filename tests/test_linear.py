@@ -226,6 +226,74 @@ def test_logits_of_16_bits_are_not_rounded(divergence, std, dtype):
         assert ((a.double() - b).norm() / b.norm()).item() < 3e-3
 
 
+def test_unequal_vocabularies():
+    """A draft's classes are some of the teacher's; those that a teacher lacks do not occur."""
+    h, w, b = student()
+    options = teacher("hidden", classes=60)
+    chosen = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:CLASSES]
+    z, t = F.linear(h, w, b), options["teacher_hidden"] @ options["teacher_weight"].T
+    options["teacher_weight"] = options["teacher_weight"][chosen]
+    loss = linear_distillation_loss(h, w, student_bias=b, **options)
+    torch.testing.assert_close(loss, distillation_loss(z, t[:, chosen]))
+    narrow = F.pad(options["teacher_weight"][:30], (0, 0, 0, CLASSES - 30))
+    bias = F.pad(torch.zeros(30, dtype=h.dtype), (0, CLASSES - 30), value=-math.inf)
+    options |= {"teacher_weight": narrow, "teacher_bias": bias}
+    loss = linear_distillation_loss(h, w, student_bias=b, **options)
+    t = F.pad(t[:, chosen[:30]], (0, CLASSES - 30), value=-math.inf)
+    torch.testing.assert_close(loss, distillation_loss(z, t))
+
+
+# ---- labels alone -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("alpha", [None, 0.0])
+def test_labels_alone_are_cross_entropy(alpha, reduction):
+    """Without a teacher, and with one that has no share and is not read."""
+    h, w, b = leaves(student())
+    labels = labels_of()
+    z = 2 * F.linear(h, w, b)
+    want = F.cross_entropy(z, labels, reduction=reduction, label_smoothing=0.1)
+    factor = torch.linspace(-1, 2, want.numel(), dtype=want.dtype).reshape(want.shape)
+    of_want = torch.autograd.grad(want, (h, w, b), factor)
+    options = {"alpha": alpha, "reduction": reduction, "label_smoothing": 0.1, "logit_scale": 2.0}
+    if alpha is not None:
+        options |= teacher("hidden") | {"divergence": "js"}
+        options["teacher_hidden"] = options["teacher_hidden"] * NAN
+    for backend in ("fused", "reference"):
+        for budget in (None, 2 * ROW_BYTES):
+            options |= {"backend": backend, "memory_budget": budget}
+            loss = linear_distillation_loss(h, w, labels=labels, student_bias=b, **options)
+            got = torch.autograd.grad(loss, (h, w, b), factor)
+            assert_all_close((loss, *got), (want, *of_want), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("std", [1, 10])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_labels_alone_are_as_exact_as_pytorch_with_fp32_logits(dtype, std):
+    rows, classes, width = 48, 1500, 64
+    h, w = randn(rows, width, seed=1), randn(classes, width, seed=2) * std / width**0.5
+    tensors, labels = [x.to(dtype) for x in (h, w)], labels_of((rows,), classes)
+
+    def run(loss, tensors):
+        h, w = leaves(tensors)
+        value = 2.0**12 * loss(h, w)  # gradients of fp16 would be subnormal
+        return value.detach(), *torch.autograd.grad(value, (h, w))
+
+    def fp32(h, w):
+        return F.cross_entropy(F.linear(h.float(), w.float()), labels)
+
+    def fused(h, w):
+        return linear_distillation_loss(h, w, labels=labels)
+
+    want = run(lambda h, w: F.cross_entropy(h @ w.T, labels), [x.double() for x in tensors])
+    got, plain = run(fused, tensors), run(fp32, tensors)
+    assert abs(got[0] / want[0] - 1) < 1e-6
+    for a, b, c in zip(got[1:], want[1:], plain[1:], strict=True):
+        error, of_plain = (((x.double() - b).norm() / b.norm()).item() for x in (a, c))
+        assert error < max(1.5 * of_plain, 3e-3)
+
+
 @pytest.mark.filterwarnings("ignore:TF32")
 @pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
@@ -294,6 +362,41 @@ def test_rows_left_out_may_hold_anything(form, reduction):
         )
         assert_all_close(got, want, rtol=1e-12, atol=1e-15)
         assert (got[2][out] == 0).all() and (got[1][:, out] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("form", ["hidden", "logits", "stack", "bucket"])
+def test_a_bound_of_the_rows_that_count(form, reduction, dtype):
+    """On CUDA they are packed to the front, and no others are multiplied beyond the bound."""
+    tensors = [x.to(dtype) for x in student()]
+    options = teacher(form, dtype=dtype) | {"labels": labels_of(), "temperature": 2.0}
+    options |= {"weight": weights_of().to(dtype), "reduction": reduction}
+    count = ((options["labels"] != -100) & (options["weight"] != 0)).sum().item()
+    want = results(linear_distillation_loss, tensors, **options)
+    for bound in (count, count + 1, 10 * ROWS):
+        for budget in (None, 2 * ROW_BYTES):
+            got = results(
+                linear_distillation_loss,
+                tensors,
+                **options,
+                max_rows=bound,
+                memory_budget=budget,
+            )
+            wide = dtype == torch.float64
+            rtol, atol = (1e-12, 1e-15) if wide else (1e-2, 1e-2)
+            assert_all_close(got, want, rtol=rtol, atol=atol)
+
+
+def test_more_rows_count_than_their_bound():
+    h, w, b = student()
+    options = teacher("hidden") | {"labels": labels_of(), "max_rows": 3}
+    try:
+        loss, _, *gradients = results(linear_distillation_loss, (h, w, b), **options)
+    except ValueError as error:
+        assert "max_rows is 3, but 9 rows count" in str(error)
+    else:  # CUDA does not wait for the device to say so
+        assert loss.isnan() and gradients[1].isnan().all()
 
 
 def spoil(x, rows):
@@ -461,7 +564,7 @@ def test_compiles_with_other_teachers(form):
 def test_opcheck(requires_grad):
     h, w, b = (x.requires_grad_(requires_grad) for x in student())
     options = teacher("bias")
-    heads = [b, options["teacher_weight"], options["teacher_bias"]]
+    heads = [b, None, None, options["teacher_weight"], options["teacher_bias"]]
     arguments = (h, w, heads, [options["teacher_hidden"]])
     arguments += packed({"labels": labels_of(), "memory_budget": 999})
     op = torch.ops.kdkernels.linear_distillation_loss.default
@@ -535,6 +638,63 @@ def share_the_vocabulary(rank, world):
             got = results(linear_distillation_loss, (h, w[own], b[own]), **options)
             want = (loss, statistics, grad_hidden, grad_weight[own], grad_bias[own])
             assert_all_close(got, want, rtol=1e-10, atol=1e-13)
+
+
+def share_with_several_teachers_or_none(rank, world):
+    """A teacher per row, whose heads are shared, too, and labels alone."""
+    classes = 20 * world
+    own, index = slice(20 * rank, 20 * rank + 20), torch.arange(ROWS) % 2
+    experts = [randn(classes, n, seed=n) for n in (5, 3)]
+    several = {
+        "teacher_hidden": [randn(ROWS, n, seed=n + 1) for n in (5, 3)],
+        "teacher_weight": experts,
+        "teacher_index": index,
+    }
+    for options in (several, {"labels": labels_of(classes=classes), "label_smoothing": 0.1}):
+        h, w, b = leaves(student(classes=classes))
+        want = linear_distillation_loss(h, w, student_bias=b, **options)
+        of_want = torch.autograd.grad(want, (h, w, b))
+        if "teacher_weight" in options:
+            options = options | {"teacher_weight": [x[own] for x in experts]}
+        h, w, b = leaves((h, w[own], b[own]))
+        got = linear_distillation_loss(
+            h, w, student_bias=b, process_group=dist.group.WORLD, memory_budget=6400, **options
+        )
+        of_got = torch.autograd.grad(got, (h, w, b))
+        assert_all_close((got, *of_got), (want, of_want[0], of_want[1][own], of_want[2][own]))
+
+
+def heads_on_dtensors(rank, world):
+    """Sharded by FSDP, whose ranks have rows of their own, and by vocabulary, whose share them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Partial, Shard, distribute_tensor
+
+    mesh, classes = init_device_mesh("cpu", (world,)), 10 * world
+    h, w, b = student(classes=classes)
+    options = teacher("hidden", classes=classes)
+    want = results(linear_distillation_loss, (h, w, b), **options)
+    whole = distribute_tensor(w, mesh, [Shard(0)])
+    got = results(linear_distillation_loss, (h, whole.full_tensor(), b), **options)
+    assert_all_close(got, want, rtol=1e-12, atol=1e-14)
+    leaf = whole.requires_grad_()
+    gathered = leaf.full_tensor(grad_placements=[Partial()])
+    loss = linear_distillation_loss(h, gathered, student_bias=b, **options)
+    gradient = torch.autograd.grad(loss, leaf)[0]
+    torch.testing.assert_close(gradient.full_tensor(), world * want[3])  # a sum over ranks
+    own = slice(10 * rank, 10 * rank + 10)
+    options["teacher_weight"] = options["teacher_weight"][own]
+    loss = linear_distillation_loss(
+        h, leaf.to_local(), student_bias=b[own], process_group=mesh.get_group(), **options
+    )
+    gradient = torch.autograd.grad(loss, leaf)[0]
+    torch.testing.assert_close(gradient.full_tensor(), want[3])
+    with pytest.raises((TypeError, ValueError), match="student_weight"):
+        linear_distillation_loss(h, leaf, **options)
+
+
+@pytest.mark.parametrize("share", [share_with_several_teachers_or_none, heads_on_dtensors])
+def test_more_ranks_that_share(share):
+    spawn(share, 2)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -614,6 +774,16 @@ BAD = [
     ("temperature", TypeError, {**HEAD, "temperature": "2"}),
     ("reduction", ValueError, {**HEAD, "reduction": "batchmean"}),
     ("num_items", ValueError, {**HEAD, "num_items": torch.tensor(2.0), "reduction": "sum"}),
+    ("alpha", ValueError, {"labels": Y, "alpha": 0.5}),
+    ("alpha", ValueError, {"labels": Y, "alpha": torch.zeros(4)}),
+    ("return_statistics", ValueError, {"labels": Y, "return_statistics": True}),
+    ("standardize", ValueError, {"labels": Y, "standardize": True}),
+    ("tail", ValueError, {"labels": Y, "tail": "bucket"}),
+    ("teacher_bias", ValueError, {"labels": Y, "teacher_bias": B}),
+    ("teacher_index", ValueError, {"labels": Y, "teacher_index": Y}),
+    ("max_rows", ValueError, {**HEAD, "max_rows": 0}),
+    ("max_rows", ValueError, {**HEAD, "max_rows": 3}),
+    ("max_rows", TypeError, {**HEAD, "max_rows": 3.5}),
     ("memory_budget", ValueError, {**HEAD, "memory_budget": 0}),
     ("memory_budget", TypeError, {**HEAD, "memory_budget": "1 GB"}),
     ("backend", ValueError, {**HEAD, "backend": "triton"}),

@@ -6,7 +6,12 @@ import processes
 import pytest
 import torch
 
-from kdkernels import distillation_loss, linear_distillation_loss, topk_distillation_loss
+from kdkernels import (
+    distillation_loss,
+    linear_distillation_loss,
+    linear_log_probs,
+    topk_distillation_loss,
+)
 
 MB = 1 << 20
 ROWS, CLASSES = 512, 32768  # logits of 64 MB
@@ -78,6 +83,28 @@ def linear(rows, budget):
     def step():
         loss = linear_distillation_loss(h, w, th, tw, labels, memory_budget=budget)
         return torch.autograd.grad(loss, (h, w))
+
+    return step
+
+
+def cross_entropy(rows):
+    """Of a head, without a teacher."""
+    h, w = randn(rows, 64).requires_grad_(), randn(CLASSES, 64, seed=2).requires_grad_()
+    labels = torch.arange(rows) % CLASSES
+
+    def step():
+        return torch.autograd.grad(linear_distillation_loss(h, w, labels=labels), (h, w))
+
+    return step
+
+
+def log_probs(rows, budget):
+    h, w = randn(rows, 64).requires_grad_(), randn(CLASSES, 64, seed=2).requires_grad_()
+    ids = torch.arange(rows) % CLASSES
+
+    def step():
+        out = linear_log_probs(h, w, ids, memory_budget=budget)
+        return torch.autograd.grad(out.log_probs.sum(), (h, w))
 
     return step
 
@@ -180,3 +207,12 @@ def test_linear_by_default():
 
 def test_linear_with_a_budget():
     assert peaks(linear, (1024, {"budget": 16 * MB}))[0] < 24 * MB
+
+
+def test_linear_without_a_teacher():
+    rows = 4096
+    assert peaks(cross_entropy, (rows, {}))[0] < 0.08 * rows * CLASSES * 4
+
+
+def test_linear_log_probs():
+    assert peaks(log_probs, (1024, {"budget": 16 * MB}))[0] < 24 * MB

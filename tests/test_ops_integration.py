@@ -77,7 +77,7 @@ def op_calls():
     forward = (z, [t], rows)
     by_row = [labels, None, None, None, torch.rand(4) + 1]  # a temperature a row
     hidden, head = (randn(n, 3, seed=n).requires_grad_() for n in (4, 7))
-    linear = (hidden.detach(), head.detach(), [None] * 3, [t], rows)
+    linear = (hidden.detach(), head.detach(), [None] * 5, [t], rows)
     regression = (z[0].clone(), t[0].clone(), *numbers, torch.arange(3), 4, 0)
     numbered = noise()
     by_tensor = noise(torch.tensor(5), torch.tensor(6), seed=0, step=0)
@@ -119,12 +119,12 @@ def op_calls():
         (OPS._distillation_stage, (*forward, state, shard, 2), {}),
         (
             OPS.linear_distillation_loss,
-            (hidden, head, [None, head.detach(), None], [hidden.detach()], [], default),
+            (hidden, head, [None, None, None, head.detach(), None], [hidden.detach()], [], default),
             {},
         ),
         (
             OPS.linear_distillation_loss,
-            (hidden, head, [head[:, 0], None, None], [t], [], default, 4),
+            (hidden, head, [head[:, 0], None, None, None, None], [t], [], default, 4),
             {},
         ),
         (OPS._linear_distillation_forward, (*linear, packed, 15, ""), {}),

@@ -155,6 +155,17 @@ def test_benchmarks_are_those_of_the_results():
     assert as_shown(shown, *sparse)
 
 
+def test_the_accuracy_of_fused_linear_is_that_of_the_results():
+    """And what is said of ours: gradients within 0.3 %, losses within 1e-5."""
+    of = runpy.run_path(str(ROOT / "bench" / "accuracy.py"))
+    record = json.loads((ROOT / "bench" / "results" / "linear-accuracy.json").read_text())
+    assert "\n".join(of["markdown"](record)) in (ROOT / "docs" / "linear.md").read_text()
+    assert len(record["rows"]) == len(of["BETAS"]) * len(of["STDS"])
+    for row in record["rows"]:
+        of_loss, of_gradients = row["errors"]["kdkernels"]
+        assert of_loss < 1e-5 and of_gradients < 3e-3
+
+
 def test_figures_of_the_readme_stand_in_the_docs():
     measured = {}
     for page in ("benchmarks", "experiments"):

@@ -6,8 +6,9 @@
 
 namespace kdkernels {
 
-// `others`: student_bias, teacher_weight, teacher_bias. `teachers`: hidden states where there is a teacher_weight; else
-// logits or, with indices among the rows, top-k values. Returns as distillation_loss does.
+// `others`: student_bias, teacher_index, none, then weight and bias of each teacher. `teachers`: hidden states where there are
+// weights; else logits or, with indices among the rows, top-k values; none: labels alone. Returns as distillation_loss
+// does.
 std::vector<at::Tensor> linear_distillation_loss(
     const at::Tensor& student_hidden, const at::Tensor& student_weight,
     const TensorOptionals& others, at::TensorList teachers, const TensorOptionals& rows,

@@ -88,8 +88,10 @@ const std::vector<LossOption>& loss_options() {
       {"num_items", &O::num_items, 0, kInfinity, true},
       {"reduction", &O::reduction},
       {"memory_budget", &O::memory_budget, 1, kAny, false, "a number of bytes above 0"},
+      {"max_rows", &O::max_rows, 1, kAny, false, "a number of rows above 0"},
       {"first_class", &O::first_class, 0, 0, false, "", kRowOptions, false},
       {"all_classes", &O::all_classes, 0, 0, false, "", kRowOptions, false},
+      {"top_k", &O::top_k, 0, 0, false, "", kRowOptions, false},
   };
   return table;
 }

@@ -41,8 +41,10 @@ struct LossOptions {
   std::optional<double> num_items;
   Reduction reduction = Reduction::kMean;
   std::optional<int64_t> memory_budget;  // bytes
+  std::optional<int64_t> max_rows;  // that count, at most
   // Columns of a vocabulary: [first_class, first_class + V) of all_classes; all_classes 0: it is whole.
   int64_t first_class = 0, all_classes = 0;
+  int64_t top_k = 0;  // the student's largest logits that are wanted, a row
   c10::SmallVector<double, kMaxTeachers> teacher_weights;  // none: equal ones
 };
 

@@ -1,6 +1,7 @@
 """From a call's arguments, by name, to the registered ops or to the reference."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,13 @@ from torch.compiler import is_compiling
 from torch.distributed import ProcessGroup
 
 from kdkernels import _C, reference
-from kdkernels.errors import for_floats
+from kdkernels.errors import TENSOR, check, for_floats
 from kdkernels.reference import RowStatistics
 
 _OPTIONS = tuple(_C.loss_options())  # (name, default, choices, rows may differ, public)
 _ROW_OPTIONS = tuple(name for name, _, _, rows_may_differ, _ in _OPTIONS if rows_may_differ)
 _ROW_TENSORS = ("labels", "weight", "teacher_indices", "teacher_logsumexp")
+OF_TOP_K = ("teacher_values", "teacher_indices", "teacher_logsumexp")  # a teacher's arguments
 _WISHES = {"inplace": 1, "sparse_gradient": 2, "return_statistics": 4}
 
 
@@ -78,6 +80,55 @@ def listed(teachers, leading: Tensor) -> tuple[list, bool]:
     if isinstance(teachers, Tensor) and isinstance(leading, Tensor):
         several = teachers.dim() == leading.dim() + 1 > 1
     return list(teachers) if several else [teachers], several
+
+
+def choose_teachers(call: dict, names: Sequence[str], student: str) -> None:
+    """Puts the rows' own of several teachers in the places of all of them.
+
+    names: the arguments of a teacher, in ``call``; student: the argument whose rows they have.
+    """
+    index = call["teacher_index"]
+    if index is None or call["backend"] == "reference":
+        return
+    check(student, call[student], TENSOR)
+    rows = call[student].shape[:-1]
+    call["teacher_index"] = None
+    if call.get("teacher_weights") is not None:
+        raise ValueError("teacher_weights mixes teachers; it does not go with teacher_index")
+    for name in names:
+        if (given := call[name]) is None:
+            continue
+        dims = len(rows) + (name != "teacher_logsumexp")
+        if isinstance(given, Tensor) and given.dim() == dims + 1:
+            given = given.unbind()
+        if not isinstance(given, (list, tuple)):
+            raise ValueError(f"teacher_index goes with several teachers, and {name} is one")
+        if not given:
+            raise ValueError(f"{name} is empty; it takes at least one teacher")
+        eager = not is_compiling()
+        on_cpu = isinstance(index, Tensor) and index.device.type == "cpu"
+        reference.check_teacher_index(index, len(given), rows, values=on_cpu and eager)
+        call[name] = _of_rows(name, given, index, dims)
+
+
+def _of_rows(name: str, teachers: Sequence[Tensor], index: Tensor, dims: int) -> Tensor:
+    """Row r of teacher index[r]; of an index that names none NaN, or no class."""
+    first = teachers[0]
+    for teacher in teachers:
+        check(name, teacher, TENSOR)
+        same = (first.shape, first.dtype, first.device)
+        if (teacher.shape, teacher.dtype, teacher.device) != same or teacher.dim() != dims:
+            raise ValueError(
+                f"{name} holds a teacher of shape {list(teacher.shape)} and dtype {teacher.dtype} "
+                f"on {teacher.device}; with teacher_index all are alike, and of {dims} dimensions"
+            )
+    index = index.to(first.device, non_blocking=True)
+    if dims > index.dim():
+        index = index[..., None]
+    out = torch.full_like(first, math.nan if first.is_floating_point() else 2**31 - 1)
+    for m, teacher in enumerate(teachers):
+        out = torch.where(index == m, teacher, out)
+    return out
 
 
 def check_teacher_weights(weights, several: bool) -> None:

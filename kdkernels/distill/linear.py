@@ -10,8 +10,10 @@ from torch.distributed import ProcessGroup
 
 from kdkernels import _C, reference
 from kdkernels.distill.calls import (
+    OF_TOP_K,
     by_reference,
     check_teacher_weights,
+    choose_teachers,
     is_plain,
     listed,
     packed,
@@ -33,8 +35,8 @@ _OF_DENSE_TEACHERS = (
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None = None,
+    teacher_weight: Tensor | Sequence[Tensor] | None = None,
     labels: Tensor | None = None,
     *,
     return_statistics: Literal[False] = False,
@@ -44,8 +46,8 @@ def linear_distillation_loss(
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None = None,
+    teacher_weight: Tensor | Sequence[Tensor] | None = None,
     labels: Tensor | None = None,
     *,
     return_statistics: Literal[True],
@@ -54,15 +56,15 @@ def linear_distillation_loss(
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None = None,
+    teacher_weight: Tensor | Sequence[Tensor] | None = None,
     labels: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
     teacher_logits: Tensor | Sequence[Tensor] | None = None,
-    teacher_values: Tensor | None = None,
-    teacher_indices: Tensor | None = None,
+    teacher_values: Tensor | Sequence[Tensor] | None = None,
+    teacher_indices: Tensor | Sequence[Tensor] | None = None,
     temperature: float | Tensor = 1.0,
     alpha: float | Tensor | None = None,
     divergence: str = "forward_kl",
@@ -71,8 +73,9 @@ def linear_distillation_loss(
     teacher_kind: str = "logits",
     teacher_weights: Sequence[float] | None = None,
     teacher_mixture: str = "probs",
+    teacher_index: Tensor | None = None,
     tail: str = "renormalize",
-    teacher_logsumexp: Tensor | None = None,
+    teacher_logsumexp: Tensor | Sequence[Tensor] | None = None,
     standardize: bool = False,
     logit_scale: float | Tensor = 1.0,
     soft_cap: float | Tensor | None = None,
@@ -85,6 +88,7 @@ def linear_distillation_loss(
     reduction: str = "mean",
     return_statistics: bool = False,
     process_group: ProcessGroup | None = None,
+    max_rows: int | None = None,
     memory_budget: int | None = None,
     backend: str = "fused",
 ) -> Tensor | tuple[Tensor, RowStatistics]:
@@ -100,13 +104,22 @@ def linear_distillation_loss(
         student_hidden: ``[*, H]``, fp32, fp64, bf16 or fp16, on CPU or CUDA.
         student_weight: ``[V, H]``, its dtype and device, as all of the heads' tensors.
         teacher_hidden, teacher_weight: ``[*, Ht]`` and ``[V, Ht]``: the teacher's own head; or, one
-            of the following instead.
+            of the following instead; or no teacher, and the loss is the cross-entropy of the
+            labels. With ``teacher_index`` lists of them, whose widths may differ.
         teacher_logits: ``[*, V]``, a list of those, or ``[M, *, V]``, of any floating dtype; read
             in fp32 (fp64 for an fp64 student).
         teacher_values, teacher_indices: ``[*, K]``, a top-k teacher.
+        teacher_index: ``[*]``, int64: the place of each row's teacher among several. Those with
+            heads are multiplied one after another, each with its own rows alone, whose losses are,
+            bit for bit, those of a call of their own. Heads take an index on the CPU, which groups
+            rows without waiting for the device; one on CUDA is copied, which waits, as it does in
+            ``torch.compile``. A scale or soft cap of each teacher's is a tensor of rows,
+            ``scales[teacher_index]``.
         labels: ``[*]``, as ``distillation_loss`` has them. Rows that are ignored, or of weight 0,
-            are left out of all products (on CUDA read as 0): what they hold does no harm.
-        student_bias, teacher_bias: ``[V]``.
+            are left out of all products (on CUDA read as 0, unless ``max_rows`` is given): what
+            they hold does no harm.
+        student_bias, teacher_bias: ``[V]``; of several teachers a list, with None for those that
+            have none.
         tail, teacher_logsumexp: of a top-k teacher, as ``topk_distillation_loss`` has them.
         temperature, alpha, divergence, divergence_alpha, beta, teacher_kind, teacher_weights,
             teacher_mixture, standardize, logit_scale, soft_cap, teacher_logit_scale,
@@ -116,6 +129,10 @@ def linear_distillation_loss(
             weights and biases (columns of ``teacher_logits``), in the order of the ranks, and the
             same hidden states, labels and options. Every rank gets the same loss and gradient of
             the hidden states, and the gradients of its rows.
+        max_rows: a bound of how many rows count, where the caller knows one: CUDA then packs those
+            to the front and multiplies no more than that many, without waiting for the device.
+            Where more count, CPUs raise and on CUDA loss and gradients are NaN. CPUs count rows
+            themselves.
         memory_budget: bytes of logits at a time, at least one row's. Default: a 25th of what the
             logits of all rows would take (both sides', where the teacher has a head), at least
             32 MiB; on CUDA, from 1,024 to 4,096 rows of them. Every chunk reads the whole head, so
@@ -138,8 +155,9 @@ def linear_distillation_loss(
     Differentiable once, and through ``torch.compile``.
 
     Raises:
-        ValueError: none or several teachers; a shape or number is not as said; a tensor of the
-            teacher requires grad; as ``distillation_loss``.
+        ValueError: neither a teacher nor labels, or teachers of several forms; a shape or number is
+            not as said; a tensor of the teacher requires grad; more rows count than ``max_rows``;
+            as ``distillation_loss``.
         TypeError: a dtype is not supported or differs.
 
     Example:
@@ -163,16 +181,9 @@ def linear_distillation_loss(
         teacher_logits,
         teacher_values,
         teacher_indices,
+        labels,
     )
-    others = _OF_DENSE_TEACHERS if form == "values" else ("tail", "teacher_logsumexp")
-    reference.refuse_others(call, others, "teacher_" + form)
-    check("teacher_kind", teacher_kind, STRING)
-    if form == "hidden" and teacher_kind != "logits":
-        raise ValueError(f'teacher_kind is "{teacher_kind}"; with teacher_hidden it takes "logits"')
-    teachers, several = [call["teacher_" + form]], False
-    if form == "logits":
-        teachers, several = listed(teacher_logits, student_hidden)
-    check_teacher_weights(teacher_weights, several)
+    teachers, heads = _teachers_of(call, form)
     if form != "values":
         call["tail"] = "none"
     divisor, group = take_divisor(call), ""
@@ -180,14 +191,48 @@ def linear_distillation_loss(
         classes, group = student_weight.shape[0], process_group.group_name
         call["first_class"] = process_group.rank() * classes
         call["all_classes"] = process_group.size() * classes
+    others = [student_bias, call["teacher_index"], None, *heads]
     if is_compiling():
-        biases = [student_bias, teacher_weight, teacher_bias]
         op = torch.ops.kdkernels.linear_distillation_loss
         rest = (*packed(call), wishes_of(call), group)
         hidden = for_floats(student_hidden, call.values())
-        outputs = op(hidden, student_weight, biases, teachers, *rest)
+        if others[1] is not None:  # an op's fake tensors are all on one device
+            others[1] = others[1].to(student_hidden.device)
+        outputs = op(hidden, student_weight, others, teachers, *rest)
     else:
-        outputs = _C.linear_distillation_loss(call, "teacher_" + form, teachers, group)
+        outputs = _C.linear_distillation_loss(call, "teacher_" + form, teachers, others, group)
         if outputs is None:
             return by_reference(reference.linear_distillation_loss, given)
     return result_of(outputs, divisor)
+
+
+def _teachers_of(call: dict, form: str) -> tuple[list, list]:
+    """The teachers, of which each row has its own or all, and the weight and bias of each; what
+    does not go with their form is refused.
+    """
+    others = _OF_DENSE_TEACHERS if form == "values" else ("tail", "teacher_logsumexp")
+    reference.refuse_others(call, others, "teacher_" + form)
+    kind = call["teacher_kind"]
+    check("teacher_kind", kind, STRING)
+    if form == "none":
+        reference.refuse_others(call, _OF_DENSE_TEACHERS, "labels alone")
+        call["alpha"] = reference.without_teacher(call["alpha"], call["return_statistics"])
+        if call["teacher_index"] is not None:
+            raise ValueError("teacher_index goes with several teachers, and there is none")
+        return [], []
+    if form == "hidden":
+        if kind != "logits":
+            raise ValueError(f'teacher_kind is "{kind}"; with teacher_hidden it takes "logits"')
+        check_teacher_weights(call["teacher_weights"], False)
+        of = (call[f"teacher_{part}"] for part in ("hidden", "weight", "bias", "index"))
+        found = reference.teacher_heads(*of)
+        return [hidden for hidden, *_ in found], [x for _, *head in found for x in head]
+    names = OF_TOP_K if form == "values" else ("teacher_logits",)
+    choose_teachers(call, names, "student_hidden")
+    teachers, several = [call[names[0]]], False
+    if form == "logits":
+        teachers, several = listed(teachers[0], call["student_hidden"])
+        if not teachers:
+            raise ValueError("teacher_logits is empty; it takes at least one teacher")
+    check_teacher_weights(call["teacher_weights"], several)
+    return teachers, [None, None] * len(teachers)

@@ -8,8 +8,10 @@ from torch.distributed import ProcessGroup
 
 from kdkernels import reference
 from kdkernels.distill.calls import (
+    OF_TOP_K,
     by_reference,
     check_teacher_weights,
+    choose_teachers,
     is_plain,
     listed,
     loss_of_call,
@@ -49,6 +51,7 @@ def distillation_loss(
     teacher_kind: str = "logits",
     teacher_weights: Sequence[float] | None = None,
     teacher_mixture: str = "probs",
+    teacher_index: Tensor | None = None,
     standardize: bool = False,
     logit_scale: float | Tensor = 1.0,
     soft_cap: float | Tensor | None = None,
@@ -104,6 +107,10 @@ def distillation_loss(
         teacher_weights: one number of at least 0 a teacher, scaled to sum 1. Default: equal.
         teacher_mixture: several teachers are mixed as "probs", sum_m w_m p_m, or as "log_probs",
             proportional to prod_m p_m^w_m.
+        teacher_index: ``[*]``, int64: of several teachers the place of each row's own, whose logits
+            alone count there, as in a call with that teacher (on CPUs bit for bit). They are put
+            together in a copy. On CUDA a place that there is not gives NaN. Does not go with
+            ``teacher_weights``.
         standardize: z-score every row's logits on both sides before the divergence (Sun et al.,
             arXiv 2403.01427), with the unbiased standard deviation; cross-entropy takes them as
             they are.
@@ -173,7 +180,8 @@ def distillation_loss(
         0.4031 tensor([[ 0.0319, -0.0769,  0.0450]])
     """
     call = locals()
-    teachers, several = listed(teacher_logits, student_logits)
+    choose_teachers(call, ("teacher_logits",), "student_logits")
+    teachers, several = listed(call["teacher_logits"], student_logits)
     check_teacher_weights(teacher_weights, several)
     if several:
         call["teacher_logits"] = teachers
@@ -186,8 +194,8 @@ def distillation_loss(
 @overload
 def topk_distillation_loss(
     student_logits: Tensor,
-    teacher_values: Tensor,
-    teacher_indices: Tensor,
+    teacher_values: Tensor | Sequence[Tensor],
+    teacher_indices: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
     return_statistics: Literal[False] = False,
@@ -196,8 +204,8 @@ def topk_distillation_loss(
 @overload
 def topk_distillation_loss(
     student_logits: Tensor,
-    teacher_values: Tensor,
-    teacher_indices: Tensor,
+    teacher_values: Tensor | Sequence[Tensor],
+    teacher_indices: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
     return_statistics: Literal[True],
@@ -205,8 +213,8 @@ def topk_distillation_loss(
 ) -> tuple[Tensor, RowStatistics]: ...
 def topk_distillation_loss(
     student_logits: Tensor,
-    teacher_values: Tensor,
-    teacher_indices: Tensor,
+    teacher_values: Tensor | Sequence[Tensor],
+    teacher_indices: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
     temperature: float | Tensor = 1.0,
@@ -215,7 +223,8 @@ def topk_distillation_loss(
     beta: float | Tensor | None = None,
     tail: str = "renormalize",
     teacher_kind: str = "logits",
-    teacher_logsumexp: Tensor | None = None,
+    teacher_index: Tensor | None = None,
+    teacher_logsumexp: Tensor | Sequence[Tensor] | None = None,
     logit_scale: float | Tensor = 1.0,
     soft_cap: float | Tensor | None = None,
     label_smoothing: float = 0.0,
@@ -259,6 +268,9 @@ def topk_distillation_loss(
         beta: parameter of "js", default 0.5.
         tail: "renormalize", "bucket" or "ignore".
         teacher_kind: what ``teacher_values`` holds, "logits" or "log_probs".
+        teacher_index: ``[*]``, int64: ``teacher_values``, ``teacher_indices`` and
+            ``teacher_logsumexp`` are then of several teachers, lists or with one more dimension
+            first, and this is the place of the one of each row.
         teacher_logsumexp: ``[*]``, logsumexp of all V of the teacher's logits / T. For "bucket" and
             "ignore" only, which need it unless the values are log-probabilities and T is 1.
         sparse_gradient: return the gradient as a sparse COO tensor of K columns a row; for
@@ -285,6 +297,7 @@ def topk_distillation_loss(
         tensor([[ 0.0000, -0.1086,  0.1086,  0.0000]])
     """
     call = locals()
-    if is_plain(call, (teacher_values,)):
+    choose_teachers(call, OF_TOP_K, "student_logits")
+    if is_plain(call, (call["teacher_values"],)):
         return by_reference(reference.topk_distillation_loss, call)
-    return loss_of_call(call, [teacher_values], reference.topk_distillation_loss)
+    return loss_of_call(call, [call["teacher_values"]], reference.topk_distillation_loss)

@@ -17,14 +17,15 @@ class ModuleOptions(DenseOptions, total=False):
     return_statistics: bool
 
 
-_MODULE_OPTIONS = ModuleOptions.__annotations__.keys() - {"weight", "num_items"}
+_MODULE_OPTIONS = ModuleOptions.__annotations__.keys() - {"weight", "num_items", "teacher_index"}
 
 
 class DistillationLoss(nn.Module):
     """``distillation_loss`` as a module; takes its options, but not those that go with a batch.
 
     Args:
-        options: all keyword arguments of ``distillation_loss`` but ``weight`` and ``num_items``.
+        options: all keyword arguments of ``distillation_loss`` but ``weight``, ``num_items`` and
+            ``teacher_index``, which ``forward`` takes.
 
     Raises:
         ValueError: the divergence, or a parameter of it, is not one there is.
@@ -55,6 +56,7 @@ class DistillationLoss(nn.Module):
         *,
         weight: Tensor | None = None,
         num_items: float | Tensor | None = None,
+        teacher_index: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RowStatistics]:
         """The loss of one batch; see ``distillation_loss``."""
         return distillation_loss(
@@ -63,6 +65,7 @@ class DistillationLoss(nn.Module):
             labels,
             weight=weight,
             num_items=num_items,
+            teacher_index=teacher_index,
             **self.options,
         )
 

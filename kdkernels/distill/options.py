@@ -12,6 +12,7 @@ class CommonOptions(TypedDict, total=False):
 
     temperature: float | Tensor
     alpha: float | Tensor | None
+    teacher_index: Tensor | None
     divergence: str
     beta: float | Tensor | None
     teacher_kind: str
@@ -41,7 +42,7 @@ class TopKTeacherOptions(CommonOptions, total=False):
     """What goes with a teacher of a few classes."""
 
     tail: str
-    teacher_logsumexp: Tensor | None
+    teacher_logsumexp: Tensor | Sequence[Tensor] | None
 
 
 class DenseOptions(DenseTeacherOptions, total=False):
@@ -61,8 +62,9 @@ class LinearOptions(DenseTeacherOptions, TopKTeacherOptions, total=False):
     """Of ``linear_distillation_loss``."""
 
     student_bias: Tensor | None
-    teacher_bias: Tensor | None
+    teacher_bias: Tensor | Sequence[Tensor | None] | None
     teacher_logits: Tensor | Sequence[Tensor] | None
-    teacher_values: Tensor | None
-    teacher_indices: Tensor | None
+    teacher_values: Tensor | Sequence[Tensor] | None
+    teacher_indices: Tensor | Sequence[Tensor] | None
+    max_rows: int | None
     memory_budget: int | None

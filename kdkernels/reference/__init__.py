@@ -9,8 +9,13 @@ from kdkernels.reference.arguments import (
     MAX_TEACHERS,
     MAX_TOP_K,
     check_floating,
+    check_head,
+    check_range,
+    check_teacher_index,
     refuse_others,
     teacher_form,
+    teacher_heads,
+    without_teacher,
 )
 from kdkernels.reference.divergences import (
     DIVERGENCES,
@@ -18,6 +23,7 @@ from kdkernels.reference.divergences import (
     Divergence,
     divergence_parameters,
 )
+from kdkernels.reference.log_probs import LogProbs, linear_log_probs
 from kdkernels.reference.losses import (
     distillation_loss,
     linear_distillation_loss,
@@ -43,18 +49,23 @@ __all__ = [
     "DISTRIBUTIONS",
     "DIVERGENCES",
     "Divergence",
+    "LogProbs",
     "MAX_TEACHERS",
     "MAX_TOP_K",
     "RowStatistics",
     "TOP_K_DIVERGENCES",
     "add_noise_",
     "check_floating",
+    "check_head",
+    "check_range",
+    "check_teacher_index",
     "combine_noise_",
     "distillation_loss",
     "divergence_parameters",
     "gradient_noise",
     "input_noise",
     "linear_distillation_loss",
+    "linear_log_probs",
     "noise_dot",
     "noisy_linear_regression",
     "noisy_update_",
@@ -64,5 +75,7 @@ __all__ = [
     "refuse_others",
     "soft_regularization",
     "teacher_form",
+    "teacher_heads",
     "topk_distillation_loss",
+    "without_teacher",
 ]

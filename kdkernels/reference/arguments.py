@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +23,22 @@ _DEFAULTS = {
 }
 
 
-def teacher_form(hidden, weight, bias, logits, values, indices) -> str:
-    """Which teacher linear_distillation_loss was given: "hidden", "logits" or "values"."""
+def teacher_form(hidden, weight, bias, logits, values, indices, labels=None) -> str:
+    """Which teacher linear_distillation_loss was given: "hidden", "logits" or "values"; or "none",
+    where there are labels.
+    """
     forms = {"hidden": (hidden, weight), "logits": (logits, logits), "values": (values, indices)}
     given = [form for form, parts in forms.items() if any(x is not None for x in parts)]
+    if not given and labels is not None:
+        if bias is not None:
+            raise ValueError("teacher_bias goes with teacher_hidden, and there is no teacher")
+        return "none"
     if len(given) != 1:
         what = " and ".join(f"teacher_{form}" for form in given) or "teacher_hidden"
         raise ValueError(
             f"{what} {'are' if len(given) > 1 else 'is'} {'given' if given else 'None'}; it takes "
             "one teacher: teacher_hidden with teacher_weight, teacher_logits, or teacher_values "
-            "with teacher_indices"
+            "with teacher_indices; or labels alone"
         )
     second = {"hidden": "weight", "logits": "logits", "values": "indices"}[given[0]]
     for name, x in zip((given[0], second), forms[given[0]], strict=True):
@@ -42,6 +49,35 @@ def teacher_form(hidden, weight, bias, logits, values, indices) -> str:
     return given[0]
 
 
+def teacher_heads(hidden, weight, bias, index) -> list[tuple[Any, Any, Any]]:
+    """(hidden states, weight, bias) of each teacher with a head; without an index there is one."""
+    if not isinstance(hidden, (list, tuple)):
+        if index is not None:
+            raise ValueError("teacher_index goes with several teachers, and teacher_hidden is one")
+        return [(hidden, weight, bias)]
+    if index is None:
+        raise ValueError("teacher_index is None; a list of teacher_hidden needs it")
+    if not hidden:
+        raise ValueError("teacher_hidden is empty; it takes at least one teacher")
+    if bias is None:
+        bias = [None] * len(hidden)
+    for name, parts in (("teacher_weight", weight), ("teacher_bias", bias)):
+        if not isinstance(parts, (list, tuple)) or len(parts) != len(hidden):
+            raise ValueError(
+                f"{name} takes a list of {len(hidden)}, one for each of teacher_hidden"
+            )
+    return list(zip(hidden, weight, bias, strict=True))
+
+
+def without_teacher(alpha, return_statistics) -> float:
+    """alpha of labels alone."""
+    if return_statistics is True:
+        raise ValueError("return_statistics is True, but there is no teacher to compare with")
+    if alpha is not None and (isinstance(alpha, Tensor) or alpha != 0):
+        raise ValueError(f"alpha is {alpha}; without a teacher it takes 0")
+    return 0.0
+
+
 def refuse_others(call: dict, names: Sequence[str], teacher: str) -> None:
     """Options that do not go with a form of teacher must be the defaults."""
     for name in names:
@@ -49,6 +85,45 @@ def refuse_others(call: dict, names: Sequence[str], teacher: str) -> None:
         same = isinstance(value, (bool, int, float, str)) and value == default
         if value is not default and not same:
             raise ValueError(f"{name} does not go with {teacher}")
+
+
+def check_teacher_index(index, teachers: int, rows, values: bool) -> None:
+    """The teacher of each row. values: look at its numbers, too."""
+    check_type("teacher_index", index, TENSOR)
+    if index.dtype != torch.int64:
+        raise TypeError(f"teacher_index has dtype {index.dtype}; it takes int64")
+    if index.shape != rows:
+        raise ValueError(f"teacher_index has shape {list(index.shape)}; it takes {list(rows)}")
+    if values and ((index < 0) | (index >= teachers)).any():
+        raise ValueError(
+            f"teacher_index holds {index.tolist()}; it takes places in [0, {teachers})"
+        )
+
+
+def check_head(prefix: str, hidden, weight, bias, dtype) -> None:
+    """Hidden states [*, H], weight [V, H] and bias [V] or None, whose names begin with a prefix."""
+    for name, x, dims in (("hidden", hidden, None), ("weight", weight, 2), ("bias", bias, 1)):
+        name = prefix + name
+        if dims == 1 and x is None:
+            continue
+        check_type(name, x, TENSOR)
+        check_floating(name, x)
+        if x.dtype != dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}; it takes that of the student, {dtype}")
+        if x.dim() != dims if dims else x.dim() == 0:
+            shape = {None: "[*, H]", 2: "[V, H]", 1: "[V]"}[dims]
+            raise ValueError(f"{name} has shape {list(x.shape)}; it takes {shape}")
+        if x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device}, {prefix}hidden on {hidden.device}")
+    if hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"{prefix}weight has shape {list(weight.shape)}; it takes [V, {hidden.shape[-1]}], "
+            "V and H >= 1"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{prefix}bias has shape {list(bias.shape)}; it takes {list(weight.shape[:1])}"
+        )
 
 
 def check_type(name, value, kind):

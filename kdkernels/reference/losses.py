@@ -7,19 +7,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdkernels.errors import TENSOR
 from kdkernels.reference.arguments import (
     check_choice,
     check_entries,
-    check_floating,
+    check_head,
     check_logsumexp,
     check_numbers,
     check_student,
+    check_teacher_index,
     check_teachers,
     check_transform,
-    check_type,
     refuse_others,
     teacher_form,
+    teacher_heads,
+    without_teacher,
 )
 from kdkernels.reference.divergences import (
     TOP_K_DIVERGENCES,
@@ -37,6 +38,7 @@ from kdkernels.reference.rows import (
     mixed,
     nothing_of,
     of_share,
+    of_teachers,
     poisoned,
     scaled_and_capped,
     shares_of,
@@ -58,6 +60,7 @@ def distillation_loss(
     teacher_kind: str = "logits",
     teacher_weights: Sequence[float] | None = None,
     teacher_mixture: str = "probs",
+    teacher_index: Tensor | None = None,
     standardize: bool = False,
     logit_scale: float | Tensor = 1.0,
     soft_cap: float | Tensor | None = None,
@@ -72,6 +75,9 @@ def distillation_loss(
 ) -> Tensor | tuple[Tensor, RowStatistics]:
     """``kdkernels.distillation_loss``; the same arguments, shapes, dtypes and results."""
     check_student(student_logits, labels, weight)
+    if teacher_index is not None:
+        rows = student_logits.shape[:-1]
+        teacher_logits = _chosen("teacher_logits", teacher_logits, teacher_index, rows)
     teachers, shares = check_teachers(student_logits, teacher_logits, teacher_weights)
     parameters = divergence_parameters(divergence, divergence_alpha, beta)
     if divergence == "decoupled" and labels is None:
@@ -135,8 +141,8 @@ def distillation_loss(
 
 def topk_distillation_loss(
     student_logits: Tensor,
-    teacher_values: Tensor,
-    teacher_indices: Tensor,
+    teacher_values: Tensor | Sequence[Tensor],
+    teacher_indices: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
     temperature: float | Tensor = 1.0,
@@ -145,7 +151,8 @@ def topk_distillation_loss(
     beta: float | Tensor | None = None,
     tail: str = "renormalize",
     teacher_kind: str = "logits",
-    teacher_logsumexp: Tensor | None = None,
+    teacher_index: Tensor | None = None,
+    teacher_logsumexp: Tensor | Sequence[Tensor] | None = None,
     logit_scale: float | Tensor = 1.0,
     soft_cap: float | Tensor | None = None,
     label_smoothing: float = 0.0,
@@ -163,6 +170,9 @@ def topk_distillation_loss(
     check_choice("teacher_kind", teacher_kind, ("logits", "log_probs"))
     check_transform("", logit_scale, soft_cap)
     check_numbers(temperature, alpha, labels, label_smoothing, num_items, reduction)
+    teacher_values, teacher_indices, teacher_logsumexp = _entries(
+        teacher_values, teacher_indices, teacher_logsumexp, teacher_index, student_logits.shape[:-1]
+    )
     check_entries(student_logits, teacher_values, teacher_indices)
     check_logsumexp(student_logits, teacher_logsumexp, tail, teacher_kind, temperature)
     if alpha is None:
@@ -243,15 +253,15 @@ def topk_distillation_loss(
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None = None,
+    teacher_weight: Tensor | Sequence[Tensor] | None = None,
     labels: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
     teacher_logits: Tensor | Sequence[Tensor] | None = None,
-    teacher_values: Tensor | None = None,
-    teacher_indices: Tensor | None = None,
+    teacher_values: Tensor | Sequence[Tensor] | None = None,
+    teacher_indices: Tensor | Sequence[Tensor] | None = None,
     temperature: float | Tensor = 1.0,
     alpha: float | Tensor | None = None,
     divergence: str = "forward_kl",
@@ -260,8 +270,9 @@ def linear_distillation_loss(
     teacher_kind: str = "logits",
     teacher_weights: Sequence[float] | None = None,
     teacher_mixture: str = "probs",
+    teacher_index: Tensor | None = None,
     tail: str = "renormalize",
-    teacher_logsumexp: Tensor | None = None,
+    teacher_logsumexp: Tensor | Sequence[Tensor] | None = None,
     standardize: bool = False,
     logit_scale: float | Tensor = 1.0,
     soft_cap: float | Tensor | None = None,
@@ -275,7 +286,7 @@ def linear_distillation_loss(
     return_statistics: bool = False,
 ) -> Tensor | tuple[Tensor, RowStatistics]:
     """``kdkernels.linear_distillation_loss``; the same arguments, shapes, dtypes and results."""
-    student = _linear("student", student_hidden, student_weight, student_bias, student_hidden.dtype)
+    student = linear("student_", student_hidden, student_weight, student_bias, student_hidden.dtype)
     shared = {
         "temperature": temperature,
         "alpha": alpha,
@@ -307,50 +318,66 @@ def linear_distillation_loss(
         teacher_logits,
         teacher_values,
         teacher_indices,
+        labels,
     )
     if teacher_values is not None and teacher_indices is not None:
         refuse_others(of_dense, tuple(of_dense), "teacher_values")
         return topk_distillation_loss(
-            student, teacher_values, teacher_indices, labels, **shared, **of_top_k
+            student,
+            teacher_values,
+            teacher_indices,
+            labels,
+            teacher_index=teacher_index,
+            **shared,
+            **of_top_k,
         )
     refuse_others(of_top_k, tuple(of_top_k), "teacher_" + form)
+    if form == "none":
+        refuse_others(of_dense, tuple(of_dense), "labels alone")
+        shared["alpha"] = without_teacher(alpha, return_statistics)
+        return distillation_loss(student, student.detach(), labels, **shared)
     if form == "hidden":
         if teacher_kind != "logits":
             raise ValueError(
                 f'teacher_kind is "{teacher_kind}"; with teacher_hidden it takes "logits"'
             )
-        teacher_logits = _linear(
-            "teacher", teacher_hidden, teacher_weight, teacher_bias, student_hidden.dtype
-        )
+        heads = teacher_heads(teacher_hidden, teacher_weight, teacher_bias, teacher_index)
+        teacher_logits = [linear("teacher_", *head, student_hidden.dtype) for head in heads]
+        if teacher_index is None:
+            teacher_logits = teacher_logits[0]
     elif isinstance(teacher_logits, Sequence):
         teacher_logits = [t.to(student.dtype) for t in teacher_logits]
-    else:
-        assert teacher_logits is not None  # the form that is left
+    elif teacher_logits is not None:
         teacher_logits = teacher_logits.to(student.dtype)
-    return distillation_loss(student, teacher_logits, labels, **shared, **of_dense)
+    assert teacher_logits is not None  # which one of the forms has made
+    return distillation_loss(
+        student, teacher_logits, labels, teacher_index=teacher_index, **shared, **of_dense
+    )
 
 
-def _linear(side, hidden, weight, bias, dtype) -> Tensor:
+def linear(prefix, hidden, weight, bias, dtype) -> Tensor:
     """Logits ``[*, V]``, in fp32 also from 16 bits."""
-    for name, x, dims in (("hidden", hidden, None), ("weight", weight, 2), ("bias", bias, 1)):
-        name = f"{side}_{name}"
-        if dims == 1 and x is None:
-            continue
-        check_type(name, x, TENSOR)
-        check_floating(name, x)
-        if x.dtype != dtype:
-            raise TypeError(f"{name} has dtype {x.dtype}, student_hidden {dtype}")
-        if x.dim() != dims if dims else x.dim() == 0:
-            shape = {None: "[*, H]", 2: "[V, H]", 1: "[V]"}[dims]
-            raise ValueError(f"{name} has shape {list(x.shape)}; it takes {shape}")
-    if hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
-        raise ValueError(
-            f"{side}_weight has shape {list(weight.shape)}; it takes [V, {hidden.shape[-1]}], "
-            "V and H >= 1"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"{side}_bias has shape {list(bias.shape)}; it takes {list(weight.shape[:1])}"
-        )
+    check_head(prefix, hidden, weight, bias, dtype)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     return F.linear(hidden.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
+
+
+def _entries(values, indices, logsumexp, index, rows) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows' own of several top-k teachers."""
+    if index is None:
+        return values, indices, logsumexp
+    if logsumexp is not None:
+        columns = [x[..., None] for x in logsumexp]
+        logsumexp = _chosen("teacher_logsumexp", columns, index, rows).squeeze(-1)
+    values = _chosen("teacher_values", values, index, rows)
+    return values, _chosen("teacher_indices", indices, index, rows), logsumexp
+
+
+def _chosen(name, teachers, index, rows) -> Tensor:
+    """The rows' own of several teachers."""
+    if not isinstance(teachers, (list, tuple)) and not (
+        isinstance(teachers, Tensor) and teachers.dim() > len(rows) + 1
+    ):
+        raise ValueError(f"teacher_index goes with several teachers, and {name} is one")
+    check_teacher_index(index, len(teachers), rows, values=True)
+    return of_teachers(teachers, index)

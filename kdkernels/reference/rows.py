@@ -58,6 +58,15 @@ def mixed(log_probs: Sequence[Tensor], weights: Sequence[float], mixture: str) -
     return sum(weighted, log_probs[0].new_zeros(())).log_softmax(-1)
 
 
+def of_teachers(teachers: Tensor | Sequence[Tensor], index: Tensor) -> Tensor:
+    """Row r of teacher index[r], of teachers ``[*, X]``."""
+    stacked = teachers if isinstance(teachers, Tensor) else torch.stack(list(teachers))
+    rows = index.numel()
+    flat = stacked.reshape(len(stacked), rows, stacked.shape[-1])
+    place = index.reshape(rows).to(stacked.device)
+    return flat[place, torch.arange(rows, device=stacked.device)].reshape(stacked.shape[1:])
+
+
 def broken_rows(logits: Tensor) -> Tensor:
     """Rows with NaN or +inf, or without any logit above -inf."""
     return ~((logits < math.inf).all(-1) & (logits > -math.inf).any(-1))

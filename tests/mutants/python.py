@@ -9,6 +9,13 @@ DIVERGENCES = "tests/test_divergences.py"
 
 PYTHON = [
     Fault(
+        "first-teacher-for-all-rows",
+        "kdkernels/distill/calls.py",
+        "out = torch.where(index == m, teacher, out)",
+        "out = torch.where(index >= m, first, out)",
+        "tests/test_teacher_index.py -k bits",
+    ),
+    Fault(
         "every-step-has-one-noise",
         "kdkernels/optim/noisy.py",
         'group["noise_step"] = step + 1',
