@@ -64,6 +64,19 @@ NoiseNumbers::NoiseNumbers(c10::SymIntArrayRef noise, const TensorOptionals& noi
   for (const c10::SymInt& offset : offsets) check_known("offset", offset, kAnyOffset);
 }
 
+void check_capture(const TensorOptionals& noise_tensors, const at::Device& device) {
+  if (!is_captured(device)) return;
+  OptionalTensor seed = tensor_at(noise_tensors, 0), step = tensor_at(noise_tensors, 1);
+  TORCH_CHECK_VALUE(!seed.has_value(),
+                    "seed is drawn on the host, but a CUDA graph is being captured, whose replays "
+                    "would all have this one; it must be an int");
+  TORCH_CHECK_VALUE(
+      step.has_value() && on_cuda(step->device()),
+      "step is a number, but a CUDA graph is being captured, whose replays would all have the "
+      "noise of this step; it must be a tensor on ",
+      device, " (of an optimizer: capturable=True)");
+}
+
 std::vector<c10::SymInt> noise_of_members(const NoiseNumbers& noise,
                                           const std::vector<size_t>& members) {
   bool follow = noise.streams.size() == 1, one_offset = noise.offsets.size() == 1;

@@ -39,6 +39,11 @@ struct NoiseNumbers {
   const c10::SymInt& operator[](NoiseField field) const { return fields[field]; }
 };
 
+// Raises where work on `device` is being captured into a CUDA graph, whose replays would all have a number that the host
+// holds: the step, or a drawn seed. Only ops that Python calls are checked: torch.compile captures another graph for
+// another number.
+void check_capture(const TensorOptionals& noise_tensors, const at::Device& device);
+
 // The numbers as arguments again, for some of a list's tensors.
 std::vector<c10::SymInt> noise_of_members(const NoiseNumbers& noise,
                                           const std::vector<size_t>& members);

@@ -239,13 +239,13 @@ def combine_noise_(
     """
     tensors = tensors_of("tensors", tensors)
     if not isinstance(coefficients, Tensor):
-        coefficients = torch.tensor(_numbers("coefficients", coefficients), dtype=torch.float64)
+        numbers = _numbers("coefficients", coefficients)
+        coefficients = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     if not coefficients.is_floating_point():
         raise TypeError(f"coefficients has dtype {coefficients.dtype}; it must be a floating one")
     if not isinstance(seeds, Tensor):
-        seeds = torch.tensor(
-            [fixed_seed(seed, "seeds") for seed in _sequence("seeds", seeds)], dtype=torch.int64
-        )
+        numbers = [fixed_seed(seed, "seeds") for seed in _sequence("seeds", seeds)]
+        seeds = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     local, *noise = noise_of_list(tensors, 0, step, stream, offset, distribution)
     call_op("combine_noise_", local, coefficients.to(torch.float64), seeds, *noise)
 
