@@ -285,6 +285,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   Op<noise_dot>::define(m, "noise_dot");
   Op<scaled_noise>::define(m, "_scaled_noise");
   Op<combine_noise_>::define(m, "combine_noise_");
+  Op<dropout>::define(m, "dropout");
+  Op<stochastic_round>::define(m, "stochastic_round");
   Op<noisy_update_>::define(
       m, "noisy_update_",
       "noisy_update_(update: Sequence[int], params: Sequence[Tensor], grads: Sequence[Tensor], "

@@ -13,10 +13,12 @@ from kdkernels.distill import (
     topk_teacher,
 )
 from kdkernels.noise import (
+    Dropout,
     GradientNoiseLayer,
     InputNoise,
     add_noise_,
     combine_noise_,
+    dropout,
     gradient_noise,
     input_noise,
     noise_dot,
@@ -24,6 +26,7 @@ from kdkernels.noise import (
     perturbed_parameters,
     randn_like,
     soft_regularization,
+    stochastic_round,
 )
 from kdkernels.optim import (
     SGLD,
@@ -42,6 +45,7 @@ from kdkernels.optim import (
 
 __all__ = [
     "DistillationLoss",
+    "Dropout",
     "GradientNoise",
     "GradientNoiseLayer",
     "InputNoise",
@@ -57,6 +61,7 @@ __all__ = [
     "cosine",
     "distillation_loss",
     "divergences",
+    "dropout",
     "evolution_step",
     "exponential",
     "gradient_noise",
@@ -72,6 +77,7 @@ __all__ = [
     "reference",
     "sample_teacher",
     "soft_regularization",
+    "stochastic_round",
     "topk_distillation_loss",
     "topk_teacher",
 ]

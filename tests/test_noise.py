@@ -1000,7 +1000,7 @@ def on_any_default_device(x, param):
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_nothing_depends_on_the_default_device(device):
-    """As under torch.set_default_device("cuda"): a tensor without data shows what was made there."""
+    """As under torch.set_default_device("cuda"): a meta tensor shows what was made there."""
     x, param = torch.zeros(4), nn.Parameter(torch.ones(4))
     param.grad = torch.ones(4)
     shape, cuts = (4, 6), ((Shard(1), 2, 1),)

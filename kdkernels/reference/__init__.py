@@ -27,6 +27,7 @@ from kdkernels.reference.noise import (
     DISTRIBUTIONS,
     add_noise_,
     combine_noise_,
+    dropout,
     gradient_noise,
     input_noise,
     noise_dot,
@@ -34,7 +35,9 @@ from kdkernels.reference.noise import (
     perturbed_parameters,
     philox4x32_10,
     randn_like,
+    rounded_by_chance,
     soft_regularization,
+    stochastic_round,
 )
 from kdkernels.reference.optimizers import noisy_update_
 from kdkernels.reference.rows import RowStatistics
@@ -52,6 +55,7 @@ __all__ = [
     "combine_noise_",
     "distillation_loss",
     "divergence_parameters",
+    "dropout",
     "gradient_noise",
     "input_noise",
     "linear_distillation_loss",
@@ -62,7 +66,9 @@ __all__ = [
     "philox4x32_10",
     "randn_like",
     "refuse_others",
+    "rounded_by_chance",
     "soft_regularization",
+    "stochastic_round",
     "teacher_form",
     "topk_distillation_loss",
 ]
