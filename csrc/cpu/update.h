@@ -139,33 +139,36 @@ void update_of(const UpdateParams& p, const UpdateTensor& tensor, int64_t begin,
   const NoiseStream stream = noise_stream(p.source, tensor.stream);
   alignas(64) float eps[kMostNumbers] = {};
   alignas(64) uint16_t bits[kMostNumbers];
-  const int block_size = numbers.std != 0 ? kNumbers : kMostNumbers;
-  auto step = [&](int64_t i, int n, uint64_t counter, int skip, const uint16_t* by_chance) {
+  const bool noisy = numbers.std != 0, rounds = sizeof(T) == 2 && numbers.stochastic_rounding;
+  // With random words as much as is fetched ahead while they are made.
+  const int block_size = noisy    ? kNumbers
+                         : rounds ? math::kBitsPerCounter * kCounters
+                                  : kMostNumbers;
+  auto step = [&](int64_t i, int n, uint64_t counter, int skip) {
     T *param = shifted<T>(tensor.param, i), *grad = shifted<T>(tensor.grad, i),
       *first = shifted<T>(tensor.first, i), *second = shifted<T>(tensor.second, i);
-    if (numbers.std != 0) {
-      Fetch fetch = {{param, grad}, 2, 4 * static_cast<int>(sizeof(T))};
-      if (first != nullptr) fetch.data[fetch.count++] = first;
-      if (second != nullptr) fetch.data[fetch.count++] = second;
-      number_block(stream, counter, (n + skip + 3) / 4, fetch, eps);
+    Fetch fetch = {{param, grad}, 2, 4 * static_cast<int>(sizeof(T))};
+    if (first != nullptr) fetch.data[fetch.count++] = first;
+    if (second != nullptr) fetch.data[fetch.count++] = second;
+    if (noisy) number_block(stream, counter, (n + skip + 3) / 4, fetch, eps);
+    if (rounds) {
+      if (noisy) fetch.count = 0;
+      fetch.bytes *= 2;
+      bits_block(stream, math::kWordsForRounding, counter / 2, (n + skip + 7) / 8, fetch, bits);
     }
-    UpdateBlock<T, T> block = {param, grad, first, second, by_chance};
+    UpdateBlock<T, T> block = {param, grad, first, second, rounds ? bits + skip : nullptr};
     if (p.grad_scale == nullptr && norms == nullptr) {
       update_block<false, T, T, Real>(p.update, numbers, block, eps + skip, n, nullptr, nullptr);
     } else {
       scaled_and_measured_block(p.update, numbers, block, grad, p.grad_scale, eps + skip, n, norms);
     }
   };
-  if (sizeof(T) == 2 && numbers.stochastic_rounding) {
-    for_blocks<math::kBitsPerCounter>(tensor.offset, begin, end, block_size,
-                                      [&](int64_t i, int n, uint64_t counter, int skip) {
-      bits_block(stream, math::kWordsForRounding, counter, (n + skip + 7) / 8, {}, bits);
-      step(i, n, 2 * counter, skip, bits + skip);
-    });
-  } else {
-    for_blocks(
+  if (rounds) {  // blocks begin with a counter of bits, which has the elements of two of numbers
+    for_blocks<math::kBitsPerCounter>(
         tensor.offset, begin, end, block_size,
-        [&](int64_t i, int n, uint64_t counter, int skip) { step(i, n, counter, skip, nullptr); });
+        [&](int64_t i, int n, uint64_t counter, int skip) { step(i, n, 2 * counter, skip); });
+  } else {
+    for_blocks(tensor.offset, begin, end, block_size, step);
   }
 }
 
