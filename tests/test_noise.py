@@ -1174,6 +1174,11 @@ def test_shards_have_their_part_of_every_noise(layout, dtype):
             made = randn_like(sharded(theta, mesh, layout), **noise)
             assert made.placements == tuple(layout) and made.shape == SHAPE
             assert same(made.to_local(), mine(eps))
+            place = {"seed": 1, "step": 2, "stream": 3}
+            low = kdkernels.stochastic_round(sharded(theta.float(), mesh, layout), **place)
+            assert same(low.to_local(), mine(kdkernels.stochastic_round(theta.float(), **place)))
+            kept = kdkernels.dropout(sharded(theta, mesh, layout), 0.5, **place)
+            assert same(kept.to_local(), mine(kdkernels.dropout(theta, 0.5, **place)))
             for want, change in (
                 (whole, lambda ts: add_noise_(ts, 0.5, **noise)),
                 (combined, lambda ts: combine_noise_(ts, [0.5, 2.0], [7, 8], stream=3)),

@@ -32,7 +32,12 @@ Bad values raise ValueError and bad types TypeError, which name the argument. Un
 step runs eagerly, outside the graph.
 """
 
-from kdkernels.optim.gradient_free import evolution_step, mezo_step
+from kdkernels.optim.gradient_free import (
+    evolution_members,
+    evolution_step,
+    evolution_update,
+    mezo_step,
+)
 from kdkernels.optim.gradient_noise import GradientNoise, NoiseDominatesWarning
 from kdkernels.optim.optimizers import SGLD, NoisyAdamW, NoisySGD, pSGLD
 from kdkernels.optim.parts import NoiseNorms
@@ -47,7 +52,9 @@ __all__ = [
     "SGLD",
     "Std",
     "cosine",
+    "evolution_members",
     "evolution_step",
+    "evolution_update",
     "exponential",
     "mezo_step",
     "neelakantan",
