@@ -9,7 +9,7 @@ seed, step, stream and offset are ``kdkernels.noise``'s: give each parameter a s
 """
 
 import math
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -67,8 +67,8 @@ def trunc_normal_(
 ) -> Tensor:
     """Normal numbers within two standard deviations of the mean.
 
-    As ``torch.nn.init.trunc_normal_(tensor, mean, std, mean - 2 * std, mean + 2 * std)``: std is that
-    of the normal before it is cut off, and 0.88 of it is left.
+    As torch's with ``a=mean - 2 * std, b=mean + 2 * std``: std is that of the normal before it is
+    cut off, and 0.88 of it is left.
     """
     check_number("std", std)
     return _fill(tensor, mean, std * _TRUNCATED_STD, "truncated_normal", place)
@@ -77,20 +77,18 @@ def trunc_normal_(
 def _std_of_fan(tensor: Tensor, gain: float, mode: str) -> float:
     """gain / sqrt(fan) of a weight."""
     check("tensor", tensor, TENSOR)
-    check("mode", mode, STRING)
     if tensor.dim() < 2:
-        raise ValueError(
-            f"tensor has shape {list(tensor.shape)}; it must have two dimensions or more"
-        )
+        raise ValueError(f"tensor has shape {list(tensor.shape)}; it must have two dimensions")
     fan_in, fan_out = _calculate_fan_in_and_fan_out(tensor)
     fans = {"fan_in": fan_in, "fan_out": fan_out, "average": (fan_in + fan_out) / 2}
-    if mode not in fans:
-        raise ValueError(f'mode is "{mode}"; it must be "fan_in" or "fan_out"')
     return gain / math.sqrt(fans[mode]) if fans[mode] else 0.0
 
 
-def _uniform_of_std(tensor: Tensor, std: float, place: Place) -> Tensor:
-    return _fill(tensor, 0.0, std, "uniform", place)
+def _he_std(tensor: Tensor, a: float, mode: str, nonlinearity: Any) -> float:
+    check("mode", mode, STRING)
+    if mode not in ("fan_in", "fan_out"):
+        raise ValueError(f'mode is "{mode}"; it must be "fan_in" or "fan_out"')
+    return _std_of_fan(tensor, calculate_gain(nonlinearity, a), mode)
 
 
 def kaiming_normal_(
@@ -101,8 +99,7 @@ def kaiming_normal_(
     **place: Unpack[Place],
 ) -> Tensor:
     """He et al., arXiv 1502.01852; arguments as in ``torch.nn.init``."""
-    std = _std_of_fan(tensor, calculate_gain(nonlinearity, a), mode)
-    return _fill(tensor, 0.0, std, "normal", place)
+    return _fill(tensor, 0.0, _he_std(tensor, a, mode, nonlinearity), "normal", place)
 
 
 def kaiming_uniform_(
@@ -113,9 +110,7 @@ def kaiming_uniform_(
     **place: Unpack[Place],
 ) -> Tensor:
     """``kaiming_normal_``'s standard deviation, uniform."""
-    return _uniform_of_std(
-        tensor, _std_of_fan(tensor, calculate_gain(nonlinearity, a), mode), place
-    )
+    return _fill(tensor, 0.0, _he_std(tensor, a, mode, nonlinearity), "uniform", place)
 
 
 def xavier_normal_(tensor: Tensor, gain: float = 1.0, **place: Unpack[Place]) -> Tensor:
@@ -127,4 +122,4 @@ def xavier_normal_(tensor: Tensor, gain: float = 1.0, **place: Unpack[Place]) ->
 def xavier_uniform_(tensor: Tensor, gain: float = 1.0, **place: Unpack[Place]) -> Tensor:
     """``xavier_normal_``'s standard deviation, uniform."""
     check_number("gain", gain)
-    return _uniform_of_std(tensor, _std_of_fan(tensor, gain, "average"), place)
+    return _fill(tensor, 0.0, _std_of_fan(tensor, gain, "average"), "uniform", place)
