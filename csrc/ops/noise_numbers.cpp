@@ -67,9 +67,9 @@ NoiseNumbers::NoiseNumbers(c10::SymIntArrayRef noise, const TensorOptionals& noi
 void check_capture(const TensorOptionals& noise_tensors, const at::Device& device) {
   if (!is_captured(device)) return;
   OptionalTensor seed = tensor_at(noise_tensors, 0), step = tensor_at(noise_tensors, 1);
-  TORCH_CHECK_VALUE(!seed.has_value(),
+  TORCH_CHECK_VALUE(!seed.has_value() || !seed->is_cpu(),
                     "seed is drawn on the host, but a CUDA graph is being captured, whose replays "
-                    "would all have this one; it must be an int");
+                    "would all have this one; it must be an int, or a tensor on the device");
   TORCH_CHECK_VALUE(
       step.has_value() && on_cuda(step->device()),
       "step is a number, but a CUDA graph is being captured, whose replays would all have the "
