@@ -155,6 +155,19 @@ struct Reader<noisy_update_, 4, Argument> {
   using type = RulesFromPython;
 };
 
+// Of an op's arguments, what decides whether a captured graph would bake its noise in.
+struct NoiseArguments {
+  const at::Tensor* first = nullptr;
+  const TensorOptionals* noise_tensors = nullptr;
+  void see(const at::Tensor& x) { first = first == nullptr ? &x : first; }
+  void see(const at::TensorList& list) {
+    if (!list.empty()) see(list[0]);
+  }
+  void see(const TensorOptionals& tensors) { noise_tensors = &tensors; }
+  template <class Other>
+  void see(const Other&) {}
+};
+
 // m.name: a registered op, through PyTorch's dispatcher, of positional arguments. Not by pybind11's def, which takes
 // most of a microsecond for a loss's arguments.
 template <auto implementation>
@@ -169,6 +182,10 @@ struct Op<implementation> {
   static PyObject* run(PyObject* const* arguments, std::index_sequence<I...>) {
     std::tuple<typename Reader<implementation, I, Arguments>::type...> from;
     if (!(std::get<I>(from).load(arguments[I]) && ...)) throw py::type_error(kRefusal);
+    NoiseArguments seen;
+    (seen.see(std::get<I>(from).get()), ...);
+    if (seen.first != nullptr && seen.noise_tensors != nullptr)
+      check_capture(*seen.noise_tensors, seen.first->device());
     auto call = [&] {
       py::gil_scoped_release no_gil;
       return op->call(std::get<I>(from).get()...);
@@ -268,6 +285,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   Op<noise_dot>::define(m, "noise_dot");
   Op<scaled_noise>::define(m, "_scaled_noise");
   Op<combine_noise_>::define(m, "combine_noise_");
+  Op<dropout>::define(m, "dropout");
+  Op<stochastic_round>::define(m, "stochastic_round");
   Op<noisy_update_>::define(
       m, "noisy_update_",
       "noisy_update_(update: Sequence[int], params: Sequence[Tensor], grads: Sequence[Tensor], "

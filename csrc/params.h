@@ -6,6 +6,7 @@
 
 #include "math/distribution.h"
 #include "math/divergence.h"
+#include "math/rounding.h"
 #include "math/update.h"
 
 namespace kdkernels {
@@ -152,6 +153,8 @@ struct NoiseSource {
   math::Distribution distribution;
   uint32_t seed_low, seed_high, step;
   const int64_t* device_step;  // CUDA: overrides step when not null
+  // Of rows that differ in them, on the kernel's device: override seed and step when not null.
+  const int64_t *row_seeds, *row_steps;
 };
 
 using math::NoiseMode;
@@ -165,6 +168,7 @@ struct NoiseTensor {
   uint64_t offset;  // element i has eps(offset + i)
   uint32_t stream;
   int32_t index;  // the tensor's place in the op's list: its row of stds and norms
+  int64_t row;  // of row_seeds and row_steps
 };
 
 struct NoiseParams {
@@ -174,13 +178,16 @@ struct NoiseParams {
   const NoiseTensor* tensors;  // host memory
   int64_t count;
   // Where not null, the std of element i of a run is stds[index * std_size + i / std_inner % std_size]. With
-  // std_size > 1 there is one run, of a whole tensor.
+  // std_size > 1 there is one run, of a whole tensor, or a run a row of it: i then counts from the tensor's first row.
   const void* stds;  // acc
   int64_t std_size, std_inner;
   // Sums of squares of in and of std * eps, added up over the runs of a tensor: [indices, 2], or null. kAdd.
   double* norms;
   int64_t indices;
   double* workspace;  // CUDA: noise_workspace(params) doubles
+  // Where not 0, the runs are the rows of one tensor, in order and one after the other, each with a seed and a step of
+  // row_seeds and row_steps; there are no norms.
+  int64_t rows;
 };
 
 // result[index] = sum of in[i] * eps(offset + i) over a tensor's runs; out and std are not used.
@@ -233,6 +240,32 @@ struct UpdateParams {
   double* norms;  // [indices, 2]: sums of squares of both UpdateShares, gradient first; or null
   int64_t indices;
   double* workspace;  // CUDA: update_workspace(params) doubles
+};
+
+// 16 random bits an element of a tensor, which lies in rows of `run` elements: element i is number
+// offset + i / run * stride + i % run of the whole.
+struct ElementBits {
+  NoiseSource source;  // its distribution is not read
+  uint32_t stream;
+  uint64_t offset;
+  int64_t rows, run, stride;
+};
+
+// out[i] = in[i] * scale, or 0 where the element's bits are below `dropped`, which is up to 2^16.
+struct DropoutParams {
+  Dtype dtype;
+  const void* in;
+  void* out;
+  uint32_t dropped;
+  double scale;
+  ElementBits bits;
+};
+
+struct RoundParams {
+  math::RoundedDtype dtype;  // of out
+  const float* in;
+  void* out;
+  ElementBits bits;
 };
 
 // Replicas of one linear regression y ~ theta x under input noise, all in fp64.

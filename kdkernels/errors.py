@@ -10,7 +10,7 @@ from torch import Tensor
 TENSOR, OPTIONAL_TENSOR, NUMBER, INT = "a tensor", "a tensor or None", "a number", "an int"
 LIST, NUMBERS = "a list", "a sequence of numbers"
 INTS = "an int or a sequence of ints"
-OPTIONAL_NUMBER, STRING, BOOL = "a number or None", "a string", "a bool"
+OPTIONAL_NUMBER, STRING, BOOL, DTYPE = "a number or None", "a string", "a bool", "a torch.dtype"
 
 
 def fits(value, kind: str) -> bool:
@@ -21,6 +21,8 @@ def fits(value, kind: str) -> bool:
         return isinstance(value, (list, tuple)) and all(fits(item, NUMBER) for item in value)
     if kind == STRING:
         return isinstance(value, str)
+    if kind == DTYPE:
+        return isinstance(value, torch.dtype)
     if kind == BOOL:
         return isinstance(value, bool)
     if kind == OPTIONAL_NUMBER and value is None:

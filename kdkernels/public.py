@@ -15,10 +15,12 @@ from kdkernels.distill import (
     topk_teacher,
 )
 from kdkernels.noise import (
+    Dropout,
     GradientNoiseLayer,
     InputNoise,
     add_noise_,
     combine_noise_,
+    dropout,
     gradient_noise,
     input_noise,
     noise_dot,
@@ -26,6 +28,7 @@ from kdkernels.noise import (
     perturbed_parameters,
     randn_like,
     soft_regularization,
+    stochastic_round,
 )
 from kdkernels.optim import (
     SGLD,
@@ -35,7 +38,9 @@ from kdkernels.optim import (
     NoisyAdamW,
     NoisySGD,
     cosine,
+    evolution_members,
     evolution_step,
+    evolution_update,
     exponential,
     mezo_step,
     neelakantan,
@@ -44,6 +49,7 @@ from kdkernels.optim import (
 
 __all__ = [
     "DistillationLoss",
+    "Dropout",
     "GradientNoise",
     "GradientNoiseLayer",
     "InputNoise",
@@ -60,7 +66,10 @@ __all__ = [
     "cosine",
     "distillation_loss",
     "divergences",
+    "dropout",
+    "evolution_members",
     "evolution_step",
+    "evolution_update",
     "exponential",
     "gradient_noise",
     "input_noise",
@@ -76,6 +85,7 @@ __all__ = [
     "reference",
     "sample_teacher",
     "soft_regularization",
+    "stochastic_round",
     "topk_distillation_loss",
     "topk_teacher",
 ]

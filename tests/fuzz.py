@@ -29,7 +29,7 @@ from kdkernels import reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OF_NOISE = ("randn_like", "input_noise", "gradient_noise")
-OF_NOISE += ("add_noise_", "combine_noise_", "noise_dot")
+OF_NOISE += ("add_noise_", "combine_noise_", "noise_dot", "dropout", "stochastic_round")
 DIVERGENCES = tuple(reference.DIVERGENCES)
 LIMIT = 120  # seconds of a call; after them its process is ended
 NOT_ITS_NAME = "the message names no argument"
@@ -269,6 +269,8 @@ def noise_options(r: Draw, *, seeded=True) -> dict:
 def noise(r: Draw):
     shape, dtype = r.choice([(), (1,), (7,), (64, 3), (0,), (2, 3, 4), (1000,)]), r.choice(DTYPES)
     x = r.tensor(*shape, dtype=dtype)
+    if r.rarely():
+        return bits(r, x)
     name = r.choice(["randn_like", "input_noise", "gradient_noise", "add_noise_", "noise_dot"])
     call = {("tensors" if name in ("add_noise_", "noise_dot") else "x"): x, **noise_options(r)}
     if name == "add_noise_":
@@ -279,7 +281,19 @@ def noise(r: Draw):
             call["multiplicative"] = True
     if name in ("input_noise", "gradient_noise"):
         call["x"] = r.with_gradient(x)
+    if name in ("randn_like", "input_noise", "add_noise_") and x.dim() > 1 and r.rarely():
+        call["seed"] = torch.tensor([r.getrandbits(60) for _ in range(len(x))])
     return getattr(kdkernels, name), call
+
+
+def bits(r: Draw, x: torch.Tensor):
+    options = noise_options(r)
+    options.pop("distribution", None)
+    if r.random() < 0.5:
+        p = r.choice([0.0, 0.1, 0.5, 1.0])
+        return kdkernels.dropout, {"x": r.with_gradient(x), "p": p, **options}
+    dtype = r.choice([torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+    return kdkernels.stochastic_round, {"x": x.float(), "dtype": dtype, **options}
 
 
 def combined_noise(r: Draw):
@@ -435,7 +449,7 @@ def reference_of(function, call: dict):
         if isinstance(call.get("tensors"), (list, dict, tuple)) and not call["tensors"]:
             return None  # where nothing else is looked at
         numbers = {k: plain(v) if k not in ("x", "tensors") else copied(v) for k, v in call.items()}
-        if isinstance(numbers.get("seed"), torch.Tensor):
+        if isinstance(seed := numbers.get("seed"), torch.Tensor) and seed.numel() == 1:
             numbers["seed"] = int(numbers["seed"])
         return getattr(reference, name), numbers
     return None

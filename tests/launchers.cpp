@@ -155,7 +155,8 @@ PYBIND11_MODULE(launchers, m) {
     using Struct = math::UpdateRule;
     Fields<Struct>(m, "UpdateRule")
         FIELD(lr) FIELD(std) FIELD(weight_decay) FIELD(momentum) FIELD(dampening) FIELD(beta1)
-        FIELD(beta2) FIELD(eps) FIELD(num_data) FIELD(temperature) FIELD(nesterov) FIELD(maximize);
+        FIELD(beta2) FIELD(eps) FIELD(num_data) FIELD(temperature) FIELD(nesterov) FIELD(maximize)
+        FIELD(stochastic_rounding);
   }
   {
     using Struct = UpdateTensor;

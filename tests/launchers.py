@@ -1292,9 +1292,10 @@ def combine_cases():
 
 RULE = (
     *("lr", "std", "weight_decay", "momentum", "dampening", "beta1", "beta2", "eps", "num_data"),
-    *("temperature", "nesterov", "maximize"),
+    *("temperature", "nesterov", "maximize", "stochastic_rounding"),
 )
 BASE_RULE = dict.fromkeys(RULE, 0.0) | {"nesterov": False, "maximize": False, "lr": 0.02}
+BASE_RULE["stochastic_rounding"] = False
 RULES = {
     "sgd": [
         {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01},
@@ -1325,10 +1326,12 @@ class Update(Noise):
     device: tuple = ()  # of "step", "lr", "std": what is in device memory
     grad_scale: float | None = None
     found_inf: float | None = None
+    rounding: bool = False
 
     @property
     def rules(self):
-        rules = [BASE_RULE | {"std": self.std} | rule for rule in RULES[self.update]]
+        base = BASE_RULE | {"std": self.std, "stochastic_rounding": self.rounding}
+        rules = [base | rule for rule in RULES[self.update]]
         if self.many_rules:
             count = len(self.sizes)
             rules = [rules[i % len(rules)] | {"lr": 0.01 + 0.001 * i} for i in range(count)]
@@ -1482,6 +1485,12 @@ def update_cases():
                 )
             for name in DISTRIBUTIONS[1:]:
                 yield Update(sizes=(3001, 90), **of, distribution=name, misalign=(0, u % 3))
+            if size_of(dtype) == 2:
+                of["rounding"] = True
+                # Groups of the second and third tensor begin in the middle of a counter of bits.
+                yield Update(sizes=sizes, **of, offsets=(0, 4, 12), misalign=(0, 0, 1))
+                yield Update(sizes=(9000,), **of, std=0.0, offsets=(2**35 - 4000,))
+                yield Update(sizes=(2600, 77), **of, device=("step",), on_device=True)
     many = tuple(1 + i % 37 for i in range(700))
     yield Update("float32", many, norms=True, runs=3)
     yield Update("bfloat16", many[:300], many_rules=True, update="sgd")

@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -977,10 +978,71 @@ def test_modules_on_the_meta_device_can_be_set_again():
         kdkernels.InputNoise(torch.empty(2, device="meta")).reset_parameters()
 
 
-def test_a_seed_is_drawn_whatever_the_default_device_is():
-    x = torch.zeros(4)
-    with torch.device("meta"):
-        assert kdkernels.input_noise(x, 1.0).abs().sum() > 0
+def on_any_default_device(x, param):
+    """Calls that make tensors of their own, on a tensor and a parameter: what each leaves."""
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    noise = kdkernels.GradientNoise(optimizer, 0.1, diagnostics=True)
+    optimizer.step()
+    noisy = kdkernels.NoisyAdamW([param], std=0.1, diagnostics=True)
+    noisy.step()
+    noisy.load_state_dict(noisy.state_dict())
+    noisy.step()
+    add_noise_([x, x.clone()], [0.1, 0.2])
+    combine_noise_(x, [0.5], [1])
+    with torch.no_grad(), perturbed_parameters([param], 0.1):
+        scores = [kdkernels.mezo_step([x], lambda: 1.0, lr=0.1, seed=0, step=0)]
+    scores.append(
+        kdkernels.evolution_step([x], lambda: 1.0, population=2, std=0.1, lr=0.1, seed=0, step=0)
+    )
+    made = [randn_like(x), input_noise(x, 0.1), noise_dot(x), param, *scores]
+    return [*made, torch.tensor([*noise.norms(), *noisy.norms()], device="cpu")]
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_nothing_depends_on_the_default_device(device):
+    """As under torch.set_default_device("cuda"): a meta tensor shows what was made there."""
+    x, param = torch.zeros(4), nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    shape, cuts = (4, 6), ((Shard(1), 2, 1),)
+    torch.manual_seed(0)
+    with torch.device(device):
+        made = on_any_default_device(x, param)
+        place = kdkernels.noise.shards.place_of.__wrapped__(shape, cuts)
+    assert all(y.device.type == "cpu" and torch.isfinite(y).all() for y in made)
+    assert place == ((4, 3), 3, 3, 6)
+
+
+emulated = sys.modules.get("emulated_ops")
+
+
+@pytest.mark.skipif(emulated is None, reason="needs the emulated device")
+def test_a_captured_graph_bakes_no_number_in():
+    x, param = torch.zeros(100), nn.Parameter(torch.ones(100))
+    param.grad = torch.ones(100)
+    step, want = torch.tensor(3), randn_like(x, seed=1, step=3)
+    kinds = [
+        lambda **k: kdkernels.NoisySGD([param], 0.1, std=0.1, seed=1, **k),
+        lambda **k: kdkernels.GradientNoise(torch.optim.SGD([param], 0.1), 0.1, seed=1, **k),
+    ]
+    for kind in kinds:
+        host, device = (kind(capturable=capturable) for capturable in (False, True))
+        kept = [param.detach().clone(), param.grad.clone()]
+        with emulated.device.capture():
+            for call, name in (
+                (lambda: randn_like(x, step=step), "seed is drawn on the host"),
+                (lambda: randn_like(x, seed=1), "step is a number"),
+                (lambda: add_noise_([x], 0.1, seed=1, step=7), "step is a number"),
+                (lambda: combine_noise_(x, [1.0], [2], step=7), "step is a number"),
+                (getattr(host, "optimizer", host).step, "capturable=True"),
+            ):
+                with pytest.raises(ValueError, match=name):
+                    call()
+            assert same(randn_like(x, seed=1, step=step), want)
+            assert same(param, kept[0]) and same(param.grad, kept[1])
+            if hasattr(host, "remove"):
+                host.remove()
+            getattr(device, "optimizer", device).step()
+        assert not same(param, kept[0])
 
 
 @pytest.mark.parametrize("multiplicative", [False, True])
@@ -1112,6 +1174,11 @@ def test_shards_have_their_part_of_every_noise(layout, dtype):
             made = randn_like(sharded(theta, mesh, layout), **noise)
             assert made.placements == tuple(layout) and made.shape == SHAPE
             assert same(made.to_local(), mine(eps))
+            place = {"seed": 1, "step": 2, "stream": 3}
+            low = kdkernels.stochastic_round(sharded(theta.float(), mesh, layout), **place)
+            assert same(low.to_local(), mine(kdkernels.stochastic_round(theta.float(), **place)))
+            kept = kdkernels.dropout(sharded(theta, mesh, layout), 0.5, **place)
+            assert same(kept.to_local(), mine(kdkernels.dropout(theta, 0.5, **place)))
             for want, change in (
                 (whole, lambda ts: add_noise_(ts, 0.5, **noise)),
                 (combined, lambda ts: combine_noise_(ts, [0.5, 2.0], [7, 8], stream=3)),

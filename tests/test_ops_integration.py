@@ -51,7 +51,7 @@ def update_arguments(update, moments):
     sizes = [5, 7]
     lists = [[randn(n, seed=k) for n in sizes] for k in range(4)]
     moments = [x.abs() for of_all in lists[2 : 2 + moments] for x in of_all]
-    rule = [0.1, 0.2, 0.01, 0.9, 0.1, 0.9, 0.99, 1e-8, 3.0, 0.5, 0.0, 0.0]
+    rule = [0.1, 0.2, 0.01, 0.9, 0.1, 0.9, 0.99, 1e-8, 3.0, 0.5, 0.0, 0.0, 0.0]
     return [update, 0, 0, 2, 1], *lists[:2], moments, rule
 
 
@@ -130,6 +130,10 @@ def op_calls():
         (OPS._linear_distillation_forward, (*linear, packed, 15, ""), {}),
         (OPS.randn_like, (z, *numbered), {}),
         (OPS.randn_like, (z.t(), *by_tensor), {}),
+        (OPS.randn_like, (z, numbered[0], [torch.arange(len(z)), None]), {}),
+        (OPS.dropout, (leaf, 0.25, *numbered), {}),
+        (OPS.dropout, (leaf, 0.25, *by_tensor), {}),
+        (OPS.stochastic_round, (z, torch.bfloat16, *by_tensor), {}),
         (
             OPS.add_noise_,
             ([z.clone(), t.bfloat16(), z.t().clone()], [0.1], None, False, *numbered, None),
@@ -209,9 +213,9 @@ BAD_UPDATES = [
     ("step_tensors", TypeError, {0: [1, 0, 0], 6: [*[None] * 6, *counts(1)]}),
     ("rule_of", ValueError, {0: [1, 0]}),
     (r"rule_of\[1\]", ValueError, {0: [1, 0, 1, 2, 1]}),
-    ("rules", ValueError, {4: [0.1] * 11}),
-    ("lr", ValueError, {4: [-0.1] + [0.1] * 11}),
-    ("std", ValueError, {4: [0.1, float("nan")] + [0.1] * 10}),
+    ("rules", ValueError, {4: [0.1] * 12}),
+    ("lr", ValueError, {4: [-0.1] + [0.1] * 12}),
+    ("std", ValueError, {4: [0.1, float("nan")] + [0.1] * 11}),
     ("noise", ValueError, {5: [1, 2, 0, 1]}),
     ("noise", ValueError, {5: [1, 2, 0, 2, 1, 3]}),
     ("stream", ValueError, {5: noise(streams=(1, 2, 3))[0]}),

@@ -1091,6 +1091,46 @@ def batches(data, steps):
         yield step, data[0][rows], data[1][rows]
 
 
+@pytest.mark.parametrize("shaping", ["standardize", "ranks"])
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_an_update_from_scores_found_elsewhere(antithetic, shaping):
+    """By workers that know theta and a member's two numbers."""
+    theta = [randn(7, 3, seed=1), randn(5, seed=2).bfloat16()]
+    mine, theirs, kept = ([t.clone() for t in theta] for _ in range(3))
+    place = {"seed": -3, "step": 4, "antithetic": antithetic}
+    options = {"std": 0.1, "lr": 0.05, "shaping": shaping, "distribution": "uniform"}
+
+    def score(params):
+        return params[0].sin().sum().item() + params[1].float().sum().item()
+
+    got = evolution_step(mine, lambda: score(mine), population=8, **place, **options)
+    members = kdkernels.evolution_members(8, **place)
+    scores = []
+    for seed, sign in reversed(members):
+        noise = {"seed": seed, "step": 4, "distribution": "uniform"}
+        with kdkernels.perturbed_parameters(kept, sign * 0.1, **noise):
+            scores.insert(0, score(kept))
+    assert scores == got.tolist() and same(kept, theta)
+    kdkernels.evolution_update(theirs, scores, **place, **options)
+    assert same(mine, theirs) and not same(theta, theirs)
+
+
+@pytest.mark.parametrize(
+    ("scores", "error", "match"),
+    [
+        ([1.0], ValueError, "population is 1"),
+        ([], ValueError, "population is 0"),
+        ([1.0, math.nan], ValueError, "scores holds nan"),
+        (torch.zeros(2, 2), ValueError, "scores has shape"),
+        (["a", 1.0], TypeError, "scores is a str"),
+        (3.0, TypeError, "scores is a float"),
+    ],
+)
+def test_scores_that_an_update_refuses(scores, error, match):
+    with pytest.raises(error, match=match):
+        kdkernels.evolution_update(P, scores, std=0.1, lr=0.1, seed=0, step=0)
+
+
 @pytest.mark.parametrize(
     "options",
     [

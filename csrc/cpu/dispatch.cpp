@@ -223,6 +223,23 @@ void update(const UpdateParams& p, int threads) {
   });
 }
 
+namespace {
+
+template <class Params>
+void for_elements(const Params& p, int threads, void (*kernel)(const Params&, int64_t, int64_t)) {
+  const int64_t elements = p.bits.rows * p.bits.run;
+  parallel_for(elements, kElementsPerPiece, worth(elements, threads),
+               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+}  // namespace
+
+void stochastic_round(const RoundParams& p, int threads) {
+  for_elements(p, threads, kernels().stochastic_round);
+}
+
+void dropout(const DropoutParams& p, int threads) { for_elements(p, threads, kernels().dropout); }
+
 void regression(const RegressionParams& p, int threads) {
   const Kernels& k = kernels();
   constexpr int64_t kTogether = 64;  // replicas that the kernel takes at a time

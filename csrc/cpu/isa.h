@@ -4,6 +4,7 @@
 // Everything here has internal linkage, so no level's code can stand in for another's at link time; for
 // the same reason nothing here may use the standard library's templates.
 
+#include "cpu/bits.h"
 #include "cpu/distillation.h"
 #include "cpu/divergence.h"
 #include "cpu/noise.h"
@@ -46,8 +47,9 @@ bool elementary(const char* f, const float* x, float* y, int64_t n) {
 #define KD_STRING_(a) #a
 #define KD_STRING(a) KD_STRING_(a)
 extern const Kernels KD_JOIN(kernels_, KD_ISA);
-const Kernels KD_JOIN(kernels_, KD_ISA) = {KD_STRING(KD_ISA), loss_rows, noise,      noise_dot,
-                                           combine,           update,    regression, elementary};
+const Kernels KD_JOIN(kernels_, KD_ISA) = {
+    KD_STRING(KD_ISA), loss_rows, noise,      noise_dot, combine, update,
+    stochastic_round,  dropout,   regression, elementary};
 
 }  // namespace cpu
 }  // namespace kdkernels

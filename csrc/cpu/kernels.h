@@ -21,6 +21,9 @@ struct Kernels {
   void (*combine)(const CombineParams&, const NoiseTensor&, int64_t begin, int64_t end);
   void (*update)(const UpdateParams&, const UpdateTensor&, int64_t begin, int64_t end,
                  double* norms);
+  // Elements [begin, end).
+  void (*stochastic_round)(const RoundParams&, int64_t begin, int64_t end);
+  void (*dropout)(const DropoutParams&, int64_t begin, int64_t end);
   // Replicas [begin, end).
   void (*regression)(const RegressionParams&, int64_t begin, int64_t end);
   // y[i] = f(x[i]) for a function of math/elementary.h, or of math/distribution.h with x's bits as words, for
@@ -41,6 +44,8 @@ void noise(const NoiseParams& params, int threads);
 void noise_dot(const NoiseDotParams& params, int threads);
 void combine(const CombineParams& params, int threads);
 void update(const UpdateParams& params, int threads);
+void stochastic_round(const RoundParams& params, int threads);
+void dropout(const DropoutParams& params, int threads);
 void regression(const RegressionParams& params, int threads);
 
 }  // namespace cpu

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "math/elementary.h"
+#include "math/rounding.h"
 #include "params.h"
 
 namespace kdkernels {
@@ -64,6 +64,18 @@ KD_FN void narrow(float x, Float16& out) {
   half = magnitude >= 0x477FF000u ? 0x7C00u : half;  // 65520 and above round to inf
   half = magnitude > 0x7F800000u ? 0x7E00u : half;
   out.bits = static_cast<uint16_t>(half | sign);
+}
+
+// By chance, with 16 random bits; fp32 and fp64 keep what they get.
+KD_FN void round_by_chance(float x, uint32_t, float& out) { out = x; }
+KD_FN void round_by_chance(double x, uint32_t, double& out) { out = x; }
+KD_FN void round_by_chance(float x, uint32_t bits, BFloat16& out) {
+  out.bits =
+      static_cast<uint16_t>(math::round_stochastically<math::RoundedDtype::kBFloat16>(x, bits));
+}
+KD_FN void round_by_chance(float x, uint32_t bits, Float16& out) {
+  out.bits =
+      static_cast<uint16_t>(math::round_stochastically<math::RoundedDtype::kFloat16>(x, bits));
 }
 
 // Returns in[0, n) as computed values, followed by copies of `pad` up to `padded`. Full blocks of fp32 and fp64 are not

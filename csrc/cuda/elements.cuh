@@ -117,9 +117,9 @@ struct Run {
 };
 
 // Null arrays are left out.
-template <class T>
-Run run_of(int64_t numel, uint64_t offset, uint32_t stream, int32_t index,
-           std::initializer_list<const void*> arrays) {
+template <class T, int kArrays>
+KD_FN Run run_of(int64_t numel, uint64_t offset, uint32_t stream, int32_t index,
+                 const void* const (&arrays)[kArrays]) {
   uintptr_t first = 0, apart = 0;
   for (const void* array : arrays) {
     if (array == nullptr) continue;

@@ -20,6 +20,8 @@ int64_t noise_dot_workspace(const NoiseDotParams& p);
 cudaError_t combine(const CombineParams& p, cudaStream_t stream);
 cudaError_t update(const UpdateParams& p, cudaStream_t stream);
 int64_t update_workspace(const UpdateParams& p);
+cudaError_t stochastic_round(const RoundParams& p, cudaStream_t stream);
+cudaError_t dropout(const DropoutParams& p, cudaStream_t stream);
 cudaError_t regression(const RegressionParams& p, cudaStream_t stream);
 
 }  // namespace cuda

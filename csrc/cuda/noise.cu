@@ -94,18 +94,19 @@ struct StdPattern {
   using Real = typename Compute<T>::type;
   static constexpr int kSize = Group<T>::kSize, kVector = 16 / sizeof(Real);
   const Real* stds;
-  int64_t size, inner;
+  int64_t size, inner, before;
   // The lane's first element has stds[place], and is the within-th of the `inner` elements that do.
   int64_t place, within;
   int64_t place_step, within_step;
 
-  // The lane's group starts at element i.
-  __device__ StdPattern(const Real* of, int64_t s, int64_t n, int64_t i)
+  // The lane's group starts at element i of a run, which has so many elements `ahead` of it.
+  __device__ StdPattern(const Real* of, int64_t s, int64_t n, int64_t ahead, int64_t i)
       : stds(of),
         size(s),
         inner(n),
-        place(i / n % s),
-        within(i % n),
+        before(ahead),
+        place((ahead + i) / n % s),
+        within((ahead + i) % n),
         place_step(kStepElements<T> / n % s),
         within_step(kStepElements<T> % n) {}
 
@@ -149,7 +150,9 @@ struct StdPattern {
       }
     }
   }
-  __device__ __forceinline__ Real of_element(int64_t i) const { return stds[i / inner % size]; }
+  __device__ __forceinline__ Real of_element(int64_t i) const {
+    return stds[(before + i) / inner % size];
+  }
 };
 
 template <NoiseMode kMode, class T, class Stds>
@@ -286,13 +289,83 @@ __global__ void __launch_bounds__(kNoiseThreads, kNoiseBlocksPerSm)
   const NoiseEntry& e = list.entry[0];
   const WarpChunk<T> warp(e, static_cast<int64_t>(blockIdx.x), list.chunk_steps);
   const Real* of_tensor = static_cast<const Real*>(list.stds) + e.index * list.std_size;
-  StdPattern<T> stds(of_tensor, list.std_size, list.std_inner, warp.lane_first());
+  StdPattern<T> stds(of_tensor, list.std_size, list.std_inner, 0, warp.lane_first());
   double norms[2];
   noise_chunk<1>(list, e, warp, list.distribution, list.mode, stds, staged, false, norms);
 }
 
+// The rows of a tensor, each with a seed and a step: a block has a chunk of one row.
+struct RowsArguments {
+  NoiseSource source;
+  NoiseTensor first;  // row
+  NoiseMode mode;
+  const void* stds;  // with std_size and std_inner as in NoiseParams
+  int64_t std_size, std_inner;
+  int64_t chunks;  // a row
+  int chunk_steps;
+};
+
+// A row's numbers, as noise_chunk reads them.
+struct RowNumbers {
+  const math::PhiloxKeys& keys;
+  uint32_t step;
+  __device__ uint32_t noise_step() const { return step; }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kNoiseThreads, kRowsBlocksPerSm)
+    rows_kernel(const __grid_constant__ RowsArguments p) {
+  using Real = typename Compute<T>::type;
+  __shared__ Staged<T, float> staged;
+  __shared__ math::PhiloxKeys keys;
+  const int64_t row = blockIdx.x / p.chunks, ahead = row * p.first.numel;
+  if (threadIdx.x == 0) {
+    const uint64_t seed = p.source.row_seeds != nullptr
+                              ? static_cast<uint64_t>(p.source.row_seeds[row])
+                              : uint64_t{p.source.seed_high} << 32 | p.source.seed_low;
+    keys = math::philox_keys(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  }
+  __syncthreads();
+  const int64_t* step =
+      p.source.row_steps != nullptr ? p.source.row_steps + row : p.source.device_step;
+  const RowNumbers numbers = {keys, step != nullptr ? static_cast<uint32_t>(*step) : p.source.step};
+  NoiseEntry e;
+  e.out = static_cast<T*>(p.first.out) + ahead;
+  e.in = p.first.in == nullptr ? nullptr : static_cast<const T*>(p.first.in) + ahead;
+  e.std = p.first.std;
+  static_cast<Run&>(e) = run_of<T>(p.first.numel, p.first.offset, p.first.stream, 0, {e.out, e.in});
+  const WarpChunk<T> warp(e, static_cast<int64_t>(blockIdx.x % p.chunks), p.chunk_steps);
+  const Real* of_tensor =
+      p.stds == nullptr ? nullptr : static_cast<const Real*>(p.stds) + p.first.index * p.std_size;
+  double norms[2];
+  if (p.std_size > 1) {
+    StdPattern<T> stds(of_tensor, p.std_size, p.std_inner, ahead, warp.lane_first());
+    noise_chunk<1>(numbers, e, warp, p.source.distribution, p.mode, stds, staged, false, norms);
+  } else {
+    const OneStd<Real> std = {of_tensor != nullptr ? *of_tensor : static_cast<Real>(e.std)};
+    noise_chunk<1>(numbers, e, warp, p.source.distribution, p.mode, std, staged, false, norms);
+  }
+}
+
+template <class T>
+cudaError_t launch_rows(const NoiseParams& p, cudaStream_t stream) {
+  Device device;
+  cudaError_t error = device_of(reinterpret_cast<const void*>(&rows_kernel<T>), device);
+  if (error != cudaSuccess || p.rows == 0 || p.tensors[0].numel == 0) return error;
+  RowsArguments a = {p.source, p.tensors[0], p.mode, p.stds, p.std_size, p.std_inner, 0, 0};
+  // A row may begin anywhere in its first group.
+  const int64_t steps =
+      (p.tensors[0].numel + Group<T>::kSize - 1 + kStepElements<T> - 1) / kStepElements<T>;
+  const int64_t each = plan_noise(steps * p.rows, kRowsBlocksPerSm, device).steps;
+  a.chunk_steps = static_cast<int>(std::min(each, steps));
+  a.chunks = (steps + a.chunk_steps - 1) / a.chunk_steps;
+  rows_kernel<T><<<static_cast<unsigned>(a.chunks * p.rows), kNoiseThreads, 0, stream>>>(a);
+  return cudaGetLastError();
+}
+
 template <class T>
 cudaError_t launch_noise(const NoiseParams& p, cudaStream_t stream) {
+  if (p.rows > 0) return launch_rows<T>(p, stream);
   Device device;
   cudaError_t error =
       device_of(reinterpret_cast<const void*>(&noise_kernel<T, kFewNoiseRuns>), device);

@@ -195,8 +195,8 @@ constexpr int kNoiseThreads = 256, kNoiseBlocksPerSm = 4, kNoiseMaxSteps = 32;
 constexpr int update_blocks_per_sm(int element_size) {
   return element_size == 8 ? 2 : element_size == 2 ? 3 : kNoiseBlocksPerSm;
 }
-// A sum of noises holds the keys of Philox's rounds.
-constexpr int kCombineBlocksPerSm = 3;
+// A sum of noises holds the keys of Philox's rounds, and so do rows with seeds of their own beside the pattern of stds.
+constexpr int kCombineBlocksPerSm = 3, kRowsBlocksPerSm = 3;
 // A sum has the same bits on every device: its grid does not depend on one. 4096 partial sums are added by one
 // block, and are 8 rounds of the blocks that live on an H100.
 constexpr int kSumBlocks = 4096;

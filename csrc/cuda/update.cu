@@ -5,6 +5,7 @@
 // elements share are computed on the host where it knows step, lr and std, else by the first thread of each block.
 #include <vector>
 
+#include "cuda/bits.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/kernels.h"
 
@@ -99,6 +100,35 @@ struct Values {
   Group<T> param, grad, first, second;
 };
 
+// Pair j of what a group becomes, rounded to nearest or, with words for it, by chance.
+template <class T>
+__device__ __forceinline__ void round_values(const typename Group<T>::RealPair& p,
+                                             const typename Group<T>::RealPair& m,
+                                             const typename Group<T>::RealPair& v, bool by_chance,
+                                             const math::Philox4x32<uint32_t>& words, int j,
+                                             Values<T>& out) {
+  if (sizeof(T) == 2 && by_chance) {
+    const uint32_t a = math::bits_of(words.word[j], 0), b = math::bits_of(words.word[j], 1);
+    round_pair_by_chance(p, a, b, out.param.pair[j]);
+    round_pair_by_chance(m, math::bits_of_first(a), math::bits_of_first(b), out.first.pair[j]);
+    round_pair_by_chance(v, math::bits_of_second(a), math::bits_of_second(b), out.second.pair[j]);
+  } else {
+    narrow_pair(p, out.param.pair[j]);
+    narrow_pair(m, out.first.pair[j]);
+    narrow_pair(v, out.second.pair[j]);
+  }
+}
+
+// The same of one element.
+template <class T, class Real>
+__device__ __forceinline__ void round_value(Real x, bool by_chance, uint32_t bits, T& out) {
+  if (sizeof(T) == 2 && by_chance) {
+    round_by_chance(x, bits, out);
+  } else {
+    narrow(x, out);
+  }
+}
+
 template <class T, Update kUpdate, int kBytes>
 __global__ void __launch_bounds__(kNoiseThreads, update_blocks_per_sm(sizeof(T)))
     update_kernel(const __grid_constant__ UpdateList<typename Compute<T>::type, kBytes> list) {
@@ -120,6 +150,10 @@ __global__ void __launch_bounds__(kNoiseThreads, update_blocks_per_sm(sizeof(T))
       list.noise_step != nullptr ? static_cast<uint32_t>(*list.noise_step) : list.step;
   MaybeNoise<T> noise = {{list.keys, e.stream, step, list.distribution}, n.std != 0};
   double norms[2] = {0, 0};  // gradient, noise
+  const bool by_chance = sizeof(T) == 2 && n.stochastic_rounding;
+  const BitsKey bits = {list.keys, math::kWordsForRounding, e.stream, step};
+  // The number of element i of the run.
+  const auto number = [&](int64_t i) { return 4 * e.counter + e.lead + static_cast<uint64_t>(i); };
 
   int64_t to_load = warp.lane_first(), at = to_load;
   for_steps<T, 1>(warp, noise, [&] {
@@ -132,6 +166,8 @@ __global__ void __launch_bounds__(kNoiseThreads, update_blocks_per_sm(sizeof(T))
     return x;
   }, [&](Values<T>& x, const float (&eps)[kSize]) {
     Real sums[2] = {0, 0};
+    math::Philox4x32<uint32_t> words = {};
+    if (by_chance) words = bits.group(number(at));
     auto element = [&](float of_element, Real& grad, Real& param, Real& m, Real& v) {
       if (scaled) grad /= scale;
       auto shares =
@@ -145,10 +181,8 @@ __global__ void __launch_bounds__(kNoiseThreads, update_blocks_per_sm(sizeof(T))
       auto m = widen_pair(x.first.pair[j]), v = widen_pair(x.second.pair[j]);
       element(eps[2 * j], g.x, p.x, m.x, v.x);
       element(eps[2 * j + 1], g.y, p.y, m.y, v.y);
-      narrow_pair(p, x.param.pair[j]);
       narrow_pair(g, x.grad.pair[j]);
-      narrow_pair(m, x.first.pair[j]);
-      narrow_pair(v, x.second.pair[j]);
+      round_values(p, m, v, by_chance, words, j, x);
     }
     x.param.store(params + at);
     if (scaled) x.grad.store(grads + at);
@@ -169,9 +203,11 @@ __global__ void __launch_bounds__(kNoiseThreads, update_blocks_per_sm(sizeof(T))
         narrow(g, grads[i]);
       }
       auto shares = math::update_element<kUpdate>(n, static_cast<Real>(eps_i), g, p, m, v);
-      narrow(p, params[i]);
-      if (first) narrow(m, firsts[i]);
-      if constexpr (math::has_second(kUpdate)) narrow(v, seconds[i]);
+      const uint32_t r = by_chance ? bits.one(number(i)) : 0;
+      round_value(p, by_chance, r, params[i]);
+      if (first) round_value(m, by_chance, math::bits_of_first(r), firsts[i]);
+      if constexpr (math::has_second(kUpdate))
+        round_value(v, by_chance, math::bits_of_second(r), seconds[i]);
       norms[0] += static_cast<double>(shares.gradient * shares.gradient);
       norms[1] += static_cast<double>(shares.noise * shares.noise);
     });

@@ -28,6 +28,7 @@ struct UpdateRule {
   double beta1, beta2, eps;  // AdamW; pSGLD has beta2 and eps
   double num_data, temperature;  // SGLD and pSGLD, which do not read std
   bool nesterov, maximize;
+  bool stochastic_rounding;  // of parameters and moments of 16 bits
 };
 
 // What the elements of one tensor share, computed in fp64 and rounded once.
@@ -43,6 +44,7 @@ struct UpdateNumbers {
   Real lerp;  // AdamW: 1 if the first moment moves by a part of its distance to the gradient
   Real root, eps;  // AdamW: 1 / sqrt(second bias correction)
   Real num_data;
+  bool stochastic_rounding;
 };
 
 KD_FN double power(double x, uint64_t n) {
@@ -60,6 +62,7 @@ KD_FN UpdateNumbers<Real> update_numbers(Update update, const UpdateRule& r, dou
   n.std = static_cast<Real>(std);
   n.lr = static_cast<Real>(lr);
   n.weight_decay = static_cast<Real>(r.weight_decay);
+  n.stochastic_rounding = r.stochastic_rounding;
   if (update == Update::kSgd) {
     bool first = step == 1 || r.momentum == 0;
     n.keep1 = static_cast<Real>(step == 1 ? 0 : r.momentum);

@@ -30,12 +30,34 @@ inline bool on_cuda(const c10::Device& device) {
 // Whether a tensor's values may be read directly.
 inline bool on_cpu(const c10::Device& device) { return device.is_cpu() && !on_cuda(device); }
 
+#if defined(KDKERNELS_EMULATED)
+// The one stream of the emulated device; not the legacy one, which a capture forbids.
+inline cudaStream_t emulated_stream() { return reinterpret_cast<cudaStream_t>(uintptr_t{1}); }
+#endif
+
+// Whether work on a device's current stream is being captured into a CUDA graph.
+inline bool is_captured(const c10::Device& device) {
+  if (!on_cuda(device)) return false;
+#if defined(KDKERNELS_WITH_CUDA)
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+#if defined(KDKERNELS_EMULATED)
+  cudaStreamIsCapturing(emulated_stream(), &status);
+#else
+  c10::cuda::CUDAGuard guard(device);
+  C10_CUDA_CHECK(cudaStreamIsCapturing(c10::cuda::getCurrentCUDAStream(), &status));
+#endif
+  return status != cudaStreamCaptureStatusNone;
+#else
+  return false;
+#endif
+}
+
 #if defined(KDKERNELS_WITH_CUDA)
 // Calls launch(stream) with a device's current stream.
 template <class Launch>
 void launch_cuda(const c10::Device& device, Launch launch) {
 #if defined(KDKERNELS_EMULATED)
-  cudaError_t error = launch(cudaStream_t{});
+  cudaError_t error = launch(emulated_stream());
   TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error));
 #else
   c10::cuda::CUDAGuard guard(device);

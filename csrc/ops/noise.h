@@ -23,6 +23,11 @@ at::Tensor noise_dot(at::TensorList tensors, c10::SymIntArrayRef noise,
 void combine_noise_(at::TensorList tensors, const at::Tensor& coefficients, const at::Tensor& seeds,
                     c10::SymIntArrayRef noise, const TensorOptionals& noise_tensors);
 
+at::Tensor dropout(const at::Tensor& x, double p, c10::SymIntArrayRef noise,
+                   const TensorOptionals& noise_tensors);
+at::Tensor stochastic_round(const at::Tensor& x, at::ScalarType dtype, c10::SymIntArrayRef noise,
+                            const TensorOptionals& noise_tensors);
+
 // ---- below autograd (noise_kernels.cpp) ----------------------------------------------------------
 
 // Checks of a public op on one tensor.

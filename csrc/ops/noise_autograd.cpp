@@ -27,6 +27,10 @@ struct KeptNoise {
   TensorOptionals tensors() const {
     return seed.has_value() || step.has_value() ? TensorOptionals({seed, step}) : TensorOptionals();
   }
+  bool has_rows() const {
+    auto several = [](const OptionalTensor& x) { return x.has_value() && x->sym_numel() != 1; };
+    return several(seed) || several(step) || (seed.has_value() && !seed->is_cpu());
+  }
   // A step tensor may be advanced in place before backward: its value of now is kept.
   static Tensor snapshot(const OptionalTensor& tensor) {
     return tensor.has_value() ? tensor->clone() : Tensor();
@@ -128,6 +132,22 @@ struct NoiseTimes : torch::autograd::Function<NoiseTimes> {
   }
 };
 
+// Zeros where the bits say so; linear in x, and its own adjoint.
+struct Dropout : torch::autograd::Function<Dropout> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, double p, const KeptNoise& noise) {
+    noise.save(ctx);
+    ctx->saved_data["p"] = p;
+    static auto op = dispatched<decltype(dropout)>("kdkernels::dropout");
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return op.call(x, p, noise.numbers, noise.tensors());
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list none;
+    const KeptNoise noise(ctx, none);
+    return {apply(grads[0], ctx->saved_data["p"].toDouble(), noise), Tensor(), Tensor()};
+  }
+};
+
 OptionalTensor if_defined(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
@@ -156,7 +176,7 @@ struct InputNoise : torch::autograd::Function<InputNoise> {
       at::ScalarType acc = acc_type(grad);
       Tensor product = multiplicative ? grad.to(acc) * x.to(acc) : grad;
       Tensor sum;
-      if (std_tensor.sym_numel() == 1) {
+      if (std_tensor.sym_numel() == 1 && !noise.has_rows()) {
         sum = dot({product}, noise).reshape_symint(std_tensor.sym_sizes());
       } else {
         sum = NoiseTimes::apply(product.to(acc), noise).sum_to_size_symint(std_tensor.sym_sizes());
@@ -235,7 +255,13 @@ void combine_noise_(at::TensorList tensors, const Tensor& coefficients, const Te
   op.call(tensors, coefficients, seeds, noise, noise_tensors);
 }
 
+Tensor dropout(const Tensor& x, double p, c10::SymIntArrayRef noise,
+               const TensorOptionals& noise_tensors) {
+  return Dropout::apply(x, p, KeptNoise(noise, noise_tensors));
+}
+
 TORCH_LIBRARY_IMPL(kdkernels, Autograd, m) {
+  m.impl("dropout", dropout);
   m.impl("randn_like", randn_like);
   m.impl("input_noise", input_noise);
   m.impl("gradient_noise", gradient_noise);

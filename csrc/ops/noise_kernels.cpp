@@ -107,7 +107,9 @@ Tensor apply_noise(const Tensor& x, int64_t mode, const OptionalTensor& std_tens
                               only ? at::MemoryFormat::Contiguous : at::MemoryFormat::Preserve);
   if (x.is_meta()) return out;
   Tensor dense = out.is_contiguous() ? out : at::empty_like(in);
-  p.source = source_of(numbers, x.device());
+  const RowNumbers rows(numbers, x);
+  p.source = rows.source;
+  p.rows = rows.rows;
   NoisePlace place = places_of(numbers, x)[0];
   if (x.numel() == 0) return out;
   p.dtype = dtype_of(x);
@@ -126,11 +128,19 @@ Tensor apply_noise(const Tensor& x, int64_t mode, const OptionalTensor& std_tens
   auto* to = static_cast<char*>(dense.mutable_data_ptr());
   auto* from = only ? nullptr : static_cast<const char*>(in.const_data_ptr());
   std::vector<NoiseTensor> runs;
-  for_runs(place, x.numel(), [&](int64_t first, int64_t count, uint64_t offset) {
+  auto add = [&](int64_t first, int64_t count, uint64_t offset, int64_t row) {
     int64_t bytes = first * static_cast<int64_t>(x.element_size());
     runs.push_back({to + bytes, from == nullptr ? nullptr : from + bytes, count, std, offset,
-                    place.stream, 0});
-  });
+                    place.stream, 0, row});
+  };
+  if (p.rows > 0) {
+    for_rows(p.rows, x.numel(), [&](int64_t first, int64_t count, int64_t row) {
+      add(first, count, place.offset, row);
+    });
+  } else {
+    for_runs(place, x.numel(),
+             [&](int64_t first, int64_t count, uint64_t offset) { add(first, count, offset, 0); });
+  }
   p.tensors = runs.data();
   p.count = static_cast<int64_t>(runs.size());
   p.indices = 1;
@@ -163,24 +173,30 @@ Tensor gradient_noise_kernel(const Tensor& x, const OptionalTensor& std_tensor, 
 
 // ---- lists of tensors ----------------------------------------------------------------------------
 
-// The runs of a group's tensors; element 0 of tensor i is at out[i] and at in[i], either of which may be empty.
+// The runs of a group's tensors, or their rows; element 0 of tensor i is at out[i] and at in[i], either of which may be empty.
 std::vector<NoiseTensor> runs_of(const DtypeGroup& group, at::TensorList tensors,
                                  const std::vector<NoisePlace>& places,
                                  const std::vector<void*>& out, const std::vector<const void*>& in,
-                                 at::ArrayRef<double> std) {
+                                 at::ArrayRef<double> std, int64_t rows = 0) {
   std::vector<NoiseTensor> runs;
   runs.reserve(group.members.size());
   for (size_t j = 0; j < group.members.size(); ++j) {
     size_t i = group.members[j];
     auto* to = out.empty() ? nullptr : static_cast<char*>(out[i]);
     auto* from = in.empty() ? nullptr : static_cast<const char*>(in[i]);
-    for_runs(places[i], tensors[i].numel(), [&](int64_t first, int64_t count, uint64_t offset) {
+    auto add = [&](int64_t first, int64_t count, uint64_t offset, int64_t row) {
       int64_t bytes = first * static_cast<int64_t>(tensors[i].element_size());
       runs.push_back({to == nullptr ? nullptr : to + bytes,
                       from == nullptr ? nullptr : from + bytes, count,
                       std.empty() ? 0.0 : std[std.size() == 1 ? 0 : i], offset, places[i].stream,
-                      static_cast<int32_t>(j)});
+                      static_cast<int32_t>(j), row});
+    };
+    for_rows(rows, tensors[i].numel(), [&](int64_t first, int64_t count, int64_t row) {
+      add(first, count, places[i].offset, row);
     });
+    if (rows > 0) continue;
+    for_runs(places[i], tensors[i].numel(),
+             [&](int64_t first, int64_t count, uint64_t offset) { add(first, count, offset, 0); });
   }
   return runs;
 }
@@ -213,7 +229,11 @@ void add_noise_kernel(at::TensorList tensors, at::ArrayRef<double> std,
   if (device.is_meta()) return;
   NoiseParams p = {};
   p.mode = multiplicative ? NoiseMode::kScale : NoiseMode::kAdd;
-  p.source = source_of(numbers, device);
+  const RowNumbers rows(numbers, tensors);
+  TORCH_CHECK_VALUE(rows.rows == 0 || !norms.has_value(),
+                    "norms are not made of noise that has a seed per row or on the device");
+  p.source = rows.source;
+  p.rows = rows.rows;
   p.std_size = p.std_inner = 1;
   std::vector<NoisePlace> places = places_of(numbers, tensors);
   InPlace in_place(count);
@@ -221,7 +241,7 @@ void add_noise_kernel(at::TensorList tensors, at::ArrayRef<double> std,
   std::vector<const void*> in(out.begin(), out.end());
   GroupResults results(norms.value_or(Tensor()), count);
   for (const DtypeGroup& group : grouped_by_dtype(tensors)) {
-    std::vector<NoiseTensor> runs = runs_of(group, tensors, places, out, in, std);
+    std::vector<NoiseTensor> runs = runs_of(group, tensors, places, out, in, std, rows.rows);
     Tensor stds;
     if (std_tensor.has_value()) {
       stds = numbers_of_group(*std_tensor, group, count, acc_type(group.dtype));
@@ -230,7 +250,10 @@ void add_noise_kernel(at::TensorList tensors, at::ArrayRef<double> std,
     results.fill(group, runs.empty(), [&](double* at) {
       p.norms = at;
       set_runs(p, group, runs);
-      run_noise(p, device);
+      if (p.rows == 0) return run_noise(p, device);
+      // A call has the rows of one tensor.
+      for (p.count = p.rows; p.tensors != runs.data() + runs.size(); p.tensors += p.rows)
+        run_noise(p, device);
     });
   }
   in_place.write_back();

@@ -64,6 +64,19 @@ NoiseNumbers::NoiseNumbers(c10::SymIntArrayRef noise, const TensorOptionals& noi
   for (const c10::SymInt& offset : offsets) check_known("offset", offset, kAnyOffset);
 }
 
+void check_capture(const TensorOptionals& noise_tensors, const at::Device& device) {
+  if (!is_captured(device)) return;
+  OptionalTensor seed = tensor_at(noise_tensors, 0), step = tensor_at(noise_tensors, 1);
+  TORCH_CHECK_VALUE(!seed.has_value() || !seed->is_cpu(),
+                    "seed is drawn on the host, but a CUDA graph is being captured, whose replays "
+                    "would all have this one; it must be an int, or a tensor on the device");
+  TORCH_CHECK_VALUE(
+      step.has_value() && on_cuda(step->device()),
+      "step is a number, but a CUDA graph is being captured, whose replays would all have the "
+      "noise of this step; it must be a tensor on ",
+      device, " (of an optimizer: capturable=True)");
+}
+
 std::vector<c10::SymInt> noise_of_members(const NoiseNumbers& noise,
                                           const std::vector<size_t>& members) {
   bool follow = noise.streams.size() == 1, one_offset = noise.offsets.size() == 1;
@@ -83,18 +96,18 @@ std::vector<c10::SymInt> noise_of_members(const NoiseNumbers& noise,
   return out;
 }
 
-NoiseSource source_of(const NoiseNumbers& noise, const at::Device& device) {
+namespace {
+
+NoiseSource source_with_seed(const NoiseNumbers& noise, int64_t seed) {
   NoiseSource source = {};
   source.distribution = static_cast<math::Distribution>(noise[kDistribution].expect_int());
-  int64_t seed = noise[kSeed].expect_int();
-  if (noise.seed_tensor.has_value()) {
-    check_scalar("seed", *noise.seed_tensor);
-    TORCH_CHECK_VALUE(noise.seed_tensor->is_cpu(), "seed is on ", noise.seed_tensor->device(),
-                      "; as a tensor it must be on the CPU");
-    seed = *noise.seed_tensor->const_data_ptr<int64_t>();
-  }
   source.seed_low = static_cast<uint32_t>(static_cast<uint64_t>(seed));
   source.seed_high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+  return source;
+}
+
+// The step of all elements, where it is not given per row.
+void set_step(NoiseSource& source, const NoiseNumbers& noise, const at::Device& device) {
   int64_t step = noise[kStep].expect_int();
   if (noise.step_tensor.has_value()) {
     const Tensor& tensor = *noise.step_tensor;
@@ -110,7 +123,73 @@ NoiseSource source_of(const NoiseNumbers& noise, const at::Device& device) {
     }
   }
   source.step = static_cast<uint32_t>(step);
+}
+
+bool several(const OptionalTensor& tensor) {
+  return tensor.has_value() && tensor->sym_numel() != 1;
+}
+
+// [rows], where a kernel on `device` reads it.
+Tensor row_numbers(const char* name, const Tensor& given, int64_t rows, const at::Device& device) {
+  TORCH_CHECK_TYPE(given.scalar_type() == at::kLong, name, " has dtype ", given.scalar_type(),
+                   "; as a tensor it must be int64");
+  TORCH_CHECK_VALUE(given.numel() == 1 || (given.dim() == 1 && given.numel() == rows), name,
+                    " has shape ", given.sizes(), "; as a tensor it must have one element, or [",
+                    rows, "], one per row of each tensor");
+  TORCH_CHECK_VALUE(given.is_cpu() || given.device() == device, name, " is on ", given.device(),
+                    " and the noise on ", device,
+                    "; as a tensor it must be on that device or the CPU");
+  return given.detach().reshape({-1}).expand({rows}).to(device).contiguous();
+}
+
+}  // namespace
+
+NoiseSource source_of(const NoiseNumbers& noise, const at::Device& device) {
+  int64_t seed = noise[kSeed].expect_int();
+  if (noise.seed_tensor.has_value()) {
+    check_scalar("seed", *noise.seed_tensor);
+    TORCH_CHECK_VALUE(noise.seed_tensor->is_cpu(), "seed is on ", noise.seed_tensor->device(),
+                      "; as a tensor it must be on the CPU");
+    seed = *noise.seed_tensor->const_data_ptr<int64_t>();
+  }
+  NoiseSource source = source_with_seed(noise, seed);
+  set_step(source, noise, device);
   return source;
+}
+
+bool has_row_numbers(const NoiseNumbers& noise, const at::Device& device) {
+  return several(noise.seed_tensor) || several(noise.step_tensor) ||
+         (noise.seed_tensor.has_value() && !noise.seed_tensor->is_cpu() && !device.is_meta());
+}
+
+RowNumbers::RowNumbers(const NoiseNumbers& noise, at::TensorList tensors) {
+  const at::Device device = tensors[0].device();
+  if (!has_row_numbers(noise, device)) {
+    source = source_of(noise, device);
+    return;
+  }
+  const bool differ = several(noise.seed_tensor) || several(noise.step_tensor);
+  const char* name = several(noise.seed_tensor) ? "seed" : "step";
+  rows = differ ? (several(noise.seed_tensor) ? noise.seed_tensor : noise.step_tensor)->numel() : 1;
+  for (const Tensor& x : tensors) {
+    TORCH_CHECK_VALUE(!differ || (x.dim() > 0 && x.size(0) == rows), name, " has ", rows,
+                      " elements for a tensor of shape ", x.sizes(), "; it must have one per row");
+  }
+  TORCH_CHECK_VALUE(noise.runs.empty(), name, " is per row or on ", device,
+                    ", which a sharded tensor does not take; it must be an int");
+  source = source_with_seed(noise, noise[kSeed].expect_int());
+  if (noise.seed_tensor.has_value()) {
+    seeds = row_numbers("seed", *noise.seed_tensor, rows, device);
+    source.row_seeds = seeds.const_data_ptr<int64_t>();
+  }
+  if (!several(noise.step_tensor)) {
+    set_step(source, noise, device);
+    return;
+  }
+  steps = row_numbers("step", *noise.step_tensor, rows, device);
+  source.row_steps = steps.const_data_ptr<int64_t>();
+  for (int64_t r = 0; on_cpu(device) && r < rows; ++r)
+    check_number("step", source.row_steps[r], kAnyWord);
 }
 
 std::vector<NoisePlace> places_of(const NoiseNumbers& noise, at::TensorList tensors) {

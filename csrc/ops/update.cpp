@@ -28,6 +28,7 @@ const std::vector<RuleField>& rule_fields() {
       {"temperature", &R::temperature},
       {"nesterov", &R::nesterov},
       {"maximize", &R::maximize},
+      {"stochastic_rounding", &R::stochastic_rounding},
   };
   return table;
 }

@@ -13,11 +13,15 @@ Keyword arguments of all functions:
 
 seed
     An int in [-2^63, 2^64). None draws one from torch's default generator, which
-    ``torch.manual_seed`` seeds; two calls then differ.
+    ``torch.manual_seed`` seeds; two calls then differ. ``randn_like``, ``add_noise_``,
+    ``input_noise`` and ``gradient_noise`` also take an int64 tensor: of one element on any device,
+    or of one per row, ``[len(x)]``. Each row then has the noise that it would have alone, with
+    elements counted from its first one, whatever batch it is in.
 step
     The training step, in [0, 2^32). An int, or an int64 scalar tensor on the noise's device, which
     a captured CUDA graph reads again at each replay. Advance it outside any function that
-    torch.compile traces: a backward pass inside may read the later number.
+    torch.compile traces: a backward pass inside may read the later number. Like seed, it may be
+    one per row. While a CUDA graph is being captured it must be a tensor, and seed not None.
 stream
     A number that tells tensors apart, in [0, 2^32): a parameter's index in its list.
 offset
@@ -37,6 +41,7 @@ once.
 """
 
 from kdkernels.noise.arguments import DISTRIBUTIONS
+from kdkernels.noise.bits import dropout, stochastic_round
 from kdkernels.noise.functions import (
     add_noise_,
     combine_noise_,
@@ -47,16 +52,18 @@ from kdkernels.noise.functions import (
     randn_like,
     soft_regularization,
 )
-from kdkernels.noise.modules import GradientNoiseLayer, InputNoise
+from kdkernels.noise.modules import Dropout, GradientNoiseLayer, InputNoise
 from kdkernels.noise.regression import noisy_linear_regression
 from kdkernels.noise.shards import shard_of
 
 __all__ = [
     "DISTRIBUTIONS",
+    "Dropout",
     "GradientNoiseLayer",
     "InputNoise",
     "add_noise_",
     "combine_noise_",
+    "dropout",
     "gradient_noise",
     "input_noise",
     "noise_dot",
@@ -65,4 +72,5 @@ __all__ = [
     "randn_like",
     "shard_of",
     "soft_regularization",
+    "stochastic_round",
 ]

@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 from kdkernels import _C
 from kdkernels.errors import (
     BOOL,
+    DTYPE,
     INT,
     INTS,
     LIST,
@@ -35,6 +36,7 @@ _KINDS = {
     "tensors": LIST,
     "std": NUMBER,
     "multiplicative": BOOL,
+    "dtype": DTYPE,
 }
 
 
@@ -74,6 +76,8 @@ def noise_of(seed, step, distribution, streams, offsets, runs=()) -> tuple[list,
         tensors, seed = [_drawn_seed()], 0
     elif isinstance(seed, int):
         seed = signed(seed)
+    elif isinstance(seed, Tensor) and (seed.dim() > 0 or not seed.is_cpu):
+        tensors, seed = [seed], 0
     if type(step) is not int and isinstance(step, Tensor):
         tensors, step = [tensors[0] if tensors else None, step], 0
     numbers = [seed, step, distribution_index(distribution), len(streams), len(offsets)]
@@ -89,6 +93,8 @@ def noise_of_list(tensors: list[Tensor], seed, step, stream, offset, distributio
             break
     else:
         return tensors, *noise_of(seed, step, distribution, streams, offsets)
+    if per_row(seed, step):
+        raise ValueError("seed or step is per row, which a DTensor does not take; pass an int")
     shards = [shard_of(tensor) for tensor in tensors]
     if len(offsets) == 1:
         offsets = list(offsets) * len(tensors)
@@ -98,6 +104,11 @@ def noise_of_list(tensors: list[Tensor], seed, step, stream, offset, distributio
     runs = runs if any(runs) else ()
     local = [shard[0] for shard in shards]
     return local, *noise_of(seed, step, distribution, streams, offsets, runs)
+
+
+def per_row(seed, step) -> bool:
+    """Whether the rows of a tensor have seeds or steps of their own."""
+    return any(isinstance(number, Tensor) and number.numel() != 1 for number in (seed, step))
 
 
 def signed(seed: int, name: str = "seed") -> int:

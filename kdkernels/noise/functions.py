@@ -13,6 +13,7 @@ from kdkernels.noise.arguments import (
     fixed_seed,
     noise_of,
     noise_of_list,
+    per_row,
     stds_of,
     tensors_of,
 )
@@ -22,7 +23,7 @@ from kdkernels.noise.shards import PLAIN, first_in_batch, like_shard, ranks_of_b
 def randn_like(
     x: Tensor,
     *,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     step: int | Tensor = 0,
     stream: int = 0,
     offset: int = 0,
@@ -40,7 +41,7 @@ def randn_like(
         >>> kdkernels.randn_like(torch.empty(2), seed=0, offset=2)  # a shard of it
         tensor([-0.6176, -0.4821])
     """
-    if first := first_in_batch(x):
+    if (first := first_in_batch(x)) and not per_row(seed, step):
         offset += first
     if isinstance(x, Tensor) and type(x) not in PLAIN and hasattr(x, "placements"):
         [local], *noise = noise_of_list([x], seed, step, stream, offset, distribution)
@@ -52,7 +53,7 @@ def add_noise_(
     tensors: Tensor | Sequence[Tensor],
     std: float | Sequence[float] | Tensor,
     *,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     step: int | Tensor = 0,
     stream: int | Sequence[int] = 0,
     offset: int | Sequence[int] = 0,
@@ -92,7 +93,7 @@ def input_noise(
     x: Tensor,
     std: float | Tensor,
     *,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     step: int | Tensor = 0,
     stream: int = 0,
     offset: int = 0,
@@ -125,7 +126,7 @@ def gradient_noise(
     x: Tensor,
     std: float | Tensor,
     *,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     step: int | Tensor = 0,
     stream: int = 0,
     offset: int = 0,
@@ -154,7 +155,7 @@ def _on_one(op, x, std, multiplicative, seed, step, stream, offset, distribution
     std_tensor = None
     if isinstance(std, Tensor):
         std_tensor, std = std, 0.0
-    if first := first_in_batch(x):
+    if (first := first_in_batch(x)) and not per_row(seed, step):
         offset += first
     noise = noise_of(seed, step, distribution, (stream,), (offset,))
     return call_op(op, x, std_tensor, std, multiplicative, *noise)
@@ -239,13 +240,13 @@ def combine_noise_(
     """
     tensors = tensors_of("tensors", tensors)
     if not isinstance(coefficients, Tensor):
-        coefficients = torch.tensor(_numbers("coefficients", coefficients), dtype=torch.float64)
+        numbers = _numbers("coefficients", coefficients)
+        coefficients = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     if not coefficients.is_floating_point():
         raise TypeError(f"coefficients has dtype {coefficients.dtype}; it must be a floating one")
     if not isinstance(seeds, Tensor):
-        seeds = torch.tensor(
-            [fixed_seed(seed, "seeds") for seed in _sequence("seeds", seeds)], dtype=torch.int64
-        )
+        numbers = [fixed_seed(seed, "seeds") for seed in _sequence("seeds", seeds)]
+        seeds = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     local, *noise = noise_of_list(tensors, 0, step, stream, offset, distribution)
     call_op("combine_noise_", local, coefficients.to(torch.float64), seeds, *noise)
 

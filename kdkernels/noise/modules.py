@@ -6,35 +6,92 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from kdkernels.errors import BOOL, INT, NUMBER, check, fits
+from kdkernels.errors import BOOL, INT, NUMBER, check, check_number, fits
 from kdkernels.noise.arguments import OPS, distribution_index, fixed_seed
+from kdkernels.noise.bits import dropout
 from kdkernels.noise.functions import gradient_noise, input_noise
 
 
-class _NoiseLayer(nn.Module):
-    """What the modules share: the noise and a count of steps."""
+class _SteppedLayer(nn.Module):
+    """What the modules share: a seed and a count of steps."""
 
-    _op: Callable[..., Tensor]
-    std: float | Tensor
     step: Tensor
 
-    def __init__(self, seed, stream, distribution, multiplicative):
+    def __init__(self, seed, stream):
         super().__init__()
         check("stream", stream, INT)
         if not 0 <= stream < 2**32:
             raise ValueError(f"stream is {stream}; it must be from 0 to 2^32 - 1")
-        check("multiplicative", multiplicative, BOOL)
-        distribution_index(distribution)
         self.seed = fixed_seed(seed)
         self.stream = stream
-        self.distribution = distribution
-        self.multiplicative = multiplicative
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def reset_parameters(self) -> None:
-        """Set step and std to what they were at first, as after ``to_empty``."""
+        """Set step to what it was at first, as after ``to_empty``."""
         with torch.no_grad():
             self.step.zero_()
+
+    def _next(self) -> dict:
+        """Where this step's noise is; the next call gives the next step's."""
+        return {"seed": self.seed, "step": OPS._next_step_(self.step), "stream": self.stream}
+
+    def get_extra_state(self):
+        return torch.tensor(self.seed, device="cpu")
+
+    def set_extra_state(self, state):
+        self.seed = int(state)
+
+
+class Dropout(_SteppedLayer):
+    """``dropout`` as a module: in training mode, with the next step's bits in every forward.
+
+    No mask is kept between forward and backward. state_dict holds the seed and the step, so that a
+    resumed run drops the same. Activation checkpointing runs forward again after the step has
+    advanced: call ``dropout`` with an explicit step there.
+
+    Args:
+        p: the probability that an element is zeroed, from 0 to 1.
+        seed: an int in [-2^63, 2^64). None draws one from torch's default generator, once, here.
+        stream: see ``kdkernels.noise``.
+
+    Example:
+        >>> kdkernels.Dropout(0.1, seed=0)
+        Dropout(p=0.1, seed=0)
+    """
+
+    def __init__(self, p: float = 0.5, *, seed: int | None = None, stream: int = 0):
+        super().__init__(seed, stream)
+        check_number("p", p)
+        if p > 1:
+            raise ValueError(f"p is {p}; it must be from 0 to 1")
+        self.p = float(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``dropout`` of x in training mode; x itself in evaluation mode."""
+        return dropout(x, self.p, **self._next()) if self.training else x
+
+    def extra_repr(self) -> str:
+        """What tells this module from others."""
+        return f"p={self.p}, seed={self.seed}"
+
+
+class _NoiseLayer(_SteppedLayer):
+    """What the modules that add noise share."""
+
+    _op: Callable[..., Tensor]
+    std: float | Tensor
+
+    def __init__(self, seed, stream, distribution, multiplicative):
+        super().__init__(seed, stream)
+        check("multiplicative", multiplicative, BOOL)
+        distribution_index(distribution)
+        self.distribution = distribution
+        self.multiplicative = multiplicative
+
+    def reset_parameters(self) -> None:
+        """Set step and std to what they were at first, as after ``to_empty``."""
+        super().reset_parameters()
+        with torch.no_grad():
             if isinstance(self.std, Tensor):
                 if isinstance(self._first_std, Tensor) and self._first_std.is_meta:
                     raise ValueError("std was given as a meta tensor, which holds no numbers")
@@ -47,18 +104,10 @@ class _NoiseLayer(nn.Module):
         return self._op(
             x,
             self.std,
-            seed=self.seed,
-            step=OPS._next_step_(self.step),
-            stream=self.stream,
             distribution=self.distribution,
             multiplicative=self.multiplicative,
+            **self._next(),
         )
-
-    def get_extra_state(self):
-        return torch.tensor(self.seed, device="cpu")
-
-    def set_extra_state(self, state):
-        self.seed = int(state)
 
     def extra_repr(self):
         std = list(self.std.shape) if isinstance(self.std, Tensor) else self.std

@@ -44,7 +44,8 @@ def shard_of(tensor: Any) -> tuple[Tensor, int, int, int]:
 @functools.lru_cache(maxsize=4096)
 def place_of(shape: tuple[int, ...], cuts: tuple) -> tuple[tuple[int, ...], int, int, int]:
     """(local shape, offset, run, stride) after cuts, each (placement, ranks, this one's index)."""
-    rows = [torch.arange(n) for n in shape]
+    # On the CPU, whatever torch's default device is.
+    rows = [torch.arange(n, device="cpu") for n in shape]
     for placement, ranks, index in cuts:
         if placement.is_replicate():
             continue
@@ -99,7 +100,7 @@ def _regular(x: Tensor) -> list[tuple[int, int]]:
     if len(x) % run == 0:
         starts = x[::run]
         outer = torch.diff(starts)
-        made = starts[:, None] + torch.arange(run)
+        made = starts[:, None] + torch.arange(run, device="cpu")
         if torch.equal(made.reshape(-1), x) and (
             len(outer) == 0 or bool((outer == outer[0]).all())
         ):

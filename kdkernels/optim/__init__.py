@@ -20,6 +20,11 @@ capturable
     Keep step counts on the device, so that a CUDA graph can capture ``step`` and a GradScaler can
     skip a step without synchronisation. A schedule is then called with an int64 tensor; lr and std
     must be tensors if they change between replays.
+stochastic_rounding
+    Round 16-bit parameters and their moments up or down by chance, as ``stochastic_round`` does, in
+    the same pass; parameters of 32 and 64 bits are not touched. Updates too small for the dtype
+    then add up. The bits are a function of seed, noise step, parameter and element: ranks agree on
+    them, at any sharding. May differ between parameter groups.
 diagnostics
     Keep the norms of gradient and noise of each step, see ``norms``.
 
@@ -27,7 +32,12 @@ Bad values raise ValueError and bad types TypeError, which name the argument. Un
 step runs eagerly, outside the graph.
 """
 
-from kdkernels.optim.gradient_free import evolution_step, mezo_step
+from kdkernels.optim.gradient_free import (
+    evolution_members,
+    evolution_step,
+    evolution_update,
+    mezo_step,
+)
 from kdkernels.optim.gradient_noise import GradientNoise, NoiseDominatesWarning
 from kdkernels.optim.optimizers import SGLD, NoisyAdamW, NoisySGD, pSGLD
 from kdkernels.optim.parts import NoiseNorms
@@ -42,7 +52,9 @@ __all__ = [
     "SGLD",
     "Std",
     "cosine",
+    "evolution_members",
     "evolution_step",
+    "evolution_update",
     "exponential",
     "mezo_step",
     "neelakantan",

@@ -80,36 +80,125 @@ def evolution_step(
         tensor(True)
     """
     params = list(params)
-    check_count("population", population)
-    check_number("lr", lr)
     _check_above_0("std", std)
-    check("antithetic", antithetic, BOOL)
-    if antithetic and population % 2 != 0:
-        raise ValueError(f"population is {population}; antithetic members come in pairs")
-    if shaping not in ("standardize", "ranks"):
-        raise ValueError(f'shaping is {shaping!r}; it must be "standardize" or "ranks"')
-    signs = (1, -1) if antithetic else (1,)
-    seeds = _member_seeds(seed, step, population // len(signs))
-    noise = {"step": step, "distribution": distribution}
+    check_number("lr", lr)
+    _check_shaping(shaping)
+    members = evolution_members(population, seed=seed, step=step, antithetic=antithetic)
     scores = []
-    for member in seeds:
-        for sign in signs:
-            with perturbed_parameters(params, sign * std, seed=member, **noise):
-                scores.append(_scalar("score_fn", score_fn(), params))
+    for member, sign in members:
+        with perturbed_parameters(
+            params, sign * std, seed=member, step=step, distribution=distribution
+        ):
+            scores.append(_scalar("score_fn", score_fn(), params))
     scores = torch.stack(scores)
     if not torch.isfinite(scores).all():
         raise ValueError(f"score_fn gave {scores[~torch.isfinite(scores)][0].item()}")
+    options = {"shaping": shaping, "distribution": distribution}
+    evolution_update(
+        params, scores, std=std, lr=lr, seed=seed, step=step, antithetic=antithetic, **options
+    )
+    return scores
+
+
+def evolution_members(
+    population: int, *, seed: int, step: int, antithetic: bool = True
+) -> list[tuple[int, int]]:
+    """The (seed, sign) of each member of ``evolution_step``'s population, for workers elsewhere.
+
+    Member k stands at theta + sign * std * eps(seed, step): ``perturbed_parameters(params,
+    sign * std, seed=seed, step=step)``. A worker that has theta needs no more than these two
+    numbers to evaluate it, and ``evolution_update`` no more than the scores.
+
+    Args:
+        population, seed, step, antithetic: as in ``evolution_step``.
+
+    Example:
+        >>> kdkernels.evolution_members(2, seed=0, step=0)
+        [(-2204013331526194987, 1), (-2204013331526194987, -1)]
+    """
+    check_count("population", population)
+    check("antithetic", antithetic, BOOL)
+    if antithetic and population % 2 != 0:
+        raise ValueError(f"population is {population}; antithetic members come in pairs")
+    signs = (1, -1) if antithetic else (1,)
+    seeds = _member_seeds(seed, step, population // len(signs))
+    return [(member, sign) for member in seeds for sign in signs]
+
+
+@torch.no_grad()
+def evolution_update(
+    params: Iterable[Tensor],
+    scores: Sequence[float] | Tensor,
+    *,
+    std: float,
+    lr: float,
+    seed: int,
+    step: int,
+    antithetic: bool = True,
+    shaping: str = "standardize",
+    distribution: str = "normal",
+) -> None:
+    """The update of ``evolution_step`` from scores that were found elsewhere, in one pass.
+
+    Every process that has theta and the scores comes to the same parameters, bit for bit; nothing
+    else has to be sent.
+
+    Args:
+        params: theta, unperturbed.
+        scores: of the members in the order of ``evolution_members``: ``[population]`` finite
+            numbers, or a tensor.
+        std, lr, seed, step, antithetic, shaping, distribution: as in ``evolution_step``.
+
+    Example:
+        >>> theta, options = [torch.zeros(3)], {"seed": 0, "step": 0}
+        >>> def score(member, sign):  # in a worker
+        ...     with kdkernels.perturbed_parameters(theta, 0.1 * sign, seed=member, step=0):
+        ...         return -(theta[0] - 1).square().sum().item()
+        >>> scores = [score(*member) for member in kdkernels.evolution_members(8, **options)]
+        >>> kdkernels.evolution_update(theta, scores, std=0.1, lr=0.1, **options)
+    """
+    params = list(params)
+    _check_above_0("std", std)
+    check_number("lr", lr)
+    _check_shaping(shaping)
+    if not isinstance(scores, Tensor):
+        if not hasattr(scores, "__iter__") or isinstance(scores, str):
+            raise TypeError(f"scores is a {type(scores).__name__}; it must be numbers or a tensor")
+        for score in (scores := list(scores)):
+            check("scores", score, NUMBER)
+        numbers = [float(score) for score in scores]
+        scores = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    if scores.dim() != 1:
+        raise ValueError(f"scores has shape {list(scores.shape)}; it must be [population]")
+    if not torch.isfinite(scores).all():
+        raise ValueError(f"scores holds {scores[~torch.isfinite(scores)][0].item()}")
+    members = evolution_members(len(scores), seed=seed, step=step, antithetic=antithetic)
+    shaped = _shaped(scores.to(torch.float64), shaping)
+    signs = 2 if antithetic else 1
+    weights = (shaped * shaped.new_tensor([sign for _, sign in members])).reshape(-1, signs).sum(1)
+    combine_noise_(
+        params,
+        weights * (lr / (len(scores) * std)),
+        [member for member, _ in members[::signs]],
+        step=step,
+        distribution=distribution,
+    )
+
+
+def _check_shaping(shaping: str):
+    if shaping not in ("standardize", "ranks"):
+        raise ValueError(f'shaping is {shaping!r}; it must be "standardize" or "ranks"')
+
+
+def _shaped(scores: Tensor, shaping: str) -> Tensor:
+    """Scores of mean 0, in units of their spread or by their ranks."""
     _, place, equals = scores.unique(return_inverse=True, return_counts=True)
     if len(equals) == 1:  # whose mean may be off by a rounding
-        shaped = torch.zeros_like(scores)
-    elif shaping == "ranks":  # equal scores share the mean of their ranks
+        return torch.zeros_like(scores)
+    if shaping == "ranks":  # equal scores share the mean of their ranks
         ranks = equals.cumsum(0) - (equals + 1) / 2
-        shaped = ranks.to(scores)[place] / (population - 1) - 0.5
-    else:
-        shaped = (scores - scores.mean()) / scores.std(correction=0)
-    weights = (shaped.reshape(-1, len(signs)) * shaped.new_tensor(signs)).sum(1)
-    combine_noise_(params, weights * (lr / (population * std)), seeds, **noise)
-    return scores
+        return ranks.to(scores)[place] / (len(scores) - 1) - 0.5
+    return (scores - scores.mean()) / scores.std(correction=0)
 
 
 @torch.no_grad()

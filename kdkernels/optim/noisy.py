@@ -33,6 +33,7 @@ class NoiseOptions(TypedDict, total=False):
     seed: int | None
     distribution: str
     diagnostics: bool
+    stochastic_rounding: bool
 
 
 class NoisyOptimizer(torch.optim.Optimizer):
@@ -51,6 +52,7 @@ class NoisyOptimizer(torch.optim.Optimizer):
         seed=None,
         distribution="normal",
         diagnostics=False,
+        stochastic_rounding=False,
     ):
         check("capturable", capturable, BOOL)
         check("diagnostics", diagnostics, BOOL)
@@ -60,6 +62,7 @@ class NoisyOptimizer(torch.optim.Optimizer):
         # Seed and step are kept in the groups, which every kind of checkpoint saves.
         seed = fixed_seed(seed)
         defaults |= {"maximize": maximize, "capturable": capturable}
+        defaults["stochastic_rounding"] = stochastic_rounding
         if not isinstance(params, Tensor):  # which torch.optim refuses by name
             if not hasattr(params, "__iter__"):
                 kind = type(params).__name__
@@ -111,7 +114,7 @@ class NoisyOptimizer(torch.optim.Optimizer):
                 check_number(name, group[name])
         if "dampening" in group:
             check_number("dampening", group["dampening"], low=-math.inf)
-        for name in ("nesterov", "maximize", "capturable"):
+        for name in ("nesterov", "maximize", "capturable", "stochastic_rounding"):
             if name in group:
                 check(name, group[name], BOOL)
         if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):

@@ -15,7 +15,7 @@ class NoisySGD(NoisyOptimizer):
         params: as in torch.optim.SGD, parameters or groups; each group may have other values of
             the numbers below.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        std, seed, distribution, capturable, diagnostics: see the module.
+        std, seed, distribution, capturable, diagnostics, stochastic_rounding: see the module.
 
     Example:
         >>> optimizer = kdkernels.NoisySGD(
@@ -55,7 +55,7 @@ class NoisyAdamW(NoisyOptimizer):
         params: as in torch.optim.AdamW, parameters or groups; each group may have other values of
             the numbers below.
         lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; betas are numbers.
-        std, seed, distribution, capturable, diagnostics: see the module.
+        std, seed, distribution, capturable, diagnostics, stochastic_rounding: see the module.
 
     Example:
         >>> optimizer = kdkernels.NoisyAdamW(model.parameters(), lr=1e-3, std=0.01, seed=0)
@@ -104,7 +104,7 @@ class SGLD(NoisyOptimizer):
         temperature: 1 samples the posterior, 0 is gradient descent.
         weight_decay: at least 0.
         maximize: the loss is a log-likelihood.
-        seed, distribution, capturable, diagnostics: see the module.
+        seed, distribution, capturable, diagnostics, stochastic_rounding: see the module.
     """
 
     _update = UPDATES.index("sgld")
@@ -143,7 +143,7 @@ class pSGLD(NoisyOptimizer):  # noqa: N801
         params, lr, num_data, temperature, weight_decay, maximize: as in ``SGLD``.
         beta2: V's decay, alpha in the paper.
         eps: the paper's lambda.
-        seed, distribution, capturable, diagnostics: see the module.
+        seed, distribution, capturable, diagnostics, stochastic_rounding: see the module.
     """
 
     _update, _moments = UPDATES.index("psgld"), ("square_avg",)

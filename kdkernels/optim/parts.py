@@ -121,7 +121,7 @@ def norms_of(parts: Sequence[Part], squares: Sequence[Tensor], groups: int) -> l
             sums = rows.new_zeros(groups, 2).index_add_(0, part.group_index[mine], rows[mine])
             sums = sums if sharers else sums.cpu()
             shared[sharers] = shared[sharers] + sums if sharers in shared else sums
-    total = torch.zeros(groups, 2, dtype=torch.float64)
+    total = torch.zeros(groups, 2, dtype=torch.float64, device="cpu")
     for sharers, sums in shared.items():
         for process_group in sharers:
             torch.distributed.all_reduce(sums, group=process_group)

@@ -33,6 +33,7 @@ from kdkernels.reference.noise import (
     DISTRIBUTIONS,
     add_noise_,
     combine_noise_,
+    dropout,
     gradient_noise,
     input_noise,
     noise_dot,
@@ -40,7 +41,9 @@ from kdkernels.reference.noise import (
     perturbed_parameters,
     philox4x32_10,
     randn_like,
+    rounded_by_chance,
     soft_regularization,
+    stochastic_round,
 )
 from kdkernels.reference.optimizers import noisy_update_
 from kdkernels.reference.rows import RowStatistics
@@ -62,6 +65,7 @@ __all__ = [
     "combine_noise_",
     "distillation_loss",
     "divergence_parameters",
+    "dropout",
     "gradient_noise",
     "input_noise",
     "linear_distillation_loss",
@@ -73,7 +77,9 @@ __all__ = [
     "philox4x32_10",
     "randn_like",
     "refuse_others",
+    "rounded_by_chance",
     "soft_regularization",
+    "stochastic_round",
     "teacher_form",
     "teacher_heads",
     "topk_distillation_loss",

@@ -75,18 +75,84 @@ def _numbers(
 def randn_like(
     x: Tensor,
     *,
-    seed: int,
+    seed: int | Tensor,
     step: int | Tensor = 0,
     stream: int = 0,
     offset: int = 0,
     distribution: str = "normal",
 ) -> Tensor:
     """``kdkernels.randn_like``."""
-    index = torch.arange(x.numel(), dtype=torch.int64, device=x.device) + offset
-    seed = seed - 2**64 if seed >= 2**63 else seed
-    key = torch.tensor(seed, dtype=torch.int64, device=x.device)
+    index = torch.arange(x.numel(), dtype=torch.int64, device=x.device)
+    seed = seed - 2**64 if not isinstance(seed, Tensor) and seed >= 2**63 else seed
+    key = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
     step = torch.as_tensor(step, dtype=torch.int64, device=x.device)
+    if key.numel() > 1 or step.numel() > 1:  # each row counts from its first element
+        row_size = max(x[0].numel(), 1)
+        row, index = index // row_size, index % row_size
+        key, step = (n[row] if n.numel() > 1 else n.reshape(()) for n in (key, step))
+    index = index + offset
     return _numbers(index, key, step, stream, distribution).reshape(x.shape).to(x.dtype)
+
+
+# The upper bits of a counter's high word say what its words are for.
+_FOR_ROUNDING, _FOR_DROPOUT = 2**31, 2**30
+
+
+def _bits(numel: int, purpose: int, *, seed, step=0, stream=0, offset=0) -> Tensor:
+    """16 bits for each of so many elements, int64: eight elements a counter, low halves first."""
+    index = torch.arange(numel, dtype=torch.int64) + offset
+    counter = index // 8
+    counter = [counter & _MASK, (counter >> 32) | purpose, torch.tensor(stream)]
+    seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
+    key = [seed & _MASK, (seed >> 32) & _MASK]
+    words = philox4x32_10([*counter, torch.as_tensor(step, device="cpu")], key)
+    word = torch.stack([w + torch.zeros_like(index) for w in words])
+    word = word.gather(0, (index % 8 // 2)[None])[0]
+    return torch.where(index % 2 == 0, word & 0xFFFF, word >> 16)
+
+
+# Of the formats that are rounded to: the bits of the mantissa, and the exponent of the least normal
+# number.
+_FORMATS = {
+    torch.bfloat16: (7, -126),
+    torch.float16: (10, -14),
+    torch.float8_e4m3fn: (3, -6),
+    torch.float8_e5m2: (2, -14),
+}
+
+
+def rounded_by_chance(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype: away from 0 where ``bits``, in [0, 2^16), are at least 2^16 less 2^16 times the
+    share that is cut off, rounded.
+    """
+    mantissa, least = _FORMATS[dtype]
+    magnitude = x.detach().double().abs()
+    finite = torch.isfinite(magnitude)
+    magnitude = torch.where(finite, magnitude, 0.0)
+    exponent = torch.frexp(magnitude).exponent - 1  # magnitude is in [2^exponent, 2 * 2^exponent)
+    ulp = torch.ldexp(torch.ones_like(magnitude), exponent.clamp(min=least) - mantissa)
+    below = (magnitude / ulp).floor()
+    share = ((magnitude / ulp - below) * 2**16 + 0.5).floor()
+    rounded = (below + (bits.reshape(x.shape).to(x.device) >= 2**16 - share)) * ulp
+    rounded = rounded.clamp(max=torch.finfo(dtype).max).copysign(x.detach().double())
+    special = x.detach().double()
+    if dtype == torch.float8_e4m3fn:  # has no infinity
+        special = torch.full_like(special, math.nan)
+    return torch.where(finite, rounded, special).to(dtype)
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype = torch.bfloat16, **noise) -> Tensor:
+    """``kdkernels.stochastic_round``."""
+    return rounded_by_chance(x, _bits(x.numel(), _FOR_ROUNDING, **noise), dtype)
+
+
+def dropout(x: Tensor, p: float = 0.5, **noise) -> Tensor:
+    """``kdkernels.dropout``."""
+    dropped = round(p * 2**16)
+    kept = (_bits(x.numel(), _FOR_DROPOUT, **noise) >= dropped).reshape(x.shape).to(x.device)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale = 0.0 if dropped == 2**16 else 2**16 / (2**16 - dropped)
+    return torch.where(kept, x.to(acc) * scale, torch.zeros((), dtype=acc)).to(x.dtype)
 
 
 def _listed(tensors, stream, offset) -> list:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kdkernels.reference.noise import rounded_by_chance
+
 
 def noisy_update_(
     update: str,
@@ -15,6 +17,7 @@ def noisy_update_(
     steps: Sequence[int],
     rules: Sequence[dict[str, float]],
     eps: Sequence[Tensor],
+    bits: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """One optimizer step in place, one rule (keyword arguments of the functions below) a parameter.
 
@@ -25,6 +28,8 @@ def noisy_update_(
         steps: how many updates each parameter has had, this one included.
         rules: see ``_sgd``, ``_adamw`` and ``_langevin``.
         eps: the noise of each parameter, of variance 1.
+        bits: 16 bits for each element of each parameter; 16-bit parameters and moments are then
+            rounded by chance, moments by multiples of them.
 
     Returns:
         For each parameter what gradient and noise added: to the gradient, or for Langevin updates
@@ -32,13 +37,15 @@ def noisy_update_(
     """
     one_step = {"sgd": _sgd, "adamw": _adamw, "sgld": _langevin, "psgld": _langevin}[update]
     shares = []
-    for param, grad, m, v, step, rule, e in zip(
-        params, grads, first, second, steps, rules, eps, strict=True
+    for k, (param, grad, m, v, step, rule, e) in enumerate(
+        zip(params, grads, first, second, steps, rules, eps, strict=True)
     ):
         acc = torch.float64 if param.dtype == torch.float64 else torch.float32
         p, g, m_, v_, e = (None if x is None else x.to(acc) for x in (param, grad, m, v, e))
         *new, added, noise = one_step(p, g, m_, v_, e, step, **rule)
-        for old, value in zip((param, m, v), new, strict=True):
+        for old, value, factor in zip((param, m, v), new, (1, 34009, 55081), strict=True):
+            if old is not None and bits is not None and old.itemsize == 2:
+                value = rounded_by_chance(value, bits[k] * factor % 2**16, old.dtype)
             if old is not None:
                 old.copy_(value)
         shares.append((added, noise))

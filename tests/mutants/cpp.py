@@ -5,6 +5,7 @@ from mutants.fault import Fault
 DISTILLATION = "tests/test_distillation.py"
 DIVERGENCES = "tests/test_divergences.py"
 NOISE = "tests/test_noise.py"
+BITS = "tests/test_bits.py"
 OPTIM = "tests/test_optim.py"
 LINEAR = "tests/test_linear.py"
 
@@ -151,16 +152,16 @@ CPU = [
     ),
     Fault(
         "block-across-a-counters-high-word",
-        "csrc/cpu/noise.h",
+        "csrc/cpu/numbers.h",
         "    most = most < shared ? most : shared;\n",
         "",
         NOISE + " -k 'numpys or address or shard'",
     ),
     Fault(
         "counters-in-32-bits",
-        "csrc/cpu/noise.h",
-        "static_cast<uint32_t>(first >> 32), stream.key.stream",
-        "0, stream.key.stream",
+        "csrc/cpu/numbers.h",
+        "static_cast<uint32_t>(first >> 32) | purpose",
+        "purpose",
         NOISE + " -k 'sha256 or address'",
     ),
     Fault(
@@ -320,6 +321,41 @@ OPS = [
         "return tensor.has_value() ? tensor->clone() : Tensor();",
         "return tensor.has_value() ? *tensor : Tensor();",
         NOISE + " -k step_tensor",
+    ),
+    Fault(
+        "rounding-towards-0-is-likelier",
+        "csrc/math/rounding.h",
+        "added = (2 * r + 1) << (kCut - 17);",
+        "added = (2 * r) << (kCut - 17);",
+        BITS + " -k reference",
+    ),
+    Fault(
+        "rounded-to-infinity",
+        "csrc/math/rounding.h",
+        "  out = out < kFormat.largest ? out : kFormat.largest;\n",
+        "",
+        BITS + " -k stay_finite",
+    ),
+    Fault(
+        "moments-share-the-parameters-bits",
+        "csrc/math/rounding.h",
+        "return bits * 34009u & 0xFFFFu;",
+        "return bits;",
+        BITS + " -k moments",
+    ),
+    Fault(
+        "dropout-has-the-bits-of-rounding",
+        "csrc/cpu/bits.h",
+        "for_bits(p.bits, math::kWordsForDropout",
+        "for_bits(p.bits, math::kWordsForRounding",
+        BITS + " -k dropout_is",
+    ),
+    Fault(
+        "stds-of-a-row-begin-anew",
+        "csrc/cpu/noise.h",
+        "const int64_t before = tensor.row * tensor.numel;",
+        "const int64_t before = 0;",
+        BITS + " -k stds_of_rows",
     ),
     Fault(
         "autograd-does-not-see-the-write",

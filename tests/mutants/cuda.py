@@ -307,6 +307,13 @@ FAULTS = [
         LAUNCHERS + "noise_dot-",
     ),
     Fault(
+        "second-half-of-a-groups-bits",
+        "csrc/cuda/bits.cuh",
+        "r = {{r.word[2], r.word[3], next.word[0], next.word[1]}};",
+        "r = {{r.word[2], r.word[3], next.word[2], next.word[3]}};",
+        LAUNCHERS + "update-",
+    ),
+    Fault(
         "std-pattern-without-carry",
         "csrc/cuda/noise.cu",
         "place += place_step + carry;",
