@@ -742,6 +742,8 @@ def divergence_compare(case, got, want):
         if near:
             capped = case.soft_cap or case.teacher_soft_cap  # a cap rounds logits once more
             atol = (3e-4 if capped else 1e-4) * want[name].abs().max().item()
+            if case.divergence in ("forward_kl", "reverse_kl"):
+                atol += 1e-7 * scale  # an error of the sums' ratio moves all of a row's gradient
         if name == "teacher_gradient" and case.kind == "probs":  # over p
             rtol += 1e-12 if exact else 2e-5
         torch.testing.assert_close(
