@@ -33,10 +33,12 @@ cudaError_t launch_sweeps(int cluster, int blocks, const LossParams& p, const Ta
   cudaError_t error = device_of(
       reinterpret_cast<const void*>(row_kernel<float, Policy, true, Extra::kNothing>), device);
   if (error != cudaSuccess) return error;
-  DistillationPlan plan =
-      plan_distillation(p.classes, sizeof(float), false, device, math::kThirdSweep<Policy>);
+  DistillationPlan plan = plan_distillation(p.classes, sizeof(float), Extra::kNothing, device,
+                                            math::kThirdSweep<Policy>);
   int resident = 0;
-  if (cluster > 1) plan = held_plan(p.classes, sizeof(float), false, cluster, device, resident);
+  if (cluster > 1)
+    plan = held_plan(p.classes, sizeof(float), Extra::kNothing, math::kThirdSweep<Policy>, cluster,
+                     device, resident);
   if (cluster == 0) plan = {Walk::kStream, kStreamThreads, kStreamThreads, 1, 1, 0, 0};
   switch (plan.walk) {
     case Walk::kTile:

@@ -198,6 +198,10 @@ PYBIND11_MODULE(launchers, m) {
     Fields<Struct>(m, "RegressionPlan") FIELD(warp) FIELD(blocks);
     // clang-format on
   }
+  py::enum_<cuda::Extra>(m, "Extra", py::module_local())
+      .value("nothing", cuda::Extra::kNothing)
+      .value("statistics", cuda::Extra::kStatistics)
+      .value("transforms", cuda::Extra::kTransforms);
   py::enum_<cuda::Walk>(m, "Walk", py::module_local())
       .value("tile", cuda::Walk::kTile)
       .value("warp", cuda::Walk::kWarp)

@@ -44,6 +44,7 @@ NO_VECTOR_LOADS = {
 }
 NO_VECTOR_STORES = {
     **NO_VECTOR_LOADS,
+    "round_kernel": "writes eight elements at once, of fp8 8 bytes",
     "dot_kernel": "writes a sum a block",
 }
 
@@ -371,10 +372,11 @@ WALKS = ["tile_kernel<", "warp_kernel<", "row_kernel<.*true, ", "row_kernel<.*fa
 PLAN = """
 #include "cuda/plan.h"
 using namespace kdkernels::cuda;
-extern "C" void distillation(long classes, int size, int arch, int shared_per_block,
-                             int shared_per_sm, int* out) {
+extern "C" void distillation(long classes, int size, int extra, bool third_sweep, int arch,
+                             int shared_per_block, int shared_per_sm, int* out) {
   Device device = {arch, 100, shared_per_block, shared_per_sm};
-  DistillationPlan p = plan_distillation(classes, size, device, false);
+  DistillationPlan p =
+      plan_distillation(classes, size, static_cast<Extra>(extra), device, third_sweep);
   out[0] = static_cast<int>(p.walk);
   out[1] = p.threads;
   out[2] = p.shared;
@@ -455,18 +457,20 @@ def test_blocks_per_sm_is_what_nvidia_computes(tmp_path):
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory):
-    """{(arch, element size, walk): {(threads, dynamic shared bytes)}} over CLASSES; "busy"."""
+    """{(arch, element size, Extra, three sweeps, walk): {(threads, dynamic shared bytes)}} over
+    CLASSES; "busy"."""
     plan = library(PLAN, tmp_path_factory.mktemp("plan"), ROOT / "csrc").distillation
     found = {}
     for arch in ARCHITECTURES:
         sm = MULTIPROCESSORS[arch]
         shared = (ctypes.c_int(sm.shared - sm.reserved), ctypes.c_int(sm.shared))
         for classes in CLASSES:
-            for size in (2, 4, 8):
+            for size, extra, three in itertools.product((2, 4, 8), range(3), (False, True)):
+                if size == 8 and (extra or three):
+                    continue  # of fp64 there are no such kernels
                 out = (ctypes.c_int * 4)()
-                number = int(arch)
-                plan(ctypes.c_long(classes), size, number, *shared, out)
-                found.setdefault((arch, size, out[0]), set()).add((out[1], out[2]))
+                plan(ctypes.c_long(classes), size, extra, three, int(arch), *shared, out)
+                found.setdefault((arch, size, extra, three, out[0]), set()).add((out[1], out[2]))
                 found["busy"] = out[3]
     return found
 
@@ -514,9 +518,10 @@ def test_a_plan_has_room_for_its_kernel(kernels, plans):
         walk = next((i for i, pattern in enumerate(WALKS) if re.search(pattern, name)), None)
         if walk is None:
             continue
-        size = SIZES[re.search(r"<(\w+)", name)[1]]
-        used.add((kernel.arch, size, walk))
-        for threads, shared in plans.get((kernel.arch, size, walk), ()):
+        size, three = SIZES[re.search(r"<(\w+)", name)[1]], "AnySweeps" in name
+        kind = (kernel.arch, size, int(re.search(r"\(Extra\)(\d)", name)[1]), three, walk)
+        used.add(kind)
+        for threads, shared in plans.get(kind, ()):
             shared += kernel.shared
             limit = MULTIPROCESSORS[kernel.arch].shared - MULTIPROCESSORS[kernel.arch].reserved
             blocks = blocks_per_sm(kernel.arch, threads, kernel.registers, shared)

@@ -107,7 +107,7 @@ def planned_shared(library, op, classes):
         library.Device(), arch=90, sms=sms, shared_per_block=block, shared_per_sm=multiprocessor
     )
     if op == "distillation":
-        return library.plan_distillation(classes, 4, False, device, False).shared
+        return library.plan_distillation(classes, 4, library.Extra.nothing, device, False).shared
     return library.plan_divergence(classes, 0, 4, False, 2, device).shared
 
 

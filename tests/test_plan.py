@@ -26,15 +26,15 @@ def device(table, arch):
     return launchers.fill(table.Device(), arch=arch, sms=sms, **sizes)
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("extra", ["nothing", "statistics", "transforms"])
 @pytest.mark.parametrize("third_sweep", [False, True])
 @pytest.mark.parametrize(("arch", "size"), sorted({kind[:2] for kind in KINDS}))
-def test_every_row_has_a_place(table, arch, size, third_sweep, wide):
+def test_every_row_has_a_place(table, arch, size, third_sweep, extra):
     """Whatever the walk, its threads hold the row, and the device holds its blocks."""
     d = device(table, arch)
     last = 0
     for classes in SIZES:
-        p = table.plan_distillation(classes, size, wide, d, third_sweep)
+        p = table.plan_distillation(classes, size, getattr(table.Extra, extra), d, third_sweep)
         assert p.threads % 32 == 0 and 32 <= p.threads <= 1024
         assert p.shared + 2048 <= d.shared_per_block
         assert p.cluster in ((1, 2, 4, 8) if arch >= 90 else (1,))
@@ -49,7 +49,7 @@ def test_every_row_has_a_place(table, arch, size, third_sweep, wide):
             assert not third_sweep
         if p.walk.name == "held":
             assert p.slots * p.threads * p.cluster * (16 // size) >= classes
-            planes = 2 if wide and size == 2 else 1
+            planes = 2 if extra == "transforms" and size == 2 else 1
             assert p.shared >= p.slots * p.threads * 2 * 16 * planes
 
 
@@ -63,15 +63,18 @@ HELD = {
 @pytest.mark.parametrize(("arch", "size"), HELD)
 def test_long_rows_are_read_once(table, arch, size):
     d, limit = device(table, arch), HELD[arch, size]
-    assert table.plan_distillation(limit, size, False, d, False).walk.name == "held"
-    assert table.plan_distillation(limit * 11 // 10, size, False, d, False).walk.name == "stream"
+    assert table.plan_distillation(limit, size, table.Extra.nothing, d, False).walk.name == "held"
+    assert (
+        table.plan_distillation(limit * 11 // 10, size, table.Extra.nothing, d, False).walk.name
+        == "stream"
+    )
 
 
 @pytest.mark.parametrize("arch", [90, 100])
 @pytest.mark.parametrize(("classes", "size"), [(32000, 2), (50257, 2), (128256, 2), (32000, 4)])
 def test_blocks_overlap(table, arch, classes, size):
     """Three blocks an SM, so that one's loads hide behind the others' arithmetic."""
-    p = table.plan_distillation(classes, size, False, device(table, arch), False)
+    p = table.plan_distillation(classes, size, table.Extra.nothing, device(table, arch), False)
     assert 3 * (p.shared + 3072) <= device(table, arch).shared_per_sm
 
 

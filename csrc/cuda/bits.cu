@@ -61,8 +61,15 @@ struct Eight {
   }
   __device__ __forceinline__ void store(T* to) const {
 #pragma unroll
-    for (int k = 0; k < kBitsPerCounter / kAccess; ++k)
-      reinterpret_cast<Vector<T, kAccess>*>(to)[k] = part[k];
+    for (int k = 0; k < kBitsPerCounter / kAccess; ++k) {
+      if constexpr (sizeof part[k] == 16) {  // as one store
+        uint4 bits;
+        memcpy(&bits, &part[k], sizeof bits);
+        reinterpret_cast<uint4*>(to)[k] = bits;
+      } else {
+        reinterpret_cast<Vector<T, kAccess>*>(to)[k] = part[k];
+      }
+    }
   }
 };
 

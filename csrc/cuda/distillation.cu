@@ -134,8 +134,8 @@ cudaError_t launch_sweeps(const LossParams& p, cudaStream_t stream) {
       device_of(reinterpret_cast<const void*>(row_kernel<T, Policy, true, kExtra>), device);
   if (error != cudaSuccess) return error;
   CrossEntropy hard = cross_entropy(p);
-  const DistillationPlan plan = plan_distillation(
-      p.classes, sizeof(T), kExtra == Extra::kTransforms, device, math::kThirdSweep<Policy>);
+  const DistillationPlan plan =
+      plan_distillation(p.classes, sizeof(T), kExtra, device, math::kThirdSweep<Policy>);
   const Inverse inverse = inverse_of_denominator<Real>(p, stream);
   Task<Real> task = {hard,
                      hard != CrossEntropy::kNone && p.label_smoothing > 0,

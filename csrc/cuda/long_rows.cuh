@@ -10,9 +10,9 @@ namespace cuda {
 namespace {
 
 // Blocks an SM that registers must allow.
-constexpr int row_blocks(bool held, int element_size, bool wide) {
+constexpr int row_blocks(bool held, int element_size, Extra extra, bool third_sweep) {
   const int threads = held ? held_max_threads(element_size) : kStreamThreads;
-  return (held                ? 65536 / held_registers(element_size, wide)
+  return (held                ? 65536 / held_registers(element_size, extra, third_sweep)
           : element_size == 8 ? 256
                               : 512) /
          threads;
@@ -552,7 +552,7 @@ struct LongRow {
 // stream, else: a block a row, read from global memory in both sweeps.
 template <class T, class Policy, bool kHeld, Extra kExtra>
 __global__ void __launch_bounds__(kHeld ? held_max_threads(sizeof(T)) : kStreamThreads,
-                                  row_blocks(kHeld, sizeof(T), kExtra == Extra::kTransforms))
+                                  row_blocks(kHeld, sizeof(T), kExtra, math::kThirdSweep<Policy>))
     row_kernel(const __grid_constant__ LossParams p,
                const __grid_constant__ Task<typename Compute<T>::type> task, int cluster,
                int capacity) {

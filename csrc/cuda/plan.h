@@ -34,6 +34,13 @@ struct Device {
 // stream: 256 threads, 2 blocks an SM at up to 128 registers, whose loads are 16 KB at a time.
 enum class Walk { kTile, kWarp, kHeld, kStream };
 
+// What a kernel does beside the loss and gradient of logits as they are. Each adds to the last.
+enum class Extra {
+  kNothing,
+  kStatistics,
+  kTransforms,  // of scaled or capped logits, or of probabilities: it keeps them in the compute type, as they are compared
+};
+
 constexpr int kTileClasses = 512, kTileElements = 2048, kTileThreads = 128, kTileLaneElements = 16;
 constexpr int kWarpClasses = 1024, kWarpThreads = 128;
 constexpr int kStreamThreads = 256, kMaxCluster = 8;
@@ -61,10 +68,11 @@ struct DistillationPlan {
   }
 };
 
-// What ptxas is held to for `held`: registers a thread, of an SM's 65536, and threads a block. Rows that wait in fp32
-// (wide) take so much shared memory that few threads share an SM.
-constexpr int held_registers(int element_size, bool wide) {
-  return element_size == 8 || wide ? 128 : 64;
+// What ptxas is held to for `held`: registers a thread, of an SM's 65536, and threads a block. Rows that wait in the compute
+// type take so much shared memory that few threads share an SM.
+constexpr int held_registers(int element_size, Extra extra, bool third_sweep) {
+  const bool many = extra == Extra::kTransforms || (extra == Extra::kStatistics && third_sweep);
+  return element_size == 8 || many ? 128 : 64;
 }
 constexpr int held_max_threads(int element_size) { return element_size == 8 ? 256 : 512; }
 
@@ -73,16 +81,18 @@ constexpr int blocks_limit(int arch) {
   return arch == 75 || arch == 86 ? 16 : arch == 89 || arch == 120 ? 24 : 32;
 }
 
-// One launch of `held` if a block of it fits the device; slots is 0 if not. wide: logits wait in fp32.
-inline DistillationPlan held_plan(int64_t classes, int element_size, bool wide, int cluster,
-                                  const Device& device, int& blocks_per_sm) {
+// One launch of `held` if a block of it fits the device; slots is 0 if not.
+inline DistillationPlan held_plan(int64_t classes, int element_size, Extra extra, bool third_sweep,
+                                  int cluster, const Device& device, int& blocks_per_sm) {
+  const int registers = held_registers(element_size, extra, third_sweep);
+  const int planes = extra == Extra::kTransforms && element_size == 2 ? 2 : 1;
   int64_t vectors = classes / (16 / element_size) + 1;  // Span::body at most
   int64_t share = (vectors + cluster - 1) / cluster;
   share += share % 2;  // whole sectors of 32 bytes
   for (int threads = 32;; threads *= 2) {
     int64_t slots = (share + threads - 1) / threads;
-    int64_t shared = (slots * threads + kEdges) * 2 * 16 * (wide && element_size == 2 ? 2 : 1);
-    int resident = 65536 / held_registers(element_size, wide);  // threads an SM
+    int64_t shared = (slots * threads + kEdges) * 2 * 16 * planes;
+    int resident = 65536 / registers;  // threads an SM
     int most = std::min(resident / threads, blocks_limit(device.arch));
     blocks_per_sm = 0;
     if (shared + kBlockReserve <= device.shared_per_block) {
@@ -103,9 +113,8 @@ inline DistillationPlan held_plan(int64_t classes, int element_size, bool wide, 
   }
 }
 
-// wide: logits wait in fp32. third_sweep: a row is gone over three times, for which registers cannot hold 32 elements a
-// lane.
-inline DistillationPlan plan_distillation(int64_t classes, int element_size, bool wide,
+// third_sweep: a row is gone over three times, for which registers cannot hold 32 elements a lane.
+inline DistillationPlan plan_distillation(int64_t classes, int element_size, Extra extra,
                                           const Device& device, bool third_sweep) {
   if (classes <= kTileClasses) {
     int lanes = 1;
@@ -121,7 +130,8 @@ inline DistillationPlan plan_distillation(int64_t classes, int element_size, boo
   int most = 0;
   for (int cluster = 1; cluster <= (device.arch >= 90 ? kMaxCluster : 1); cluster *= 2) {
     int blocks = 0;
-    DistillationPlan plan = held_plan(classes, element_size, wide, cluster, device, blocks);
+    DistillationPlan plan =
+        held_plan(classes, element_size, extra, third_sweep, cluster, device, blocks);
     if (blocks > most) {
       best = plan;
       most = blocks;

@@ -26,12 +26,6 @@ struct Exp2Nonpositive {
   }
 };
 
-// What a kernel does beside the loss and gradient of logits as they are. Each adds to the last.
-enum class Extra {
-  kNothing,
-  kStatistics,
-  kTransforms,  // of scaled or capped logits, or of probabilities: it keeps them in the compute type, as they are compared
-};
 template <class T, Extra kExtra>
 using HeldType = std::conditional_t<kExtra == Extra::kTransforms, typename Compute<T>::type, T>;
 

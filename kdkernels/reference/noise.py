@@ -148,7 +148,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype = torch.bfloat16, **noise) ->
 
 def dropout(x: Tensor, p: float = 0.5, **noise) -> Tensor:
     """``kdkernels.dropout``."""
-    dropped = round(p * 2**16)
+    dropped = round(float(p) * 2**16)
     kept = (_bits(x.numel(), _FOR_DROPOUT, **noise) >= dropped).reshape(x.shape).to(x.device)
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = 0.0 if dropped == 2**16 else 2**16 / (2**16 - dropped)
