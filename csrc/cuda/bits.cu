@@ -65,7 +65,7 @@ struct Eight {
       if constexpr (sizeof part[k] == 16) {  // as one store
         uint4 bits;
         memcpy(&bits, &part[k], sizeof bits);
-        reinterpret_cast<uint4*>(to)[k] = bits;
+        __stwb(reinterpret_cast<uint4*>(to) + k, bits);
       } else {
         reinterpret_cast<Vector<T, kAccess>*>(to)[k] = part[k];
       }
