@@ -27,32 +27,32 @@ cudaError_t launch(void (*kernel)(Parameters...), int blocks, const Distillation
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
-template <class Policy>
+template <class Policy, Extra kExtra>
 cudaError_t launch_sweeps(int cluster, int blocks, const LossParams& p, const Task<float>& task) {
   Device device;
-  cudaError_t error = device_of(
-      reinterpret_cast<const void*>(row_kernel<float, Policy, true, Extra::kNothing>), device);
+  cudaError_t error =
+      device_of(reinterpret_cast<const void*>(row_kernel<float, Policy, true, kExtra>), device);
   if (error != cudaSuccess) return error;
-  DistillationPlan plan = plan_distillation(p.classes, sizeof(float), Extra::kNothing, device,
-                                            math::kThirdSweep<Policy>);
+  DistillationPlan plan =
+      plan_distillation(p.classes, sizeof(float), kExtra, device, math::kThirdSweep<Policy>);
   int resident = 0;
   if (cluster > 1)
-    plan = held_plan(p.classes, sizeof(float), Extra::kNothing, math::kThirdSweep<Policy>, cluster,
-                     device, resident);
+    plan = held_plan(p.classes, sizeof(float), kExtra, math::kThirdSweep<Policy>, cluster, device,
+                     resident);
   if (cluster == 0) plan = {Walk::kStream, kStreamThreads, kStreamThreads, 1, 1, 0, 0};
   switch (plan.walk) {
     case Walk::kTile:
-      return launch(tile_kernel<float, Policy, Extra::kNothing>, blocks, plan, p, task, plan.lanes,
+      return launch(tile_kernel<float, Policy, kExtra>, blocks, plan, p, task, plan.lanes,
                     plan.rows);
     case Walk::kWarp:
       if constexpr (!math::kThirdSweep<Policy>)
-        return launch(warp_kernel<float, Policy, Extra::kNothing>, blocks, plan, p, task);
+        return launch(warp_kernel<float, Policy, kExtra>, blocks, plan, p, task);
       break;
     case Walk::kHeld:
-      return launch(row_kernel<float, Policy, true, Extra::kNothing>, blocks, plan, p, task,
-                    plan.cluster, plan.slots);
+      return launch(row_kernel<float, Policy, true, kExtra>, blocks, plan, p, task, plan.cluster,
+                    plan.slots);
     case Walk::kStream:
-      return launch(row_kernel<float, Policy, false, Extra::kNothing>, blocks, plan, p, task, 1, 0);
+      return launch(row_kernel<float, Policy, false, kExtra>, blocks, plan, p, task, 1, 0);
   }
   return cudaErrorInvalidValue;
 }
@@ -61,10 +61,11 @@ cudaError_t launch_sweeps(int cluster, int blocks, const LossParams& p, const Ta
 
 // Losses per row, unless row_loss is null, and gradients of forward KL or, by three sweeps, total variation, with
 // alpha = 0.5 and T = 2, in `blocks` blocks or clusters. cluster 0: rows too long for shared memory. partial: a double
-// a block of the launch.
+// a block of the launch. statistics: where not null the student's logits are capped at 5, too.
 extern "C" int launch_few(int three_sweeps, int cluster, int blocks, const float* student,
                           const float* teacher, const int64_t* labels, float* gradient,
-                          float* row_loss, double* partial, int64_t rows, int64_t classes) {
+                          float* row_loss, double* partial, float* statistics, int64_t rows,
+                          int64_t classes) {
   LossParams p = {};
   p.rows = rows;
   p.classes = p.all_classes = classes;
@@ -74,6 +75,7 @@ extern "C" int launch_few(int three_sweeps, int cluster, int blocks, const float
   p.labels = labels;
   p.gradient = gradient;
   p.row_loss = row_loss;
+  p.statistics = statistics;
   p.divergence = three_sweeps ? math::Divergence::kTotalVariation : math::Divergence::kForwardKL;
   Task<float> task = {CrossEntropy::kOwn,
                       false,
@@ -87,8 +89,15 @@ extern "C" int launch_few(int three_sweeps, int cluster, int blocks, const float
                       nullptr,
                       partial,
                       math::Parameters<float>::without_series(p)};
-  return three_sweeps ? launch_sweeps<AnySweeps>(cluster, blocks, p, task)
-                      : launch_sweeps<ForwardSweeps>(cluster, blocks, p, task);
+  task.logits = {math::Transform<float>::of(1, 5), math::Transform<float>::of(1, 0), false};
+  task.changes = statistics != nullptr;
+  auto run = [&](auto policy) {
+    using Policy = decltype(policy);
+    return statistics != nullptr
+               ? launch_sweeps<Policy, Extra::kTransforms>(cluster, blocks, p, task)
+               : launch_sweeps<Policy, Extra::kNothing>(cluster, blocks, p, task);
+  };
+  return three_sweeps ? run(AnySweeps{}) : run(ForwardSweeps{});
 }
 
 }  // namespace cuda

@@ -223,13 +223,14 @@ def few_blocks():
 
 
 @needs_nvcc
+@pytest.mark.parametrize("capped", [False, True], ids=["", "capped"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "total_variation"])
 @pytest.mark.parametrize(
     ("classes", "cluster", "blocks"),
     [(101, 1, 1), (700, 1, 1), (1300, 1, 2), (1300, 2, 1), (1301, 4, 2), (1300, 0, 1)],
     ids=["tile", "warp", "held", "cluster-of-2", "cluster-of-4", "stream"],
 )
-def test_more_rows_than_blocks(few_blocks, classes, cluster, blocks, divergence):
+def test_more_rows_than_blocks(few_blocks, classes, cluster, blocks, divergence, capped):
     """One row after the other in a block, the last of them left out or not.
 
     The last tile ends, as one of 101 classes does not always, in the middle of 16 bytes.
@@ -239,29 +240,35 @@ def test_more_rows_than_blocks(few_blocks, classes, cluster, blocks, divergence)
     z, t = (3 * torch.randn((rows, classes), generator=g) for _ in range(2))
     all_labels = torch.randint(classes, (rows,), generator=g)
     options = {"temperature": 2.0, "alpha": 0.5, "reduction": "none", "divergence": divergence}
+    options |= {"soft_cap": 5.0 if capped else None, "return_statistics": True}
     three = divergence == "total_variation"
     for seed in range(8):
         # The last rows are left out, or they are not: then a cluster parts at another barrier.
         labels = all_labels.clone()
         labels[[1, -2, -1] if seed < 4 else [1]] = -100
         x = z.double().requires_grad_()
-        want = reference.distillation_loss(x, t.double(), labels, **options)
+        want, of_rows_alone = reference.distillation_loss(x, t.double(), labels, **options)
         want.sum().backward()
         with few_blocks.run(seed=seed) as run:
             device = launchers.Device(None, "cpu", run.buffer)
             outs = [device.new(z.shape, z.dtype), device.new((rows,), z.dtype)]
             sums = device.new((blocks * max(cluster, 1),), torch.float64)
+            statistics = device.new((6, rows), z.dtype) if capped else None
             tensors = [device.put(z), device.put(t), device.put(labels), *outs, sums]
             pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
             of_rows = seed % 2 == 0
             if not of_rows:  # nothing then keeps the blocks together between rows
                 pointers[4] = None
+            pointers.append(ctypes.c_void_p(launchers.address(statistics)))
             sizes = ctypes.c_int64(rows), ctypes.c_int64(classes)
             assert few_blocks.c.launch_few(three, cluster, blocks, *pointers, *sizes) == 0
         torch.testing.assert_close(outs[0].double(), x.grad, rtol=0, atol=2e-6)
         if of_rows:
             torch.testing.assert_close(outs[1].double(), want.detach(), rtol=1e-6, atol=2e-6)
         torch.testing.assert_close(sums.sum(), want.detach().sum(), rtol=1e-6, atol=2e-6)
+        if capped:
+            right = torch.stack(of_rows_alone)
+            torch.testing.assert_close(statistics.double(), right, rtol=4e-6, atol=4e-6)
 
 
 @pytest.mark.gpu
