@@ -1,10 +1,9 @@
-// The distillation loss and its gradient: which kernels a call launches. cuda/plan.h chooses the walk of a row;
-// what the walks compute on their way stands in math/distillation.h.
+// The distillation loss and its gradient: which kernels a call launches, and the sums over its rows.
 #include <algorithm>
 
 #include "cuda/divergence.h"
-#include "cuda/long_rows.cuh"
-#include "cuda/short_rows.cuh"
+#include "cuda/row.cuh"
+#include "cuda/sweeps.h"
 #include "row_task.h"
 
 namespace kdkernels {
@@ -61,43 +60,8 @@ __global__ void __launch_bounds__(kSumThreads)
 
 // ---- launches -----------------------------------------------------------------------------------
 
-CrossEntropy cross_entropy(const LossParams& p) {
-  if (p.labels == nullptr || p.alpha == 1) return CrossEntropy::kNone;
-  return p.temperature == 1 ? CrossEntropy::kShared : CrossEntropy::kOwn;
-}
-
-template <class T, class Policy, Extra kExtra>
-cudaError_t launch_rows(const LossParams& p, const Task<typename Compute<T>::type>& task,
-                        const DistillationPlan& plan, const Device& device, cudaStream_t stream) {
-  const Grid grid = {plan.partials(p.rows) * plan.cluster, plan.threads, plan.shared, plan.cluster,
-                     task.device_inv_denominator != nullptr};
-  auto launch = [&](auto kernel, auto... arguments) {
-    const cudaError_t error =
-        allow_shared(reinterpret_cast<const void*>(kernel), plan.shared, kRowStatic, device);
-    return error != cudaSuccess
-               ? error
-               : launch_kernel(kernel, grid, device, stream, p, task, arguments...);
-  };
-  switch (plan.walk) {
-    case Walk::kTile: return launch(tile_kernel<T, Policy, kExtra>, plan.lanes, plan.rows);
-    case Walk::kWarp:
-      if constexpr (sizeof(T) < 8 && !math::kThirdSweep<Policy>)
-        return launch(warp_kernel<T, Policy, kExtra>);
-      break;
-    case Walk::kHeld: return launch(row_kernel<T, Policy, true, kExtra>, plan.cluster, plan.slots);
-    case Walk::kStream: return launch(row_kernel<T, Policy, false, kExtra>, 1, 0);
-  }
-  return cudaErrorInvalidValue;
-}
-
 // The workspace: the inverse denominator, sums of weights, partial losses.
 constexpr int64_t kPartials = 1 + kMaxSumBlocks;
-
-// 1 / the denominator.
-struct Inverse {
-  double number;
-  const double* on_device;  // instead of it, or null
-};
 
 template <class Real>
 Inverse inverse_of_denominator(const LossParams& p, cudaStream_t stream) {
@@ -126,46 +90,15 @@ cudaError_t add_partials(const LossParams& p, int64_t count, const Inverse& inve
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
-template <class T, class Policy, Extra kExtra>
-cudaError_t launch_sweeps(const LossParams& p, cudaStream_t stream) {
-  using Real = typename Compute<T>::type;
-  Device device;
-  cudaError_t error =
-      device_of(reinterpret_cast<const void*>(row_kernel<T, Policy, true, kExtra>), device);
-  if (error != cudaSuccess) return error;
-  CrossEntropy hard = cross_entropy(p);
-  const DistillationPlan plan =
-      plan_distillation(p.classes, sizeof(T), kExtra, device, math::kThirdSweep<Policy>);
-  const Inverse inverse = inverse_of_denominator<Real>(p, stream);
-  Task<Real> task = {hard,
-                     hard != CrossEntropy::kNone && p.label_smoothing > 0,
-                     static_cast<Real>(math::kLog2E / p.temperature),
-                     static_cast<Real>(p.temperature),
-                     static_cast<Real>(1 / p.temperature),
-                     static_cast<Real>(p.alpha),
-                     static_cast<Real>(p.label_smoothing),
-                     static_cast<Real>(1.0 / static_cast<double>(p.classes)),
-                     inverse.number,
-                     inverse.on_device,
-                     p.loss != nullptr ? p.workspace + kPartials : nullptr,
-                     {},
-                     logits_of<Real>(p),
-                     !math::Logits<Real>::nothing(logits_of<Real>(p))};
-  if constexpr (math::kThirdSweep<Policy>) task.parameters = math::parameters_of<Real>(p);
-  if (p.rows > 0) error = launch_rows<T, Policy, kExtra>(p, task, plan, device, stream);
-  if (error != cudaSuccess) return error;
-  return add_partials<Real>(p, plan.partials(p.rows) * plan.cluster, inverse, stream);
-}
-
-template <class T>
-cudaError_t launch_general(const LossParams& p, cudaStream_t stream) {
-  using Real = typename Compute<T>::type;
-  const Inverse inverse = inverse_of_denominator<Real>(p, stream);
-  cudaError_t error =
-      divergence_rows(p, inverse.number, inverse.on_device,
-                      p.loss != nullptr ? p.workspace + kPartials : nullptr, stream);
-  if (error != cudaSuccess) return error;
-  return add_partials<Real>(p, divergence_partials(p), inverse, stream);
+// Whether sweeps take the call's rows: see cuda/plan.h. fp64 has no special functions to save, so that it has sweeps for the
+// two KLs of plain logits alone. A number in fp32 is a class's below 2^24.
+bool has_sweeps(const LossParams& p) {
+  const bool kl =
+      p.divergence == math::Divergence::kForwardKL || p.divergence == math::Divergence::kReverseKL;
+  if (p.dtype == Dtype::kFloat64) return kl && is_of_plain_logits(p);
+  const bool rounded = p.dtype != Dtype::kFloat32;
+  return is_of_two_matrices(p) && (kl || math::has_third_sweep(p, rounded)) &&
+         (p.statistics == nullptr || p.classes <= (1 << 24));
 }
 
 // Multiplies rows by a factor that is on the device; a block looks at the factor before any data.
@@ -219,28 +152,22 @@ int64_t loss_workspace(int64_t rows) {
 cudaError_t loss(const LossParams& p, cudaStream_t stream) {
   return by_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool plain = is_of_plain_logits(p);
-    // fp64 has no special functions to save. An fp32 number is a class's below 2^24.
-    if (!plain && (sizeof(T) == 8 || !is_of_two_matrices(p) || p.classes > (1 << 24)))
-      return launch_general<T>(p, stream);
-    auto sweeps = [&](auto policy) {
-      using Policy = decltype(policy);
-      if constexpr (sizeof(T) < 8) {
-        if (!math::Logits<float>::nothing(logits_of<float>(p)))
-          return launch_sweeps<T, Policy, Extra::kTransforms>(p, stream);
-        if (p.statistics != nullptr) return launch_sweeps<T, Policy, Extra::kStatistics>(p, stream);
-      }
-      return launch_sweeps<T, Policy, Extra::kNothing>(p, stream);
-    };
-    switch (p.divergence) {
-      case math::Divergence::kForwardKL: return sweeps(ForwardSweeps{});
-      case math::Divergence::kReverseKL: return sweeps(ReverseSweeps{});
-      default: break;
+    using Real = typename Compute<T>::type;
+    const Inverse inverse = inverse_of_denominator<Real>(p, stream);
+    Sweeps sweeps = {p, inverse, p.loss != nullptr ? p.workspace + kPartials : nullptr, 0};
+    cudaError_t error;
+    if (!has_sweeps(p)) {
+      error = divergence_rows(p, inverse.number, inverse.on_device, sweeps.partial, stream);
+      sweeps.partials = divergence_partials(p);
+    } else if (!math::Logits<Real>::nothing(logits_of<Real>(p))) {
+      error = sweeps_of_transforms(sweeps, stream);
+    } else if (p.statistics != nullptr) {
+      error = sweeps_with_statistics(sweeps, stream);
+    } else {
+      error = plain_sweeps(sweeps, stream);
     }
-    if constexpr (sizeof(T) < 8) {
-      if (math::has_third_sweep(p, sizeof(T) == 2)) return sweeps(AnySweeps{});
-    }
-    return launch_general<T>(p, stream);
+    if (error != cudaSuccess) return error;
+    return add_partials<Real>(p, sweeps.partials, inverse, stream);
   });
 }
 

@@ -233,9 +233,9 @@ FAULTS = [
     ),
     Fault(
         "other-blocks-of-a-cluster-left-out-of-the-loss",
-        "csrc/cuda/distillation.cu",
-        "plan.partials(p.rows) * plan.cluster, inverse",
-        "plan.partials(p.rows), inverse",
+        "csrc/cuda/sweeps.cuh",
+        "sweeps.partials = plan.partials(p.rows) * plan.cluster;",
+        "sweeps.partials = plan.partials(p.rows);",
         LAUNCHERS + "distillation-",
     ),
     Fault(

@@ -1,0 +1,12 @@
+// Sweeps over logits as they are.
+#include "cuda/sweeps.cuh"
+
+namespace kdkernels {
+namespace cuda {
+
+cudaError_t plain_sweeps(Sweeps& sweeps, cudaStream_t stream) {
+  return launch_sweeps<Extra::kNothing>(sweeps, stream);
+}
+
+}  // namespace cuda
+}  // namespace kdkernels
