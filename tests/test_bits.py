@@ -482,3 +482,13 @@ def test_bad_arguments_are_named(call, error, match):
 def test_a_step_of_a_row_that_is_out_of_range():
     with pytest.raises(ValueError, match="step is -1"):
         randn_like(X, seed=SEEDS, step=torch.tensor([0, 0, -1, 0, 0]))
+
+
+@pytest.mark.parametrize(("dtype", "cut"), [(torch.float8_e4m3fn, 20), (torch.float8_e5m2, 21)])
+def test_a_share_finer_than_the_bits_is_rounded(dtype, cut):
+    """Of more than 16 bits that are cut off: up from half of the last that random bits decide."""
+    bits = reference.noise._bits(1000, reference.noise._FOR_ROUNDING, seed=3).long()
+    low = ((2**16 - bits) << (cut - 16)) - (1 << (cut - 17))
+    for less, want in ((0, 1 + 2.0 ** (cut - 23)), (1, 1.0)):
+        x = (0x3F800000 + low - less).int().view(torch.float32)
+        assert (stochastic_round(x, dtype, seed=3).float() == want).all()

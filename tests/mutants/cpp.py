@@ -327,7 +327,7 @@ OPS = [
         "csrc/math/rounding.h",
         "added = (2 * r + 1) << (kCut - 17);",
         "added = (2 * r) << (kCut - 17);",
-        BITS + " -k reference",
+        BITS + " -k finer_than_the_bits",
     ),
     Fault(
         "rounded-to-infinity",

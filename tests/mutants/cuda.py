@@ -244,6 +244,7 @@ FAULTS = [
         "    __syncthreads();  // the last row no longer needs what is shared\n",
         "",
         LAUNCHERS + "divergence-",
+        no_fault="the passes of a row end behind a barrier after they read what is shared last",
     ),
     Fault(
         "sums-refined-while-they-are-read",

@@ -183,10 +183,12 @@ class Copy:
     def compile_extension(self, fault, log):
         """What the fault changes of it: of the ISA levels, the one that runs here."""
         kernels = ("dispatch.o", f"isa_{self.isa}.o")
-        if fault.file.startswith(("csrc/cpu/", "csrc/math/")):
-            changed = [o for o in self.objects() if o.name in kernels]
-        else:
-            changed = [o for o in self.objects() if o.parent.name != "cpu"]
+        shared = fault.file in ("csrc/params.h", "csrc/row_task.h")
+        changed = []
+        if shared or fault.file.startswith(("csrc/cpu/", "csrc/math/")):
+            changed += [o for o in self.objects() if o.name in kernels]
+        if shared or not changed:
+            changed += [o for o in self.objects() if o.parent.name != "cpu"]
         folder = next(self.folder.glob("build/torch*-cpu"))
         ninja = [sys.executable, "-m", "ninja", "-C", folder, *changed]
         code, seconds, user = self.run(ninja, log)
