@@ -134,6 +134,17 @@ def test_shared_memory_that_a_block_has_to_opt_in_to(emulated_library, name):
             op.compare(case, *got, op.expected(case))
 
 
+def check_on(kind, library, case):
+    """The distillation loss on an emulated device of another kind, which is returned."""
+    (op,) = (op for op in launchers.OPS if op.name == "distillation")
+    with library.run() as run:
+        device = kind(library.python, "cpu", run.buffer)
+        got = op.launch(device, case)
+    got["gradient"] = got["gradient"].reshape(case.rows, case.classes)
+    op.compare(case, got, op.expected(case))
+    return device
+
+
 class InRuns(launchers.Device):
     """A device on which rows lie as those of logits[:, :-1] do: one of NaN after each three."""
 
@@ -155,17 +166,12 @@ class InRuns(launchers.Device):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("classes", [10, 100, 1000, 3000, 70000])
 def test_rows_in_runs(emulated_library, classes, dtype):
-    (op,) = (op for op in launchers.OPS if op.name == "distillation")
     rows = 600 if classes == 10 else 6
     for inplace in (False, True):
         case = launchers.Distillation(dtype, rows, classes, alpha=0.5, inplace=inplace)
-        with emulated_library.run() as run:
-            device = InRuns(emulated_library.python, "cpu", run.buffer)
-            got = op.launch(device, case)
+        device = check_on(InRuns, emulated_library, case)
         if not inplace:
             assert device.gradient[:, -1].isnan().all(), "rows between runs were written"
-        got["gradient"] = got["gradient"].reshape(rows, classes)
-        op.compare(case, got, op.expected(case))
 
 
 class LengthFirst(launchers.Device):
@@ -179,11 +185,9 @@ class LengthFirst(launchers.Device):
 @needs_nvcc
 @pytest.mark.parametrize("classes", [10, 100, 1000])
 def test_sequences_that_come_length_first(emulated_library, classes):
-    (op,) = (op for op in launchers.OPS if op.name == "distillation")
-    case = launchers.Distillation("float32", 12, classes, alpha=0.5)
-    with emulated_library.run() as run:
-        got = op.launch(LengthFirst(emulated_library.python, "cpu", run.buffer), case)
-    op.compare(case, got, op.expected(case))
+    check_on(
+        LengthFirst, emulated_library, launchers.Distillation("float32", 12, classes, alpha=0.5)
+    )
 
 
 class Far(launchers.Device):
@@ -209,11 +213,7 @@ class Far(launchers.Device):
 @needs_nvcc
 @pytest.mark.parametrize("classes", [100, 1000, 3000])
 def test_rows_beyond_2_to_the_31_elements(emulated_library, classes):
-    (op,) = (op for op in launchers.OPS if op.name == "distillation")
-    case = launchers.Distillation("float16", 2, classes, alpha=0.5)
-    with emulated_library.run() as run:
-        got = op.launch(Far(emulated_library.python, "cpu", run.buffer), case)
-    op.compare(case, got, op.expected(case))
+    check_on(Far, emulated_library, launchers.Distillation("float16", 2, classes, alpha=0.5))
 
 
 @pytest.fixture(scope="module")

@@ -112,20 +112,12 @@ cudaError_t launch_bits(const BitsArguments& a, Launch launch) {
   return cudaGetLastError();
 }
 
-template <math::RoundedDtype kDtype, class Out>
+template <math::RoundedDtype kDtype>
 __global__ void __launch_bounds__(kBitsThreads)
-    round_kernel(const __grid_constant__ BitsArguments p, const float* in, Out* out) {
+    round_kernel(const __grid_constant__ BitsArguments p, const float* in,
+                 math::Rounded<kDtype>* out) {
   for_eight(p, in, out, [](float x, uint32_t bits) {
-    return static_cast<Out>(math::round_stochastically<kDtype>(x, bits));
-  });
-}
-
-template <math::RoundedDtype kDtype, class Out>
-cudaError_t launch_round(const RoundParams& p, cudaStream_t stream) {
-  const BitsArguments a = arguments_of(p.bits, math::kWordsForRounding);
-  return launch_bits(a, [&](unsigned blocks) {
-    round_kernel<kDtype, Out>
-        <<<blocks, kBitsThreads, 0, stream>>>(a, p.in, static_cast<Out*>(p.out));
+    return static_cast<math::Rounded<kDtype>>(math::round_stochastically<kDtype>(x, bits));
   });
 }
 
@@ -159,16 +151,14 @@ cudaError_t dropout(const DropoutParams& p, cudaStream_t stream) {
 }
 
 cudaError_t stochastic_round(const RoundParams& p, cudaStream_t stream) {
-  using math::RoundedDtype;
-  switch (p.dtype) {
-    case RoundedDtype::kBFloat16: return launch_round<RoundedDtype::kBFloat16, uint16_t>(p, stream);
-    case RoundedDtype::kFloat16: return launch_round<RoundedDtype::kFloat16, uint16_t>(p, stream);
-    case RoundedDtype::kFloat8E4M3:
-      return launch_round<RoundedDtype::kFloat8E4M3, uint8_t>(p, stream);
-    case RoundedDtype::kFloat8E5M2:
-      return launch_round<RoundedDtype::kFloat8E5M2, uint8_t>(p, stream);
-  }
-  return cudaErrorInvalidValue;
+  const BitsArguments a = arguments_of(p.bits, math::kWordsForRounding);
+  return launch_bits(a, [&](unsigned blocks) {
+    math::with_rounded_dtype(p.dtype, [&](auto dtype) {
+      constexpr math::RoundedDtype kDtype = decltype(dtype)::value;
+      round_kernel<kDtype><<<blocks, kBitsThreads, 0, stream>>>(
+          a, p.in, static_cast<math::Rounded<kDtype>*>(p.out));
+    });
+  });
 }
 
 }  // namespace cuda

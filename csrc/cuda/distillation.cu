@@ -1,9 +1,8 @@
 // The distillation loss and its gradient: which kernels a call launches, and the sums over its rows.
 #include <algorithm>
 
-#include "cuda/divergence.h"
 #include "cuda/row.cuh"
-#include "cuda/sweeps.h"
+#include "cuda/row_launch.h"
 #include "row_task.h"
 
 namespace kdkernels {
@@ -64,29 +63,33 @@ __global__ void __launch_bounds__(kSumThreads)
 constexpr int64_t kPartials = 1 + kMaxSumBlocks;
 
 template <class Real>
-Inverse inverse_of_denominator(const LossParams& p, cudaStream_t stream) {
+void find_denominator(RowLaunch& rows, cudaStream_t stream) {
+  const LossParams& p = rows.p;
   const double number = p.denominator.number;
-  if (!p.denominator.is_kept_weight) return {number > 0 ? 1 / number : 0, nullptr};
+  if (!p.denominator.is_kept_weight) {
+    rows.inv_denominator = number > 0 ? 1 / number : 0;
+    return;
+  }
   double *inverse = p.workspace, *weights = inverse + 1;
   int64_t blocks = std::min(kMaxSumBlocks, (p.rows + kRowsPerSumBlock - 1) / kRowsPerSumBlock);
   blocks = std::max<int64_t>(blocks, 1);
   weight_kernel<Real><<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(
       p, blocks == 1 ? inverse : weights);
   if (blocks > 1) inverse_kernel<<<1, kSumThreads, 0, stream>>>(weights, blocks, inverse);
-  return {0, inverse};
+  rows.device_inv_denominator = inverse;
 }
 
 // The loss from the workspace's partial ones.
 template <class Real>
-cudaError_t add_partials(const LossParams& p, int64_t count, const Inverse& inverse,
-                         cudaStream_t stream) {
+cudaError_t add_partials(const RowLaunch& rows, cudaStream_t stream) {
+  const LossParams& p = rows.p;
   if (p.loss == nullptr) return cudaGetLastError();  // of the sums of weights
   Device device;
   cudaError_t error = device_of(reinterpret_cast<const void*>(loss_kernel<Real>), device);
   if (error != cudaSuccess) return error;
   error = launch_kernel(loss_kernel<Real>, {.blocks = 1, .threads = kSumThreads, .overlaps = true},
-                        device, stream, p.workspace + kPartials, count, inverse.number,
-                        inverse.on_device, static_cast<Real*>(p.loss));
+                        device, stream, rows.partial, rows.partials, rows.inv_denominator,
+                        rows.device_inv_denominator, static_cast<Real*>(p.loss));
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
@@ -151,23 +154,16 @@ int64_t loss_workspace(int64_t rows) {
 
 cudaError_t loss(const LossParams& p, cudaStream_t stream) {
   return by_dtype(p.dtype, [&](auto element) {
-    using T = decltype(element);
-    using Real = typename Compute<T>::type;
-    const Inverse inverse = inverse_of_denominator<Real>(p, stream);
-    Sweeps sweeps = {p, inverse, p.loss != nullptr ? p.workspace + kPartials : nullptr, 0};
-    cudaError_t error;
-    if (!has_sweeps(p)) {
-      error = divergence_rows(p, inverse.number, inverse.on_device, sweeps.partial, stream);
-      sweeps.partials = divergence_partials(p);
-    } else if (!math::Logits<Real>::nothing(logits_of<Real>(p))) {
-      error = sweeps_of_transforms(sweeps, stream);
-    } else if (p.statistics != nullptr) {
-      error = sweeps_with_statistics(sweeps, stream);
-    } else {
-      error = plain_sweeps(sweeps, stream);
-    }
-    if (error != cudaSuccess) return error;
-    return add_partials<Real>(p, sweeps.partials, inverse, stream);
+    using Real = typename Compute<decltype(element)>::type;
+    RowLaunch rows = {p, 0, nullptr, p.loss != nullptr ? p.workspace + kPartials : nullptr};
+    find_denominator<Real>(rows, stream);
+    const bool transforms = !math::Logits<Real>::nothing(logits_of<Real>(p));
+    auto* launch = !has_sweeps(p)            ? general_passes
+                   : transforms              ? sweeps_of_transforms
+                   : p.statistics != nullptr ? sweeps_with_statistics
+                                             : plain_sweeps;
+    const cudaError_t error = launch(rows, stream);
+    return error != cudaSuccess ? error : add_partials<Real>(rows, stream);
   });
 }
 

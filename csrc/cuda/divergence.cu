@@ -1,7 +1,6 @@
 // The losses of any divergence, teacher and layout: one kernel a dtype, whose options are uniform branches.
-#include "cuda/divergence.h"
-
 #include "cuda/divergence.cuh"
+#include "cuda/row_launch.h"
 #include "row_task.h"
 
 namespace kdkernels {
@@ -153,9 +152,9 @@ DivergenceTask<Real> task_of(const LossParams& p) {
 }
 
 template <class T, bool kPerRow>
-cudaError_t launch(const LossParams& p, double inv_denominator,
-                   const double* device_inv_denominator, double* partial, cudaStream_t stream) {
+cudaError_t launch(RowLaunch& rows, cudaStream_t stream) {
   using Real = typename Compute<T>::type;
+  const LossParams& p = rows.p;
   Device device;
   const void* kernel = reinterpret_cast<const void*>(divergence_kernel<T, kPerRow>);
   cudaError_t error = device_of(kernel, device);
@@ -164,9 +163,9 @@ cudaError_t launch(const LossParams& p, double inv_denominator,
   Device remaining = device;  // without the task of the row
   remaining.shared_per_block -= of_rows;
   DivergenceTask<Real> task = task_of<Real>(p);
-  task.inv_denominator = inv_denominator;
-  task.device_inv_denominator = device_inv_denominator;
-  task.partial = partial;
+  task.inv_denominator = rows.inv_denominator;
+  task.device_inv_denominator = rows.device_inv_denominator;
+  task.partial = rows.partial;
 
   const int sides = task.own + task.reads_teacher;
   const DivergencePlan plan =
@@ -181,23 +180,21 @@ cudaError_t launch(const LossParams& p, double inv_denominator,
   task.raw = task.student_image + sides * side;
   error = allow_shared(kernel, plan.shared, kDivergenceStatic + of_rows, device);
   if (error != cudaSuccess) return error;
-  const Grid grid = {.blocks = divergence_partials(p),
+  rows.partials = std::min(p.rows, kMaxPartials);
+  const Grid grid = {.blocks = rows.partials,
                      .threads = std::min(plan.threads, row_threads<T, kPerRow>()),
                      .shared = plan.shared,
-                     .overlaps = device_inv_denominator != nullptr};
+                     .overlaps = rows.device_inv_denominator != nullptr};
   return launch_kernel(divergence_kernel<T, kPerRow>, grid, device, stream, p, task);
 }
 
 }  // namespace
 
-cudaError_t divergence_rows(const LossParams& p, double inv_denominator,
-                            const double* device_inv_denominator, double* partial,
-                            cudaStream_t stream) {
-  if (p.rows == 0) return cudaSuccess;
-  return by_dtype(p.dtype, [&](auto element) {
+cudaError_t general_passes(RowLaunch& rows, cudaStream_t stream) {
+  if (rows.p.rows == 0) return cudaSuccess;
+  return by_dtype(rows.p.dtype, [&](auto element) {
     using T = decltype(element);
-    auto* run = has_row_options(p) ? launch<T, true> : launch<T, false>;
-    return run(p, inv_denominator, device_inv_denominator, partial, stream);
+    return has_row_options(rows.p) ? launch<T, true>(rows, stream) : launch<T, false>(rows, stream);
   });
 }
 

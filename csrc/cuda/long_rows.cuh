@@ -534,7 +534,7 @@ struct LongRow {
                              : Real(0);
     const RowSums<Real> own_sums = add_up();
     constexpr bool kThird = math::kThirdSweep<Policy>;
-    const bool tells_more = kThird || p.row_loss != nullptr || (wants_statistics());
+    const bool tells_more = kThird || p.row_loss != nullptr || wants_statistics();
     const RowSums<Real> sums = team.template merge<Policy>(task, own_sums, last && !tells_more);
     if constexpr (kThird) {
       three_sweeps(own_sums, sums, label_z);

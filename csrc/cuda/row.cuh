@@ -41,7 +41,6 @@ struct Task {
   double* partial;  // one sum of losses a block, or null
   math::Parameters<Real> parameters;  // of AnySweeps
   math::Logits<Real> logits;
-  bool changes;  // logits are not compared as they are: Extra::kTransforms
 
   __device__ Real factor(const LossParams& p) const {
     double inverse = device_inv_denominator != nullptr ? *device_inv_denominator : inv_denominator;
@@ -50,17 +49,16 @@ struct Task {
   // Both sides' logits as they are compared, and the gradient in a logit from that in the compared one, z.
   template <Extra kExtra>
   __device__ __forceinline__ Real student(Real z) const {
-    return kExtra == Extra::kTransforms && changes ? math::Logits<Real>::of_student(logits, z) : z;
+    return kExtra == Extra::kTransforms ? math::Logits<Real>::of_student(logits, z) : z;
   }
   template <Extra kExtra>
   __device__ __forceinline__ Real teacher(Real t) const {
-    return kExtra == Extra::kTransforms && changes ? math::Logits<Real>::of_teacher(logits, t) : t;
+    return kExtra == Extra::kTransforms ? math::Logits<Real>::of_teacher(logits, t) : t;
   }
   template <Extra kExtra>
   __device__ __forceinline__ Real back(Real z, Real gradient) const {
-    return kExtra == Extra::kTransforms && changes
-               ? math::Transform<Real>::back(logits.student, z, gradient)
-               : gradient;
+    return kExtra == Extra::kTransforms ? math::Transform<Real>::back(logits.student, z, gradient)
+                                        : gradient;
   }
 };
 

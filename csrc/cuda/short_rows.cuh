@@ -42,7 +42,7 @@ __device__ __forceinline__ Solved<T, Policy, kExtra> solve(
     Real factor, int chunks, int lanes, Real (&z)[kChunks * kChunk + kEdge],
     Real (&t)[kChunks * kChunk + kEdge], Valid valid, Column column) {
   auto each = [&](auto visit) { visit_chunks<kChunks, kChunk, kEdge>(chunks, visit); };
-  if (kExtra == Extra::kTransforms && task.changes) {
+  if constexpr (kExtra == Extra::kTransforms) {
     each([&](int k) {
       z[k] = task.template student<kExtra>(z[k]);
       t[k] = task.template teacher<kExtra>(t[k]);

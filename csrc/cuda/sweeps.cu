@@ -4,8 +4,8 @@
 namespace kdkernels {
 namespace cuda {
 
-cudaError_t plain_sweeps(Sweeps& sweeps, cudaStream_t stream) {
-  return launch_sweeps<Extra::kNothing>(sweeps, stream);
+cudaError_t plain_sweeps(RowLaunch& rows, cudaStream_t stream) {
+  return launch_sweeps<Extra::kNothing>(rows, stream);
 }
 
 }  // namespace cuda

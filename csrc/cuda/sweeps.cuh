@@ -3,8 +3,8 @@
 #pragma once
 
 #include "cuda/long_rows.cuh"
+#include "cuda/row_launch.h"
 #include "cuda/short_rows.cuh"
-#include "cuda/sweeps.h"
 #include "row_task.h"
 
 namespace kdkernels {
@@ -41,9 +41,9 @@ cudaError_t launch_walk(const LossParams& p, const Task<typename Compute<T>::typ
 }
 
 template <class T, class Policy, Extra kExtra>
-cudaError_t launch_sweeps(Sweeps& sweeps, cudaStream_t stream) {
+cudaError_t launch_sweeps(RowLaunch& rows, cudaStream_t stream) {
   using Real = typename Compute<T>::type;
-  const LossParams& p = sweeps.p;
+  const LossParams& p = rows.p;
   Device device;
   cudaError_t error =
       device_of(reinterpret_cast<const void*>(row_kernel<T, Policy, true, kExtra>), device);
@@ -51,7 +51,7 @@ cudaError_t launch_sweeps(Sweeps& sweeps, cudaStream_t stream) {
   CrossEntropy hard = cross_entropy(p);
   const DistillationPlan plan =
       plan_distillation(p.classes, sizeof(T), kExtra, device, math::kThirdSweep<Policy>);
-  sweeps.partials = plan.partials(p.rows) * plan.cluster;
+  rows.partials = plan.partials(p.rows) * plan.cluster;
   Task<Real> task = {hard,
                      hard != CrossEntropy::kNone && p.label_smoothing > 0,
                      static_cast<Real>(math::kLog2E / p.temperature),
@@ -60,28 +60,27 @@ cudaError_t launch_sweeps(Sweeps& sweeps, cudaStream_t stream) {
                      static_cast<Real>(p.alpha),
                      static_cast<Real>(p.label_smoothing),
                      static_cast<Real>(1.0 / static_cast<double>(p.classes)),
-                     sweeps.inverse.number,
-                     sweeps.inverse.on_device,
-                     sweeps.partial,
+                     rows.inv_denominator,
+                     rows.device_inv_denominator,
+                     rows.partial,
                      {},
-                     logits_of<Real>(p),
-                     kExtra == Extra::kTransforms};
+                     logits_of<Real>(p)};
   if constexpr (math::kThirdSweep<Policy>) task.parameters = math::parameters_of<Real>(p);
   return p.rows > 0 ? launch_walk<T, Policy, kExtra>(p, task, plan, device, stream) : cudaSuccess;
 }
 
 template <Extra kExtra>
-cudaError_t launch_sweeps(Sweeps& sweeps, cudaStream_t stream) {
-  return by_dtype(sweeps.p.dtype, [&](auto element) {
+cudaError_t launch_sweeps(RowLaunch& rows, cudaStream_t stream) {
+  return by_dtype(rows.p.dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) < 8 || kExtra == Extra::kNothing) {
-      switch (sweeps.p.divergence) {
+      switch (rows.p.divergence) {
         case math::Divergence::kForwardKL:
-          return launch_sweeps<T, ForwardSweeps, kExtra>(sweeps, stream);
+          return launch_sweeps<T, ForwardSweeps, kExtra>(rows, stream);
         case math::Divergence::kReverseKL:
-          return launch_sweeps<T, ReverseSweeps, kExtra>(sweeps, stream);
+          return launch_sweeps<T, ReverseSweeps, kExtra>(rows, stream);
         default:
-          if constexpr (sizeof(T) < 8) return launch_sweeps<T, AnySweeps, kExtra>(sweeps, stream);
+          if constexpr (sizeof(T) < 8) return launch_sweeps<T, AnySweeps, kExtra>(rows, stream);
       }
     }
     return cudaErrorInvalidValue;

@@ -4,8 +4,8 @@
 namespace kdkernels {
 namespace cuda {
 
-cudaError_t sweeps_with_statistics(Sweeps& sweeps, cudaStream_t stream) {
-  return launch_sweeps<Extra::kStatistics>(sweeps, stream);
+cudaError_t sweeps_with_statistics(RowLaunch& rows, cudaStream_t stream) {
+  return launch_sweeps<Extra::kStatistics>(rows, stream);
 }
 
 }  // namespace cuda

@@ -4,8 +4,8 @@
 namespace kdkernels {
 namespace cuda {
 
-cudaError_t sweeps_of_transforms(Sweeps& sweeps, cudaStream_t stream) {
-  return launch_sweeps<Extra::kTransforms>(sweeps, stream);
+cudaError_t sweeps_of_transforms(RowLaunch& rows, cudaStream_t stream) {
+  return launch_sweeps<Extra::kTransforms>(rows, stream);
 }
 
 }  // namespace cuda

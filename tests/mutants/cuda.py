@@ -234,8 +234,8 @@ FAULTS = [
     Fault(
         "other-blocks-of-a-cluster-left-out-of-the-loss",
         "csrc/cuda/sweeps.cuh",
-        "sweeps.partials = plan.partials(p.rows) * plan.cluster;",
-        "sweeps.partials = plan.partials(p.rows);",
+        "rows.partials = plan.partials(p.rows) * plan.cluster;",
+        "rows.partials = plan.partials(p.rows);",
         LAUNCHERS + "distillation-",
     ),
     Fault(
