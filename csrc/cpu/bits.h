@@ -30,30 +30,19 @@ KD_FN void for_bits(const ElementBits& p, uint32_t purpose, int64_t begin, int64
   }
 }
 
-template <math::RoundedDtype kDtype, class Out>
-void round_to_format(const RoundParams& p, int64_t begin, int64_t end) {
-  for_bits(p.bits, math::kWordsForRounding, begin, end, p.in, sizeof(float),
-           [&](int64_t i, int n, const uint16_t* bits) KD_INLINE_LAMBDA {
-    const float* in = p.in + i;
-    Out* out = static_cast<Out*>(p.out) + i;
-#pragma omp simd
-    for (int j = 0; j < n; ++j)
-      out[j] = static_cast<Out>(math::round_stochastically<kDtype>(in[j], bits[j]));
-  });
-}
-
 void stochastic_round(const RoundParams& p, int64_t begin, int64_t end) {
-  using math::RoundedDtype;
-  switch (p.dtype) {
-    case RoundedDtype::kBFloat16:
-      return round_to_format<RoundedDtype::kBFloat16, uint16_t>(p, begin, end);
-    case RoundedDtype::kFloat16:
-      return round_to_format<RoundedDtype::kFloat16, uint16_t>(p, begin, end);
-    case RoundedDtype::kFloat8E4M3:
-      return round_to_format<RoundedDtype::kFloat8E4M3, uint8_t>(p, begin, end);
-    case RoundedDtype::kFloat8E5M2:
-      return round_to_format<RoundedDtype::kFloat8E5M2, uint8_t>(p, begin, end);
-  }
+  math::with_rounded_dtype(p.dtype, [&](auto dtype) {
+    constexpr math::RoundedDtype kDtype = decltype(dtype)::value;
+    using Out = math::Rounded<kDtype>;
+    for_bits(p.bits, math::kWordsForRounding, begin, end, p.in, sizeof(float),
+             [&](int64_t i, int n, const uint16_t* bits) KD_INLINE_LAMBDA {
+      const float* in = p.in + i;
+      Out* out = static_cast<Out*>(p.out) + i;
+#pragma omp simd
+      for (int j = 0; j < n; ++j)
+        out[j] = static_cast<Out>(math::round_stochastically<kDtype>(in[j], bits[j]));
+    });
+  });
 }
 
 template <class T>

@@ -6,6 +6,8 @@
 // number of the format it becomes that one. e4m3 has no infinity, of which NaN is made.
 #pragma once
 
+#include <type_traits>
+
 #include "math/philox.h"
 
 namespace kdkernels {
@@ -39,6 +41,21 @@ KD_FN constexpr Format format_of(RoundedDtype dtype) {
     case RoundedDtype::kFloat16: return {16, 10, 15, 0x7BFF, 0x7C00, 0x7E00};
     case RoundedDtype::kFloat8E4M3: return {8, 3, 7, 0x7E, 0x7F, 0x7F};
     default: return {8, 2, 15, 0x7B, 0x7C, 0x7F};
+  }
+}
+
+template <RoundedDtype kDtype>
+using Rounded = std::conditional_t<format_of(kDtype).bits == 16, uint16_t, uint8_t>;
+
+// f(dtype) with a dtype that the compiler knows.
+template <class F>
+auto with_rounded_dtype(RoundedDtype dtype, F f) {
+  using D = RoundedDtype;
+  switch (dtype) {
+    case D::kBFloat16: return f(std::integral_constant<D, D::kBFloat16>());
+    case D::kFloat16: return f(std::integral_constant<D, D::kFloat16>());
+    case D::kFloat8E4M3: return f(std::integral_constant<D, D::kFloat8E4M3>());
+    default: return f(std::integral_constant<D, D::kFloat8E5M2>());
   }
 }
 

@@ -54,19 +54,6 @@ void run_dropout(const DropoutParams& p, const at::Device& device) {
 #endif
 }
 
-// out = run(in, memory of out) in `dtype` and x's memory format. Elements count in row-major order, whatever the strides.
-template <class Run>
-Tensor in_format_of(const Tensor& x, at::ScalarType dtype, Run run) {
-  Tensor out = at::empty_like(x, x.options().dtype(dtype), at::MemoryFormat::Preserve);
-  if (x.is_meta() || x.numel() == 0) return out;
-  const Tensor in = x.contiguous();
-  Tensor dense = out.is_contiguous()
-                     ? out
-                     : at::empty_like(in, in.options().dtype(dtype), at::MemoryFormat::Contiguous);
-  run(in.const_data_ptr(), dense.mutable_data_ptr());
-  return dense.is_same(out) ? out : out.copy_(dense);
-}
-
 Tensor dropout_kernel(const Tensor& x, double p, c10::SymIntArrayRef noise,
                       const TensorOptionals& noise_tensors) {
   check_plain("x", x, x);
@@ -78,9 +65,13 @@ Tensor dropout_kernel(const Tensor& x, double p, c10::SymIntArrayRef noise,
   params.dropped = static_cast<uint32_t>(std::lround(p * 65536));
   // Of the elements that are kept, so that the mean is x's whatever p was rounded to.
   params.scale = params.dropped == 65536 ? 0 : 65536.0 / (65536 - params.dropped);
-  return in_format_of(x, x.scalar_type(), [&](const void* in, void* out) {
+  const Tensor like =
+      at::empty_like(x, x.options().dtype(x.scalar_type()), at::MemoryFormat::Preserve);
+  if (x.is_meta() || x.numel() == 0) return like;
+  return written_in_order(like, [&](void* out) {
+    const Tensor in = x.contiguous();
     params.bits = bits_of(numbers, x);
-    params.in = in;
+    params.in = in.const_data_ptr();
     params.out = out;
     run_dropout(params, x.device());
   });
@@ -95,9 +86,12 @@ Tensor stochastic_round_kernel(const Tensor& x, at::ScalarType dtype, c10::SymIn
   const NoiseNumbers numbers(noise, noise_tensors, 1);
   RoundParams p = {};
   p.dtype = rounded_dtype(dtype);
-  return in_format_of(x, dtype, [&](const void* in, void* out) {
+  const Tensor like = at::empty_like(x, x.options().dtype(dtype), at::MemoryFormat::Preserve);
+  if (x.is_meta() || x.numel() == 0) return like;
+  return written_in_order(like, [&](void* out) {
+    const Tensor in = x.contiguous();
     p.bits = bits_of(numbers, x);
-    p.in = static_cast<const float*>(in);
+    p.in = in.const_data_ptr<float>();
     p.out = out;
     run_round(p, x.device());
   });

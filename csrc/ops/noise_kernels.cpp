@@ -95,18 +95,37 @@ void check_one(const Tensor& x, const OptionalTensor& std_tensor, double std,
   if (std_tensor.has_value()) check_std_tensor(*std_tensor, x);
 }
 
+namespace {
+
+// The runs of a tensor, or its rows, behind `runs`; its element 0 is at `to` and at `from`, either of which may be null.
+void add_runs(const Tensor& x, char* to, const char* from, double std, const NoisePlace& place,
+              int32_t index, int64_t rows, std::vector<NoiseTensor>& runs) {
+  auto add = [&](int64_t first, int64_t count, uint64_t offset, int64_t row) {
+    const int64_t bytes = first * static_cast<int64_t>(x.element_size());
+    runs.push_back({to == nullptr ? nullptr : to + bytes, from == nullptr ? nullptr : from + bytes,
+                    count, std, offset, place.stream, index, row});
+  };
+  if (rows > 0) {
+    for_rows(rows, x.numel(), [&](int64_t first, int64_t count, int64_t row) {
+      add(first, count, place.offset, row);
+    });
+  } else {
+    for_runs(place, x.numel(),
+             [&](int64_t first, int64_t count, uint64_t offset) { add(first, count, offset, 0); });
+  }
+}
+
+}  // namespace
+
 Tensor apply_noise(const Tensor& x, int64_t mode, const OptionalTensor& std_tensor, double std,
                    c10::SymIntArrayRef noise, const TensorOptionals& noise_tensors) {
   NoiseNumbers numbers(noise, noise_tensors, 1);
   NoiseParams p = {};
   p.mode = static_cast<NoiseMode>(mode);
-  // Elements count in row-major order, whatever the strides; noise alone needs none of x's values.
-  const bool only = p.mode == NoiseMode::kOnly;
-  Tensor in = only ? x : x.contiguous();
+  const bool only = p.mode == NoiseMode::kOnly;  // needs none of x's values
   Tensor out = at::empty_like(x, x.options(),
                               only ? at::MemoryFormat::Contiguous : at::MemoryFormat::Preserve);
   if (x.is_meta()) return out;
-  Tensor dense = out.is_contiguous() ? out : at::empty_like(in);
   const RowNumbers rows(numbers, x);
   p.source = rows.source;
   p.rows = rows.rows;
@@ -125,27 +144,17 @@ Tensor apply_noise(const Tensor& x, int64_t mode, const OptionalTensor& std_tens
   }
   TORCH_CHECK_VALUE(place.run == 0 || p.std_size == 1, "std has shape ", std_tensor->sizes(),
                     "; for a tensor in several runs it must have one element");
-  auto* to = static_cast<char*>(dense.mutable_data_ptr());
-  auto* from = only ? nullptr : static_cast<const char*>(in.const_data_ptr());
-  std::vector<NoiseTensor> runs;
-  auto add = [&](int64_t first, int64_t count, uint64_t offset, int64_t row) {
-    int64_t bytes = first * static_cast<int64_t>(x.element_size());
-    runs.push_back({to + bytes, from == nullptr ? nullptr : from + bytes, count, std, offset,
-                    place.stream, 0, row});
-  };
-  if (p.rows > 0) {
-    for_rows(p.rows, x.numel(), [&](int64_t first, int64_t count, int64_t row) {
-      add(first, count, place.offset, row);
-    });
-  } else {
-    for_runs(place, x.numel(),
-             [&](int64_t first, int64_t count, uint64_t offset) { add(first, count, offset, 0); });
-  }
-  p.tensors = runs.data();
-  p.count = static_cast<int64_t>(runs.size());
-  p.indices = 1;
-  run_noise(p, x.device());
-  return dense.is_same(out) ? out : out.copy_(dense);  // channels_last stays that
+  return written_in_order(out, [&](void* memory) {
+    const Tensor in = only ? x : x.contiguous();
+    auto* to = static_cast<char*>(memory);
+    auto* from = only ? nullptr : static_cast<const char*>(in.const_data_ptr());
+    std::vector<NoiseTensor> runs;
+    add_runs(x, to, from, std, place, 0, p.rows, runs);
+    p.tensors = runs.data();
+    p.count = static_cast<int64_t>(runs.size());
+    p.indices = 1;
+    run_noise(p, x.device());
+  });
 }
 
 namespace {
@@ -184,19 +193,8 @@ std::vector<NoiseTensor> runs_of(const DtypeGroup& group, at::TensorList tensors
     size_t i = group.members[j];
     auto* to = out.empty() ? nullptr : static_cast<char*>(out[i]);
     auto* from = in.empty() ? nullptr : static_cast<const char*>(in[i]);
-    auto add = [&](int64_t first, int64_t count, uint64_t offset, int64_t row) {
-      int64_t bytes = first * static_cast<int64_t>(tensors[i].element_size());
-      runs.push_back({to == nullptr ? nullptr : to + bytes,
-                      from == nullptr ? nullptr : from + bytes, count,
-                      std.empty() ? 0.0 : std[std.size() == 1 ? 0 : i], offset, places[i].stream,
-                      static_cast<int32_t>(j), row});
-    };
-    for_rows(rows, tensors[i].numel(), [&](int64_t first, int64_t count, int64_t row) {
-      add(first, count, places[i].offset, row);
-    });
-    if (rows > 0) continue;
-    for_runs(places[i], tensors[i].numel(),
-             [&](int64_t first, int64_t count, uint64_t offset) { add(first, count, offset, 0); });
+    add_runs(tensors[i], to, from, std.empty() ? 0.0 : std[std.size() == 1 ? 0 : i], places[i],
+             static_cast<int32_t>(j), rows, runs);
   }
   return runs;
 }

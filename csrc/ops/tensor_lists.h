@@ -96,4 +96,13 @@ class GroupResults {
   size_t count_;
 };
 
+// out after run(memory), which takes its elements in row-major order, whatever its memory format.
+template <class Run>
+at::Tensor written_in_order(at::Tensor out, Run run) {
+  at::Tensor dense =
+      out.is_contiguous() ? out : at::empty_like(out, out.options(), at::MemoryFormat::Contiguous);
+  run(dense.mutable_data_ptr());
+  return dense.is_same(out) ? out : out.copy_(dense);
+}
+
 }  // namespace kdkernels
