@@ -73,9 +73,12 @@ def liger(h, w, th, tw, divergence):
     from liger_kernel import chunked_loss
 
     module = chunked_loss.LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETAS[divergence], temperature=1.0,
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=BETAS[divergence],
+        temperature=1.0,
         compiled=False,
-    )  # fmt: skip
+    )
     return module(h, w, th, tw, torch.zeros(ROWS, dtype=torch.long))
 
 

@@ -186,11 +186,7 @@ def test_threads(compare):
 # rows, classes, width, dtype, rows of logits at a time: a part of a batch of 4,096 rows
 @pytest.mark.parametrize(
     "rows, classes, width, dtype, chunk",
-    [
-        (512, 8000, 2048, FP32, 128),
-        (512, 8000, 2048, BF16, 128),
-        full(652, 8016, 2048, BF16, 652),
-    ],
+    [(512, 8000, 2048, FP32, 128), (512, 8000, 2048, BF16, 128), full(652, 8016, 2048, BF16, 652)],
 )
 def test_linear(compare, rows, classes, width, dtype, chunk):
     """The loss of linear heads, and the gradients of hidden states and head.

@@ -71,10 +71,17 @@ STANDARD = [
     Grid(COMMON, rows=(1, 64, 512, 16384), **LANGUAGE),
     Grid(COMMON[:1], classes=(10, 1000), dtypes=("bfloat16",), rows=(128,)),
     Grid(COMMON, gaps=(0.01, 0.3), temperatures=(1.0, 4.0), **LANGUAGE),
-    Grid(COMMON[:1], options=tuple((name,) for name in ours.OPTIONS
-         if name not in ("label_smoothing", "top_k", "row_losses")), **LANGUAGE),
+    Grid(
+        COMMON[:1],
+        options=tuple(
+            (name,)
+            for name in ours.OPTIONS
+            if name not in ("label_smoothing", "top_k", "row_losses")
+        ),
+        **LANGUAGE,
+    ),
     Grid(COMMON[:1], classes=(128256,), options=(("top_k",),)),
-]  # fmt: skip
+]
 
 
 # ---- what is asked for ---------------------------------------------------------------------------
@@ -124,10 +131,11 @@ def pattern(text):
 
 def arguments(words=None):
     parser = Parser(
-        description=__doc__.split("\n")[0], allow_abbrev=False,
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
         epilog="Without any of --losses, --rows, --gap, --temperature, --labels and --options all "
         "ops are counted, beside their peers.",
-    )  # fmt: skip
+    )
     add = parser.add_argument
     whole = number("a whole number of at least 1", int, lambda n: n >= 1)
     names = choice(*reference.DIVERGENCES)
@@ -136,19 +144,27 @@ def arguments(words=None):
     add("--rows", nargs="+", type=whole, metavar="N", help="default 4,096 to 16,384")
     add("--dtypes", nargs="+", type=choice(*DTYPES), metavar="NAME", help="default fp32 and bf16")
     add(
-        "--gap", nargs="+", type=gap, metavar="NUMBER",
+        "--gap",
+        nargs="+",
+        type=gap,
+        metavar="NUMBER",
         help="standard deviation of the student's logits less the teacher's, or far: independent; "
         "default 0.1 and far",
-    )  # fmt: skip
+    )
     add(
-        "--temperature", nargs="+", metavar="T",
+        "--temperature",
+        nargs="+",
+        metavar="T",
         type=number("a positive number", float, lambda x: 0 < x < math.inf),
-    )  # fmt: skip
+    )
     add("--labels", action="store_true", help="cross-entropy too, alpha 0.5")
     add(
-        "--options", nargs="+", type=combination, metavar="NAME,...",
+        "--options",
+        nargs="+",
+        type=combination,
+        metavar="NAME,...",
         help=f"all of a list at a time, list after list: {', '.join(ours.OPTIONS)}",
-    )  # fmt: skip
+    )
     add("--ops", type=pattern, default=".", help="a regular expression: only ops that match it")
     add("--who", type=pattern, help="likewise, whose kernels; default all, of losses alone ours")
     add("--json", type=Path, metavar="FILE", help="the rows as JSON")
@@ -196,9 +212,11 @@ def grids(given):
     if not given.selected:
         return [dataclasses.replace(grid, **narrowed) for grid in STANDARD]
     for name, value in (
-        ("gaps", given.gap), ("rows", given.rows), ("temperatures", given.temperature),
+        ("gaps", given.gap),
+        ("rows", given.rows),
+        ("temperatures", given.temperature),
         ("options", given.options),
-    ):  # fmt: skip
+    ):
         if value:
             narrowed[name] = tuple(value)
     losses = tuple(given.losses or reference.DIVERGENCES)
@@ -261,10 +279,18 @@ def peers_rows(given, missing):
 def peer_row(op, dtype, who, classes, rows, counted):
     divergence = op.split()[0]
     return tables.row(
-        op, dtype, f"{rows} x {classes}", who, *counted, classes=classes, rows=rows,
+        op,
+        dtype,
+        f"{rows} x {classes}",
+        who,
+        *counted,
+        classes=classes,
+        rows=rows,
         divergence=divergence if divergence in reference.DIVERGENCES else None,
-        temperature=ours.TEMPERATURE, labels="labels" in op, options=(),
-    )  # fmt: skip
+        temperature=ours.TEMPERATURE,
+        labels="labels" in op,
+        options=(),
+    )
 
 
 def main(words=None):

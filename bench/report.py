@@ -131,10 +131,15 @@ def goal_lines(record):
 # ---- plots ---------------------------------------------------------------------------------------
 
 COLOURS = {
-    "eager": "#d95f02", "torch.compile": "#6a4c93", OURS: "#1b6ca8", IN_PLACE: "#2a9d5c",
+    "eager": "#d95f02",
+    "torch.compile": "#6a4c93",
+    OURS: "#1b6ca8",
+    IN_PLACE: "#2a9d5c",
     NEAR: "#7fc8a0",
-    "triad": "#7f7f7f", "memcpy": "#b0b0b0", "NumPy": "#c1121f",
-}  # fmt: skip
+    "triad": "#7f7f7f",
+    "memcpy": "#b0b0b0",
+    "NumPy": "#c1121f",
+}
 OTHERS = "#8c6d46"
 
 
@@ -187,9 +192,14 @@ def plot_overview(results):
             kind = NEAR if kind == IN_PLACE and ", gap" in case else kind
             kind = kind if kind in COLOURS else "another peer"
             shown[kind] = axes.errorbar(
-                middle, row, xerr=[[middle - low], [high - middle]], color=colour(kind),
-                fmt="o" if ours else "d", ms=6 if ours else 4, lw=1.4,
-            )  # fmt: skip
+                middle,
+                row,
+                xerr=[[middle - low], [high - middle]],
+                color=colour(kind),
+                fmt="o" if ours else "d",
+                ms=6 if ours else 4,
+                lw=1.4,
+            )
     axes.axvline(1, color=colour("eager"), lw=1.6)
     axes.set_yticks(range(len(results)), [result["title"] for result in results], fontsize=8)
     axes.set(xscale="log", xlabel="times faster than the first case of each table", ylim=(-1, None))
@@ -374,12 +384,17 @@ def page(record, pictures):
         for name, title in SUITES.items()
     ]
     return PAGE.render(
-        machine=record["machine"], date=record["date"][:16].replace("T", " "),
-        load=record["load"], goals=goals(record), overview=encoded.pop("overview", ("", ""))[1],
-        suites=[suite for suite in suites if suite["results"]], about=ABOUT,
-        growth=encoded.values(), points=[shown(r) for r in record["results"] if r["growth"]],
+        machine=record["machine"],
+        date=record["date"][:16].replace("T", " "),
+        load=record["load"],
+        goals=goals(record),
+        overview=encoded.pop("overview", ("", ""))[1],
+        suites=[suite for suite in suites if suite["results"]],
+        about=ABOUT,
+        growth=encoded.values(),
+        points=[shown(r) for r in record["results"] if r["growth"]],
         how=paragraphs(measuring.__doc__),
-    )  # fmt: skip
+    )
 
 
 def as_json(record):

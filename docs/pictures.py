@@ -233,9 +233,13 @@ def shared_vocabulary():
         ax.set(title=f"rank {rank}: classes {10 * rank} to {10 * rank + 9}", xticks=[], yticks=[])
         if rank:
             ax.annotate(
-                "", (-0.01, 0.5), (-0.2, 0.5), "axes fraction",
-                arrowprops={"arrowstyle": "<->", "color": "gray"}, annotation_clip=False,
-            )  # fmt: skip
+                "",
+                (-0.01, 0.5),
+                (-0.2, 0.5),
+                "axes fraction",
+                arrowprops={"arrowstyle": "<->", "color": "gray"},
+                annotation_clip=False,
+            )
     figure.get_layout_engine().set(wspace=0.12)
     parts[0].set_ylabel("rows")
     figure.supxlabel("↔ numbers of rows: each side's largest logit, sums, terms", fontsize=9.5)
@@ -356,9 +360,17 @@ def regression():
     y = 3 * x
     lam, sigma = 0.01, 0.5
     path = kdkernels.noisy_linear_regression(
-        x, y, torch.zeros(4096), steps=400, lr=0.02, lam=lam, sigma=sigma,
-        seed=torch.arange(4096), noise="per-sample", trajectory=True,
-    )  # fmt: skip
+        x,
+        y,
+        torch.zeros(4096),
+        steps=400,
+        lr=0.02,
+        lam=lam,
+        sigma=sigma,
+        seed=torch.arange(4096),
+        noise="per-sample",
+        trajectory=True,
+    )
     ridge = float((x * y).mean() / ((x**2).mean() + sigma**2 + lam / 2))
     low, high = torch.quantile(path, torch.tensor([0.025, 0.975], dtype=path.dtype), dim=1)
     figure, ax = axes(1, height=2.8)

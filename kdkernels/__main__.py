@@ -71,86 +71,139 @@ _CONTINUED = (
     "options only --epochs may be given, to train on, and "
 )
 _SHARED = (
-    "teacher", "teacher_weights", "data", "data_dir", "image_size", "normalize", "augment", "views",
-    "seed", "batch_size", "train_samples", "device", "threads",
-)  # fmt: skip
+    "teacher",
+    "teacher_weights",
+    "data",
+    "data_dir",
+    "image_size",
+    "normalize",
+    "augment",
+    "views",
+    "seed",
+    "batch_size",
+    "train_samples",
+    "device",
+    "threads",
+)
 _NOT_TUNED = (
-    "validation", "teacher_predictions", "target_accuracy", "budget", "generations", "arms",
-    "checkpoint_every", "parallel",
-)  # fmt: skip
+    "validation",
+    "teacher_predictions",
+    "target_accuracy",
+    "budget",
+    "generations",
+    "arms",
+    "checkpoint_every",
+    "parallel",
+)
 COMMANDS = {
     "info": _Command(
         "versions, what was compiled in, instruction set, threads, GPUs", "kdkernels.info:command"
     ),
     "bench": _Command(
         "how fast the ops are on this machine, beside eager PyTorch and the memory's limit",
-        "kdkernels.tools.bench:command", (Bench,),
+        "kdkernels.tools.bench:command",
+        (Bench,),
     ),
     "reproduce": _Command(
-        "run experiments 1 and 2 and write one report", _RUNS,
+        "run experiments 1 and 2 and write one report",
+        _RUNS,
         (
             (Distil, ("epochs", "teacher_epochs")),
             (Regression, ("replicas", "repeats")),
             (Distil, ("train_samples", "test_samples", "seed", "device", "threads")),
-            _Folder, _resume(_CONTINUED + "--data-dir where the same files lie elsewhere"),
+            _Folder,
+            _resume(_CONTINUED + "--data-dir where the same files lie elsewhere"),
         ),
     ),
     "soft-reg": _Command(
         "experiment 1: soft-regularised linear regression in NumPy, PyTorch and one kernel; "
         "experiment 3: a network without noise and with noise on its input, gradient, parameters "
-        "and in its loss", _RUNS,
+        "and in its loss",
+        _RUNS,
         (
-            Model, Regression, Network, _Folder,
-            _resume("continue the run of mlp or resnet18 in this folder, with its own settings; of "
-                    "the other options only --seeds may be given, for more of them"),
+            Model,
+            Regression,
+            Network,
+            _Folder,
+            _resume(
+                "continue the run of mlp or resnet18 in this folder, with its own settings; of "
+                "the other options only --seeds may be given, for more of them"
+            ),
         ),
     ),
     "distill": _Command(
-        "experiment 2: distil a teacher into a student, in five arms or six", _RUNS,
+        "experiment 2: distil a teacher into a student, in five arms or six",
+        _RUNS,
         (
-            Distil, _Config, _Folder,
-            _resume(_CONTINUED + "--data-dir and --teacher-predictions where the same files lie "
-                    "elsewhere; its own models are imported from the folder where it was started"),
+            Distil,
+            _Config,
+            _Folder,
+            _resume(
+                _CONTINUED + "--data-dir and --teacher-predictions where the same files lie "
+                "elsewhere; its own models are imported from the folder where it was started"
+            ),
         ),
     ),
     "predict-teacher": _Command(
         "make a teacher's predictions of the training images once, for any number of runs of "
-        "distill --teacher-predictions", "kdkernels.tools.predict:command",
+        "distill --teacher-predictions",
+        "kdkernels.tools.predict:command",
         (Predict, (Distil, _SHARED)),
     ),
     "distill-lm": _Command(
         "experiment 4: distil a small GPT into a smaller one, in five arms or six: the reference, "
-        "and losses of logits, of top-k teachers and of hidden states", _RUNS,
-        (LanguageModel, _Folder,
-         _resume(_CONTINUED + "--text where the same text lies elsewhere")),
+        "and losses of logits, of top-k teachers and of hidden states",
+        _RUNS,
+        (LanguageModel, _Folder, _resume(_CONTINUED + "--text where the same text lies elsewhere")),
         needs=("tokenizers",),
     ),
     "tune": _Command(
-        "search for distill's settings with Optuna", "kdkernels.commands.tune:command",
+        "search for distill's settings with Optuna",
+        "kdkernels.commands.tune:command",
         (
-            Search, Workers, (Distil, _fields(Distil, *_NOT_TUNED)), _Folder,
-            _resume("go on with the search in this folder; of the other options --trials, "
-                    "--confirm, --workers and --threads may be given"),
+            Search,
+            Workers,
+            (Distil, _fields(Distil, *_NOT_TUNED)),
+            _Folder,
+            _resume(
+                "go on with the search in this folder; of the other options --trials, "
+                "--confirm, --workers and --threads may be given"
+            ),
         ),
         needs=("optuna",),
     ),
     "export": _Command(
         "write a finished run's student as ONNX files in fp32 and int8, and compare them",
-        "kdkernels.commands.export:command", (Export,),
+        "kdkernels.commands.export:command",
+        (Export,),
         (("run_dir", "RUN_DIR", None, "folder of a run of distill"),),
         ("onnx", "onnxscript", "onnxruntime", "torchao"),
     ),
     "compare": _Command(
         "one page that compares runs of distill, with means over seeds",
-        "kdkernels.reports.compare:command", (Compare,),
-        (("runs", "RUN_DIR", "+", "folders of finished runs of distill or reproduce; those that "
-          "differ only in their seed are averaged"),),
+        "kdkernels.reports.compare:command",
+        (Compare,),
+        (
+            (
+                "runs",
+                "RUN_DIR",
+                "+",
+                "folders of finished runs of distill or reproduce; those that "
+                "differ only in their seed are averaged",
+            ),
+        ),
     ),
-}  # fmt: skip
+}
 # The ops do without these; pyproject's extra "train" names the distributions that they come in.
 _TRAIN_PACKAGES = (
-    "torchvision", "sklearn", "matplotlib", "pandas", "safetensors", "rich", "jinja2",
-)  # fmt: skip
+    "torchvision",
+    "sklearn",
+    "matplotlib",
+    "pandas",
+    "safetensors",
+    "rich",
+    "jinja2",
+)
 
 
 class _UsageError(Exception):
@@ -172,9 +225,12 @@ def make_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         about = command.about
         made = commands.add_parser(
-            name, help=about, description=about[0].upper() + about[1:] + ".",
-            argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        )  # fmt: skip
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
         for dest, metavar, nargs, help in command.places:
             made.add_argument(dest, metavar=metavar, nargs=nargs, help=help, type=expanded)
         for settings in command.settings:

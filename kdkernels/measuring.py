@@ -275,10 +275,16 @@ def measure(comparison: Comparison, seconds: float = 8.0, least: int = 7) -> dic
     for name, case in cases.items():
         case["allocations"], case["allocated"] = allocations(calls[name])
     return {
-        "title": comparison.title, "bytes": comparison.bytes, "growth": comparison.growth,
-        "missing": comparison.missing, "date": began, "threads": threads,
-        "load": [load, os.getloadavg()[0]], "others": others, "cases": cases,
-    }  # fmt: skip
+        "title": comparison.title,
+        "bytes": comparison.bytes,
+        "growth": comparison.growth,
+        "missing": comparison.missing,
+        "date": began,
+        "threads": threads,
+        "load": [load, os.getloadavg()[0]],
+        "others": others,
+        "cases": cases,
+    }
 
 
 # ---- what was measured, and on what --------------------------------------------------------------
@@ -291,12 +297,18 @@ def machine() -> dict:
     call = triad(size)
     call()
     return {
-        "processor": info.processor(), "cores": os.cpu_count(), "isa": facts["isa"],
-        "threads": facts["threads"], "kdkernels": facts["kdkernels"], "torch": facts["torch"],
-        "numpy": np.__version__, "python": facts["python"], "compiler": facts["compiler"],
+        "processor": info.processor(),
+        "cores": os.cpu_count(),
+        "isa": facts["isa"],
+        "threads": facts["threads"],
+        "kdkernels": facts["kdkernels"],
+        "torch": facts["torch"],
+        "numpy": np.__version__,
+        "python": facts["python"],
+        "compiler": facts["compiler"],
         "system": platform.platform(),
         "triad_bytes_per_second": size / min(_timed(call, 1) for _ in range(9)),
-    }  # fmt: skip
+    }
 
 
 def record(machine: dict, results: list[dict]) -> dict:

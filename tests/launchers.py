@@ -686,10 +686,14 @@ def divergence_expected(case):
         loss, statistics = reference.distillation_loss(z, teachers, labels, **options | by_row)
     else:
         loss, statistics = reference.topk_distillation_loss(
-            z, teachers[0], index, labels, tail=case.tail,
+            z,
+            teachers[0],
+            index,
+            labels,
+            tail=case.tail,
             teacher_logsumexp=None if logsumexp is None else logsumexp.double(),
             **options | by_row,
-        )  # fmt: skip
+        )
     wanted = [z, teachers[0]] if case.teacher_gradient else [z]
     gradient, *of_teacher = torch.autograd.grad(loss.sum(), wanted, materialize_grads=True)
     if case.entry_gradient:
@@ -723,9 +727,12 @@ def divergence_compare(case, got, want):
     )
     if case.statistics:
         torch.testing.assert_close(
-            got["statistics"].double(), want["statistics"], rtol=1e-11 if exact else 4e-6,
-            atol=1e-12 if exact else 4e-6, equal_nan=True,
-        )  # fmt: skip
+            got["statistics"].double(),
+            want["statistics"],
+            rtol=1e-11 if exact else 4e-6,
+            atol=1e-12 if exact else 4e-6,
+            equal_nan=True,
+        )
     scale = max(1.0, largest * max(case.temperature, 1.0)) * factor * max(1.0, case.logit_scale)
     atol = (1e-13 if exact else 2e-6) * scale
     for name, pad in (("gradient", 0 if case.inplace else 2), ("teacher_gradient", 1)):
@@ -811,14 +818,24 @@ def divergence_cases():
             caps = {"logit_scale": 0.7, "soft_cap": 5.0}
             yield Divergence(rows=5, **of, **caps, smoothing=0.2, teacher_soft_cap=4.0)
             yield Divergence(
-                rows=3, **of, **caps, standardize=True, teacher_gradient=True,
-                teacher_logit_scale=1.5, inplace=True,
-            )  # fmt: skip
+                rows=3,
+                **of,
+                **caps,
+                standardize=True,
+                teacher_gradient=True,
+                teacher_logit_scale=1.5,
+                inplace=True,
+            )
             yield Divergence(rows=3, **of, teachers=3, statistics=True)
             yield Divergence(
-                rows=3, **of, teachers=3, teacher_weights=(0.2, 0.0, 3.0), mixture="log_probs",
-                standardize=True, statistics=True,
-            )  # fmt: skip
+                rows=3,
+                **of,
+                teachers=3,
+                teacher_weights=(0.2, 0.0, 3.0),
+                mixture="log_probs",
+                standardize=True,
+                statistics=True,
+            )
             yield Divergence(rows=3, **of, teachers=8, kind="probs", temperature=1.0)
             yield Divergence(rows=3, **of, teachers=2, values="masked", teacher_soft_cap=9.0)
             yield Divergence(rows=5, **of, values="masked", teacher_gradient=True, statistics=True)
@@ -833,9 +850,15 @@ def divergence_cases():
             yield Divergence(rows=5, **of, invalid=True, reduction="none")
             yield Divergence(rows=5, **of, slices=1, statistics=True, ignored=0.3)
             yield Divergence(
-                rows=3, **of, slices=3, statistics=True, smoothing=0.1, standardize=True,
-                teacher_gradient=True, weighted=True,
-            )  # fmt: skip
+                rows=3,
+                **of,
+                slices=3,
+                statistics=True,
+                smoothing=0.1,
+                standardize=True,
+                teacher_gradient=True,
+                weighted=True,
+            )
             yield Divergence(rows=3, **of, slices=2, soft_cap=3.0, inplace=True)
             yield Divergence(rows=3, **(of | {"alpha": 0.0}), smoothing=0.1)
             yield Divergence(rows=3, **(of | {"alpha": 0.0}), statistics=True)
@@ -847,10 +870,18 @@ def divergence_cases():
                 yield Divergence(dtype, 2, 1000 + 100 * i, **of)
         for i, name in enumerate(DIVERGENCES):
             yield Divergence(
-                dtype, 4, (10, 100, 1000)[i % 3], (1.0, 2.0, 4.0)[(i + d) % 3], divergence=name,
-                alpha=1.0 if name == "decoupled" else None, values="training", prompts=0.5,
-                gap=TRAINING_GAPS[(i + d) % 4], statistics=True, reduction="none",
-            )  # fmt: skip
+                dtype,
+                4,
+                (10, 100, 1000)[i % 3],
+                (1.0, 2.0, 4.0)[(i + d) % 3],
+                divergence=name,
+                alpha=1.0 if name == "decoupled" else None,
+                values="training",
+                prompts=0.5,
+                gap=TRAINING_GAPS[(i + d) % 4],
+                statistics=True,
+                reduction="none",
+            )
         # Reverse KL of whole rows has the walks of forward KL.
         reverse = {"divergence": "reverse_kl", "reduction": "none"}
         for classes in (10, 100, 700, 1100, 3001, 20000):
@@ -931,9 +962,15 @@ def top_k_cases(dtype):
         yield Divergence(rows=5, classes=200, entries=9, **of, entry_gradient=True)
         yield Divergence(rows=5, classes=200, entries=9, **of, invalid=True, reduction="none")
         yield Divergence(
-            rows=4, classes=333, entries=40, **of, **hard, ignored=0.3, offset=(1, 0, 2),
+            rows=4,
+            classes=333,
+            entries=40,
+            **of,
+            **hard,
+            ignored=0.3,
+            offset=(1, 0, 2),
             pad=(3, 0, 2),
-        )  # fmt: skip
+        )
         yield Divergence(rows=1 if dtype == "float64" else 2, classes=50257, entries=64, **of)
         yield Divergence(rows=3, classes=200, entries=9, **of, **hard, values="nan")
 
@@ -1551,8 +1588,11 @@ def regression_expected(case):
     inputs = regression_inputs(case)
     trajectory = torch.ops.kdkernels.noisy_linear_regression(
         *(inputs[name] for name in ("x", "y", "theta", "lr", "lam", "sigma", "seed")),
-        case.steps, 5, case.per_sample, True,
-    )  # fmt: skip
+        case.steps,
+        5,
+        case.per_sample,
+        True,
+    )
     want = {"result": trajectory[-1]}
     return want | ({"trajectory": trajectory} if case.trajectory else {})
 

@@ -205,19 +205,37 @@ def made_up(title, suite, names, bytes=0, growth=None, missing=None):
     cases = benchmark.summary(rounds, bytes)
     for case in cases.values():
         case |= {"allocations": 3, "allocated": 2**20}
-    return report.kept({
-        "title": title, "suite": suite, "bytes": bytes, "growth": growth, "missing": missing or {},
-        "date": "2026-01-02T03:04:05+00:00", "threads": 2, "load": [0.5, 1.5],
-        "others": 0.25, "cases": cases,
-    })  # fmt: skip
+    return report.kept(
+        {
+            "title": title,
+            "suite": suite,
+            "bytes": bytes,
+            "growth": growth,
+            "missing": missing or {},
+            "date": "2026-01-02T03:04:05+00:00",
+            "threads": 2,
+            "load": [0.5, 1.5],
+            "others": 0.25,
+            "cases": cases,
+        }
+    )
 
 
 def test_the_page_shows_every_case(tmp_path):
     facts = {
-        "processor": "A <processor>", "cores": 2, "isa": "avx2", "threads": 2, "kdkernels": "1",
-        "torch": "2", "numpy": "3", "python": "4", "compiler": "c", "system": "s",
-        "triad_bytes_per_second": 2e10, "peers": {"trl": "5"},
-    }  # fmt: skip
+        "processor": "A <processor>",
+        "cores": 2,
+        "isa": "avx2",
+        "threads": 2,
+        "kdkernels": "1",
+        "torch": "2",
+        "numpy": "3",
+        "python": "4",
+        "compiler": "c",
+        "system": "s",
+        "triad_bytes_per_second": 2e10,
+        "peers": {"trl": "5"},
+    }
     growth = [
         {"plot": "loss, 1 & 2", "axis": "rows", "value": 10**k, "elements": 10**k} for k in range(3)
     ]
@@ -228,9 +246,11 @@ def test_the_page_shows_every_case(tmp_path):
         first,
         made_up(report.EXPERIMENT, "train", ["NumPy loop", OURS], missing={"Opacus": "not there"}),
         overhead,
-        *(made_up(f"growth {k}", "noise", ["eager", OURS, "triad"], 8, g)
-          for k, g in enumerate(growth)),
-    ]  # fmt: skip
+        *(
+            made_up(f"growth {k}", "noise", ["eager", OURS, "triad"], 8, g)
+            for k, g in enumerate(growth)
+        ),
+    ]
     record = benchmark.record(facts, results)
     json_path, html_path = report.write(record, tmp_path)
     assert json_path.name == "a-processor-2-cores.json"

@@ -275,9 +275,15 @@ def test_a_folder_that_is_none(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "suffix"),
-    [("uint16", ".png"), ("uint16", ".tiff"), ("uint16", ".pgm"), ("int32", ".tif"),
-     ("float32", ".tif"), ("bool", ".png")],
-)  # fmt: skip
+    [
+        ("uint16", ".png"),
+        ("uint16", ".tiff"),
+        ("uint16", ".pgm"),
+        ("int32", ".tif"),
+        ("float32", ".tif"),
+        ("bool", ".png"),
+    ],
+)
 def test_images_of_other_than_8_bits(tmp_path, kind, suffix):
     """A ramp of 64 shades stays one; what does not say which number is white is refused."""
     root = fill(tmp_path / "photos", count=5)
@@ -415,9 +421,15 @@ def noise_images(count=12, side=16, channels=3, **options):
         0, 256, (count, channels, side, side), generator=torch.Generator().manual_seed(1)
     )
     return data.Images(
-        pixels.to(torch.uint8), torch.arange(count) % 4, 4, options.pop("size", side), 255.0,
-        torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), **options,
-    )  # fmt: skip
+        pixels.to(torch.uint8),
+        torch.arange(count) % 4,
+        4,
+        options.pop("size", side),
+        255.0,
+        torch.zeros(1, 1, 1, 1),
+        torch.ones(1, 1, 1, 1),
+        **options,
+    )
 
 
 def half_dark(image):
@@ -534,9 +546,15 @@ def test_rows_are_the_teachers_logits(tmp_path, dtype, top_k):
     model = teacher()
     told = []
     found = predictions.write(
-        tmp_path / "kept", model, images, top_k=top_k, dtype=dtype, batch_size=32, shard_rows=50,
+        tmp_path / "kept",
+        model,
+        images,
+        top_k=top_k,
+        dtype=dtype,
+        batch_size=32,
+        shard_rows=50,
         on_step=lambda *step: told.append(step),
-    )  # fmt: skip
+    )
     assert model.training and told[-1] == ("teacher", 260, 260)
     assert len(found) == 130 and len(list((tmp_path / "kept").glob("*.safetensors"))) == 6
     found = predictions.Predictions.open(tmp_path / "kept")
@@ -683,9 +701,10 @@ def test_killed_and_continued(tmp_path):
 
     def killed(**when):
         script = WRITER.format(
-            tests=os.path.dirname(__file__), folder=str(tmp_path / "kept"),
+            tests=os.path.dirname(__file__),
+            folder=str(tmp_path / "kept"),
             **{"kill_at": None, "kill_after": None} | when,
-        )  # fmt: skip
+        )
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, timeout=1000
         )
@@ -726,9 +745,13 @@ def test_predict_teacher(tmp_path, capsys):
     model, _ = models.build("resnet18", 10, 16)
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
     call = [
-        "predict-teacher", f"--teacher-weights={tmp_path / 'teacher.pth'}", "--image-size=16",
-        "--train-samples=40", "--threads=1", f"--out={tmp_path / 'kept'}",
-    ]  # fmt: skip
+        "predict-teacher",
+        f"--teacher-weights={tmp_path / 'teacher.pth'}",
+        "--image-size=16",
+        "--train-samples=40",
+        "--threads=1",
+        f"--out={tmp_path / 'kept'}",
+    ]
     assert command.main([*call, "--top-k=2", "--augment=crop", "--views=2", "--seed=3"]) == 0
     shown = capsys.readouterr().out
     assert "40 images in 2 views" in shown and "bytes an image" in shown
@@ -738,9 +761,7 @@ def test_predict_teacher(tmp_path, capsys):
     expected = kdkernels.topk_teacher(asked(model, images, 1), 2)
     rows = found.rows(torch.arange(40), 1)
     torch.testing.assert_close(rows.values, expected.values, rtol=2e-3, atol=2e-3)
-    assert set(load_file(tmp_path / "kept/00000.safetensors")) == {
-        "values", "indices", "logsumexp",
-    }  # fmt: skip
+    assert set(load_file(tmp_path / "kept/00000.safetensors")) == {"values", "indices", "logsumexp"}
 
     for more, said in (
         (["--top-k=11"], "top_k 11: the images have 10 classes"),
@@ -765,9 +786,14 @@ def pair(num_classes):
 
 def test_predict_teacher_of_what_gives_no_logits(tmp_path, capsys):
     torch.save(pair(10).state_dict(), tmp_path / "teacher.pth")
-    call = ["predict-teacher", "--teacher=test_data:pair", "--image-size=16", "--threads=1",
-            f"--teacher-weights={tmp_path / 'teacher.pth'}",
-            f"--out={tmp_path / 'kept'}"]  # fmt: skip
+    call = [
+        "predict-teacher",
+        "--teacher=test_data:pair",
+        "--image-size=16",
+        "--threads=1",
+        f"--teacher-weights={tmp_path / 'teacher.pth'}",
+        f"--out={tmp_path / 'kept'}",
+    ]
     assert command.main(call) == 2
     err = capsys.readouterr().err
     assert "must give logits of shape [2, 10]" in err and err.count("\n") == 1
@@ -779,10 +805,17 @@ def test_predict_teacher_of_a_folder(tmp_path):
     model, _ = models.build("resnet18", 3, 16)
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
     status = command.main(
-        ["predict-teacher", f"--teacher-weights={tmp_path / 'teacher.pth'}", "--image-size=16",
-         "--data=folder", f"--data-dir={root}", "--threads=1", "--normalize=imagenet",
-         f"--out={tmp_path / 'kept'}"]
-    )  # fmt: skip
+        [
+            "predict-teacher",
+            f"--teacher-weights={tmp_path / 'teacher.pth'}",
+            "--image-size=16",
+            "--data=folder",
+            f"--data-dir={root}",
+            "--threads=1",
+            "--normalize=imagenet",
+            f"--out={tmp_path / 'kept'}",
+        ]
+    )
     assert status == 0
     images = data.folder(root, size=16, imagenet=True)[0]
     found = predictions.Predictions.open(tmp_path / "kept")

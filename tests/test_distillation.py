@@ -833,11 +833,7 @@ BAD = [
     ("reduction", ValueError, lambda: distillation_loss(Z, T, reduction="average")),
     ("divergence", ValueError, lambda: distillation_loss(Z, T, divergence="kl")),
     ("backend", ValueError, lambda: distillation_loss(Z, T, backend="cuda")),
-    (
-        "inplace",
-        ValueError,
-        lambda: distillation_loss(Z.clone().requires_grad_(), T, inplace=True),
-    ),
+    ("inplace", ValueError, lambda: distillation_loss(Z.clone().requires_grad_(), T, inplace=True)),
     ("inplace", ValueError, lambda: distillation_loss(non_leaf(COLUMNS).t(), T, inplace=True)),
     (
         "inplace",

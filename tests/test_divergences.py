@@ -11,12 +11,7 @@ from nightly import examples
 from test_distillation import HALF_ULP, generator, logits, on_emulator, pair
 
 import kdkernels
-from kdkernels import (
-    distillation_loss,
-    linear_distillation_loss,
-    reference,
-    topk_distillation_loss,
-)
+from kdkernels import distillation_loss, linear_distillation_loss, reference, topk_distillation_loss
 from kdkernels.tools.comparisons import IGNORED, training_logits
 
 # What rounded exponentials make of the ratio of their sums, which a gradient of a KL feels.
@@ -263,10 +258,7 @@ def calls(draw):
             log_probs = [t.double().log_softmax(-1) for t in teachers]
             teachers = [(x if kind == "log_probs" else x.exp()).to(dtype) for x in log_probs]
     if form != "topk" and options.get("teacher_kind", "logits") == "logits" and one(False, True):
-        options |= {
-            "teacher_logit_scale": one(0.5, 1.5),
-            "teacher_soft_cap": one(None, 2 * scale),
-        }
+        options |= {"teacher_logit_scale": one(0.5, 1.5), "teacher_soft_cap": one(None, 2 * scale)}
 
     if layout == "linear":
         tensors, fused = draw_linear(one, leading, classes, "student", dtype, scale), {}
@@ -735,9 +727,13 @@ def test_a_bucket_of_no_class_is_empty(divergence):
     want, want_gradient, _ = loss_and_gradients(distillation_loss, z, t, **options)
     leaf, indices = z.clone().requires_grad_(), t.argsort(-1)
     loss = topk_distillation_loss(
-        leaf, t.gather(-1, indices), indices, tail="bucket", teacher_logsumexp=t.logsumexp(-1),
+        leaf,
+        t.gather(-1, indices),
+        indices,
+        tail="bucket",
+        teacher_logsumexp=t.logsumexp(-1),
         **options,
-    )  # fmt: skip
+    )
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     torch.testing.assert_close(loss.detach(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient, want_gradient, rtol=1e-5, atol=1e-5)

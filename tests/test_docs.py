@@ -50,8 +50,10 @@ def test_page(site, page):
 def test_every_public_name_is_explained(site):
     import kdkernels
 
-    ids = set(re.findall(r'id="(kdkernels\.\w+)"', "".join(
-        (site / f"{page}.html").read_text() for page in PAGES
-    )))  # fmt: skip
+    ids = set(
+        re.findall(
+            r'id="(kdkernels\.\w+)"', "".join((site / f"{page}.html").read_text() for page in PAGES)
+        )
+    )
     missing = {f"kdkernels.{name}" for name in kdkernels.__all__} - ids - {"kdkernels.reference"}
     assert not missing

@@ -27,10 +27,16 @@ int8 = pytest.importorskip("kdkernels.tools.int8")
 
 # Steps enough for BatchNorm's running averages to catch up with the weights. At night a MobileNet.
 DISTILL = [
-    "--train-samples=416", "--test-samples=200", "--batch-size=16", "--image-size=16",
-    "--teacher-epochs=1", "--epochs=5", "--threads=1", "--arms=full",
+    "--train-samples=416",
+    "--test-samples=200",
+    "--batch-size=16",
+    "--image-size=16",
+    "--teacher-epochs=1",
+    "--epochs=5",
+    "--threads=1",
+    "--arms=full",
     *of_night([], networks.ARGUMENTS),
-]  # fmt: skip
+]
 STUDENT = of_night("mobilenet_v2", "networks:Residual")
 
 

@@ -28,10 +28,22 @@ SOURCES = str(Path(sysconfig.get_paths()["stdlib"], "json"))
 DEFAULTS = ("reference", "dense", "topk", "linear", "full")
 # One thread: two that spin on a busy machine's two cores wait for each other most of the time.
 TINY = {
-    "text": SOURCES, "vocabulary": 320, "context": 16, "batch_size": 4, "student_width": 32,
-    "student_layers": 1, "teacher_width": 48, "teacher_layers": 2, "teacher_steps": 60, "k": 8,
-    "epochs": 2, "train_samples": 26, "test_samples": 32, "lr": 3e-3, "threads": 1,
-}  # fmt: skip
+    "text": SOURCES,
+    "vocabulary": 320,
+    "context": 16,
+    "batch_size": 4,
+    "student_width": 32,
+    "student_layers": 1,
+    "teacher_width": 48,
+    "teacher_layers": 2,
+    "teacher_steps": 60,
+    "k": 8,
+    "epochs": 2,
+    "train_samples": 26,
+    "test_samples": 32,
+    "lr": 3e-3,
+    "threads": 1,
+}
 CPU = torch.device("cpu")
 
 
@@ -210,9 +222,14 @@ def test_compiled_loss_is_the_references():
 
 def test_operations_are_what_torch_counts():
     settings = LanguageModel(
-        context=16, batch_size=2, student_width=32, student_layers=3,
-        teacher_width=64, teacher_layers=1, k=4,
-    )  # fmt: skip
+        context=16,
+        batch_size=2,
+        student_width=32,
+        student_layers=3,
+        teacher_width=64,
+        teacher_layers=1,
+        k=4,
+    )
     student = GPT(64, 16, 32, 3)
     tokens = torch.zeros(2, 16, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
@@ -272,10 +289,15 @@ def test_linear_takes_less_memory(tmp_path):
         model.bare = name == "linear"
         ask = language_model._asked(LM_ARMS[name], expert, settings)
         learner = Learner(
-            name, model, language_model._loss(LM_ARMS[name], model, expert, settings),
+            name,
+            model,
+            language_model._loss(LM_ARMS[name], model, expert, settings),
             lambda tokens, *_, ask=ask: language_model._packed(ask(tokens)),
-            lambda model: {}, 1e-3, 0, tuned=True,
-        )  # fmt: skip
+            lambda model: {},
+            1e-3,
+            0,
+            tuned=True,
+        )
         batches = [torch.arange(8), torch.arange(8, 16)]
         peak = step_cost.Peak(learner)
         with Interrupt() as interrupt:
@@ -390,7 +412,7 @@ def test_text_shorter_than_the_teachers_steps(tmp_path):
     settings = LanguageModel(
         **TINY | {"text": str(tmp_path / "text"), "vocabulary": 257, "teacher_steps": 120},
         arms=("linear",),
-    )  # fmt: skip
+    )
     folder = RunFolder.create(
         str(tmp_path / "run"), {"language_model": dataclasses.asdict(settings)}
     )
@@ -404,10 +426,7 @@ def test_text_shorter_than_the_teachers_steps(tmp_path):
     ("changed", "said"),
     [
         ({"text": "/nowhere"}, "text /nowhere: there is no such file"),
-        (
-            {"vocabulary": 5},
-            "--vocabulary: '5' is given; it must be a whole number of at",
-        ),
+        ({"vocabulary": 5}, "--vocabulary: '5' is given; it must be a whole number of at"),
         ({"student_width": 100}, "student_width is 100; it must be a multiple of 64"),
         ({"k": 400}, "k is 400; it must be at most vocabulary, which is 320"),
         ({"arms": "dense,fused"}, "'dense,fused' is given; it must be different names"),

@@ -377,11 +377,7 @@ def test_a_bound_of_the_rows_that_count(form, reduction, dtype):
     for bound in (count, count + 1, 10 * ROWS):
         for budget in (None, 2 * ROW_BYTES):
             got = results(
-                linear_distillation_loss,
-                tensors,
-                **options,
-                max_rows=bound,
-                memory_budget=budget,
+                linear_distillation_loss, tensors, **options, max_rows=bound, memory_budget=budget
             )
             wide = dtype == torch.float64
             rtol, atol = (1e-12, 1e-15) if wide else (1e-2, 1e-2)

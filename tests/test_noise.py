@@ -898,9 +898,12 @@ def test_soft_regularization_against_jvp():
     value, derivative = torch.func.jvp(loss, (theta,), (eps,))
     gradient, product = torch.func.jvp(torch.func.grad(loss), (theta,), (eps,))
     got = soft_regularization(
-        lambda: torch.nn.functional.cross_entropy(model(x), y), model.parameters(), 0.7,
-        seed=1, step=2,
-    )  # fmt: skip
+        lambda: torch.nn.functional.cross_entropy(model(x), y),
+        model.parameters(),
+        0.7,
+        seed=1,
+        step=2,
+    )
     torch.testing.assert_close(got.detach(), value + 0.7 * derivative)
     got.backward()
     for name, p in model.named_parameters():
@@ -959,9 +962,11 @@ def test_noise_in_the_gradient_before_a_layer_in_place(layer):
 def test_modules_on_the_meta_device_can_be_set_again():
     with torch.device("meta"):
         layers = nn.Sequential(
-            kdkernels.InputNoise(0.25, learnable=True), kdkernels.InputNoise(0.5, shape=(3, 1, 1)),
-            kdkernels.GradientNoiseLayer(0.1), kdkernels.InputNoise(0.75),
-        )  # fmt: skip
+            kdkernels.InputNoise(0.25, learnable=True),
+            kdkernels.InputNoise(0.5, shape=(3, 1, 1)),
+            kdkernels.GradientNoiseLayer(0.1),
+            kdkernels.InputNoise(0.75),
+        )
         assert all(layer.get_extra_state().item() == layer.seed for layer in layers)
     layers = layers.to_empty(device="cpu")
     for layer in layers:

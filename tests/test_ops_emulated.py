@@ -30,7 +30,7 @@ LEFT_OUT = {
         "32000",
     ],
     "test_linear.py test_log_probs.py test_teacher_index.py": [
-        *("ranks", "bad_argument", "out_of_range", "logits_have_the_bits"),
+        *("ranks", "bad_argument", "out_of_range", "logits_have_the_bits")
     ],
     "test_bits.py": ["isa"],
     "test_noise.py": ["2_to_the_31", "isa", "levels", "bad_address_is_named"],

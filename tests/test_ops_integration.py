@@ -140,11 +140,7 @@ def op_calls():
             {},
         ),
         (OPS.add_noise_, ([z.clone()], [0.1], None, False, *by_tensor, None), {}),
-        (
-            OPS.add_noise_,
-            ([z.clone(), t.clone()], [0.0], norms[0].abs(), True, *pair, norms),
-            {},
-        ),
+        (OPS.add_noise_, ([z.clone(), t.clone()], [0.0], norms[0].abs(), True, *pair, norms), {}),
         (OPS.input_noise, (leaf, None, 0.1, False, *numbered), {}),
         (OPS.input_noise, (leaf, std, 0.0, False, *numbered), {}),
         (OPS.input_noise, (leaf, std, 0.0, False, *by_tensor), {}),
@@ -159,11 +155,7 @@ def op_calls():
         (OPS.noise_dot, ([leaf, t.bfloat16(), z[0]], *numbered), {}),
         (OPS.noise_dot, ([leaf * 2], *by_tensor), {}),
         (OPS._scaled_noise, ([z, t.bfloat16()], torch.rand(2, dtype=torch.float64), *pair), {}),
-        (
-            OPS.combine_noise_,
-            ([z.clone(), t.clone()], numbers[0], torch.arange(3), *pair),
-            {},
-        ),
+        (OPS.combine_noise_, ([z.clone(), t.clone()], numbers[0], torch.arange(3), *pair), {}),
         (OPS.noisy_update_, (*update_arguments(1, 2), *pair, norms), {}),
         (OPS.noisy_update_, (*update_arguments(0, 1), *noise(), None), {}),
         (
@@ -641,10 +633,11 @@ def changing_floats():
         ),
         "std": lambda s: input_noise(z * s, s / 2, seed=0),
         "stds": added,
-        "sigma": lambda s: s * kdkernels.noisy_linear_regression(
-            z[:, 0], z[:, 1], 0.0, steps=3, seed=0, sigma=s / 4
+        "sigma": lambda s: (
+            s
+            * kdkernels.noisy_linear_regression(z[:, 0], z[:, 1], 0.0, steps=3, seed=0, sigma=s / 4)
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", changing_floats())

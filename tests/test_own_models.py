@@ -91,9 +91,16 @@ def test_distill_own_models(digits, teacher, tmp_path, capsys):
     before = {key: value.clone() for key, value in student.state_dict().items()}
     out = tmp_path / "run"
     found = distill(
-        teacher, student, *digits, epochs=6, lr=3e-3, threads=1, out=str(out), progress=False,
+        teacher,
+        student,
+        *digits,
+        epochs=6,
+        lr=3e-3,
+        threads=1,
+        out=str(out),
+        progress=False,
         report=reports.write,
-    )  # fmt: skip
+    )
     assert found.folder == out and (out / "report.html").exists()
     assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
     assert found.accuracy > 0.6  # a tenth by chance
@@ -108,9 +115,16 @@ def test_distill_own_models(digits, teacher, tmp_path, capsys):
     capsys.readouterr()
     # More epochs go on from there.
     again = distill(
-        teacher, student, *digits, epochs=6, lr=3e-3, threads=1, out=str(out), resume=True,
+        teacher,
+        student,
+        *digits,
+        epochs=6,
+        lr=3e-3,
+        threads=1,
+        out=str(out),
+        resume=True,
         progress=False,
-    )  # fmt: skip
+    )
     assert again.accuracy == found.accuracy and not capsys.readouterr().out
     with pytest.raises(TrainError, match="is in use"):
         distill(teacher, student, *digits, out=str(out))
@@ -132,8 +146,15 @@ def test_distill_refuses(digits, teacher, tmp_path):
 def refused(match, teacher, student, train, test, tmp_path, **settings):
     """One sentence, and no folder of a run that could not start."""
     with pytest.raises(TrainError, match=match):
-        distill(teacher, student, train, test, out=str(tmp_path / "refused"), progress=False,
-                **{"threads": 1} | settings)  # fmt: skip
+        distill(
+            teacher,
+            student,
+            train,
+            test,
+            out=str(tmp_path / "refused"),
+            progress=False,
+            **{"threads": 1} | settings,
+        )
     assert not (tmp_path / "refused").exists()
 
 
@@ -166,14 +187,29 @@ def test_outputs_that_are_no_logits(digits, teacher, tmp_path):
 
 def test_models_that_do_not_take_the_images_or_cannot_learn(digits, teacher, tmp_path):
     grey = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.LazyLinear(10))
-    refused(r"student Sequential does not take images of shape \[2, 3, 16, 16\].*1 channel",
-            teacher, grey, *digits, tmp_path)  # fmt: skip
+    refused(
+        r"student Sequential does not take images of shape \[2, 3, 16, 16\].*1 channel",
+        teacher,
+        grey,
+        *digits,
+        tmp_path,
+    )
     refused("must be torch.float32", teacher, Small(10).half(), *digits, tmp_path)
     refused("must be torch.float32", Small(10).double(), Small(10), *digits, tmp_path)
-    refused("no parameter that requires grad", teacher, Small(10).requires_grad_(False), *digits,
-            tmp_path)  # fmt: skip
-    refused("no parameter that requires grad", teacher, Gives(lambda y, _: y).requires_grad_(False),
-            *digits, tmp_path)  # fmt: skip
+    refused(
+        "no parameter that requires grad",
+        teacher,
+        Small(10).requires_grad_(False),
+        *digits,
+        tmp_path,
+    )
+    refused(
+        "no parameter that requires grad",
+        teacher,
+        Gives(lambda y, _: y).requires_grad_(False),
+        *digits,
+        tmp_path,
+    )
     stuck = Small(10)
     stuck.cannot = (torch.ones(2, requires_grad=True) * 2).sum()  # no leaf: it has no copy
     refused("student Small cannot be copied", teacher, stuck, *digits, tmp_path)
@@ -199,8 +235,14 @@ def test_the_regularizer_needs_a_second_derivative(digits, teacher, tmp_path):
     found = distill(teacher, frozen, train, digits[1], out=str(tmp_path / "a"), **options)
     assert torch.equal(found.student.conv.weight, before)
     assert not torch.equal(found.student.head.weight, frozen.head.weight)
-    refused("requires a model that can be differentiated twice", teacher, Attention(), *digits,
-            tmp_path, noise="regularizer")  # fmt: skip
+    refused(
+        "requires a model that can be differentiated twice",
+        teacher,
+        Attention(),
+        *digits,
+        tmp_path,
+        noise="regularizer",
+    )
 
 
 def test_a_model_made_by_its_first_images(digits, teacher, tmp_path):
@@ -212,16 +254,39 @@ def test_a_model_made_by_its_first_images(digits, teacher, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"schedule": "linear"}, {"schedule": "Cosine"}, {"weight_decay": -1.0},
-     {"target_accuracy": 95}, {"parallel": "dp"}, {"epochs": 1.5}, {"epochs": True},
-     {"divergence": "kl"}, {"noise": "dropout"}, {"generations": 0}, {"checkpoint_every": 0},
-     {"lr": float("nan")}, {"lr": "1e-3"}, {"temperature": 0}, {"alpha": 1.01}, {"batch_size": 1},
-     {"batch_size": 0}, {"arms": "full"}, {"arms": ()}, {"arms": ("best",)},
-     {"arms": ("full", "full")}, {"seed": -1}, {"device": "gpu"}, {"budget": 0},
-     {"threads": 0}, {"train_samples": 1}, {"noise_std": -1},
-     {"beta": 2}, {"epochs": None}],
+    [
+        {"schedule": "linear"},
+        {"schedule": "Cosine"},
+        {"weight_decay": -1.0},
+        {"target_accuracy": 95},
+        {"parallel": "dp"},
+        {"epochs": 1.5},
+        {"epochs": True},
+        {"divergence": "kl"},
+        {"noise": "dropout"},
+        {"generations": 0},
+        {"checkpoint_every": 0},
+        {"lr": float("nan")},
+        {"lr": "1e-3"},
+        {"temperature": 0},
+        {"alpha": 1.01},
+        {"batch_size": 1},
+        {"batch_size": 0},
+        {"arms": "full"},
+        {"arms": ()},
+        {"arms": ("best",)},
+        {"arms": ("full", "full")},
+        {"seed": -1},
+        {"device": "gpu"},
+        {"budget": 0},
+        {"threads": 0},
+        {"train_samples": 1},
+        {"noise_std": -1},
+        {"beta": 2},
+        {"epochs": None},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_settings_that_do_not_exist_are_named(digits, teacher, tmp_path, settings):
     match = f"{next(iter(settings))} is .*must be"
     refused(match, teacher, Small(10), *digits, tmp_path, **{"noise": None} | settings)
@@ -331,8 +396,14 @@ def test_states_that_are_no_plain_tensors_resume_with_the_same_bits(digits, teac
     assert torch.equal(loaded.b.weight, whole.b.weight) and loaded.noise.seed == start.noise.seed
     odd = Tied()
     odd.counts.get_extra_state = object
-    refused("counts._extra_state is a object that a checkpoint cannot", teacher, odd, train,
-            digits[1], tmp_path)  # fmt: skip
+    refused(
+        "counts._extra_state is a object that a checkpoint cannot",
+        teacher,
+        odd,
+        train,
+        digits[1],
+        tmp_path,
+    )
 
 
 def tied(num_classes):
@@ -348,8 +419,14 @@ def test_a_resume_with_something_else_is_refused_by_name(digits, teacher, tmp_pa
 
     def refuse(match, train=train, test=test, teacher=teacher, student=None, **more):
         with pytest.raises(TrainError, match=match):
-            distill(teacher, student or Small(10), train, test, resume=True,
-                    **options | {"epochs": 2} | more)  # fmt: skip
+            distill(
+                teacher,
+                student or Small(10),
+                train,
+                test,
+                resume=True,
+                **options | {"epochs": 2} | more,
+            )
         assert files == {path: path.read_bytes() for path in files}
 
     refuse(
@@ -360,8 +437,10 @@ def test_a_resume_with_something_else_is_refused_by_name(digits, teacher, tmp_pa
     refuse("student is 'Tied'", student=Tied())
     refuse("another training set: the number of images", train=digits[0].first(90))
     refuse("another test set: the number of images", test=test.first(50))
-    refuse("another training set: the images or labels", train=dataclasses.replace(
-        train, pixels=train.pixels.flip(0), _pixels_sha256=None))  # fmt: skip
+    refuse(
+        "another training set: the images or labels",
+        train=dataclasses.replace(train, pixels=train.pixels.flip(0), _pixels_sha256=None),
+    )
     refuse("resume=True requires out", out=None)
     with pytest.warns(UserWarning, match="teacher is not the one that the run .* began with"):
         distill(wide(10), Small(10), train, test, resume=True, epochs=2, **options)
@@ -375,8 +454,16 @@ def test_a_resume_with_something_else_is_refused_by_name(digits, teacher, tmp_pa
 
 def test_a_run_of_python_is_refused_by_the_command(digits, teacher, tmp_path, capsys):
     out = tmp_path / "run"
-    distill(teacher, Small(10), digits[0].first(50), digits[1], out=str(out), epochs=1, threads=1,
-            progress=False)  # fmt: skip
+    distill(
+        teacher,
+        Small(10),
+        digits[0].first(50),
+        digits[1],
+        out=str(out),
+        epochs=1,
+        threads=1,
+        progress=False,
+    )
     assert command.main(["distill", f"--resume={out}", "--epochs=2"]) == 2
     assert "were given in Python: continue it there" in one_sentence(capsys)
 
@@ -396,15 +483,27 @@ def test_a_tilde_is_the_home_folder(digits, teacher, tmp_path, monkeypatch):
 def test_augmented_distillation_asks_once_or_each_step(digits, teacher, tmp_path):
     train, test = data.load("digits", size=16, augment="crop-flip")
     found = distill(
-        teacher, Small(10), train.first(100), test, epochs=2, threads=1, progress=False,
+        teacher,
+        Small(10),
+        train.first(100),
+        test,
+        epochs=2,
+        threads=1,
+        progress=False,
         out=str(tmp_path / "new"),
-    )  # fmt: skip
+    )
     assert records(found.folder, kind="epoch")[0]["learner"] == "fused"
     train, test = data.load("digits", size=16, augment=darker, views=2)
     found = distill(
-        teacher, Small(10), train.first(100), test, epochs=3, threads=1, progress=False,
+        teacher,
+        Small(10),
+        train.first(100),
+        test,
+        epochs=3,
+        threads=1,
+        progress=False,
         out=str(tmp_path / "kept"),
-    )  # fmt: skip
+    )
     assert records(found.folder, kind="epoch")[0]["learner"] == "full"
     with pytest.raises(TrainError, match="give views"):
         Distil(augment="crop-flip", arms=("full",))
@@ -486,18 +585,30 @@ def test_validation_holds_training_images_out(tmp_path):
 def test_all_classes_as_top_k_are_the_dense_predictions(tmp_path, temperature):
     """With k = classes nothing is left out, so the two kinds of predictions teach the same."""
     first = tmp_path / "teacher"
-    assert command.main(["distill", *TINY, "--teacher-epochs=2", "--epochs=1", "--arms=alone",
-                         f"--out={first}"]) == 0  # fmt: skip
+    assert (
+        command.main(
+            ["distill", *TINY, "--teacher-epochs=2", "--epochs=1", "--arms=alone", f"--out={first}"]
+        )
+        == 0
+    )
     losses = []
     for name, more in {"dense": [], "top": ["--top-k=10"]}.items():
         kept = tmp_path / f"{name}-predictions"
-        call = ["predict-teacher", OWN[0], "--train-samples=200", "--image-size=16", "--threads=1",
-                f"--teacher-weights={first}/checkpoints/teacher.safetensors"]  # fmt: skip
+        call = [
+            "predict-teacher",
+            OWN[0],
+            "--train-samples=200",
+            "--image-size=16",
+            "--threads=1",
+            f"--teacher-weights={first}/checkpoints/teacher.safetensors",
+        ]
         assert command.main([*call, "--dtype=float32", *more, f"--out={kept}"]) == 0
         out = tmp_path / name
         call = ["distill", *TINY, "--epochs=1", f"--temperature={temperature}"]
-        assert command.main([*call, "--arms=full", f"--teacher-predictions={kept}",
-                             f"--out={out}"]) == 0  # fmt: skip
+        assert (
+            command.main([*call, "--arms=full", f"--teacher-predictions={kept}", f"--out={out}"])
+            == 0
+        )
         losses.append([line["loss"] for line in records(out, kind="step", learner="full")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -525,9 +636,11 @@ def test_config_file(tmp_path, capsys):
     assert settings["divergence"] == "js" and settings["beta"] == 0.75
     capsys.readouterr()
     for content, said in (
-        ("{", "it is no JSON"), ("[1]", "no JSON object"), ('{"temperatur": 1}', "temperatur"),
+        ("{", "it is no JSON"),
+        ("[1]", "no JSON object"),
+        ('{"temperatur": 1}', "temperatur"),
         ('{"alpha": 3}', "at most 1"),
-    ):  # fmt: skip
+    ):
         config.write_text(content)
         assert command.main([*call, f"--out={out}-2"]) == 2
         err = one_sentence(capsys)
@@ -538,9 +651,16 @@ def test_config_file(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0",
-     "shufflenet_v2_x0_5", "squeezenet1_1"],
-)  # fmt: skip
+    [
+        "resnet18",
+        "resnet50",
+        "mobilenet_v2",
+        "mobilenet_v3_small",
+        "efficientnet_b0",
+        "shufflenet_v2_x0_5",
+        "squeezenet1_1",
+    ],
+)
 def test_torchvisions_models(name):
     model, ready = models.build(name, 7, 32)
     assert not ready
@@ -585,12 +705,19 @@ def test_weights_in_usual_wrappings(tmp_path, name):
 
     inner = {"model._orig_mod." + k: v for k, v in own.items()}
     wrapped = [
-        own, prefixed("module."), prefixed("_orig_mod."), prefixed("module._orig_mod."),
-        prefixed("model."), {"model": own, "epoch": 3}, {"model_state_dict": own, "optimizer": {}},
-        {"state_dict": prefixed("model."), "epoch": 3}, {"weights": own},
-        prefixed("net.") | {"loss.weight": torch.ones(3)}, inner,
+        own,
+        prefixed("module."),
+        prefixed("_orig_mod."),
+        prefixed("module._orig_mod."),
+        prefixed("model."),
+        {"model": own, "epoch": 3},
+        {"model_state_dict": own, "optimizer": {}},
+        {"state_dict": prefixed("model."), "epoch": 3},
+        {"weights": own},
+        prefixed("net.") | {"loss.weight": torch.ones(3)},
+        inner,
         {k.replace(".", "._orig_mod.", 1): v for k, v in own.items()},
-    ]  # fmt: skip
+    ]
     for number, content in enumerate(wrapped):
         torch.save(content, path)
         model, ready = models.build(f"test_own_models:{name}", 10, 16, path)
@@ -657,10 +784,12 @@ def test_the_readmes_path_with_your_own_images(tmp_path):
     torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), teacher)
     example = Path(__file__).parent.parent / "docs/examples/own_images.py"
     done = subprocess.run(
-        [sys.executable, example, tmp_path / "photos", teacher], cwd=tmp_path, text=True,
+        [sys.executable, example, tmp_path / "photos", teacher],
+        cwd=tmp_path,
+        text=True,
         capture_output=True,
         env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout and "report.html" in done.stdout
     student = torchvision.models.mobilenet_v3_small(num_classes=10)

@@ -6,10 +6,7 @@ import launchers
 import ptx
 import pytest
 
-pytestmark = [
-    pytest.mark.quick,
-    pytest.mark.skipif(ptx.toolkit() is None, reason="needs nvcc"),
-]
+pytestmark = [pytest.mark.quick, pytest.mark.skipif(ptx.toolkit() is None, reason="needs nvcc")]
 SIZES = [*range(1, 1100), *range(1100, 20000, 37), *range(20000, 270000, 997), 10**6, 2**31 + 5]
 WALKS = ["tile", "warp", "held", "stream"]
 KINDS = list(itertools.product(ptx.DEVICES, (2, 4, 8), (False, True)))

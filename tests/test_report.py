@@ -33,8 +33,9 @@ def write_run(path, seed=0, seconds=SECONDS, accuracy=None, tests=None, **settin
     settings = {"epochs": max(map(len, seconds.values())), **settings}
     names = tuple(name for name in seconds if name in ARMS)
     wanted = dataclasses.asdict(Distil(arms=names, seed=seed, **settings))
-    folder = RunFolder.create(str(path), {"command": "distill", "distill": wanted, "threads": 1,
-                                          "machine": MACHINE})  # fmt: skip
+    folder = RunFolder.create(
+        str(path), {"command": "distill", "distill": wanted, "threads": 1, "machine": MACHINE}
+    )
     for name, epochs in seconds.items():
         for epoch, (teacher, backward) in enumerate(epochs, 1):
             for step in (2 * epoch - 1, 2 * epoch):
@@ -43,10 +44,16 @@ def write_run(path, seed=0, seconds=SECONDS, accuracy=None, tests=None, **settin
             phases = dict.fromkeys(PHASES, 0.0) | {"teacher": teacher, "backward": backward}
             reached = (accuracy or {}).get(name, 0.75)
             folder.log(
-                kind="epoch", learner=name, epoch=epoch, step=2 * epoch, loss=1.0,
-                accuracy=reached if epoch == len(epochs) else 0.5, phases=phases,
-                seconds=teacher + backward, test_seconds=0.1,
-            )  # fmt: skip
+                kind="epoch",
+                learner=name,
+                epoch=epoch,
+                step=2 * epoch,
+                loss=1.0,
+                accuracy=reached if epoch == len(epochs) else 0.5,
+                phases=phases,
+                seconds=teacher + backward,
+                test_seconds=0.1,
+            )
     for name, (logits, labels) in (tests or {}).items():
         folder.save(f"{name}-test", {"logits": logits, "labels": labels}, {})
     folder.close()
@@ -134,9 +141,16 @@ def test_page_is_whole_and_alone(run):
     outline = assert_alone((folder.path / "report.html").read_text())
     drawn = {path.stem for path in (folder.path / "plots").iterdir()}
     assert drawn == {
-        "accuracy", "accuracy_by_time", "confusion", "generations", "ladder", "loss",
-        "loss_difference", "phases", "reliability",
-    }  # fmt: skip
+        "accuracy",
+        "accuracy_by_time",
+        "confusion",
+        "generations",
+        "ladder",
+        "loss",
+        "loss_difference",
+        "phases",
+        "reliability",
+    }
     assert outline.tags.count("svg") == len(drawn)
     for table in tables:
         assert table.columns in outline.rows
@@ -152,9 +166,16 @@ def test_ladder_by_hand(run):
         ["reference", "plain PyTorch", "10.00", "", "", "", ""],
         ["fused", "fused loss", "8.00", "2.00", "1.25", "1.25", "backward 2.00"],
         ["cached", "teacher asked once", "3.00", "5.00", "2.67", "3.33", "teacher 5.00"],
-        ["full", "channels_last, fused Adam, in place", "2.00", "1.00", "1.50", "5.00",
-         "backward 1.00"],
-    ]  # fmt: skip
+        [
+            "full",
+            "channels_last, fused Adam, in place",
+            "2.00",
+            "1.00",
+            "1.50",
+            "5.00",
+            "backward 1.00",
+        ],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -238,8 +259,9 @@ def test_confusion_names_the_commonest_pairs(tmp_path):
     tests = {"full": (guesses(1, 1, 0, 1, 0, 2), labels)}
     tables, _ = report.write(write_run(tmp_path / "run", tests=tests, seconds={"full": [(1, 1)]}))
     assert by_title(tables, "what full confuses").rows == [
-        ["0", "1", "2", "66.7%"], ["2", "0", "1", "50.0%"],
-    ]  # fmt: skip
+        ["0", "1", "2", "66.7%"],
+        ["2", "0", "1", "50.0%"],
+    ]
 
 
 def test_many_classes_and_long_runs_are_drawn(tmp_path):
@@ -294,9 +316,11 @@ def test_an_experiment_joins_by_one_line(tmp_path, monkeypatch):
     """Its module is asked for sections where the folder holds its part, or its file."""
     module = type(sys)("kdkernels.reports.extra")
     section = report.Section(
-        "Extra", [report.table("An extra table", [{"a": 1}], {"a": "{a}"})], results={"value": 1},
+        "Extra",
+        [report.table("An extra table", [{"a": 1}], {"a": "{a}"})],
+        results={"value": 1},
         checks=[{"name": "wrong", "value": 2.0, "limit": 1.0, "passed": False}],
-    )  # fmt: skip
+    )
     module.sections = lambda folder: [section]
     monkeypatch.setitem(sys.modules, "kdkernels.reports.extra", module)
     monkeypatch.setitem(report.SECTIONS, "extra/results.json", "extra:sections")
@@ -383,8 +407,9 @@ def test_what_differs_between_groups_is_a_column(tmp_path):
     (table, *_) = compare.write(paths, str(tmp_path / "page.html"))
     assert table.columns[:3] == ["arm", "temperature", "seeds"]
     assert [row[:3] for row in table.rows if row[0] == "full"] == [
-        ["full", "1.0", "2"], ["full", "4.0", "2"],
-    ]  # fmt: skip
+        ["full", "1.0", "2"],
+        ["full", "4.0", "2"],
+    ]
     assert "in 2 of 2 settings" in (tmp_path / "page.html").read_text()
 
 
@@ -397,9 +422,11 @@ def test_groups_that_differ_in_much_get_letters(tmp_path):
     ]
     tables = compare.write(paths, str(tmp_path / "page.html"))
     assert by_title(tables, "Settings that differ").rows == [
-        ["batch size", "64", "8", "64"], ["lr", "0.001", "0.01", "0.001"],
-        ["temperature", "4.0", "1.0", "4.0"], ["alpha", "0.5", "0.9", "0.5"],
-    ]  # fmt: skip
+        ["batch size", "64", "8", "64"],
+        ["lr", "0.001", "0.01", "0.001"],
+        ["temperature", "4.0", "1.0", "4.0"],
+        ["alpha", "0.5", "0.9", "0.5"],
+    ]
     rows = [row[1] for row in tables[0].rows if row[0] == "full"]
     assert tables[0].columns[1] == "group" and rows == ["A", "B", "C"]
     # Runs with other arms only are groups too.
@@ -464,8 +491,16 @@ def scalars(folder, learner):
 def log_epoch(folder, epoch, loss):
     for step in (2 * epoch - 1, 2 * epoch):
         folder.log(kind="step", learner="full", step=step, loss=loss)
-    folder.log(kind="epoch", learner="full", epoch=epoch, step=2 * epoch, loss=loss,
-               accuracy=epoch / 10, phases={"loss": 0.5}, seconds=0.5)  # fmt: skip
+    folder.log(
+        kind="epoch",
+        learner="full",
+        epoch=epoch,
+        step=2 * epoch,
+        loss=loss,
+        accuracy=epoch / 10,
+        phases={"loss": 0.5},
+        seconds=0.5,
+    )
 
 
 def test_tensorboard_has_the_metrics(tmp_path):

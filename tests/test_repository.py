@@ -110,9 +110,11 @@ def cells(page):
 
 UNITS = {"ms": 1e3, "µs": 1e6, "%": 100}
 CASES = {
-    "fused": "kdkernels", "fused, in place": "kdkernels in place",
-    "ours": "kdkernels", "ours, no noise": "kdkernels, no noise",
-}  # fmt: skip
+    "fused": "kdkernels",
+    "fused, in place": "kdkernels in place",
+    "ours": "kdkernels",
+    "ours, no noise": "kdkernels, no noise",
+}
 
 
 def as_shown(cell, *values):

@@ -26,10 +26,19 @@ from kdkernels.train.session import Interrupt
 
 # One thread, as in test_train.
 DISTILL = [
-    "distill", "--train-samples=52", "--test-samples=10", "--batch-size=4", "--image-size=16",
-    "--epochs=2", "--teacher-epochs=1", "--threads=1", "--arms=full", "--noise=gradient",
-    "--checkpoint-every=5", *networks.ARGUMENTS,
-]  # fmt: skip
+    "distill",
+    "--train-samples=52",
+    "--test-samples=10",
+    "--batch-size=4",
+    "--image-size=16",
+    "--epochs=2",
+    "--teacher-epochs=1",
+    "--threads=1",
+    "--arms=full",
+    "--noise=gradient",
+    "--checkpoint-every=5",
+    *networks.ARGUMENTS,
+]
 
 
 def lines(out, kind):
@@ -112,9 +121,12 @@ def confined(out, limit, handler):
     call = [sys.executable, "-c", code, *DISTILL, f"--out={out}"]
     path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        call, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        call,
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     return done.returncode, done.stderr
 
 
@@ -164,9 +176,15 @@ def learner(inputs=4, width=8, **options):
         torch.nn.Linear(inputs, width), torch.nn.Dropout(0.5), torch.nn.Linear(width, 3)
     )
     return Learner(
-        "net", model, lambda z, _, y: F.cross_entropy(z, y), None, lambda model: {}, 0.1, 0,
+        "net",
+        model,
+        lambda z, _, y: F.cross_entropy(z, y),
+        None,
+        lambda model: {},
+        0.1,
+        0,
         **options,
-    )  # fmt: skip
+    )
 
 
 def batches(size=4, epoch=0):
@@ -329,9 +347,7 @@ def test_damaged_checkpoints_are_named(folder):
 def test_other_settings_are_refused(folder):
     one = learner(checkpoint_every=2)
     with pytest.raises(ZeroDivisionError):
-        one.train_epoch(
-            Points(), batches(), folder, Interrupt(), lambda: 1 / (one.step < 3)
-        )  # fmt: skip
+        one.train_epoch(Points(), batches(), folder, Interrupt(), lambda: 1 / (one.step < 3))
     with pytest.raises(TrainError, match=r"another model: size mismatch for 0\.weight"):
         learner(width=9).load(folder)
     again = learner()

@@ -56,10 +56,19 @@ def test_docstrings():
                 runner.run(test)
     assert not runner.failures, f"{runner.failures} of {runner.tries} lines of examples fail"
     often_used = {
-        "DistillationLoss", "GradientNoise", "InputNoise", "NoisyAdamW", "add_noise_",
-        "distillation_loss", "input_noise", "linear_distillation_loss", "randn_like",
-        "soft_regularization", "topk_distillation_loss", "topk_teacher",
-    }  # fmt: skip
+        "DistillationLoss",
+        "GradientNoise",
+        "InputNoise",
+        "NoisyAdamW",
+        "add_noise_",
+        "distillation_loss",
+        "input_noise",
+        "linear_distillation_loss",
+        "randn_like",
+        "soft_regularization",
+        "topk_distillation_loss",
+        "topk_teacher",
+    }
     assert often_used <= ran
 
 
@@ -84,17 +93,34 @@ def a_readers():
     criterion = nn.CrossEntropyLoss()
     criterion(model(images), labels).backward()
     return {
-        "images": images, "labels": labels, "loader": [(images, labels)] * 2, "dataset": images,
-        "student": student, "teacher": teacher, "teacher_a": teacher, "teacher_b": model,
-        "student_logits": student(images), "teacher_logits": teacher(images).detach(),
-        "student_hidden": torch.randn(16, 32), "student_head": nn.Linear(32, 100),
-        "teacher_hidden": torch.randn(16, 64), "teacher_head": teacher_head,
-        "model": model, "optimizer": torch.optim.SGD(student.parameters(), lr=0.1), "step": 3,
-        "x": images, "y": labels, "loss_fn": criterion, "theta": torch.randn(1000),
-        "score": lambda: -criterion(model(images), labels), "params": list(model.parameters()),
-        "encoder": nn.Conv2d(3, 4, 3), "decoder": nn.Flatten(),
-        "coefficients": [0.5, -0.5], "seeds": [1, 2],
-    }  # fmt: skip
+        "images": images,
+        "labels": labels,
+        "loader": [(images, labels)] * 2,
+        "dataset": images,
+        "student": student,
+        "teacher": teacher,
+        "teacher_a": teacher,
+        "teacher_b": model,
+        "student_logits": student(images),
+        "teacher_logits": teacher(images).detach(),
+        "student_hidden": torch.randn(16, 32),
+        "student_head": nn.Linear(32, 100),
+        "teacher_hidden": torch.randn(16, 64),
+        "teacher_head": teacher_head,
+        "model": model,
+        "optimizer": torch.optim.SGD(student.parameters(), lr=0.1),
+        "step": 3,
+        "x": images,
+        "y": labels,
+        "loss_fn": criterion,
+        "theta": torch.randn(1000),
+        "score": lambda: -criterion(model(images), labels),
+        "params": list(model.parameters()),
+        "encoder": nn.Conv2d(3, 4, 3),
+        "decoder": nn.Flatten(),
+        "coefficients": [0.5, -0.5],
+        "seeds": [1, 2],
+    }
 
 
 def blocks(page, fence):

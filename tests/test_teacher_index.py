@@ -126,16 +126,23 @@ def test_scales_and_caps_of_teachers_are_tensors_of_rows():
     scales = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     arguments, tensors = heads(), student((ROWS,), CLASSES)
     got = results(
-        linear_distillation_loss, tensors, **arguments, teacher_index=INDEX, reduction="none",
+        linear_distillation_loss,
+        tensors,
+        **arguments,
+        teacher_index=INDEX,
+        reduction="none",
         teacher_logit_scale=scales[INDEX],
-    )  # fmt: skip
+    )
     for m in range(3):
         rows = m == INDEX
         h, w, b = tensors
         want = results(
-            linear_distillation_loss, (h[rows], w, b), **of_teacher(arguments, m, rows),
-            reduction="none", teacher_logit_scale=scales[m].item(),
-        )  # fmt: skip
+            linear_distillation_loss,
+            (h[rows], w, b),
+            **of_teacher(arguments, m, rows),
+            reduction="none",
+            teacher_logit_scale=scales[m].item(),
+        )
         torch.testing.assert_close(got[0][rows], want[0], rtol=1e-12, atol=1e-14)
 
 
@@ -187,13 +194,13 @@ BAD = [
     (distillation_loss, "teacher_weights", ValueError, DENSE | {"teacher_weights": [1, 1, 1]}),
     (topk_distillation_loss, "teacher_index", ValueError, ENTRIES | {"teacher_index": INDEX - 1}),
     (topk_distillation_loss, "teacher_values", ValueError, ENTRIES | {"teacher_values": Z}),
-    (linear_distillation_loss, "teacher_index", ValueError, LINEAR | form_of("list"),),
+    (linear_distillation_loss, "teacher_index", ValueError, LINEAR | form_of("list")),
     (linear_distillation_loss, "teacher_index", ValueError, LINEAR | heads()),
     (linear_distillation_loss, "teacher_index", TypeError, LINEAR | heads()),
     (linear_distillation_loss, "teacher_index", ValueError, LINEAR | heads()),
     (linear_distillation_loss, "teacher_weight", ValueError, LINEAR | heads()),
     (linear_distillation_loss, "max_rows", ValueError, LINEAR | heads()),
-]  # fmt: skip
+]
 CHANGES = {
     10: {"teacher_index": INDEX - 1},
     11: {"teacher_index": INDEX + 1},

@@ -79,9 +79,16 @@ def test_three_paths_agree_and_report(noise):
 def test_stationary_mean_and_spread(noise, lr, lam, sigma):
     x, y, theta = soft_regression.make_data()
     final = kdkernels.noisy_linear_regression(
-        torch.from_numpy(x).float(), torch.from_numpy(y).float(), float(theta[0, 0]), steps=800,
-        lr=lr, lam=lam, sigma=sigma, seed=torch.arange(2048), noise=noise,
-    ).double()  # fmt: skip
+        torch.from_numpy(x).float(),
+        torch.from_numpy(y).float(),
+        float(theta[0, 0]),
+        steps=800,
+        lr=lr,
+        lam=lam,
+        sigma=sigma,
+        seed=torch.arange(2048),
+        noise=noise,
+    ).double()
     mean, spread = soft_regression.stationary(x, y, lr=lr, lam=lam, sigma=sigma, noise=noise)
     assert mean == pytest.approx((x * y).mean() / ((x * x).mean() + sigma**2 + lam / 2))
     assert abs(final.mean() - mean) < 3.5 * spread / 2048**0.5
@@ -190,9 +197,13 @@ def assert_same_run(out, run, checkpoints):
 def test_ctrl_c_and_kill_then_resume_give_the_same_weights(run, tmp_path):
     out = tmp_path / "run"
     stop_twice(
-        out, '"learner": "alone", "step": 1', '"learner": "noisy", "step": 4',
-        "distill", *TINY, "--noise=gradient",
-    )  # fmt: skip
+        out,
+        '"learner": "alone", "step": 1',
+        '"learner": "noisy", "step": 4',
+        "distill",
+        *TINY,
+        "--noise=gradient",
+    )
     assert command.main(["distill", f"--resume={out}"]) in (0, 1)
     assert_same_run(out, run, ("teacher", "control", "noisy", *ARMS))
 
@@ -314,9 +325,13 @@ def test_difference_by_hand():
 
 
 NETWORK = [
-    "soft-reg", "--model=mlp", "--train-samples=65", "--test-samples=40", "--batch-size=16",
+    "soft-reg",
+    "--model=mlp",
+    "--train-samples=65",
+    "--test-samples=40",
+    "--batch-size=16",
     "--threads=1",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -380,9 +395,13 @@ def test_regularizer_is_the_first_order_of_parameter_noise(tmp_path):
 def test_networks_resume_with_the_same_bits(networks, tmp_path, capsys):
     out = tmp_path / "run"
     stop_twice(
-        out, '"learner": "gradient-0", "step": 2', '"learner": "parameter-0", "step": 9',
-        *NETWORK, "--epochs=3", "--seeds=2",
-    )  # fmt: skip
+        out,
+        '"learner": "gradient-0", "step": 2',
+        '"learner": "parameter-0", "step": 9',
+        *NETWORK,
+        "--epochs=3",
+        "--seeds=2",
+    )
     # More seeds may be asked for; what is finished stays.
     assert command.main(["soft-reg", f"--resume={out}", "--seeds=1"]) == 0
     first = out / "checkpoints/none-0-predictions.safetensors"
@@ -442,10 +461,20 @@ def test_cifar10_loader(cifar):
 def test_cifar10_run_stops_at_the_target(cifar, tmp_path):
     out = tmp_path / "run"
     status = command.main(
-        ["distill", "--data=cifar10", f"--data-dir={cifar}", "--image-size=72", "--batch-size=20",
-         "--teacher-epochs=1", "--epochs=3", "--target-accuracy=0", "--arms=reference,full",
-         "--threads=1", f"--out={out}"]
-    )  # fmt: skip
+        [
+            "distill",
+            "--data=cifar10",
+            f"--data-dir={cifar}",
+            "--image-size=72",
+            "--batch-size=20",
+            "--teacher-epochs=1",
+            "--epochs=3",
+            "--target-accuracy=0",
+            "--arms=reference,full",
+            "--threads=1",
+            f"--out={out}",
+        ]
+    )
     assert status == 0
     assert [len(records(out, kind="epoch", learner=arm)) for arm in ("reference", "full")] == [1, 1]
     assert "seconds_to_target" in (out / "results.json").read_text()
@@ -474,10 +503,18 @@ MINE = """from torch import nn
 def net(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(768, num_classes))
 """
 FOLDER = [
-    "--data=folder", "--data-dir=photos", "--image-size=16", "--teacher=its_own:net",
-    "--student=its_own:net", "--teacher-epochs=1", "--batch-size=8", "--epochs=1", "--threads=1",
-    "--arms=full", "--out=run",
-]  # fmt: skip
+    "--data=folder",
+    "--data-dir=photos",
+    "--image-size=16",
+    "--teacher=its_own:net",
+    "--student=its_own:net",
+    "--teacher-epochs=1",
+    "--batch-size=8",
+    "--epochs=1",
+    "--threads=1",
+    "--arms=full",
+    "--out=run",
+]
 
 
 @pytest.fixture
@@ -498,9 +535,12 @@ def photos(tmp_path, monkeypatch):
 
 def kdkernels_in(folder, *words, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "kdkernels", *words], cwd=folder, capture_output=True, text=True,
+        [sys.executable, "-m", "kdkernels", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )  # fmt: skip
+    )
 
 
 def test_a_run_in_ascii_resumes_from_another_folder(photos, monkeypatch, capsys):
@@ -542,11 +582,16 @@ def test_runs_that_begin_in_one_second(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{", "cannot be read"), ("[1]", "must hold a JSON object"), ("{}", "holds no run"),
-     ('{"distill": 3}', "holds no run"), ('{"distill": {}}', "must have the settings of distill"),
-     ('{"distill": {"arms": ["full"], "colour": 1}}', "colour"),
-     ('{"distill": {"arms": ["full"], "lr": "fast"}}', "lr is 'fast'; it must be a number")],
-)  # fmt: skip
+    [
+        ("{", "cannot be read"),
+        ("[1]", "must hold a JSON object"),
+        ("{}", "holds no run"),
+        ('{"distill": 3}', "holds no run"),
+        ('{"distill": {}}', "must have the settings of distill"),
+        ('{"distill": {"arms": ["full"], "colour": 1}}', "colour"),
+        ('{"distill": {"arms": ["full"], "lr": "fast"}}', "lr is 'fast'; it must be a number"),
+    ],
+)
 def test_damaged_configs_are_named(tmp_path, capsys, content, said):
     (tmp_path / "config.json").write_text(content)
     assert command.main(["distill", f"--resume={tmp_path}"]) == 2
@@ -617,12 +662,14 @@ def test_help_names_every_default():
 
 @pytest.mark.parametrize(
     ("settings", "value", "must"),
-    [(Distil, {"batch_size": 0}, "a whole number of at least 2"),
-     (Distil, {"arms": ("full", "full")}, "different names from alone"),
-     (Network, {"input_std": float("nan")}, "a number of at least 0 and at most 1e+06"),
-     (Regression, {"noise": "pink"}, "one of per-step, per-sample")],
+    [
+        (Distil, {"batch_size": 0}, "a whole number of at least 2"),
+        (Distil, {"arms": ("full", "full")}, "different names from alone"),
+        (Network, {"input_std": float("nan")}, "a number of at least 0 and at most 1e+06"),
+        (Regression, {"noise": "pink"}, "one of per-step, per-sample"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_ranges_guard_python_as_well(settings, value, must):
     [(name, given)] = value.items()
     with pytest.raises(ValueError) as error:

@@ -56,12 +56,19 @@ class Data:
 def small():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
-                      nn.Dropout2d(0.2)),
-        nn.Sequential(nn.Conv2d(6, 7, 3, stride=2, bias=False), nn.BatchNorm2d(7), nn.Tanh(),
-                      StochasticDepth(0.3, "row")),
-        nn.Flatten(), nn.Dropout(0.3), nn.Linear(28, 5),
-    ).double()  # fmt: skip
+        nn.Sequential(
+            nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout2d(0.2)
+        ),
+        nn.Sequential(
+            nn.Conv2d(6, 7, 3, stride=2, bias=False),
+            nn.BatchNorm2d(7),
+            nn.Tanh(),
+            StochasticDepth(0.3, "row"),
+        ),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(28, 5),
+    ).double()
 
 
 class Draws(nn.Module):
@@ -149,10 +156,20 @@ def learner(case, data, parallel):
             return 3 * teacher(images)
 
     return Learner(
-        case.name, case.model(), soft("fused"), predict, lambda model: accuracy(model, data),
-        LR, 3, tuned=case.tuned, noise=Noise(case.place, 0.1, 5), twin=soft("reference"),
-        parallel=parallel, skips=case.model is Draws, exact=case.exact,
-    )  # fmt: skip
+        case.name,
+        case.model(),
+        soft("fused"),
+        predict,
+        lambda model: accuracy(model, data),
+        LR,
+        3,
+        tuned=case.tuned,
+        noise=Noise(case.place, 0.1, 5),
+        twin=soft("reference"),
+        parallel=parallel,
+        skips=case.model is Draws,
+        exact=case.exact,
+    )
 
 
 def train(case, folder, parallel="ddp", stop=None):
@@ -281,8 +298,10 @@ def has_masks_and_batchnorms_of_its_own(rank, world, out):
 
 def refuses_masks_of_their_own(rank, world, out):
     x = torch.zeros(2, 3, 8)
-    for model in (nn.TransformerEncoderLayer(8, 2, 8, batch_first=True),
-                  nn.LSTM(8, 8, num_layers=2, dropout=0.5, batch_first=True)):  # fmt: skip
+    for model in (
+        nn.TransformerEncoderLayer(8, 2, 8, batch_first=True),
+        nn.LSTM(8, 8, num_layers=2, dropout=0.5, batch_first=True),
+    ):
         with distributed.current().batch(2 * world, exact=True):
             with pytest.raises(TrainError, match="draws a mask of its own on each rank"):
                 model(x)
@@ -307,17 +326,28 @@ def notices_an_end(rank, world, out):
     assert distributed.was_cut(error.value) and time.monotonic() - began < 60
 
 
-CHECKS = [joins_a_group, trains_as_one, continues_one, stops_together, has_rank_0s_model,
-          has_masks_and_batchnorms_of_its_own, refuses_masks_of_their_own, too_small_a_batch,
-          notices_an_end]  # fmt: skip
+CHECKS = [
+    joins_a_group,
+    trains_as_one,
+    continues_one,
+    stops_together,
+    has_rank_0s_model,
+    has_masks_and_batchnorms_of_its_own,
+    refuses_masks_of_their_own,
+    too_small_a_batch,
+    notices_an_end,
+]
 
 
 def all_checks(rank, world, port, out):
     torch.set_num_threads(1)
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     for check in CHECKS:
         check(rank, world, out)
 

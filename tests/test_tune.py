@@ -25,16 +25,26 @@ from kdkernels.train.run_folder import RunFolder
 from kdkernels.train.settings import Distil
 
 TINY = {
-    "teacher": "tests.test_tune:net", "student": "tests.test_tune:net", "image_size": 16,
-    "epochs": 1, "teacher_epochs": 1, "train_samples": 96, "test_samples": 48, "batch_size": 32,
-}  # fmt: skip
+    "teacher": "tests.test_tune:net",
+    "student": "tests.test_tune:net",
+    "image_size": 16,
+    "epochs": 1,
+    "teacher_epochs": 1,
+    "train_samples": 96,
+    "test_samples": 48,
+    "batch_size": 32,
+}
 
 
 def net(num_classes):
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(), nn.Linear(32, num_classes),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, num_classes),
+    )
 
 
 def arguments(**more):
@@ -138,8 +148,11 @@ def test_command_end_to_end(tmp_path, capsys):
     out = tmp_path / "run"
     options = arguments(
         search="temperature=2|8,noise=none|regularizer,regularizer_lam=0.01|0.1",
-        sampler="grid", confirm=2, seeds=2, train_samples=48,
-    )  # fmt: skip
+        sampler="grid",
+        confirm=2,
+        seeds=2,
+        train_samples=48,
+    )
     assert command.main(["tune", *options, f"--out={out}"]) == 0
     shown = capsys.readouterr().out
     assert "search 6 of 6" in shown and "best.json" in shown
@@ -231,8 +244,10 @@ def test_a_loss_that_is_not_finite_is_the_worst(tmp_path, monkeypatch):
 
 def test_the_hopeless_trial_is_pruned(tmp_path):
     settings = {
-        "search": "lr=0.01|0.011|0.012|0.013|0.014|0.0000001", "sampler": "grid", "prune": "median",
-    }  # fmt: skip
+        "search": "lr=0.01|0.011|0.012|0.013|0.014|0.0000001",
+        "sampler": "grid",
+        "prune": "median",
+    }
     out = searched(tmp_path, settings=settings, epochs=3, train_samples=480)
     folder = RunFolder.open(str(out))
     search.write(tune.Study(folder, tune.SEARCH), None)
@@ -268,9 +283,12 @@ def test_two_workers_killed_and_resumed_share_one_grid(tmp_path, monkeypatch):
     out, points = tmp_path / "run", 24
     monkeypatch.setenv("ROOM", str(tmp_path))
     options = arguments(
-        search=f"temperature=1:16:3,alpha=0:1:{points // 3}", sampler="grid", workers=2, confirm=0,
+        search=f"temperature=1:16:3,alpha=0:1:{points // 3}",
+        sampler="grid",
+        workers=2,
+        confirm=0,
         student="tests.test_tune:held",
-    )  # fmt: skip
+    )
     call = [sys.executable, "-m", "kdkernels", "tune"]
 
     def let(trials):

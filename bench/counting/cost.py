@@ -37,15 +37,7 @@ SECTOR = 32  # bytes that memory moves at least
 # "Pipelines": integer multiplication runs beside FP32 on FMA, logic, comparisons and other integer
 # work on ALU. The guide's "Compute Capability 9.0": 4 warp schedulers, an instruction a clock each;
 # shared memory: 32 banks of 4 bytes a clock, one pass.
-RATES = {
-    "slots": 4,
-    "mufu": 16,
-    "fma": 128,
-    "multiply": 64,
-    "alu": 64,
-    "fp64": 64,
-    "shared": 1,
-}
+RATES = {"slots": 4, "mufu": 16, "fma": 128, "multiply": 64, "alu": 64, "fp64": 64, "shared": 1}
 # CUDA C++ Programming Guide, "Technical specifications per compute capability", 9.0.
 THREADS_PER_SM, BLOCKS_PER_SM, SHARED_PER_SM = 2048, 32, 228 << 10
 # Likewise: a quarter of an SM has 16,384 registers, which warps get 256 at a time; each block takes

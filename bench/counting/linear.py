@@ -28,7 +28,10 @@ from .cost import BANDWIDTH
 # What cuBLAS reaches in bf16 with fp32 sums on large matrices; the datasheet's peak is 989.
 TFLOPS = 680
 SHAPES = [  # rows, width of both sides, classes
-    *((8192, 4096, 128256), (4096, 2048, 128256), (16384, 1536, 151936), (16384, 768, 50257)),
+    (8192, 4096, 128256),
+    (4096, 2048, 128256),
+    (16384, 1536, 151936),
+    (16384, 768, 50257),
 ]
 BF16, FP32 = torch.bfloat16, torch.float32
 

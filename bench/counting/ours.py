@@ -166,9 +166,16 @@ class Loss:
             fields |= OPTIONS[name]
         alpha = ALPHA if self.labels else 1.0 if self.divergence == "decoupled" else None
         return launchers.Divergence(
-            self.dtype, rows, self.classes, self.temperature, alpha, divergence=self.divergence,
-            values="blank" if blank else "training", gap=self.gap, **fields,
-        )  # fmt: skip
+            self.dtype,
+            rows,
+            self.classes,
+            self.temperature,
+            alpha,
+            divergence=self.divergence,
+            values="blank" if blank else "training",
+            gap=self.gap,
+            **fields,
+        )
 
 
 def launcher_of(case):
@@ -195,10 +202,7 @@ def count_loss(loss):
 
 # ---- noise and regression ------------------------------------------------------------------------
 
-LISTS = {
-    "one tensor": [1 << 24],
-    "ResNet-18's": resnet18(),
-}
+LISTS = {"one tensor": [1 << 24], "ResNet-18's": resnet18()}
 # Title, launcher, how often an element is read or written, and the case. An update's rule is the
 # first of its kind in tests/launchers.py.
 NOISY = [

@@ -189,9 +189,14 @@ def plot(rows, path):
     grouped = groups([r for r in rows if math.isfinite(r.of_floor)])
     height = [len(g) for g in grouped.values()]
     figure, axes = plt.subplots(
-        len(grouped), 1, figsize=(9, 0.24 * sum(height) + 0.7 * len(height)), squeeze=False,
-        height_ratios=height, sharex=True, layout="constrained",
-    )  # fmt: skip
+        len(grouped),
+        1,
+        figsize=(9, 0.24 * sum(height) + 0.7 * len(height)),
+        squeeze=False,
+        height_ratios=height,
+        sharex=True,
+        layout="constrained",
+    )
     for axis, ((op, dtype), group) in zip(axes[:, 0], grouped.items(), strict=True):
         labels = [f"{r.size}  {gap_text(r.gap)}  {r.who}" for r in group]
         colors = ["tab:green" if r.who == "kdkernels" else "tab:gray" for r in group]

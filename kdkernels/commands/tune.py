@@ -31,10 +31,12 @@ def command(_: str, given: dict[str, Any]) -> int:
         out = given.pop("out", None)
         own = {field.name for field in dataclasses.fields(Search)} & given.keys()
         config = {
-            "command": "tune", "started_in": os.getcwd(),
+            "command": "tune",
+            "started_in": os.getcwd(),
             "tune": dataclasses.asdict(Search(**{name: given.pop(name) for name in own})),
-            "distill": given | absolute(given), "machine": info.machine(how.threads),
-        }  # fmt: skip
+            "distill": given | absolute(given),
+            "machine": info.machine(how.threads),
+        }
         tune.check(config)
         folder = RunFolder.create(out, config)
     screen = console.make()

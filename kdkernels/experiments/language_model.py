@@ -50,9 +50,15 @@ def _loss(arm: LmArm, student: GPT, expert: GPT, settings: LanguageModel) -> loo
         )
     if arm.loss == "top k":
         return lambda logits, taught, labels: kdkernels.topk_distillation_loss(
-            logits, taught.values, taught.indices, labels, **soft, inplace=True,
-            tail="bucket", teacher_logsumexp=taught.logsumexp,
-        )  # fmt: skip
+            logits,
+            taught.values,
+            taught.indices,
+            labels,
+            **soft,
+            inplace=True,
+            tail="bucket",
+            teacher_logsumexp=taught.logsumexp,
+        )
     return lambda hidden, taught, labels: kdkernels.linear_distillation_loss(
         hidden, student.head, taught, expert.head, labels, **soft
     )
@@ -142,14 +148,16 @@ class _Run:
     def work(self) -> dict[str, Any]:
         """What the run learns from and computes, as JSON."""
         return {
-            "digest": self.train.digest, "vocabulary": self.vocabulary,
+            "digest": self.train.digest,
+            "vocabulary": self.vocabulary,
             "text_tokens": len(self.everything.tokens),
-            "windows": len(self.train), "held_out_windows": len(self.held),
+            "windows": len(self.train),
+            "held_out_windows": len(self.held),
             "teacher_parameters": sum(p.numel() for p in self.expert.parameters()),
             "student_parameters": sum(p.numel() for p in self.start.parameters()),
             "operations": operations(self.settings, self.vocabulary),
             "passes": traffic(self.settings, self.vocabulary),
-        }  # fmt: skip
+        }
 
     def made(self, seed: int, width: int, layers: int) -> GPT:
         torch.manual_seed(seed)
@@ -180,10 +188,15 @@ class _Run:
         """Train the teacher for what is left of its steps."""
         settings = self.settings
         teacher = loop.Learner(
-            "teacher", self.expert.to(self.device),
+            "teacher",
+            self.expert.to(self.device),
             lambda logits, _, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten()),
-            None, self.tested(()), settings.lr, settings.seed, tuned=True,
-        )  # fmt: skip
+            None,
+            self.tested(()),
+            settings.lr,
+            settings.seed,
+            tuned=True,
+        )
         teacher.load(self.folder)
         steps = settings.teacher_steps or 0  # None only until the settings are made
         a_pass = len(self.batches(0, self.everything))
@@ -198,9 +211,12 @@ class _Run:
             batches = batches[begin - passes[0] * a_pass :][: end - begin]
             teacher.evaluate = self.tested(batches)
             teacher.train_epoch(
-                self.everything, batches, self.folder, self.interrupt,
+                self.everything,
+                batches,
+                self.folder,
+                self.interrupt,
                 lambda: self.on_step("teacher", teacher.step, steps),
-            )  # fmt: skip
+            )
             self.line(teacher, f"step {teacher.step} of {steps}")
         if not teacher.measures:
             teacher.measures = teacher.evaluate(teacher.model)
@@ -246,9 +262,15 @@ class _Run:
                 return _packed({k: v[index.cpu()].to(self.device) for k, v in rows.items()})
 
         learner = loop.Learner(
-            name, student, _loss(arm, student, self.expert, settings), predict, self.tested(()),
-            settings.lr, settings.seed + 2, tuned=True,
-        )  # fmt: skip
+            name,
+            student,
+            _loss(arm, student, self.expert, settings),
+            predict,
+            self.tested(()),
+            settings.lr,
+            settings.seed + 2,
+            tuned=True,
+        )
         learner.load(self.folder)
         if learner.step == 0:
             learner.seconds["teacher"] += took

@@ -170,22 +170,31 @@ def run(settings: Regression, on_step: Callable[[str], None] = lambda _: None) -
     return {
         "settings": dataclasses.asdict(settings),
         "agreement": {"difference": difference, "seeds": 3},
-        "mean": mean, "times": times, "others": watch.share(),
+        "mean": mean,
+        "times": times,
+        "others": watch.share(),
         "checks": [
             {
                 "name": "the three paths agree in theta when fed the same noise",
-                "value": difference, "limit": AGREEMENT, "passed": difference <= AGREEMENT,
+                "value": difference,
+                "limit": AGREEMENT,
+                "passed": difference <= AGREEMENT,
             },
             {
                 "name": "mean theta is the stationary value, in standard errors",
-                "value": away, "limit": STANDARD_ERRORS, "passed": away <= STANDARD_ERRORS,
+                "value": away,
+                "limit": STANDARD_ERRORS,
+                "passed": away <= STANDARD_ERRORS,
             },
         ],
         "plot": {
-            "paths": curves, "mean": many.mean(1).tolist(), "low": low.tolist(),
-            "high": high.tolist(), "final": many[-1].tolist(),
+            "paths": curves,
+            "mean": many.mean(1).tolist(),
+            "low": low.tolist(),
+            "high": high.tolist(),
+            "final": many[-1].tolist(),
         },
-    }  # fmt: skip
+    }
 
 
 class _Paths:
@@ -204,9 +213,15 @@ class _Paths:
 
     def fused(self, seeds, trajectory: bool = False) -> torch.Tensor:
         return kdkernels.noisy_linear_regression(
-            self.x32, self.y32, float(self.theta[0, 0]), **self.loop, sigma=self.settings.sigma,
-            seed=seeds, noise=self.settings.noise, trajectory=trajectory,
-        )  # fmt: skip
+            self.x32,
+            self.y32,
+            float(self.theta[0, 0]),
+            **self.loop,
+            sigma=self.settings.sigma,
+            seed=seeds,
+            noise=self.settings.noise,
+            trajectory=trajectory,
+        )
 
     def run_numpy(self, count: int) -> np.ndarray:
         def noise(_):
@@ -250,10 +265,13 @@ class _Paths:
         )
         error = float(final.std(ddof=1) / np.sqrt(s.replicas))
         return {
-            "theta": float(final.mean()), "standard_error": error, "stationary": expected,
+            "theta": float(final.mean()),
+            "standard_error": error,
+            "stationary": expected,
             "standard_errors_away": float((final.mean() - expected) / error),
-            "spread": float(final.std(ddof=1)), "spread_expected": spread,
-        }  # fmt: skip
+            "spread": float(final.std(ddof=1)),
+            "spread_expected": spread,
+        }
 
     def times(self, seeds: torch.Tensor) -> list[dict]:
         """Seconds a replica of each path, for one replica and for all at once."""
@@ -272,10 +290,12 @@ class _Paths:
             ratios = [a / b for a, b in zip(values, rounds["fused", count], strict=True)]
             times.append(
                 {
-                    "path": name, "replicas": count,
+                    "path": name,
+                    "replicas": count,
                     "seconds_per_replica": statistics.median(values) / count,
-                    "fused_is_faster": statistics.median(ratios), "least": min(ratios),
+                    "fused_is_faster": statistics.median(ratios),
+                    "least": min(ratios),
                     "most": max(ratios),
                 }
-            )  # fmt: skip
+            )
         return times

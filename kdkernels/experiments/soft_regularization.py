@@ -24,9 +24,7 @@ from kdkernels.train.run_folder import RunFolder
 BINS = 15
 """Bins of the calibration error, as in Guo et al."""
 
-MEASURES = {
-    "accuracy": "test accuracy", "ece": "ECE", "loss": "test loss",
-}  # fmt: skip
+MEASURES = {"accuracy": "test accuracy", "ece": "ECE", "loss": "test loss"}
 
 
 def reliability(
@@ -118,11 +116,15 @@ def _learner(settings, seed, arm, train, test, device) -> loop.Learner:
     else:
         model, _ = models.build("resnet18", train.classes, settings.image_size)
     return loop.Learner(
-        learner_name(seed, arm), model.to(device),
-        lambda logits, _, labels: F.cross_entropy(logits, labels), None,
-        lambda model: loop.accuracy(model, test), settings.lr, seed,
+        learner_name(seed, arm),
+        model.to(device),
+        lambda logits, _, labels: F.cross_entropy(logits, labels),
+        None,
+        lambda model: loop.accuracy(model, test),
+        settings.lr,
+        seed,
         noise=Noise(arm, settings.std(arm), seed),
-    )  # fmt: skip
+    )
 
 
 def seeds(settings: Network) -> range:

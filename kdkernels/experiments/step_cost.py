@@ -101,8 +101,11 @@ def traffic(settings: LanguageModel, vocabulary: int) -> int:
     student.requires_grad_()
     with Passes(rows * vocabulary) as passes:
         loss = plain_loss(
-            student, teacher, torch.zeros(rows, dtype=torch.int64),
-            temperature=settings.temperature, alpha=settings.alpha,
-        )  # fmt: skip
+            student,
+            teacher,
+            torch.zeros(rows, dtype=torch.int64),
+            temperature=settings.temperature,
+            alpha=settings.alpha,
+        )
         torch.autograd.grad(loss, student)
     return passes.count

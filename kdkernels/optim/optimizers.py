@@ -76,13 +76,7 @@ class NoisyAdamW(NoisyOptimizer):
         std: Std = 0.0,
         **options: Unpack[NoiseOptions],
     ):
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "std": std,
-        }
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "std": std}
         super().__init__(params, defaults, **options)
 
 

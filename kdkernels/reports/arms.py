@@ -64,9 +64,15 @@ def results(folder: RunFolder) -> dict | None:
     target = folder.config["distill"]["target_accuracy"]
     arms = {name: _arm(name, epochs, target) for name in epochs if name != CONTROL}
     found = {
-        "losses": losses, "epochs": epochs, "arms": arms, "ladder": ladder(epochs),
-        "apart": {}, "follow": None, "checks": [], "confusion": _add_tests(folder, arms),
-    }  # fmt: skip
+        "losses": losses,
+        "epochs": epochs,
+        "arms": arms,
+        "ladder": ladder(epochs),
+        "apart": {},
+        "follow": None,
+        "checks": [],
+        "confusion": _add_tests(folder, arms),
+    }
     if {"reference", "fused", CONTROL} <= epochs.keys():
         found |= _followed(losses, epochs, twins)
     return found
@@ -82,11 +88,12 @@ def _arm(name: str, epochs: dict[str, list[dict]], target: float | None) -> dict
         if target is not None and line["accuracy"] >= target
     ]
     arm = metrics.timed(lines) | {
-        "accuracy": lines[-1]["accuracy"], "best": max(line["accuracy"] for line in lines),
+        "accuracy": lines[-1]["accuracy"],
+        "best": max(line["accuracy"] for line in lines),
         "seconds_to_target": reached[0] if reached else None,
         "epoch_seconds": statistics.median(line["seconds"] for line in lines),
         "others": max((line.get("others") or 0.0 for line in lines), default=0.0),
-    }  # fmt: skip
+    }
     base = epochs.get("reference" if number == 1 else f"reference-g{number}")
     if base and name != "teacher":
         arm["speedup"] = metrics.timed(base)["seconds"] / arm["seconds"]
@@ -104,14 +111,18 @@ def _followed(losses: dict, epochs: dict, twins: list[float]) -> dict[str, Any]:
     an_epoch = epochs["reference"][0]["step"]
     means = [[line["loss"] for line in epochs[name]] for name in ("reference", "fused")]
     follow = {
-        "same_logits": max(curves["same logits"]), "first_steps": max(curves["fused"][:2]),
-        "first_epoch": max(curves["fused"][:an_epoch]), "control": max(curves[CONTROL][:an_epoch]),
-        "first_mean": metrics.apart(*means)[0], "run": max(curves["fused"]),
-    }  # fmt: skip
+        "same_logits": max(curves["same logits"]),
+        "first_steps": max(curves["fused"][:2]),
+        "first_epoch": max(curves["fused"][:an_epoch]),
+        "control": max(curves[CONTROL][:an_epoch]),
+        "first_mean": metrics.apart(*means)[0],
+        "run": max(curves["fused"]),
+    }
     limits = {
-        "same_logits": SAME_LOGITS, "first_steps": FIRST_STEPS,
+        "same_logits": SAME_LOGITS,
+        "first_steps": FIRST_STEPS,
         "first_epoch": max(TIMES_CONTROL * follow["control"], FIRST_STEPS),
-    }  # fmt: skip
+    }
     checks = [
         metrics.limited(f"fused follows reference: {FOLLOW[key]}", follow[key], limit)
         for key, limit in limits.items()
@@ -168,12 +179,17 @@ def ladder(epochs: dict[str, list[dict]]) -> list[dict]:
         above = rungs[-1] if rungs else {"seconds": seconds, "spent": phases}
         rungs.append(
             {
-                "arm": name, "adds": " + ".join(added), "epochs": common, "seconds": seconds,
-                "saved": above["seconds"] - seconds, "ratio": above["seconds"] / seconds,
-                "speedup": (rungs[0]["seconds"] if rungs else seconds) / seconds, "spent": phases,
+                "arm": name,
+                "adds": " + ".join(added),
+                "epochs": common,
+                "seconds": seconds,
+                "saved": above["seconds"] - seconds,
+                "ratio": above["seconds"] / seconds,
+                "speedup": (rungs[0]["seconds"] if rungs else seconds) / seconds,
+                "spent": phases,
                 "saved_by_phase": {p: above["spent"][p] - phases[p] for p in PHASES},
             }
-        )  # fmt: skip
+        )
         added = []
     return rungs
 

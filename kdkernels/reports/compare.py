@@ -217,10 +217,13 @@ def _ladder_table(group: Group) -> Table:
         return lambda rung: key in rung and with_error(rung[key], rung.get(f"{key}_spread"))
 
     columns: dict[str, Cell] = {
-        "arm": "{arm}", "what it adds": "{adds}", "seconds": cell("seconds"),
-        "seconds saved": cell("saved"), "times faster than the row above": cell("ratio"),
+        "arm": "{arm}",
+        "what it adds": "{adds}",
+        "seconds": cell("seconds"),
+        "seconds saved": cell("saved"),
+        "times faster than the row above": cell("ratio"),
         "times faster than reference": cell("speedup"),
-    }  # fmt: skip
+    }
     first = {k: v for k, v in rungs[0].items() if k in ("arm", "adds", "seconds", "seconds_spread")}
     title = "Where the speed comes from" + f": {group.label}" * bool(group.label)
     text = (
@@ -319,10 +322,11 @@ def _lead(found: list[Group], common: dict, headline: str) -> str:
     student, teacher, data = (
         _text(common[name]) if name in common else several
         for name, several in (
-            ("student", "several students"), ("teacher", "several teachers"),
+            ("student", "several students"),
+            ("teacher", "several teachers"),
             ("data", "several data"),
         )
-    )  # fmt: skip
+    )
     seeds = sorted({seed for group in found for seed in group.runs})
     text = f"{student} taught by {teacher} on {data}; seeds {', '.join(map(str, seeds))}."
     if "equal accuracy" in headline:
@@ -339,9 +343,10 @@ def write(paths: list[str], out: str = "compare.html") -> list[Table]:
     main, ladders = Section("Accuracy and time"), Section("Where the speed comes from")
     main.tables.append(_summary(found))
     main.plots["accuracy_and_time"] = Plot(
-        _plot_accuracy(found), "Accuracy against time",
+        _plot_accuracy(found),
+        "Accuracy against time",
         "large: mean ± standard deviation over seeds; small: each seed",
-    )  # fmt: skip
+    )
     for number, group in enumerate(found, 1):
         if group.ladder():
             ladders.tables.append(_ladder_table(group))
@@ -369,9 +374,11 @@ def write(paths: list[str], out: str = "compare.html") -> list[Table]:
     main.lead = [_lead(found, common, main.headline)]
     sections = [main, *([ladders] if ladders.plots else []), listed]
     html = report.html(
-        sections, "runs compared", f"compare · {len(rows)} runs",
+        sections,
+        "runs compared",
+        f"compare · {len(rows)} runs",
         {"in all runs": {name: _text(value) for name, value in common.items()}},
-    )  # fmt: skip
+    )
     try:
         replace(Path(out), html.encode())
     except OSError as error:

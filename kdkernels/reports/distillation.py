@@ -87,14 +87,18 @@ def _ladder_table(rungs: list[dict]) -> Table:
 def _follow_table(found: dict) -> Table:
     limits = {check["name"]: check["limit"] for check in found["checks"]}
     lines = [
-        {"text": text, "value": found["follow"][key],
-         "limit": limits.get(f"fused follows reference: {text}")}
+        {
+            "text": text,
+            "value": found["follow"][key],
+            "limit": limits.get(f"fused follows reference: {text}"),
+        }
         for key, text in FOLLOW.items()
-    ]  # fmt: skip
+    ]
     columns = {
-        "relative difference of the training loss": "{text}", "value": "{value:.2g}",
+        "relative difference of the training loss": "{text}",
+        "value": "{value:.2g}",
         "must be at most": "{limit:.2g}",
-    }  # fmt: skip
+    }
     text = page.note("follow", times=f"{TIMES_CONTROL:g}")
     return table("Experiment 2: does fused follow reference?", lines, columns, text)
 
@@ -105,9 +109,12 @@ def _calibration_table(arms: dict) -> Table:
         count, right, sure = map(sum, arm["reliability"])
         lines.append(arm | {"confidence": sure / count, "right": right / count, "images": count})
     columns = {
-        "arm": "{arm}", "ECE": "{ece:.2%}", "mean confidence": "{confidence:.1%}",
-        "test accuracy": "{right:.1%}", "test loss": "{test_loss:.4f}",
-    }  # fmt: skip
+        "arm": "{arm}",
+        "ECE": "{ece:.2%}",
+        "mean confidence": "{confidence:.1%}",
+        "test accuracy": "{right:.1%}",
+        "test loss": "{test_loss:.4f}",
+    }
     text = page.note("calibration", images=f"{lines[0]['images']:,.0f}")
     return table("Experiment 2: calibration", lines, columns, text)
 
@@ -117,14 +124,20 @@ def _confused_table(arm: str, counts: np.ndarray) -> Table:
     order = np.argsort(-wrong, axis=None, kind="stable")[:5]
     pairs = [divmod(place, len(counts)) for place in order.tolist() if wrong.flat[place]]
     lines = [
-        {"true": true, "guess": guess, "count": wrong[true, guess],
-         "share": wrong[true, guess] / counts[true].sum()}
+        {
+            "true": true,
+            "guess": guess,
+            "count": wrong[true, guess],
+            "share": wrong[true, guess] / counts[true].sum(),
+        }
         for true, guess in pairs
-    ]  # fmt: skip
+    ]
     columns = {
-        "true class": "{true}", "guessed": "{guess}", "images": "{count}",
+        "true class": "{true}",
+        "guessed": "{guess}",
+        "images": "{count}",
         "of the class": "{share:.1%}",
-    }  # fmt: skip
+    }
     text = f"{wrong.sum():,} of {counts.sum():,} test images are guessed wrong."
     return table(f"Experiment 2: what {arm} confuses most", lines, columns, text)
 
@@ -148,14 +161,18 @@ def _accuracy_plots(found: dict) -> dict[str, Plot]:
         return plots.measures(points, label, "test accuracy", teacher, **more)
 
     made = {
-        "accuracy": Plot(curves(by_epoch, "epoch", whole=True), "By epoch",
-                         "test accuracy at each epoch's end"),
-        "accuracy_by_time": Plot(curves(by_time, "seconds of training"), "By time",
-                                 "the same, over seconds of training"),
-        "loss": Plot(plots.losses({name: found["losses"][name] for name in first}, {"fused"}),
-                     "Loss of each step", "thick: its mean over a fortieth of the run; alone's "
-                     "loss is the cross-entropy"),
-    }  # fmt: skip
+        "accuracy": Plot(
+            curves(by_epoch, "epoch", whole=True), "By epoch", "test accuracy at each epoch's end"
+        ),
+        "accuracy_by_time": Plot(
+            curves(by_time, "seconds of training"), "By time", "the same, over seconds of training"
+        ),
+        "loss": Plot(
+            plots.losses({name: found["losses"][name] for name in first}, {"fused"}),
+            "Loss of each step",
+            "thick: its mean over a fortieth of the run; alone's loss is the cross-entropy",
+        ),
+    }
     taught = {}
     for name in arms:
         base, number = generation(name)
@@ -186,8 +203,14 @@ def _plot_confusion(counts: np.ndarray) -> Figure:
         axes.pcolormesh(cells, ec=page.PAPER, lw=0.8)
         size = 8 if classes <= 10 else 6
         for true, guess in np.argwhere(counts):
-            axes.text(guess + 0.5, true + 0.5, f"{counts[true, guess]:,}", ha="center",
-                      va="center", fontsize=size)  # fmt: skip
+            axes.text(
+                guess + 0.5,
+                true + 0.5,
+                f"{counts[true, guess]:,}",
+                ha="center",
+                va="center",
+                fontsize=size,
+            )
         ticks = np.arange(classes)
         axes.set(xticks=ticks + 0.5, xticklabels=ticks, yticks=ticks + 0.5, yticklabels=ticks)
         axes.tick_params(length=0)
@@ -201,9 +224,10 @@ def _plot_confusion(counts: np.ndarray) -> Figure:
 # ---- the page ------------------------------------------------------------------------------------
 
 NAMES = {
-    "full": "fused with kept predictions", "cached": "fused loss with kept predictions",
+    "full": "fused with kept predictions",
+    "cached": "fused loss with kept predictions",
     "fused": "the fused loss",
-}  # fmt: skip
+}
 
 
 def speed(ratio: float) -> str:
@@ -263,11 +287,10 @@ def sections(folder: RunFolder) -> list[Section]:
         figure = plots.differences(
             {
                 "fused, its own run": (apart["fused"], page.BLUE, "-"),
-                "control: the reference again, rounded otherwise":
-                    (apart[CONTROL], page.INK, "--"),
+                "control: the reference again, rounded otherwise": (apart[CONTROL], page.INK, "--"),
                 "fused, on the same logits": (apart["same logits"], page.GREEN, "-"),
             }
-        )  # fmt: skip
+        )
         section = Section("Does fused follow reference?", [_follow_table(found)])
         section.plots["loss_difference"] = Plot(figure, "Difference from the reference's loss")
         made.append(section)
@@ -280,10 +303,11 @@ def _speed_section(found: dict) -> Section:
     if found["ladder"]:
         made.tables.insert(0, _ladder_table(found["ladder"]))
         made.plots["ladder"] = Plot(
-            plots.ladder(found["ladder"]), "The speed-up ladder",
+            plots.ladder(found["ladder"]),
+            "The speed-up ladder",
             "each bar adds one thing to the one above; pale: what that saves; bold: times "
             "reference's speed",
-        )  # fmt: skip
+        )
     phases = {name: arms[name]["phases"] for name in _first(arms)}
     figure = plots.phases(phases, "seconds of training", "{:.1f} s".format)
     made.plots["phases"] = Plot(figure, "Where the time goes", "seconds of training by phase")
@@ -301,10 +325,16 @@ def _accuracy_section(found: dict, folder: RunFolder, config: dict) -> Section:
     ]
     kept = ("arms", "ladder", "follow", "checks", "confusion")
     return Section(
-        "Accuracy", [_summary(found["arms"], config)], _accuracy_plots(found),
-        results={key: found[key] for key in kept}, checks=found["checks"], headline=headline,
-        lead=lead, cards=cards, others=[arm["others"] for arm in found["arms"].values()],
-    )  # fmt: skip
+        "Accuracy",
+        [_summary(found["arms"], config)],
+        _accuracy_plots(found),
+        results={key: found[key] for key in kept},
+        checks=found["checks"],
+        headline=headline,
+        lead=lead,
+        cards=cards,
+        others=[arm["others"] for arm in found["arms"].values()],
+    )
 
 
 def _calibration_section(tested: dict, confusion: dict | None) -> Section:
@@ -316,7 +346,8 @@ def _calibration_section(tested: dict, confusion: dict | None) -> Section:
         arm, counts = confusion["arm"], np.array(confusion["counts"])
         made.tables.append(_confused_table(arm, counts))
         made.plots["confusion"] = Plot(
-            _plot_confusion(counts), f"What {arm} takes for what",
+            _plot_confusion(counts),
+            f"What {arm} takes for what",
             "the most accurate student's test images; blue right, red wrong",
-        )  # fmt: skip
+        )
     return made

@@ -51,10 +51,16 @@ def results(folder: RunFolder) -> dict | None:
         if "reference" in arms and name != "reference"
     }
     return {
-        "losses": losses, "epochs": epochs, "arms": arms, "apart": curves, "agreement": agreement,
-        "topk_share": None if top is None else top[1]["share"], "work": work,
-        "models_bytes": models, "checks": _checks(curves, agreement),
-    }  # fmt: skip
+        "losses": losses,
+        "epochs": epochs,
+        "arms": arms,
+        "apart": curves,
+        "agreement": agreement,
+        "topk_share": None if top is None else top[1]["share"],
+        "work": work,
+        "models_bytes": models,
+        "checks": _checks(curves, agreement),
+    }
 
 
 def _arm(name: str, lines: list[dict], work: dict, logits: int) -> dict[str, Any]:
@@ -62,10 +68,12 @@ def _arm(name: str, lines: list[dict], work: dict, logits: int) -> dict[str, Any
     peaks = [line["peak_bytes"] for line in lines if line.get("peak_bytes") is not None]
     tokens = sum(line["tokens"] for line in lines)
     arm |= {
-        "tokens": tokens, "tokens_per_second": tokens / arm["seconds"],
+        "tokens": tokens,
+        "tokens_per_second": tokens / arm["seconds"],
         "peak_bytes": max(peaks) if peaks else None,
-        "held_out_loss": lines[-1]["held_out_loss"], "perplexity": lines[-1]["perplexity"],
-    }  # fmt: skip
+        "held_out_loss": lines[-1]["held_out_loss"],
+        "perplexity": lines[-1]["perplexity"],
+    }
     if name != "teacher":
         kind = LM_ARMS[name]
         passes = work["passes"] if kind.loss == "plain" else kind.passes
@@ -148,16 +156,25 @@ def _tables(found: dict, config: dict) -> list[Table]:
         ),
     }
     text = note(
-        "language_model", c=config, work=work, students=students, about=LM_ARMS,
+        "language_model",
+        c=config,
+        work=work,
+        students=students,
+        about=LM_ARMS,
         megabytes=_megabytes(found["models_bytes"]),
-    )  # fmt: skip
+    )
     made = [
         table(f"{TITLE}: speed, memory, held-out loss", metrics.rows(arms), speed, text),
-        table(f"{TITLE}: milliseconds a step, by phase", metrics.rows(arms), phases,
-              note("lm_phases")),
-        table(f"{TITLE}: what a step computes", metrics.rows(students), computed,
-              note("lm_computed", c=config, work=work, rows=rows)),
-    ]  # fmt: skip
+        table(
+            f"{TITLE}: milliseconds a step, by phase", metrics.rows(arms), phases, note("lm_phases")
+        ),
+        table(
+            f"{TITLE}: what a step computes",
+            metrics.rows(students),
+            computed,
+            note("lm_computed", c=config, work=work, rows=rows),
+        ),
+    ]
     if found["apart"]:
         made.append(_followed(found, config))
     return made
@@ -213,14 +230,17 @@ def _plots(found: dict) -> dict[str, Plot]:
         plots.phases(spent, "milliseconds a step", "{:,.0f} ms".format), "Where the time goes"
     )
     made["lm_held_out"] = Plot(
-        plots.measures(held_out, "seconds of training", "held-out loss, nats a token", teacher,
-                       percent=False),
-        "Held-out loss by time", "a dot an epoch",
-    )  # fmt: skip
+        plots.measures(
+            held_out, "seconds of training", "held-out loss, nats a token", teacher, percent=False
+        ),
+        "Held-out loss by time",
+        "a dot an epoch",
+    )
     made["lm_losses"] = Plot(
         plots.losses({name: found["losses"][name] for name in students}, exact),
-        "Loss of each step", "thick: its mean over a fortieth of the run",
-    )  # fmt: skip
+        "Loss of each step",
+        "thick: its mean over a fortieth of the run",
+    )
     if found["apart"]:
         curves = {name: (values, COLOURS[name], "-") for name, values in found["apart"].items()}
         made["lm_loss_difference"] = Plot(

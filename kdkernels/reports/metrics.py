@@ -6,10 +6,8 @@ from typing import Any
 from kdkernels.train.loop import PHASES
 from kdkernels.train.run_folder import RunFolder
 
-BY_EPOCH = {
-    "by epoch: median (range)":
-        "{epoch_speedup:.2f} ({epoch_speedup_range[0]:.2f} .. {epoch_speedup_range[1]:.2f})",
-}  # fmt: skip
+SPEEDUP_RANGE = "{epoch_speedup_range[0]:.2f} .. {epoch_speedup_range[1]:.2f}"
+BY_EPOCH = {"by epoch: median (range)": "{epoch_speedup:.2f} (" + SPEEDUP_RANGE + ")"}
 """The column of what :func:`speedups` found."""
 
 
@@ -34,9 +32,11 @@ def timed(lines: list[dict]) -> dict[str, Any]:
     """A learner's epochs, steps, and seconds, by phase too."""
     phases = spent(lines)
     return {
-        "epochs": len(lines), "steps": lines[-1]["step"], "phases": phases,
+        "epochs": len(lines),
+        "steps": lines[-1]["step"],
+        "phases": phases,
         "seconds": sum(phases.values()),
-    }  # fmt: skip
+    }
 
 
 def speedups(base: list[dict], lines: list[dict]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from kdkernels.experiments.soft_regularization import (
     calibration_error,
     difference,
     reliability,
-)  # fmt: skip
+)
 from kdkernels.measuring import duration
 from kdkernels.reports import metrics, page, plots
 from kdkernels.reports.page import BLUE, COLOURS, INK, RED, note
@@ -67,11 +67,13 @@ def _plot_theta(plot: dict, stationary: float) -> Figure:
     figure, axes = page.canvas()
     steps = range(len(plot["mean"]))
     axes.fill_between(
-        steps, plot["low"], plot["high"], color=BLUE, alpha=0.18, lw=0, label="5 % to 95 % of them",
-    )  # fmt: skip
-    looks = {"numpy": ("NumPy", "-", 4.0, COLOURS["numpy"]),
-             "torch": ("PyTorch", "-", 2.2, COLOURS["torch"]),
-             "fused": ("fused", "--", 1.0, INK)}  # fmt: skip
+        steps, plot["low"], plot["high"], color=BLUE, alpha=0.18, lw=0, label="5 % to 95 % of them"
+    )
+    looks = {
+        "numpy": ("NumPy", "-", 4.0, COLOURS["numpy"]),
+        "torch": ("PyTorch", "-", 2.2, COLOURS["torch"]),
+        "fused": ("fused", "--", 1.0, INK),
+    }
     for path, values in plot["paths"].items():
         name, style, width, look = looks[path]
         label = f"one replica, {name}"
@@ -158,9 +160,10 @@ def _arm(settings: Network, folder: RunFolder, arm: str, epochs: dict) -> dict:
     runs = [epochs[name] for name in names]
     bins = np.sum([np.stack(reliability(*test)) for test in tests], axis=0)
     found = {
-        "std": settings.std(arm), "reliability": bins.tolist(),
+        "std": settings.std(arm),
+        "reliability": bins.tolist(),
         "seconds": statistics.median(sum(line["seconds"] for line in run) for run in runs),
-    }  # fmt: skip
+    }
     ratios = [
         [run[when]["noise_to_gradient"] for run in runs if "noise_to_gradient" in run[when]]
         for when in (0, -1)
@@ -232,10 +235,13 @@ def _difference_table(found: dict) -> Table:
         _heading(m, "points"): lambda arm, m=m: away(arm, m) for m in MEASURES
     }
     text = note(
-        "differences", seeds=seeds, clear=f"{CLEAR:g}", words=map(clear, rows),
+        "differences",
+        seeds=seeds,
+        clear=f"{CLEAR:g}",
+        words=map(clear, rows),
         chance=2 * stats.t.sf(CLEAR, seeds - 1) if seeds > 1 else None,
         entries=len(rows) * len(MEASURES),
-    )  # fmt: skip
+    )
     return table("Experiment 3: differences from none", rows, columns, text)
 
 
@@ -269,11 +275,17 @@ def networks(folder: RunFolder) -> list[Section]:
         made.tables.append(_difference_table(found))
     bins = {name: arm["reliability"] for name, arm in arms.items()}
     made.plots = {
-        "noise": Plot(_plot_noise(arms), "Accuracy and calibration",
-                      "a dot a seed; bar: mean ± its standard error"),
-        "reliability": Plot(plots.reliability(bins), "Reliability",
-                            f"all seeds together; bins of {plots.FEW} images or more"),
-    }  # fmt: skip
+        "noise": Plot(
+            _plot_noise(arms),
+            "Accuracy and calibration",
+            "a dot a seed; bar: mean ± its standard error",
+        ),
+        "reliability": Plot(
+            plots.reliability(bins),
+            "Reliability",
+            f"all seeds together; bins of {plots.FEW} images or more",
+        ),
+    }
     # Which arm is the most accurate and which the best calibrated, without a claim of chance.
     accuracy, ece = ({n: arms[n][measure]["mean"] for n in arms} for measure in ("accuracy", "ece"))
     high, low = max(accuracy, key=accuracy.__getitem__), min(ece, key=ece.__getitem__)

@@ -20,23 +20,52 @@ INK, GRID, PAPER = "#23272e", "#c8cdd5", "#fefefe"
 
 # Okabe and Ito's colours, which colour-blind people tell apart; an arm has one in all plots.
 GREY, ORANGE, BLUE, SKY, GREEN, PINK, AMBER, RED = (
-    "#7a7f87", "#d55e00", "#0072b2", "#4aa3df", "#009e73", "#c2629b", "#c98a00", "#c1121f",
-)  # fmt: skip
+    "#7a7f87",
+    "#d55e00",
+    "#0072b2",
+    "#4aa3df",
+    "#009e73",
+    "#c2629b",
+    "#c98a00",
+    "#c1121f",
+)
 COLOURS = {
-    "alone": GREY, "reference": ORANGE, "fused": BLUE, "cached": SKY, "full": GREEN,
-    "noisy": PINK, "teacher": AMBER, "control": INK,
-    "numpy": GREY, "torch": ORANGE,
-    "none": GREY, "input": BLUE, "gradient": ORANGE, "parameter": GREEN, "regularizer": PINK,
-    "compiled": GREY, "dense": BLUE, "topk": PINK, "linear": SKY,
-}  # fmt: skip
+    "alone": GREY,
+    "reference": ORANGE,
+    "fused": BLUE,
+    "cached": SKY,
+    "full": GREEN,
+    "noisy": PINK,
+    "teacher": AMBER,
+    "control": INK,
+    "numpy": GREY,
+    "torch": ORANGE,
+    "none": GREY,
+    "input": BLUE,
+    "gradient": ORANGE,
+    "parameter": GREEN,
+    "regularizer": PINK,
+    "compiled": GREY,
+    "dense": BLUE,
+    "topk": PINK,
+    "linear": SKY,
+}
 PHASE_COLOURS = ("#a9afb8", "#aa4499", "#44aa99", "#d1372c", "#4477aa", "#c9b458")
 """Of :data:`kdkernels.train.loop.PHASES`, in their order."""
 
 _DARK = {
-    GREY: "#a0a6b0", ORANGE: "#ff8a3c", BLUE: "#4da3e8", SKY: "#9ad4ff", GREEN: "#2fc79a",
-    PINK: "#ec93c6", AMBER: "#e8b13a", RED: "#ff6b6b", "#aa4499": "#cf77c0", "#4477aa": "#6f9fd8",
+    GREY: "#a0a6b0",
+    ORANGE: "#ff8a3c",
+    BLUE: "#4da3e8",
+    SKY: "#9ad4ff",
+    GREEN: "#2fc79a",
+    PINK: "#ec93c6",
+    AMBER: "#e8b13a",
+    RED: "#ff6b6b",
+    "#aa4499": "#cf77c0",
+    "#4477aa": "#6f9fd8",
     "#d1372c": "#f0665c",
-}  # fmt: skip
+}
 MARKERS = "osD^vPX"
 """Markers of curves that lie over each other, in order."""
 
@@ -45,12 +74,26 @@ SIZE = (4.8, 3.3)
 desk. A wider one is scrolled on a phone."""
 
 STYLE: dict[Any, Any] = {
-    "font.size": 9.5, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.6, "grid.linewidth": 0.6,
-    "grid.color": GRID, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
-    "axes.linewidth": 0.7, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
-    "legend.fontsize": 8, "figure.dpi": 130, "svg.fonttype": "none",
-}  # fmt: skip
+    "font.size": 9.5,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.6,
+    "grid.linewidth": 0.6,
+    "grid.color": GRID,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.linewidth": 0.7,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.dpi": 130,
+    "svg.fonttype": "none",
+}
 """matplotlib's settings for every figure; draw within ``matplotlib.rc_context(STYLE)``."""
 
 
@@ -119,9 +162,12 @@ def _sides(table) -> list[str]:
 
 
 _TEMPLATES: Any = jinja2.Environment(
-    loader=jinja2.PackageLoader("kdkernels.reports", "."), trim_blocks=True, lstrip_blocks=True,
-    autoescape=True, undefined=jinja2.StrictUndefined,
-)  # fmt: skip
+    loader=jinja2.PackageLoader("kdkernels.reports", "."),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+)
 _TEMPLATES.filters |= {
     "sides": _sides,
     "anchor": lambda title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"),

@@ -7,16 +7,7 @@ import pandas
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
-from kdkernels.reports.page import (
-    INK,
-    MARKERS,
-    PAPER,
-    PHASE_COLOURS,
-    SIZE,
-    canvas,
-    colour,
-    legend,
-)
+from kdkernels.reports.page import INK, MARKERS, PAPER, PHASE_COLOURS, SIZE, canvas, colour, legend
 from kdkernels.reports.report import with_error
 from kdkernels.train.loop import PHASES
 
@@ -36,8 +27,16 @@ def measures(
     """A curve an arm, arm -> (x, y), and the teacher's measure; ``whole``: x are numbers."""
     figure, axes = canvas()
     for place, (name, (x, y)) in enumerate(curves.items()):
-        axes.plot(x, y, color=colour(name), label=name, marker=MARKERS[place % 7], ms=4,
-                  lw=1.3, ls="--" if name == "fused" else "-")  # fmt: skip
+        axes.plot(
+            x,
+            y,
+            color=colour(name),
+            label=name,
+            marker=MARKERS[place % 7],
+            ms=4,
+            lw=1.3,
+            ls="--" if name == "fused" else "-",
+        )
     if teacher is not None:
         label = f"teacher {teacher:.1%}" if percent else f"teacher {teacher:.2f}"
         axes.axhline(teacher, color=colour("teacher"), ls=":", lw=1.2, label=label)
@@ -120,8 +119,14 @@ def ladder(rungs: list[dict]) -> Figure:
     spread = any("speedup_spread" in rung for rung in rungs)
     for row, rung in enumerate(rungs):
         look, seconds, saved = colour(rung["arm"]), rung["seconds"], rung["saved"]
-        axes.barh(row, seconds, color=look, height=0.42, xerr=rung.get("seconds_spread"),
-                  error_kw={"ecolor": INK, "capsize": 3, "lw": 1})  # fmt: skip
+        axes.barh(
+            row,
+            seconds,
+            color=look,
+            height=0.42,
+            xerr=rung.get("seconds_spread"),
+            error_kw={"ecolor": INK, "capsize": 3, "lw": 1},
+        )
         if saved > 0:
             axes.barh(row, saved, left=seconds, color=look, height=0.42, alpha=0.22)
             if saved > 0.17 * most and not spread:

@@ -152,10 +152,14 @@ def html(
     heads = sorted((s for s in sections if s.headline), key=lambda s: not s.cards)
     first = heads[0] if heads else Section("", headline=f"The run {name}")
     return page.render(
-        title=f"kdkernels: {name}", kicker=f"kdkernels · {kicker}", headline=first.headline,
-        lead=[*lead, *first.lead, *_busy(sections)], cards=first.cards, settings=settings,
+        title=f"kdkernels: {name}",
+        kicker=f"kdkernels · {kicker}",
+        headline=first.headline,
+        lead=[*lead, *first.lead, *_busy(sections)],
+        cards=first.cards,
+        settings=settings,
         sections=sections,
-    )  # fmt: skip
+    )
 
 
 def _checks(sections: list[Section]) -> tuple[list[Section], list[str]]:
@@ -164,9 +168,11 @@ def _checks(sections: list[Section]) -> tuple[list[Section], list[str]]:
     if not checks:
         return [], []
     columns: dict[str, Cell] = {
-        "check": "{name}", "value": "{value:.2g}", "limit": "{limit:.2g}",
+        "check": "{name}",
+        "value": "{value:.2g}",
+        "limit": "{limit:.2g}",
         "result": lambda check: "passed" if check["passed"] else "FAILED",
-    }  # fmt: skip
+    }
     failed = sum(not check["passed"] for check in checks)
     line = f"{failed} of {len(checks)} checks failed: see the table of checks."
     return [Section("Checks", [table("Checks", checks, columns)])], [line] * bool(failed)

@@ -41,20 +41,30 @@ def _search_table(search: tune.Study) -> Table:
 
     parents = {"beta": "divergence"} | dict.fromkeys(NOISE, "noise")
     columns: dict[str, Cell] = {
-        "trial": "{trial}", "held-out accuracy": "{score}",
+        "trial": "{trial}",
+        "held-out accuracy": "{score}",
         **{n.replace("_", " "): cell(n) for n in dimensions if parents.get(n) not in dimensions},
         "seconds": "{seconds:.1f}",
-    }  # fmt: skip
+    }
     rows = [
-        {"trial": f"{trial.number}{', the defaults' * ([trial.params] == usual)}",
-         "score": tune.score(trial), "params": trial.params,
-         "seconds": trial.user_attrs["seconds"]}
+        {
+            "trial": f"{trial.number}{', the defaults' * ([trial.params] == usual)}",
+            "score": tune.score(trial),
+            "params": trial.params,
+            "seconds": trial.user_attrs["seconds"],
+        }
         for trial in shown
-    ]  # fmt: skip
+    ]
     count = len(search.trials(*tune.DONE))
     teacher = (search.folder.read_json("search/teacher.json") or {})["accuracy"]
-    text = note("search", s=search.settings, plain=search.plain, count=count,
-                stopped=count - len(complete), teacher=teacher)  # fmt: skip
+    text = note(
+        "search",
+        s=search.settings,
+        plain=search.plain,
+        count=count,
+        stopped=count - len(complete),
+        teacher=teacher,
+    )
     return table("Search: the best trials", rows, columns, text)
 
 
@@ -82,8 +92,14 @@ def _confirm_table(confirm: tune.Study) -> tuple[Table, str]:
     }
     rows = [{"settings": which, "values": found} for which, found in values.items()]
     best = _words(confirm.study.user_attrs["best"])
-    text = note("confirmation", bought=bought, error=error, epochs=confirm.plain.epochs,
-                seeds=confirm.seeds, best=best)  # fmt: skip
+    text = note(
+        "confirmation",
+        bought=bought,
+        error=error,
+        epochs=confirm.plain.epochs,
+        seeds=confirm.seeds,
+        best=best,
+    )
     return table("Confirmation on the test images", rows, columns, text), bought
 
 
@@ -142,10 +158,16 @@ def _plot_settings(search: tune.Study) -> Figure:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.axvspan(dimension.low, dimension.high, alpha=0)  # all of the range is shown
         axes.scatter(
-            x, [max(tune.accuracy(t), floor) for t in those], c=[t.number for t in those],
-            cmap="viridis_r", s=22, alpha=0.8, lw=0, vmin=0,
+            x,
+            [max(tune.accuracy(t), floor) for t in those],
+            c=[t.number for t in those],
+            cmap="viridis_r",
+            s=22,
+            alpha=0.8,
+            lw=0,
+            vmin=0,
             vmax=max(t.number for t in trials) or 1,
-        )  # fmt: skip
+        )
         axes.set_title(name.replace("_", " "), fontsize=10)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in every[len(names) :]:
@@ -188,9 +210,10 @@ def write(search: tune.Study, confirm: tune.Study | None) -> list[Table]:
         f"The best of {count} trials has {tune.accuracy(best):.1%} on held-out images"
     )
     section.plots["history"] = Plot(
-        _plot_history(search), "The search",
+        _plot_history(search),
+        "The search",
         "Accuracy on held-out training images, trial after trial.",
-    )  # fmt: skip
+    )
     if confirm is not None:
         made, bought = _confirm_table(confirm)
         section.tables.append(made)
@@ -199,19 +222,23 @@ def write(search: tune.Study, confirm: tune.Study | None) -> list[Table]:
         section.cards = [(f"{row[1]} %", f"test accuracy, {row[0]}") for row in made.rows[::-1]]
     if importances:
         section.plots["importances"] = Plot(
-            _plot_importances(importances), "Which settings decide",
+            _plot_importances(importances),
+            "Which settings decide",
             "PED-ANOVA (arXiv 2304.10255): how much a setting decides whether a trial is among the "
             "better ones.",
-        )  # fmt: skip
+        )
     section.plots["settings"] = Plot(
-        _plot_settings(search), "Each setting against accuracy",
+        _plot_settings(search),
+        "Each setting against accuracy",
         "A dot a trial, later ones darker; those far below others lie on the lower edge.",
-    )  # fmt: skip
+    )
     results = {
-        "machine": folder.config["machine"], "best": folder.read_json("best.json"),
-        "importances": importances, "trials": [_row(t) for t in search.trials(*tune.DONE)],
+        "machine": folder.config["machine"],
+        "best": folder.read_json("best.json"),
+        "importances": importances,
+        "trials": [_row(t) for t in search.trials(*tune.DONE)],
         "confirmation": [_row(t) for t in confirm.trials(*tune.DONE)] if confirm else [],
-    }  # fmt: skip
+    }
     folder.write_json("results.json", results)
     return report.publish(
         folder, [section], {"tune": folder.config["tune"], "distill": search.given}

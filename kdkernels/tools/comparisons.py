@@ -164,9 +164,10 @@ def dense(
     ``inputs``: z, a leaf, and t ``[rows, classes]``, and ``options``, plain_loss' other arguments.
     """
     options = {
-        "temperature": temperature or (3.0 if labels else 2.0), "alpha": 0.5 if labels else None,
+        "temperature": temperature or (3.0 if labels else 2.0),
+        "alpha": 0.5 if labels else None,
         "divergence": divergence,
-    }  # fmt: skip
+    }
     # PyTorch's sums over long, peaked rows are right to 1e-3 in fp32.
     ours, others = (1e-4, 1e-2) if dtype == torch.float32 else (2e-2, 0.1)
 
@@ -203,9 +204,14 @@ def dense(
     title = f"{divergence} {rows}x{classes} {short(dtype)}{', labels' * labels}"
     title += f", {prompts:.0%} prompts" * bool(prompts)
     found = Comparison(
-        title, functools.partial(check, tolerance=others), growth=growth,
-        bytes=round((3 - 2 * prompts) * t.nbytes), z=z, t=t, options=(hard, *options.values()),
-    )  # fmt: skip
+        title,
+        functools.partial(check, tolerance=others),
+        growth=growth,
+        bytes=round((3 - 2 * prompts) * t.nbytes),
+        z=z,
+        t=t,
+        options=(hard, *options.values()),
+    )
     found.add("eager", lambda: eager(*far))
     found.add(OURS, lambda: fused(*far), check=check)
     # The second and later calls find what the last one wrote, which is as far from the teacher.
@@ -282,9 +288,13 @@ def noise(name: str, sizes: list[int], dtype: torch.dtype = torch.float32, growt
         assert abs(off) < 0.01 + 4 / len(noisy) ** 0.5, f"the noise's std is off by {off:.1%}"
 
     found = Comparison(
-        f"noise on {name} {short(dtype)}", check, bytes=2 * sum(x.nbytes for x in tensors),
-        growth=growth, tensors=tensors, std=std,
-    )  # fmt: skip
+        f"noise on {name} {short(dtype)}",
+        check,
+        bytes=2 * sum(x.nbytes for x in tensors),
+        growth=growth,
+        tensors=tensors,
+        std=std,
+    )
     found.add("eager", lambda: plain_noise(tensors, std))
     found.add(OURS, lambda: kdkernels.add_noise_(tensors, std, seed=1, step=2))
     found.add("memcpy", memcpy(tensors), check=False)

@@ -148,11 +148,14 @@ def _trained(folder, home, run, settings, interrupt, on_step, say):
     with _exported(run.student):
         model = int8.FakeQuantised(run.student, _batches(run.train, CALIBRATION, CALIBRATION)[0])
     learner = loop.Learner(
-        name, model, lambda logits, taught, labels: kdkernels.distillation_loss(
-            logits, taught, labels, **soft
-        ),
-        _taught(folder, run), lambda model: loop.accuracy(model, run.test), settings.lr, seed + 3,
-    )  # fmt: skip
+        name,
+        model,
+        lambda logits, taught, labels: kdkernels.distillation_loss(logits, taught, labels, **soft),
+        _taught(folder, run),
+        lambda model: loop.accuracy(model, run.test),
+        settings.lr,
+        seed + 3,
+    )
     wanted = {"student": run.sha256, "lr": settings.lr, "threads": torch.get_num_threads()}
     kept = home.load(name)
     if kept is not None and (home.config.get(name) != wanted or kept[1]["epoch"] > settings.epochs):
@@ -195,11 +198,15 @@ def _quiet():
 def _input(images: Images) -> dict:
     """How an application makes the file's input from an image."""
     return {
-        "input": "images", "shape": ["batch", images.channels, images.size, images.size],
+        "input": "images",
+        "shape": ["batch", images.channels, images.size, images.size],
         "resize": f"bilinear, antialiased, to {images.size}x{images.size}",
-        "divide_by": images.white, "mean": images.mean.flatten().tolist(),
-        "std": images.std.flatten().tolist(), "output": "logits", "classes": images.classes,
-    }  # fmt: skip
+        "divide_by": images.white,
+        "mean": images.mean.flatten().tolist(),
+        "std": images.std.flatten().tolist(),
+        "output": "logits",
+        "classes": images.classes,
+    }
 
 
 @contextlib.contextmanager
@@ -229,9 +236,14 @@ def _onnx(model: nn.Module, run: _Finished) -> bytes:
     example = run.test.batch(torch.arange(2) % len(run.test))[0]
     with _exported(model):
         program = torch.onnx.export(
-            model, (example,), dynamo=True, verbose=False, input_names=["images"],
-            output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )  # fmt: skip
+            model,
+            (example,),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
     assert program is not None  # with dynamo
     made = program.model_proto
     onnx.helper.set_model_props(made, {"preprocessing": json.dumps(_input(run.test))})
@@ -286,12 +298,14 @@ def _measured(folder: RunFolder, run: _Finished, files: dict[str, bytes]) -> lis
         size = sum(v.numel() * v.element_size() for v in state_of(run.student).values())
         rows.append(
             {
-                "format": name, "bytes": size if name == "pytorch" else len(files[name]),
+                "format": name,
+                "bytes": size if name == "pytorch" else len(files[name]),
                 "accuracy": (chosen == run.test.labels).double().mean().item(),
                 "agreement": (chosen == expected.argmax(1)).double().mean().item(),
-                "difference": apart, "latency": {},
+                "difference": apart,
+                "latency": {},
             }
-        )  # fmt: skip
+        )
     for size in BATCHES:
         images = run.test.batch(torch.arange(size) % len(run.test))[0].numpy()
         runs = {n: functools.partial(call, images) for n, call in calls.items()}
@@ -301,9 +315,11 @@ def _measured(folder: RunFolder, run: _Finished, files: dict[str, bytes]) -> lis
             own = sorted(times[row["format"]])
             ratios = [a / b for a, b in zip(base, times[row["format"]], strict=True)]
             row["latency"][str(size)] = {
-                "median": statistics.median(own), "low": own[len(own) // 10],
-                "high": own[-1 - len(own) // 10], "speedup": statistics.median(ratios),
-            }  # fmt: skip
+                "median": statistics.median(own),
+                "low": own[len(own) // 10],
+                "high": own[-1 - len(own) // 10],
+                "speedup": statistics.median(ratios),
+            }
     return rows
 
 
@@ -373,13 +389,18 @@ def run(
             home.close()
     found = home.read_json("results.json") or {"arms": {}}
     found["arms"][settings.arm] = {
-        "rows": rows, "failed": {name: str(error) for name, error in failed.items()},
-        "threads": threads, "epochs": settings.epochs, "lr": settings.lr,
+        "rows": rows,
+        "failed": {name: str(error) for name, error in failed.items()},
+        "threads": threads,
+        "epochs": settings.epochs,
+        "lr": settings.lr,
         "versions": f"torch {torch.__version__}, torchao {torchao.__version__}, onnxruntime "
         f"{onnxruntime.__version__}",
-        "input": _input(finished.test), "data": finished.settings.data,
-        "test_images": len(finished.test), "rounds": ROUNDS,
+        "input": _input(finished.test),
+        "data": finished.settings.data,
+        "test_images": len(finished.test),
+        "rounds": ROUNDS,
         "calibration": min(CALIBRATION, len(finished.train)),
-    }  # fmt: skip
+    }
     home.write_json("results.json", found)
     return found

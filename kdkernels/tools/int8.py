@@ -27,9 +27,15 @@ _aten = torch.ops.aten
 # Operations with weights, and those whose every tensor is an activation.
 _WEIGHTED = {_aten.conv2d.default, _aten.linear.default}
 _PLAIN = {
-    _aten.add.Tensor, _aten.add_.Tensor, _aten.mul.Tensor, _aten.mul_.Tensor, _aten.cat.default,
-    _aten.avg_pool2d.default, _aten.adaptive_avg_pool2d.default, _aten.mean.dim,
-}  # fmt: skip
+    _aten.add.Tensor,
+    _aten.add_.Tensor,
+    _aten.mul.Tensor,
+    _aten.mul_.Tensor,
+    _aten.cat.default,
+    _aten.avg_pool2d.default,
+    _aten.adaptive_avg_pool2d.default,
+    _aten.mean.dim,
+}
 
 # Least scale. A channel of zeros must not get one so small that a bias in units of
 # activation scale * weight scale leaves int32.
@@ -62,9 +68,7 @@ class _Everywhere(Quantizer):
         for node in model.graph.nodes:
             wanted = QuantizationAnnotation(_annotated=True)
             if node.target in _WEIGHTED:
-                wanted.input_qspec_map = {
-                    node.args[0]: self.activation, node.args[1]: self.weight,
-                }  # fmt: skip
+                wanted.input_qspec_map = {node.args[0]: self.activation, node.args[1]: self.weight}
             elif node.target in _PLAIN:
                 tensors = [n for n in node.all_input_nodes if n.meta["val"].dtype == torch.float32]
                 wanted.input_qspec_map = dict.fromkeys(tensors, self.activation)
@@ -77,9 +81,7 @@ class _Everywhere(Quantizer):
         pass
 
 
-_NORMS = {
-    _aten.batch_norm.default, _aten._native_batch_norm_legit_no_training.default,
-}  # fmt: skip
+_NORMS = {_aten.batch_norm.default, _aten._native_batch_norm_legit_no_training.default}
 
 
 def _unshared(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:

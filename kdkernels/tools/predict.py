@@ -26,10 +26,15 @@ def command(_: str, given: dict[str, Any]) -> int:
         with reproducible(distil.seed, distil.threads), terminal.progress(console) as show:
             train = checks.images_of(distil)[0].to(device)
             found = predictions.write(
-                wanted.out, _teacher(wanted, distil, train), train, batch_size=wanted.batch_size,
-                top_k=wanted.top_k, dtype=wanted.dtype, memory_format=torch.channels_last,
+                wanted.out,
+                _teacher(wanted, distil, train),
+                train,
+                batch_size=wanted.batch_size,
+                top_k=wanted.top_k,
+                dtype=wanted.dtype,
+                memory_format=torch.channels_last,
                 on_step=show[0],
-            )  # fmt: skip
+            )
     except KeyboardInterrupt:
         raise TrainError("interrupted: the same command continues", status=130) from None
     views = distil.views or 1

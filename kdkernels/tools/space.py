@@ -49,9 +49,11 @@ SPACE = {
 
 _LIMITS = {"alpha": (0.0, 1.0), "beta": (0.0, 1.0)}  # others are above 0 and at most 1e6
 NOISE = {
-    "input_std": "input", "gradient_std": "gradient", "parameter_std": "parameter",
+    "input_std": "input",
+    "gradient_std": "gradient",
+    "parameter_std": "parameter",
     "regularizer_lam": "regularizer",
-}  # fmt: skip
+}
 """Which noise a standard deviation or lambda is of."""
 
 

@@ -91,9 +91,12 @@ class Study:
             "hyperband": optuna.pruners.HyperbandPruner(min_resource=2, max_resource=max(2, most)),
         }.get(self.settings.prune if name == SEARCH else "none", optuna.pruners.NopPruner())
         self.study = optuna.create_study(
-            storage=self.storage, study_name=name, direction="maximize", pruner=pruner,
+            storage=self.storage,
+            study_name=name,
+            direction="maximize",
+            pruner=pruner,
             load_if_exists=True,
-        )  # fmt: skip
+        )
         self.closed = name == CONFIRM or self.settings.sampler == "grid"
         first = self.plain.seed + self.settings.seeds
         self.seeds = range(first, first + self.settings.confirm)
@@ -221,9 +224,12 @@ class Study:
 
         try:
             distillation.run(
-                dataclasses.replace(settings, seed=seed, arms=arms), inner, on_step, epoch_is_over,
+                dataclasses.replace(settings, seed=seed, arms=arms),
+                inner,
+                on_step,
+                epoch_is_over,
                 images=images,
-            )  # fmt: skip
+            )
             return lines("epoch")[-1]["accuracy"]
         except TrainError:
             steps = lines("step")

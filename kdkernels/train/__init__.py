@@ -40,15 +40,19 @@ __all__ = [
 # Imported on first use: they import torchvision, which the command's --help does without. What
 # stands on the trainer is found here, too.
 _LAZY = {
-    "Distilled": "train.call:Distilled", "distill": "train.call:distill",
-    "Images": "train.images:Images", "image_folder": "train.folder:folder",
+    "Distilled": "train.call:Distilled",
+    "distill": "train.call:distill",
+    "Images": "train.images:Images",
+    "image_folder": "train.folder:folder",
     "load_images": "train.data:load",
-    "export": "tools.export", "int8": "tools.int8", "tune": "tools.tune",
+    "export": "tools.export",
+    "int8": "tools.int8",
+    "tune": "tools.tune",
     "language_model": "experiments.language_model",
     "soft_regression": "experiments.soft_regression",
     "soft_regularization": "experiments.soft_regularization",
     "compare": "reports.compare",
-}  # fmt: skip
+}
 
 
 class TrainError(Exception):

@@ -38,32 +38,52 @@ def _resumed(out: str | None, wanted: Distil) -> RunFolder:
 
 def _settings(teacher, student, train: Images, test: Images, settings: dict) -> Distil:
     """The settings of :func:`distill`, its arguments checked."""
-    ours = ("data", "data_dir", "image_size", "normalize", "augment", "views", "teacher", "student",
-            "teacher_weights", "teacher_predictions", "teacher_epochs", "validation")  # fmt: skip
+    ours = (
+        "data",
+        "data_dir",
+        "image_size",
+        "normalize",
+        "augment",
+        "views",
+        "teacher",
+        "student",
+        "teacher_weights",
+        "teacher_predictions",
+        "teacher_epochs",
+        "validation",
+    )
     for name in settings:
         if name in ours:
             raise TypeError(f"distill() got {name!r}, which its models and images say already")
     for name, value, kind in (
-        ("teacher", teacher, nn.Module), ("student", student, nn.Module), ("train", train, Images),
+        ("teacher", teacher, nn.Module),
+        ("student", student, nn.Module),
+        ("train", train, Images),
         ("test", test, Images),
-    ):  # fmt: skip
+    ):
         if not isinstance(value, kind):
             given, takes = type(value).__name__, f"{kind.__module__}.{kind.__name__}"
             raise TypeError(f"{name} is a {given}; it must be a {takes}")
     for name, words in (
-        ("classes", "classes"), ("size", "pixels a side"), ("channels", "channels"),
+        ("classes", "classes"),
+        ("size", "pixels a side"),
+        ("channels", "channels"),
         ("names", "as its classes' names"),
-    ):  # fmt: skip
+    ):
         here, there = getattr(train, name), getattr(test, name)
         if here != there and not (name == "names" and not (here and there)):
             raise TrainError(f"train has {here} {words}, test {there}: they must be alike")
     new_each_epoch = train.augment != "none" and train.views is None
     settings.setdefault("arms", ("fused",) if new_each_epoch else ("full",))
     wanted = Distil(
-        data="own images", image_size=train.size,
-        augment=train.preprocessing()["augment"], views=train.views,
-        teacher=type(teacher).__name__, student=type(student).__name__, **settings,
-    )  # fmt: skip
+        data="own images",
+        image_size=train.size,
+        augment=train.preprocessing()["augment"],
+        views=train.views,
+        teacher=type(teacher).__name__,
+        student=type(student).__name__,
+        **settings,
+    )
     if not wanted.arms:
         raise SettingError(f"arms is {wanted.arms}; it must be one or more of {', '.join(ARMS)}")
     return wanted

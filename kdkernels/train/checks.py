@@ -17,10 +17,14 @@ from kdkernels.train.settings import Distil
 def load_images(settings: Distil) -> tuple[Images, Images]:
     """The training and the test images that the settings name."""
     return data.load(
-        settings.data, size=settings.image_size, data_dir=settings.data_dir,
+        settings.data,
+        size=settings.image_size,
+        data_dir=settings.data_dir,
         imagenet=settings.normalize == "imagenet",
-        augment=settings.augment, views=settings.views, seed=settings.seed,
-    )  # fmt: skip
+        augment=settings.augment,
+        views=settings.views,
+        seed=settings.seed,
+    )
 
 
 def images_of(

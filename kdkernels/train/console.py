@@ -31,9 +31,14 @@ def make(quiet: bool = False) -> Console:
 def progress(console: Console) -> Generator[tuple[OnStep, Callable]]:
     """Inside, progress bars: gives ``on_step(name, done, total)``, and a print beside them."""
     columns = (
-        TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("steps"), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bars:
         tasks = {}
 

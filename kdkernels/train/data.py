@@ -81,11 +81,16 @@ class _Arrays(pickle.Unpickler):
     """Reads NumPy arrays, lists and numbers only: a pickle may name any function to call."""
 
     _NAMES = (
-        "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar", "numpy.core.numeric._frombuffer",
-        "numpy._core.numeric._frombuffer", "_codecs.encode",
-    )  # fmt: skip
+        "numpy.ndarray",
+        "numpy.dtype",
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+        "numpy.core.numeric._frombuffer",
+        "numpy._core.numeric._frombuffer",
+        "_codecs.encode",
+    )
 
     def find_class(self, module, name):
         if f"{module}.{name}" not in self._NAMES:

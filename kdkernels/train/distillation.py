@@ -188,14 +188,22 @@ class _Run:
             return 0.5 + 0.5 * math.cos(math.pi * step / steps)
 
         learner = loop.Learner(
-            name, model.to(self.device), loss, predict,
+            name,
+            model.to(self.device),
+            loss,
+            predict,
             lambda model: loop.accuracy(model, self.test, memory_format),
-            settings.lr, seed, tuned=tuned, weight_decay=settings.weight_decay,
+            settings.lr,
+            seed,
+            tuned=tuned,
+            weight_decay=settings.weight_decay,
             schedule=cosine if settings.schedule == "cosine" else None,
-            checkpoint_every=settings.checkpoint_every, parallel=settings.parallel,
+            checkpoint_every=settings.checkpoint_every,
+            parallel=settings.parallel,
             exact=settings.exact_ranks,
-            skips=self.skips["teacher" if name == "teacher" else "student"], **more,
-        )  # fmt: skip
+            skips=self.skips["teacher" if name == "teacher" else "student"],
+            **more,
+        )
         learner.load(self.folder)
         return learner
 
@@ -210,9 +218,14 @@ class _Run:
             )
         )
         turns = learner.epochs(
-            limit, self.train, settings.batch_size, settings.seed, self.folder, self.interrupt,
+            limit,
+            self.train,
+            settings.batch_size,
+            settings.seed,
+            self.folder,
+            self.interrupt,
             self.on_step,
-        )  # fmt: skip
+        )
         while learner.epoch < limit:
             over = settings.budget is not None and spent >= settings.budget
             if learner.name != "teacher" and (over or self.reached(learner)):
@@ -282,10 +295,14 @@ class _Run:
                 return 0.0
             began = time.perf_counter()
             write(
-                path, expert, self.whole.to(self.device), dtype="float32",
-                batch_size=self.settings.batch_size, memory_format=memory_format,
+                path,
+                expert,
+                self.whole.to(self.device),
+                dtype="float32",
+                batch_size=self.settings.batch_size,
+                memory_format=memory_format,
                 on_step=lambda _, *steps: self.on_step(f"{name} asked", *steps),
-            )  # fmt: skip
+            )
             took = self.folder.read_json(f"predictions/{name}.json")
             if took is None:  # a run that was stopped meanwhile counts what was left
                 took = {"seconds": time.perf_counter() - began}
@@ -324,10 +341,11 @@ class _Run:
             arms[NOISY] = ARMS["full"]
         trained = {}
         turns = [
-            self.generations(name, arm, plain if arm.teacher == "each step" else expert, student,
-                             trained)
+            self.generations(
+                name, arm, plain if arm.teacher == "each step" else expert, student, trained
+            )
             for name, arm in arms.items()
-        ]  # fmt: skip
+        ]
         while turns:  # a generator that still has an epoch to give gives None, one that ends itself
             turns = [turn for turn in turns if next(turn, turn) is None]
         return trained
@@ -363,9 +381,16 @@ class _Run:
             if start is None:
                 start = self.made(settings.seed + generation)
             learner = self.learner(
-                name, start, loss, predict, arm.tuned, settings.seed + 2, limit, noise=noise,
+                name,
+                start,
+                loss,
+                predict,
+                arm.tuned,
+                settings.seed + 2,
+                limit,
+                noise=noise,
                 twin=_loss(ARMS["reference"], settings) if name == "fused" else None,
-            )  # fmt: skip
+            )
             if learner.step == 0 and name != CONTROL:
                 learner.seconds["teacher"] += took
             yield from self.epochs(learner, limit)

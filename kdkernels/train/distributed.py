@@ -114,9 +114,11 @@ def _started() -> tuple[Ranks, dist.Store | None]:
         torch.cuda.set_device(local)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=dist.PrefixStore("kdkernels", store), rank=rank, world_size=world,
+        store=dist.PrefixStore("kdkernels", store),
+        rank=rank,
+        world_size=world,
         timeout=datetime.timedelta(hours=2),  # the others wait while rank 0 reads and writes files
-    )  # fmt: skip
+    )
     atexit.register(dist.destroy_process_group)
     return Ranks(rank, world, local), store
 

@@ -195,9 +195,14 @@ def _listed(path: Path, names: list[str], allow_empty: bool) -> tuple[list[str],
 
 
 _SPLITS = {
-    "train": "train", "training": "train", "test": "test", "testing": "test",
-    "val": "val", "valid": "val", "validation": "val",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+}
 """The usual names of a set's parts, in any case."""
 
 
@@ -303,9 +308,17 @@ def folder(
     mean, std = statistics(*(IMAGENET if imagenet else (known["mean"], known["std"])))
     train, test = (
         Images(
-            pixels, y, len(names), size, 255.0, mean, std, names=tuple(names), flips=flips,
+            pixels,
+            y,
+            len(names),
+            size,
+            255.0,
+            mean,
+            std,
+            names=tuple(names),
+            flips=flips,
             _pixels_sha256=about["sha256"],
         )
         for (pixels, about), y in zip(decoded, (labels, test_labels), strict=True)
-    )  # fmt: skip
+    )
     return dataclasses.replace(train, augment=augment, views=views, seed=seed), test

@@ -269,9 +269,12 @@ class Learner:
             batches = epoch_batches(len(train), size, seed, self.epoch, self.device)
             total = len(batches) * count
             yield self.train_epoch(
-                train, batches, folder, interrupt,
+                train,
+                batches,
+                folder,
+                interrupt,
                 lambda total=total: on_step(self.name, self.step, total),
-            )  # fmt: skip
+            )
 
     def train_epoch(
         self,
@@ -395,13 +398,20 @@ class Learner:
         self.measures = self.evaluate(self.model)
         norms = [] if self.gradient_noise is None else self.gradient_noise.norms()
         folder.log(
-            sync=True, kind="epoch", learner=self.name, epoch=self.epoch, step=self.step,
-            loss=sum(self.losses) / len(self.losses), **self.measures,
-            lr=self.optimizer.param_groups[0]["lr"], phases=self.seconds,
-            seconds=sum(self.seconds.values()), others=others,
+            sync=True,
+            kind="epoch",
+            learner=self.name,
+            epoch=self.epoch,
+            step=self.step,
+            loss=sum(self.losses) / len(self.losses),
+            **self.measures,
+            lr=self.optimizer.param_groups[0]["lr"],
+            phases=self.seconds,
+            seconds=sum(self.seconds.values()),
+            others=others,
             test_seconds=time.perf_counter() - began,
             **({"noise_to_gradient": norms[0].ratio} if norms and norms[0].gradient > 0 else {}),
-        )  # fmt: skip
+        )
         spent = self.ranks.first(lambda: sum(self.seconds.values()))
         self.within, self.losses = 0, []
         self.seconds = dict.fromkeys(PHASES, 0.0)

@@ -205,6 +205,10 @@ def build(name: str, classes: int, size: int, weights: str = "none") -> tuple[nn
 def mlp(classes: int, inputs: int) -> nn.Module:
     """Two hidden layers of 256 ReLUs, with random weights, of ``inputs`` values an image."""
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(inputs, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
         nn.Linear(256, classes),
-    )  # fmt: skip
+    )

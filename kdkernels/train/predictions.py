@@ -44,9 +44,10 @@ def model_hash(model: nn.Module) -> str:
 def about(images: Images) -> dict:
     """What tells these images from others."""
     return {
-        "data": images.fingerprint(), "classes": images.classes,
+        "data": images.fingerprint(),
+        "classes": images.classes,
         "preprocessing": images.preprocessing(),
-    }  # fmt: skip
+    }
 
 
 def views_of(images: Images) -> list[int | None]:
@@ -232,9 +233,10 @@ def _read(path: Path, manifest: dict, shard: dict) -> dict[str, torch.Tensor] | 
     wanted = {"logits": ([rows, manifest["classes"]], dtype)}
     if k is not None:
         wanted = {
-            "values": ([rows, k], dtype), "indices": ([rows, k], torch.int32),
+            "values": ([rows, k], dtype),
+            "indices": ([rows, k], torch.int32),
             "logsumexp": ([rows], torch.float32),
-        }  # fmt: skip
+        }
     try:
         found, _ = read_tensors(path / shard["file"])
     except (SafetensorError, OSError):
@@ -244,9 +246,10 @@ def _read(path: Path, manifest: dict, shard: dict) -> dict[str, torch.Tensor] | 
 
 
 _DIFFER = {
-    "model": "the model's weights differ", "data": "the images or labels differ",
+    "model": "the model's weights differ",
+    "data": "the images or labels differ",
     "shards": "the rows of a shard differ",
-}  # fmt: skip
+}
 _NAMES = {"images": "the number of images", "classes": "the number of classes"}
 
 

@@ -71,9 +71,11 @@ class Takes:
     def parse(self, text: str) -> Any:
         """A value of the command line; argparse.ArgumentTypeError where it is not taken."""
         try:
-            value = tuple(p.strip() for p in text.split(",")) if self.kind is tuple else (
-                self.kind(text) if self.kind in (int, float) else self.read(text)
-            )  # fmt: skip
+            value = (
+                tuple(p.strip() for p in text.split(","))
+                if self.kind is tuple
+                else (self.kind(text) if self.kind in (int, float) else self.read(text))
+            )
         except ValueError:
             value = None
         if not self.fits(value):
@@ -196,9 +198,11 @@ ARMS = {
     "cached": Arm("fused loss, teacher's predictions kept", "fused", "once"),
     "full": Arm(
         "fused loss in place, teacher's predictions kept, channels_last, fused Adam",
-        "fused", "once", tuned=True,
+        "fused",
+        "once",
+        tuned=True,
     ),
-}  # fmt: skip
+}
 CONTROL = "control"
 """The reference arm but for the rounding of the teacher's predictions, one epoch: how far two
 curves of one procedure part for no better reason. Run where the arms reference and fused are."""

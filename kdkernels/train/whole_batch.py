@@ -29,13 +29,24 @@ class _Sum(torch.autograd.Function):
 
 # What draws a number for each element of its first argument.
 _DRAWING = {
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-    F.rrelu, F.gumbel_softmax, torch.rand_like, torch.randn_like, torch.bernoulli,
-}  # fmt: skip
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    F.rrelu,
+    F.gumbel_softmax,
+    torch.rand_like,
+    torch.randn_like,
+    torch.bernoulli,
+}
 _DRAWING_IN_PLACE = {
-    torch.Tensor.bernoulli_, torch.Tensor.normal_, torch.Tensor.uniform_,
+    torch.Tensor.bernoulli_,
+    torch.Tensor.normal_,
+    torch.Tensor.uniform_,
     torch.Tensor.exponential_,
-}  # fmt: skip
+}
 _DRAWING_OF_SIZE = {torch.rand, torch.randn}
 # What draws inside, where no mode reaches.
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}

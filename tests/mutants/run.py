@@ -66,9 +66,13 @@ class Processes:
             if self.stopped:
                 raise Stopped
             process = subprocess.Popen(
-                list(map(str, command)), stdin=subprocess.DEVNULL, stdout=out,
-                stderr=subprocess.STDOUT, start_new_session=True, **options,
-            )  # fmt: skip
+                list(map(str, command)),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **options,
+            )
             self.sessions.add(process.pid)
         late = threading.Event()
         timer = threading.Timer(limit or 10**6, lambda: (late.set(), end(process.pid)))
@@ -110,10 +114,14 @@ class Copy:
         path = os.pathsep.join(map(str, [self.folder, self.folder / "tests"]))
         # Python's own cache tells files apart by second and size.
         self.environment = os.environ | {
-            "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "KDKERNELS_EMULATED_ARCH": "90",
-            "KDKERNELS_CUDA": "0", "MAX_JOBS": str(jobs), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": path,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "KDKERNELS_EMULATED_ARCH": "90",
+            "KDKERNELS_CUDA": "0",
+            "MAX_JOBS": str(jobs),
+            "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
-        }  # fmt: skip
+        }
 
     def run(self, command, log, **options):
         options = {"cwd": self.folder, "env": self.environment} | options
@@ -129,9 +137,12 @@ class Copy:
             self.built.unlink(missing_ok=True)
             self.changed.unlink()
         listed = subprocess.run(
-            ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, check=True,
-            capture_output=True, text=True,
-        )  # fmt: skip
+            ["git", "ls-files", "-coz", "--exclude-standard"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         names = {name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()}
         for name in names:
             there = self.folder / name
@@ -244,8 +255,9 @@ class Copy:
             if code != 0:
                 result.by = f"it does not compile: see {log.relative_to(ROOT)}"
                 return result
-            code, result.tests, user = self.run(pytest("-x", *shlex.split(fault.tests)), log,
-                                                limit=LIMIT)  # fmt: skip
+            code, result.tests, user = self.run(
+                pytest("-x", *shlex.split(fault.tests)), log, limit=LIMIT
+            )
             result.user += user
             result.status, result.by = verdict(code, log.read_text(errors="replace"), fault)
             return result

@@ -333,11 +333,7 @@ class Run:
 
     def __init__(self, library, arch, seed, shuffle=True, resident=3, perturb=True, **more):
         self.library, self.arch, self.seed = library, int(str(arch).rstrip("a")), seed
-        flags = {
-            "undefined_shuffles": False,
-            "same_values": False,
-            "limit": 2**28,
-        }
+        flags = {"undefined_shuffles": False, "same_values": False, "limit": 2**28}
         if more.keys() - flags.keys():
             raise TypeError(f"unknown options {more.keys() - flags.keys()}")
         self.options = (int(shuffle), resident, int(perturb), *map(int, (flags | more).values()))
