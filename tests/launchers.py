@@ -35,6 +35,12 @@ def build(older=False):
     return ptx.build("launchers", SOURCES, archs, include=INCLUDE, host=HOST)
 
 
+def objects():
+    """The object of each source, by its path, for devices from Hopper on."""
+    made = ptx.compiled(SOURCES, PTX_ARCHS[1], include=INCLUDE, host=HOST)
+    return dict(zip(map(str, SOURCES), map(str, made), strict=True))
+
+
 def build_native():
     """The launchers for the GPU of this machine, a Python module."""
     return ptx.build_native("launchers", SOURCES, HOST, INCLUDE)

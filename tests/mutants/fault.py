@@ -9,7 +9,8 @@ class Fault:
     """One fault.
 
     name: for the command line; file: where; text: what stands there exactly once; instead: the
-    fault; tests: pytest's arguments; no_fault: why nothing can notice, where nothing can.
+    fault; tests: pytest's arguments; no_fault: why nothing can notice, where nothing can; source:
+    the .cu file that is compiled with a header's fault, where it is not the usual one.
     """
 
     name: str
@@ -18,6 +19,7 @@ class Fault:
     instead: str
     tests: str
     no_fault: str = ""
+    source: str = ""
 
     def stale(self, root):
         """What no longer fits the tree, or None."""

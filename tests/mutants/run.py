@@ -3,8 +3,9 @@
     PYTHONPATH=tests python -m mutants.run [NAME ...]    all, or those alone; * is any text
 
 Two copies in build/mutants are worked on side by side: one for faults of the extension and of
-Python, one for those of CUDA kernels, which take the most. They keep what they built, so that a
-fault costs the compiling of what includes it. The table is printed, and stands in
+Python, one for those of CUDA kernels, with which the first helps when its own are done. They keep
+what they built, so that a fault costs the compiling of what includes it, and one in a header that
+CUDA sources share that of one source. The table is printed, and stands in
 build/mutants/result.json; what each fault's build and tests said is in build/mutants/logs.
 """
 
@@ -113,11 +114,13 @@ class Copy:
         self.built = WORK / f"{name}.built"  # digest of what the extension here was built from
         path = os.pathsep.join(map(str, [self.folder, self.folder / "tests"]))
         # Python's own cache tells files apart by second and size.
+        self.launchers = None  # the object of each source, once they are built
         self.environment = os.environ | {
             "PYTHONPATH": path,
             "PYTHONDONTWRITEBYTECODE": "1",
             "KDKERNELS_EMULATED_ARCH": "90",
             "KDKERNELS_CUDA": "0",
+            "NVCC_APPEND_FLAGS": "-Ofc=mid",  # half of the time that all of -O3 takes
             "MAX_JOBS": str(jobs),
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
@@ -232,6 +235,24 @@ class Copy:
         self.libraries = [f"-L{folder}" for folder in folders]
         self.libraries += [f"-l{name}" for name in libraries]
 
+    # -- the launchers
+
+    def build_launchers(self, log):
+        """Those of the tree, and a list of their objects."""
+        if self.launchers is None:
+            code, *_ = self.python(BUILD_LAUNCHERS, log)
+            if code != 0:
+                raise SystemExit(f"kdkernels: the tree's kernels do not build: see {log}")
+            self.launchers = json.loads((self.folder / "build/launchers.json").read_text())
+
+    def kept_objects(self, fault):
+        """A header's fault is compiled into one of the sources; the others' objects are kept."""
+        if kind(fault) != "kernels" or emulated(fault) or not fault.file.endswith(("h", "cuh")):
+            return {}
+        source = fault.source or SOURCES.get(Path(fault.file).name, "sweeps.cu")
+        kept = {file: made for file, made in self.launchers.items() if Path(file).name != source}
+        return {"KDKERNELS_KEPT_OBJECTS": json.dumps(kept)}
+
     # -- a fault
 
     def build(self, fault, log):
@@ -239,7 +260,8 @@ class Copy:
             return self.compile_extension(fault, log)
         if kind(fault) == "python":
             return 0, 0.0, 0.0
-        return self.python("import emulated_ops" if emulated(fault) else BUILD_LAUNCHERS, log)
+        code = "import emulated_ops" if emulated(fault) else BUILD_LAUNCHERS
+        return self.python(code, log, env=self.environment | self.kept_objects(fault))
 
     def attempt(self, fault):
         log = WORK / "logs" / f"{fault.name}.log"
@@ -247,6 +269,8 @@ class Copy:
         result = Result(fault.name, fault.file, "error")
         file = self.folder / fault.file
         before, times = file.read_text(), file.stat()
+        if kind(fault) == "kernels" and not emulated(fault):
+            self.build_launchers(WORK / "logs" / "tree.log")
         since = time.time() - 1
         self.changed.touch()
         try:
@@ -255,9 +279,9 @@ class Copy:
             if code != 0:
                 result.by = f"it does not compile: see {log.relative_to(ROOT)}"
                 return result
-            code, result.tests, user = self.run(
-                pytest("-x", *shlex.split(fault.tests)), log, limit=LIMIT
-            )
+            environment = self.environment | self.kept_objects(fault)
+            tests = pytest("-x", *shlex.split(fault.tests))
+            code, result.tests, user = self.run(tests, log, env=environment, limit=LIMIT)
             result.user += user
             result.status, result.by = verdict(code, log.read_text(errors="replace"), fault)
             return result
@@ -279,7 +303,13 @@ setup.CXX_FLAGS = ["-O1" if flag == "-O3" else flag for flag in setup.CXX_FLAGS]
 sys.argv = ["setup.py", "-q", "build_ext", "--inplace", "--force"]
 setup.main()
 """
-BUILD_LAUNCHERS = "import launchers; launchers.build()"
+BUILD_LAUNCHERS = """
+import json, launchers
+launchers.build()
+json.dump(launchers.objects(), open("build/launchers.json", "w"))
+"""
+# The source that shows a header's fault, where it is not sweeps.cu.
+SOURCES = {"divergence.cuh": "divergence.cu", "elements.cuh": "noise.cu", "bits.cuh": "update.cu"}
 
 
 def pytest(*arguments):
@@ -361,14 +391,16 @@ class Session:
         self.extension.learn_extension(log)
         library = self.extension.library
         shutil.copy2(library, self.others.folder / "kdkernels" / library.name)
-        if any(kind(f) == "kernels" and not emulated(f) for f in self.faults):
-            code, *_ = self.others.python(BUILD_LAUNCHERS, log)
-            if code != 0:
-                raise SystemExit(f"kdkernels: the tree's kernels do not build: see {log}")
+
+    def take(self, copy):
+        """The next fault of a copy's own, or one of the kernels', or None."""
+        with self.lock:
+            queue = self.queues[copy] or self.queues[self.others]
+            return queue.pop(0) if queue else None
 
     def work(self, copy):
         try:
-            for fault in self.queues[copy]:
+            while fault := self.take(copy):
                 self.note(copy.attempt(fault))
         except Stopped:
             pass

@@ -133,6 +133,7 @@ EXTRAS = [
         "if (z == sums.max_s) s = Max::apply(s, -at);",
         "if (z == sums.max_s) s = -at;",
         LAUNCHERS + "'divergence-'",
+        source="sweeps_statistics.cu",
     ),
     Fault(
         "entropy-keeps-the-shifts-error",
@@ -140,6 +141,7 @@ EXTRAS = [
         "return math::fma(factor(), of_shifted, -error * sum);",
         "return factor() * of_shifted;",
         LAUNCHERS + "'divergence-'",
+        source="sweeps_statistics.cu",
     ),
     Fault(
         "told-classes-overwritten",
@@ -147,6 +149,7 @@ EXTRAS = [
         "      if (!told) {\n",
         "      {\n",
         LAUNCHERS + "'divergence-'",
+        source="sweeps_statistics.cu",
     ),
     Fault(
         "gradient-in-the-compared-logit",
@@ -154,6 +157,7 @@ EXTRAS = [
         "narrow(task.template back<kExtra>(zs[j], gradient), out.value[j]);",
         "narrow(gradient, out.value[j]);",
         LAUNCHERS + "'divergence-'",
+        source="sweeps_transforms.cu",
     ),
     Fault(
         "label-is-not-transformed",
@@ -161,6 +165,7 @@ EXTRAS = [
         "? task.template student<kExtra>(widen(z_row[row.label]))",
         "? widen(z_row[row.label])",
         LAUNCHERS + "'divergence-'",
+        source="sweeps_transforms.cu",
     ),
     Fault(
         "second-plane-over-the-first",
@@ -168,6 +173,7 @@ EXTRAS = [
         "for (int i = 0; i < kPlanes; ++i) at(slot)[i * plane] = bits[i];",
         "for (int i = 0; i < kPlanes; ++i) at(slot)[0] = bits[i];",
         LAUNCHERS + "'divergence-'",
+        source="sweeps_transforms.cu",
     ),
     Fault(
         "tanh-of-large-values-by-the-series",
@@ -182,6 +188,7 @@ EXTRAS = [
         "if (wants_statistics()) blank_statistics(p, row, r);",
         "",
         LAUNCHERS + "'divergence-'",
+        source="sweeps_statistics.cu",
     ),
 ]
 
@@ -192,6 +199,7 @@ ROW = [
         "x.q = x.d < Real(0) ? top : low;",
         "x.q = top;",
         LAUNCHERS + "'divergence-'",
+        source="sweeps_statistics.cu",
     ),
     Fault(
         "rounding-of-the-maxima-lost",
