@@ -233,7 +233,8 @@ def check(problem):
         atol += 2.0**-24 * max(1.0, scale)  # half of the smallest subnormal, twice
     assert gradient.dtype == dtype and gradient.shape == want_gradient.shape
     # In 16 bits it is rounded when it is made, and when it is scaled.
-    is_scaled = problem.grad_output is not None or torch.is_tensor(options.get("num_items"))
+    is_scaled = problem.grad_output is not None
+    is_scaled |= dtype == torch.float16 and torch.is_tensor(options.get("num_items"))
     rtol = HALF_ULP.get(dtype, 0.0) * (2 if is_scaled else 1)
     torch.testing.assert_close(gradient.double(), want_gradient, rtol=1.001 * rtol, atol=atol)
 
@@ -269,6 +270,41 @@ def test_16_bits_against_fp64(problem):
 
 
 # ---- accuracy -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_num_items_in_a_tensor_is_in_the_gradient_that_forward_makes(dtype, weighted):
+    g = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(6, 50, generator=g).to(dtype) for _ in range(2))
+    labels = torch.tensor([3, -100, 4, 49, -100, 0])
+    weight = 2 * torch.rand(6, generator=g) if weighted else None
+    found = []
+    for items in (7, torch.tensor(7), torch.tensor([7.0], dtype=torch.float64)):
+        z = student.clone().requires_grad_()
+        loss = distillation_loss(z, teacher, labels, weight=weight, num_items=items)
+        with torch.autograd.profiler.profile() as profile:
+            loss.backward()
+        is_scaled = dtype == torch.float16 and not weighted  # and waits in a larger range
+        assert ("aten::mul_" in {e.name for e in profile.function_events}) == is_scaled
+        found.append((loss.detach(), z.grad))
+    exact = dtype == torch.float64
+    tolerance = {"rtol": 1e-14 if exact else 3e-7, "atol": 0}
+    for loss, gradient in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], **tolerance)
+        rtol = max(tolerance["rtol"], 2 * HALF_ULP.get(dtype, 0))
+        atol = 2.0**-23 if dtype == torch.float16 else 1e-8  # fp16's smallest subnormal, twice
+        torch.testing.assert_close(gradient, found[0][1], rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_num_items_of_rows_that_are_none(requires_grad):
+    """All rows ignored: 0 over 0 is NaN where it must have a derivative, and else no row counts."""
+    z = torch.randn(2, 5).requires_grad_()
+    items = torch.tensor(0.0, requires_grad=requires_grad)
+    labels = torch.tensor([-100, -100])
+    loss = distillation_loss(z, torch.randn(2, 5), labels, num_items=items)
+    assert loss.isnan() if requires_grad else loss == 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])

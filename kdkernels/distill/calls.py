@@ -168,6 +168,28 @@ def take_divisor(call: dict) -> Tensor | None:
     return num_items.reshape(())
 
 
+def _fits_weight(divisor: Tensor, call: dict) -> bool:
+    """Whether rows' weights may be divided instead of the loss, so that backward finds gradients
+    that need no factor: unless the divisor has a gradient, and but for fp16 without weights, whose
+    gradients are kept above underflow by a factor that weights do not allow.
+    """
+    student_logits = call["student_logits"]
+    if not isinstance(student_logits, Tensor) or divisor.requires_grad:
+        return False
+    is_kept_large = student_logits.dtype == torch.float16 and call["weight"] is None
+    return student_logits.dim() > 0 and not is_kept_large
+
+
+def _divided_weight(call: dict, divisor: Tensor) -> Tensor:
+    """The rows' weights over the divisor, which may be on another device only if it is the CPU."""
+    student_logits, weight = call["student_logits"], call["weight"]
+    acc = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    if weight is None:
+        weight = torch.ones(student_logits.shape[:-1], dtype=acc, device=student_logits.device)
+    check("weight", weight, TENSOR)
+    return weight.to(torch.promote_types(weight.dtype, acc)) / divisor
+
+
 def packed(call: dict) -> tuple[list, list]:
     """The rows' tensors and the options as the registered ops take them, for a tracer."""
     rows = [call.get(name) for name in _ROW_TENSORS]
@@ -187,7 +209,9 @@ def packed(call: dict) -> tuple[list, list]:
 
 def result_of(outputs: list[Tensor], divisor: Tensor | None):
     """What a loss returns: of the op's loss and, where asked for, statistics."""
-    loss = outputs[0] if divisor is None else outputs[0] / divisor
+    loss = outputs[0]
+    if divisor is not None:
+        loss = (loss / divisor).to(loss.dtype)  # which a divisor without dimensions would widen
     return loss if len(outputs) == 1 else (loss, RowStatistics(*outputs[1].unbind()))
 
 
@@ -199,6 +223,8 @@ def loss_of_call(call: dict, teachers: list, loss_of) -> Tensor | tuple[Tensor, 
     if isinstance(call["num_items"], Tensor):
         call = dict(call)
     divisor, group = take_divisor(call), ""
+    if divisor is not None and _fits_weight(divisor, call):
+        call["weight"], divisor = _divided_weight(call, divisor), None
     if call["process_group"] is not None or type(call["student_logits"]) is not Tensor:
         student_logits, teachers, group, first, classes = vocabulary_shard(
             call["student_logits"], teachers, call["process_group"]

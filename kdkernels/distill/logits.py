@@ -122,7 +122,11 @@ def distillation_loss(
         weight: ``[*]``, a factor for each row's loss, of any real dtype; a row with weight 0 is not
             read.
         num_items: what "mean" divides by instead of the kept rows' weights, for gradient
-            accumulation: a number, or a scalar tensor (which is not synchronised with).
+            accumulation: a number, or a scalar tensor (which is not synchronised with). The
+            gradient that forward makes has it already, whereas a factor that the loss gets
+            afterwards, as in ``loss / steps``, costs backward a pass over the gradient: on CUDA
+            two thirds of the loss's own. A tensor costs that with fp16 logits without weights, or
+            where it requires grad.
         reduction: "mean" (sum of weight * loss over the sum of weights, both over the kept rows; 0
             if there are none), "sum", or "none".
         inplace: allow the gradient to be written over ``student_logits``, so that no ``[*, V]``
