@@ -197,12 +197,11 @@ class Copy:
     def compile_extension(self, fault, log):
         """What the fault changes of it: of the ISA levels, the one that runs here."""
         kernels = ("dispatch.o", f"isa_{self.isa}.o")
-        shared = fault.file in ("csrc/params.h", "csrc/row_task.h")
-        changed = []
-        if shared or fault.file.startswith(("csrc/cpu/", "csrc/math/")):
-            changed += [o for o in self.objects() if o.name in kernels]
-        if shared or not changed:
-            changed += [o for o in self.objects() if o.parent.name != "cpu"]
+        below_ops = ("csrc/cpu/", "csrc/math/", "csrc/params.h", "csrc/row_task.h")
+        if fault.file.startswith(below_ops):
+            changed = [o for o in self.objects() if o.name in kernels]
+        else:
+            changed = [o for o in self.objects() if o.parent.name != "cpu"]
         folder = next(self.folder.glob("build/torch*-cpu"))
         ninja = [sys.executable, "-m", "ninja", "-C", folder, *changed]
         code, seconds, user = self.run(ninja, log)
@@ -247,7 +246,7 @@ class Copy:
 
     def kept_objects(self, fault):
         """A header's fault is compiled into one of the sources; the others' objects are kept."""
-        if kind(fault) != "kernels" or emulated(fault) or not fault.file.endswith(("h", "cuh")):
+        if kind(fault) != "kernels" or not fault.file.endswith(("h", "cuh")):
             return {}
         source = fault.source or SOURCES.get(Path(fault.file).name, "sweeps.cu")
         kept = {file: made for file, made in self.launchers.items() if Path(file).name != source}
@@ -260,8 +259,7 @@ class Copy:
             return self.compile_extension(fault, log)
         if kind(fault) == "python":
             return 0, 0.0, 0.0
-        code = "import emulated_ops" if emulated(fault) else BUILD_LAUNCHERS
-        return self.python(code, log, env=self.environment | self.kept_objects(fault))
+        return self.python(BUILD_LAUNCHERS, log, env=self.environment | self.kept_objects(fault))
 
     def attempt(self, fault):
         log = WORK / "logs" / f"{fault.name}.log"
@@ -269,7 +267,7 @@ class Copy:
         result = Result(fault.name, fault.file, "error")
         file = self.folder / fault.file
         before, times = file.read_text(), file.stat()
-        if kind(fault) == "kernels" and not emulated(fault):
+        if kind(fault) == "kernels":
             self.build_launchers(WORK / "logs" / "tree.log")
         since = time.time() - 1
         self.changed.touch()
@@ -321,11 +319,8 @@ def kind(fault):
     """What has to be built again: extension, kernels (of CUDA, for the emulator), python."""
     if not fault.file.startswith("csrc/"):
         return "python"
-    return "kernels" if fault.file.startswith("csrc/cuda/") or emulated(fault) else "extension"
-
-
-def emulated(fault):
-    return "-p emulated_ops" in fault.tests
+    kernels = fault.file.startswith("csrc/cuda/") or "test_launchers.py" in fault.tests
+    return "kernels" if kernels else "extension"
 
 
 FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", re.MULTILINE)
@@ -447,24 +442,20 @@ class Session:
 
     def confirm(self):
         """The tests that failed pass without any fault."""
-        by = {}
-        for result in self.results.values():
-            if result.status == "killed":
-                fault = next(f for f in self.faults if f.name == result.name)
-                by.setdefault(emulated(fault), []).append(result)
-        for plugin, results in by.items():
-            tests = list(dict.fromkeys(re.sub("^(timeout|crash): ", "", r.by) for r in results))
-            print(f"kdkernels: {len(tests)} tests once more, without a fault", flush=True)
-            log = WORK / "logs" / f"without{'-emulated' * plugin}.log"
-            log.unlink(missing_ok=True)
-            more = ["-p", "emulated_ops"] if plugin else []
-            code, *_ = self.others.run(pytest(*more, *tests), log)
-            failed = FAILED.findall(log.read_text(errors="replace"))
-            if code != 0 and not failed:
-                raise SystemExit(f"kdkernels: pytest ended with {code} without a fault: see {log}")
-            for result in results:
-                if any(result.by.endswith(test) for test in failed):
-                    result.status, result.by = "error", f"fails without the fault too: {result.by}"
+        results = [r for r in self.results.values() if r.status == "killed"]
+        if not results:
+            return
+        tests = list(dict.fromkeys(re.sub("^(timeout|crash): ", "", r.by) for r in results))
+        print(f"kdkernels: {len(tests)} tests once more, without a fault", flush=True)
+        log = WORK / "logs" / "without.log"
+        log.unlink(missing_ok=True)
+        code, *_ = self.others.run(pytest(*tests), log)
+        failed = FAILED.findall(log.read_text(errors="replace"))
+        if code != 0 and not failed:
+            raise SystemExit(f"kdkernels: pytest ended with {code} without a fault: see {log}")
+        for result in results:
+            if any(result.by.endswith(test) for test in failed):
+                result.status, result.by = "error", f"fails without the fault too: {result.by}"
         self.write()
 
 

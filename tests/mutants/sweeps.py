@@ -181,6 +181,7 @@ EXTRAS = [
         "return ::fabsf(x) < 0.6f ?",
         "return ::fabsf(x) < 1.2f ?",
         LAUNCHERS + "'divergence-'",
+        source="sweeps_transforms.cu",
     ),
     Fault(
         "skipped-rows-have-no-statistics",
