@@ -754,7 +754,7 @@ def test_predict_teacher(tmp_path, capsys):
     ]
     assert command.main([*call, "--top-k=2", "--augment=crop", "--views=2", "--seed=3"]) == 0
     shown = capsys.readouterr().out
-    assert "40 images in 2 views" in shown and "bytes an image" in shown
+    assert "40 images in 2 views" in shown and "bytes per image" in shown
     images = data.load("digits", size=16, augment="crop", views=2, seed=3)[0].first(40)
     found = predictions.Predictions.open(tmp_path / "kept")
     found.check(images, predictions.model_hash(model))

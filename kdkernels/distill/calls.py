@@ -138,7 +138,7 @@ def check_teacher_weights(weights, several: bool) -> None:
     if not several:
         raise ValueError("teacher_weights goes with several teachers only")
     if isinstance(weights, (list, tuple)) and not weights:
-        raise ValueError("teacher_weights is empty; it takes a number a teacher")
+        raise ValueError("teacher_weights is empty; it takes a number per teacher")
 
 
 def wishes_of(call: dict) -> int:

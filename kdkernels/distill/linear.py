@@ -143,8 +143,8 @@ def linear_distillation_loss(
         As ``distillation_loss``.
 
     Memory, beyond arguments and gradients: the budget, and for 16-bit weights that require grad
-    their gradient in fp32, 4 bytes an element, where it is added up before it is rounded once (kept
-    until backward for fp16, which scales it first).
+    their gradient in fp32, 4 bytes per element, where it is added up before it is rounded once
+    (kept until backward for fp16, which scales it first).
 
     16 bits: logits are fp32, and only their gradient is rounded for the products that take it to
     hidden states and weight, which are summed in fp32; on CPUs without bf16 instructions, and for

@@ -277,7 +277,7 @@ def topk_distillation_loss(
             first, and this is the place of the one of each row.
         teacher_logsumexp: ``[*]``, logsumexp of all V of the teacher's logits / T. For "bucket" and
             "ignore" only, which need it unless the values are log-probabilities and T is 1.
-        sparse_gradient: return the gradient as a sparse COO tensor of K columns a row; for
+        sparse_gradient: return the gradient as a sparse COO tensor of K columns per row; for
             "renormalize" and alpha 1. Has no effect under a tracer.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What takes 16 random bits an element: dropout and stochastic rounding."""
+"""What takes 16 random bits per element: dropout and stochastic rounding."""
 
 import torch
 from torch import Tensor

@@ -29,7 +29,7 @@ class GradientNoise:
 
     Args:
         optimizer: any torch.optim.Optimizer; dense floating-point gradients.
-        std: see the module; or a list, one a parameter group.
+        std: see the module; or a list, one per parameter group.
         seed, distribution, capturable, diagnostics: see the module.
         warn_above: a ratio of the noise's norm to the gradient's in a group; above it
             ``NoiseDominatesWarning`` is given, once. Never with ``capturable``.
@@ -147,7 +147,7 @@ class GradientNoise:
         self._attach()
 
     def norms(self) -> list[NoiseNorms]:
-        """Of the last step that was looked at, one a parameter group: the gradient as the noise
+        """Of the last step that was looked at, one per parameter group: the gradient as the noise
         found it, and the noise. Empty before. DTensors count whole: all ranks that share them must
         then call this. It waits for the device.
         """

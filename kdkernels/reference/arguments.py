@@ -297,7 +297,7 @@ def check_numbers(temperature, alpha, labels, label_smoothing, num_items, reduct
 
 
 def check_range(name, value, what, least, largest, open_=False):
-    """A number, or a tensor of numbers a row, within limits; infinity never is."""
+    """A number, or a tensor of numbers per row, within limits; infinity never is."""
     if not isinstance(value, Tensor):
         check_type(name, value, NUMBER)
     elif value.is_complex() or value.dtype == torch.bool:

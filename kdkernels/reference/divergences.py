@@ -59,7 +59,7 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _log_mixture(log_a: Tensor, log_b: Tensor, of_a: float | Tensor) -> Tensor:
-    """log(of_a a + (1 - of_a) b); of_a may be a tensor of a number a row, in (0, 1)."""
+    """log(of_a a + (1 - of_a) b); of_a may be a tensor of a number per row, in (0, 1)."""
     if isinstance(of_a, Tensor):
         shares = of_a.log()[:, None], (-of_a).log1p()[:, None]
         return finite_logsumexp(torch.stack((log_a + shares[0], log_b + shares[1])), 0)
@@ -135,7 +135,7 @@ def divergence_of(name, log_p, log_q, parameters, labels=None):
 
 
 def _divergence_by_row(name, log_p, log_q, parameters):
-    """With parameters that are a number a row: the formula inside their range, and each limit of
+    """With parameters that are a number per row: the formula inside their range, and each limit of
     the range where a row's parameter is one. Both are finite where they are not chosen.
     """
     ones = torch.ones_like(log_p[:, 0])

@@ -11,7 +11,7 @@ from kdkernels.reference.divergences import finite_logsumexp, kl
 
 
 def as_column(x):
-    """A number a row, to go with a matrix of rows; a number for all rows as it is."""
+    """A number per row, to go with a matrix of rows; a number for all rows as it is."""
     return x[:, None] if isinstance(x, Tensor) else x
 
 
@@ -108,8 +108,8 @@ def of_share(share: float | Tensor, loss: Tensor) -> Tensor:
 
 
 class RowStatistics(NamedTuple):
-    """What ``return_statistics=True`` returns beside the loss: one number a row, each ``[*]``, fp64
-    for fp64 logits, else fp32, without gradient; 0 for rows that are left out.
+    """What ``return_statistics=True`` returns beside the loss: one number per row, each ``[*]``,
+    fp64 for fp64 logits, else fp32, without gradient; 0 for rows that are left out.
 
     They are of p_t and p_s, the distributions that the divergence compares: at temperature T, after
     scale, cap and standardisation; entropies in nats. Of a top-k teacher: with tail "renormalize"
@@ -165,18 +165,18 @@ class KeptRows:
         return x.to(self.acc) if x.is_floating_point() else x
 
     def number(self, x):
-        """An option of the kept rows: a number for all, or a tensor of one a row."""
+        """An option of the kept rows: a number for all, or a tensor of one per row."""
         if not isinstance(x, Tensor):
             return x
         if x.shape not in ((), self.leading):
             raise ValueError(
                 f"an option is a tensor of shape {list(x.shape)}; it takes [] or "
-                f"{list(self.leading)}, a number a row"
+                f"{list(self.leading)}, a number per row"
             )
         return x.to(self.weight).expand(self.leading).reshape(-1)[self.keep]
 
     def spread(self, values: Tensor) -> Tensor:
-        """One value a kept row to one a row, 0 for the others."""
+        """One value per kept row to one per row, 0 for the others."""
         out = torch.zeros(self.keep.shape[0], dtype=self.acc, device=values.device)
         return out.masked_scatter(self.keep, values).reshape(self.leading)
 

@@ -125,7 +125,7 @@ def _tables(found: dict, config: dict) -> list[Table]:
     rows = config["batch_size"] * config["context"]
     speed: dict[str, Cell] = {
         "arm": "{arm}",
-        "tokens a second": "{tokens_per_second:,.0f}",
+        "tokens per second": "{tokens_per_second:,.0f}",
         "times reference": "{speedup:.2f}",
         **metrics.BY_EPOCH,
         "peak memory, MB": lambda arm: _megabytes(arm["peak_bytes"]),
@@ -212,7 +212,7 @@ def _bars(arms: dict, key: str, scale: float, ratio: str, unit: str, label: str)
 
 def _plots(found: dict) -> dict[str, Plot]:
     arms, students = found["arms"], _students(found["arms"])
-    speed = _bars(students, "tokens_per_second", 1.0, "speedup", "×", "tokens a second")
+    speed = _bars(students, "tokens_per_second", 1.0, "speedup", "×", "tokens per second")
     made = {"lm_speed": Plot(speed, "Speed")}
     if all(arm["peak_bytes"] is not None for arm in students.values()):
         label = "peak memory of a step, MB"

@@ -41,8 +41,8 @@ def command(_: str, given: dict[str, Any]) -> int:
     console.print(
         f"{wanted.out} holds the predictions of {len(found):,} images in {views} "
         f"{'view' if views == 1 else 'views'}: {found.nbytes / 1e6:,.2f} MB, "
-        f"{found.nbytes / (len(found) * views):,.1f} bytes an image and view; the teacher is right "
-        f"about {found.accuracy(train):.1%} of them"
+        f"{found.nbytes / (len(found) * views):,.1f} bytes per image and view; the teacher is "
+        f"right about {found.accuracy(train):.1%} of them"
     )
     return 0
 

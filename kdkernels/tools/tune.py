@@ -280,7 +280,7 @@ def _spread(study: Study, workers: int, threads: int | None, watch: Callable) ->
 
 
 def _finish(study: Study, workers: int, threads: int | None, screen) -> None:
-    """Run what is left of a study, with a line a trial and a progress bar."""
+    """Run what is left of a study, with a line per trial and a progress bar."""
     study.queue()
     shutil.rmtree(study.folder.path / "trials", ignore_errors=True)
     shown = {trial.number for trial in study.trials(*DONE)}

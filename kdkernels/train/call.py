@@ -132,7 +132,7 @@ def distill(
         out: folder of the run; ``runs/<time>`` by default.
         resume: continue the run in ``out`` from its last checkpoint; models, images and settings
             must be the same, but for ``epochs``.
-        progress: show progress bars and a line an epoch.
+        progress: show progress bars and a line per epoch.
         report: called with the run's folder at its end, on the first rank;
             :func:`kdkernels.reports.write` makes report.html there.
         settings: fields of :class:`kdkernels.train.settings.Distil`, such as ``epochs=20``,

@@ -34,7 +34,7 @@ def _in_rgb(image: Any, format: str | None) -> Any:
         if not image.mode.startswith("I;16") and (image.mode == "F" or format not in _16_BITS):
             raise ValueError(
                 f"its pixels are 32-bit numbers (Pillow's mode {image.mode}) and do not say what "
-                "is white; it must have 8 or 16 bits a channel"
+                "is white; it must have 8 or 16 bits per channel"
             )
         image = Image.fromarray((np.asarray(image) / 257.0).round().astype(np.uint8))
     return image.convert("RGB")

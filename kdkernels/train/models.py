@@ -203,7 +203,7 @@ def build(name: str, classes: int, size: int, weights: str = "none") -> tuple[nn
 
 
 def mlp(classes: int, inputs: int) -> nn.Module:
-    """Two hidden layers of 256 ReLUs, with random weights, of ``inputs`` values an image."""
+    """Two hidden layers of 256 ReLUs, with random weights, of ``inputs`` values per image."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(inputs, 256),

@@ -195,7 +195,7 @@ def _kept(logits: torch.Tensor, manifest: dict) -> dict[str, torch.Tensor]:
     """What a shard keeps of a batch of logits, on the CPU."""
     if logits.dim() != 2 or logits.shape[1] != manifest["classes"]:
         raise TrainError(
-            f"the teacher gives {list(logits.shape[1:])} values an image, not one for each of the "
+            f"the teacher gives {list(logits.shape[1:])} values per image, not one for each of the "
             f"{manifest['classes']} classes"
         )
     if not logits.isfinite().all():

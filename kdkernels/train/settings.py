@@ -236,7 +236,7 @@ class Distil(Checked):
         names=("data", "imagenet"))
     augment: str = text("none", "random changes to the training images: none, crop, crop-flip, "
         "resized-crop or trivial")
-    views: int | None = count(None, "different augmented images of each, one an epoch in turn, so "
+    views: int | None = count(None, "different augmented images of each, one per epoch in turn, so "
         "that the teacher's predictions of them can be kept (default: new ones each epoch)")
     validation: float = real(0.0, "share of the training images that is held out and tested on "
         "instead of the test images", high=0.9)

@@ -55,7 +55,7 @@ _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 class WholeBatch(TorchFunctionMode):
     """Inside, what a forward pass draws or measures over the batch is that of the whole batch.
 
-    That is dropout and all else that draws a number a sample (stochastic depth), the noise of
+    That is dropout and all else that draws a number per sample (stochastic depth), the noise of
     kdkernels, and on the CPU BatchNorm, for which PyTorch's SyncBatchNorm takes CUDA tensors only.
     Samples are expected along the first dimension, this rank's ``rows`` among ``count``. Ranks draw
     alike, so their generators stay alike.
