@@ -31,7 +31,7 @@ enum class Tail {
 };
 
 constexpr int kMaxTeachers = 8, kMaxTopK = 1024;
-// Passes over a row. A whole row takes all of them in one call; slices of a vocabulary take one a call, between
+// Passes over a row. A whole row takes all of them in one call; slices of a vocabulary take one per call, between
 // which the ranks add up what the passes leave in `state`.
 enum Stage { kMoments = 1, kMaxima = 2, kSums = 4, kTerms = 8, kGradient = 16, kAllStages = 31 };
 
@@ -242,7 +242,7 @@ struct UpdateParams {
   double* workspace;  // CUDA: update_workspace(params) doubles
 };
 
-// 16 random bits an element of a tensor, which lies in rows of `run` elements: element i is number
+// 16 random bits per element of a tensor, which lies in rows of `run` elements: element i is number
 // offset + i / run * stride + i % run of the whole.
 struct ElementBits {
   NoiseSource source;  // its distribution is not read
@@ -273,7 +273,7 @@ struct RegressionParams {
   const double* x;  // [samples]
   const double* y;  // [samples]
   int64_t samples, replicas, steps;
-  bool per_sample;  // one normal a sample and step, else one a step
+  bool per_sample;  // one normal per sample and step, else one per step
   const int64_t* seed;  // [replicas]
   const double *theta, *lr, *lam, *sigma;  // [replicas]
   uint32_t stream;

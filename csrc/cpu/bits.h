@@ -1,4 +1,4 @@
-// What takes 16 random bits an element: stochastic rounding and dropout. Included by one file per ISA level.
+// Stochastic rounding and dropout, which take 16 random bits per element. Included by one file per ISA level.
 #pragma once
 
 #include "cpu/numbers.h"

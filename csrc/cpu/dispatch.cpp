@@ -162,7 +162,7 @@ void for_chunks(const Tensor* tensors, int64_t count, int64_t chunk_elements, in
   });
 }
 
-// The same for `kSums` sums a chunk, which f overwrites: out[index] is their sum over a tensor's chunks, in the
+// The same for `kSums` sums per chunk, which f overwrites: out[index] is their sum over a tensor's chunks, in the
 // order of chunks whatever the threads. With out null f gets null.
 template <int kSums, class Tensor, class F>
 void sum_chunks(const Tensor* tensors, int64_t count, int threads, double* out, int64_t indices,

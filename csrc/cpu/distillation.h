@@ -1,11 +1,11 @@
-// The dense row walker. Included by one file an ISA level.
+// The rows of plain logits. Included by one file per ISA level.
 //
 // One sweep over a row makes every exponential once, relative to a maximum that was guessed from a few classes,
 // and keeps them in L2 while their sums grow; it also finds the row's largest logits, and the rare row whose
 // guess was far off is done again. A second sweep reads z, t and what was kept from L2, adds the divergence's terms up
 // and, for both KLs, writes the gradient; for the other divergences it keeps the terms' derivatives in the place of the
 // teacher's exponentials, and a third sweep makes the gradient of them. So z and t are read from memory once and the
-// gradient is written once; what is kept takes 2 (3 with cross-entropy's own) computed values a class.
+// gradient is written once; what is kept takes 2 (3 with cross-entropy's own) computed values per class.
 #pragma once
 
 #include <cmath>
@@ -13,6 +13,7 @@
 #include <limits>
 
 #include "cpu/kernels.h"
+#include "cpu/short_rows.h"
 #include "cpu/vector.h"
 #include "math/distillation.h"
 #include "row_task.h"
@@ -30,8 +31,6 @@ constexpr int kAheadBytes = 4096;
 
 // Rows of any divergence; see cpu/divergence.h.
 void loss_rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss);
-template <class T>
-void divergence_rows_of(const LossParams& p, int64_t begin, int64_t end, double* row_loss);
 
 KD_FN double exp2_fp64(double x) { return x == 0 ? 1.0 : __builtin_exp2(x); }
 
@@ -486,179 +485,6 @@ void rows(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
   }
 }
 
-// Short rows, kLanes of them side by side: a vector holds one class of each, so that what is done once a row
-// costs a kLanes-th, and no vector is part empty.
-constexpr int kShortClasses = 32, kLanes = 16;
-
-template <class T, class Terms>
-void short_rows(const LossParams& p, math::CrossEntropy cross_entropy, int64_t begin, int64_t end,
-                double* row_loss) {
-  using Real = typename Compute<T>::type;
-  const bool own = cross_entropy == math::CrossEntropy::kOwn,
-             labelled = cross_entropy != math::CrossEntropy::kNone;
-  const int classes = static_cast<int>(p.classes);
-  const Real scale = static_cast<Real>(math::kLog2E / p.temperature);
-  const Real of_divergence = static_cast<Real>(p.alpha * p.temperature * p.temperature),
-             of_soft = static_cast<Real>(p.alpha * p.temperature),
-             of_label = static_cast<Real>((1 - p.alpha) * (1 - p.label_smoothing)),
-             of_classes = static_cast<Real>((1 - p.alpha) * p.label_smoothing / p.classes);
-  const bool smooth = labelled && p.label_smoothing > 0;
-  const math::Parameters<Real> parameters = parameters_of<Real>(p);
-  const Real inv_temperature = static_cast<Real>(1 / p.temperature);
-  using Lanes = Real[kLanes];
-  // Logits, probabilities and, in the place of p's, a of math::ClassShare.
-  alignas(64) Lanes x[kShortClasses], y[kShortClasses], q[kShortClasses], a[kShortClasses],
-      hard[kShortClasses];
-
-  for (int64_t first = begin; first < end; first += kLanes) {
-    const int n = static_cast<int>(end - first < kLanes ? end - first : kLanes);
-    alignas(64) Lanes weight, max_s, max_t, sum_s = {}, sum_t = {}, sum_hard = {}, sum_z = {};
-    int label[kLanes];
-    bool kept[kLanes];
-    for (int r = 0; r < kLanes; ++r) {
-      const int64_t row = first + r;
-      weight[r] = r < n && p.weight != nullptr ? static_cast<const Real*>(p.weight)[row] : Real(1);
-      kept[r] = r < n && weight[r] != 0 && (p.labels == nullptr || p.labels[row] != p.ignore_index);
-      label[r] = kept[r] && p.labels != nullptr ? static_cast<int>(p.labels[row]) : 0;
-      const T* z_row = row_at<T>(p.student, p.student_rows, row);
-      const T* t_row = row_at<T>(p.teacher_data[0], p.teacher_rows[0], row);
-      for (int c = 0; c < classes; ++c) {
-        x[c][r] = kept[r] ? widen(z_row[c]) : Real(0);
-        y[c][r] = kept[r] ? widen(t_row[c]) : Real(0);
-      }
-    }
-
-    for (int r = 0; r < kLanes; ++r) {
-      max_s[r] = max_t[r] = -std::numeric_limits<Real>::max();
-    }
-    for (int c = 0; c < classes; ++c) {
-      for (int r = 0; r < kLanes; ++r) {
-        max_s[r] = x[c][r] > max_s[r] ? x[c][r] : max_s[r];
-        max_t[r] = y[c][r] > max_t[r] ? y[c][r] : max_t[r];
-      }
-    }
-    alignas(64) Lanes label_z = {};
-    for (int r = 0; r < n; ++r) label_z[r] = labelled ? x[label[r]][r] - max_s[r] : Real(0);
-    for (int c = 0; c < classes; ++c) {
-#pragma omp simd
-      for (int r = 0; r < kLanes; ++r) {
-        Real shifted = x[c][r] - max_s[r];
-        q[c][r] = math::exp2_nonpositive(shifted * scale);
-        a[c][r] = math::exp2_nonpositive((y[c][r] - max_t[r]) * scale);
-        sum_s[r] += q[c][r];
-        sum_t[r] += a[c][r];
-        sum_z[r] += shifted;
-      }
-    }
-    for (int c = 0; own && c < classes; ++c) {
-#pragma omp simd
-      for (int r = 0; r < kLanes; ++r) {
-        hard[c][r] = math::exp2_nonpositive((x[c][r] - max_s[r]) * static_cast<Real>(math::kLog2E));
-        sum_hard[r] += hard[c][r];
-      }
-    }
-
-    // d = log p - log q = (y - early - x - late) / T + above, as in math::ElementNorm.
-    alignas(64) Lanes inv_s, inv_t, early, late, above, log2_s, log2_t, loss = {}, sum_a = {},
-                                                                        log_hard = {};
-#pragma omp simd
-    for (int r = 0; r < kLanes; ++r) {
-      const Real offset = max_t[r] - max_s[r];
-      const bool far = math::magnitude(offset) > Real(1);
-      early[r] = far ? offset : Real(0);
-      late[r] = far ? Real(0) : offset;
-      inv_s[r] = math::inverse(sum_s[r]);
-      inv_t[r] = math::inverse(sum_t[r]);
-      above[r] = math::log_normal(sum_s[r] * inv_t[r]);
-      log2_s[r] = math::log_normal(sum_s[r]) * static_cast<Real>(math::kLog2E);
-      log2_t[r] = math::log_normal(sum_t[r]) * static_cast<Real>(math::kLog2E);
-      log_hard[r] = math::log_normal(own ? sum_hard[r] : sum_s[r]);
-    }
-    for (int c = 0; c < classes; ++c) {
-#pragma omp simd
-      for (int r = 0; r < kLanes; ++r) {
-        q[c][r] *= inv_s[r];
-        a[c][r] *= inv_t[r];
-      }
-    }
-    auto difference = [&](int c, int r) KD_INLINE_LAMBDA {
-      return math::fma(y[c][r] - early[r] - x[c][r] - late[r], inv_temperature, above[r]);
-    };
-    if (math::needs_exact_sums(p.divergence)) {
-      alignas(64) Lanes excess = {};
-      for (int c = 0; c < classes; ++c) {
-#pragma omp simd
-        for (int r = 0; r < kLanes; ++r) {
-          excess[r] += math::difference(q[c][r], a[c][r], -difference(c, r));
-        }
-      }
-#pragma omp simd
-      for (int r = 0; r < kLanes; ++r) above[r] += math::log_of_excess(excess[r]);
-    }
-    for (int c = 0; c < classes; ++c) {
-#pragma omp simd
-      for (int r = 0; r < kLanes; ++r) {
-        const Real d = difference(c, r);
-        math::Element<Real> element = {a[c][r],
-                                       q[c][r],
-                                       math::smaller_over_larger(d),
-                                       d,
-                                       (y[c][r] - max_t[r]) * scale - log2_t[r],
-                                       (x[c][r] - max_s[r]) * scale - log2_s[r]};
-        math::ClassShare<Real> share = Terms::share(element, parameters);
-        loss[r] += share.f;
-        a[c][r] = share.a;
-        sum_a[r] += a[c][r];
-      }
-    }
-    alignas(64) Lanes of_a, of_q, of_hard, uniform, at_label;
-    const Real unit = p.denominator.number != 0
-                          ? static_cast<Real>(p.gradient_scale / p.denominator.number)
-                          : Real(0);
-#pragma omp simd
-    for (int r = 0; r < kLanes; ++r) {
-      const Real factor = weight[r] * unit;
-      loss[r] *= of_divergence;
-      of_a[r] = of_soft * factor;
-      of_q[r] = -of_a[r] * sum_a[r];
-      of_hard[r] = uniform[r] = at_label[r] = 0;
-      if (labelled) {
-        const Real of_both = of_label + of_classes * static_cast<Real>(classes);
-        loss[r] += of_both * log_hard[r] - of_label * label_z[r] -
-                   (smooth ? of_classes * sum_z[r] : Real(0));
-        uniform[r] = of_classes * factor;
-        at_label[r] = of_label * factor;
-        of_hard[r] = own ? of_both * factor * math::inverse(sum_hard[r]) : Real(0);
-        of_q[r] += own ? Real(0) : of_both * factor;
-      }
-    }
-    if (p.gradient != nullptr) {
-      for (int c = 0; c < classes; ++c) {
-#pragma omp simd
-        for (int r = 0; r < kLanes; ++r) {
-          x[c][r] = math::fma(of_a[r], a[c][r], math::fma(of_q[r], q[c][r], -uniform[r]));
-        }
-      }
-      for (int c = 0; own && c < classes; ++c) {
-#pragma omp simd
-        for (int r = 0; r < kLanes; ++r) x[c][r] = math::fma(of_hard[r], hard[c][r], x[c][r]);
-      }
-    }
-    for (int r = 0; r < n; ++r) {
-      row_loss[first + r] =
-          kept[r] ? static_cast<double>(weight[r]) * static_cast<double>(loss[r]) : 0.0;
-      const bool sound = loss[r] - loss[r] == 0 && sum_s[r] > 0 && sum_t[r] > 0;
-      if (kept[r] && !sound) {
-        divergence_rows_of<T>(p, first + r, first + r + 1, row_loss);
-      } else if (p.gradient != nullptr) {
-        T* g_row = row_at<T>(p.gradient, p.gradient_rows, first + r);
-        if (labelled && kept[r]) x[label[r]][r] -= at_label[r];
-        for (int c = 0; c < classes; ++c) narrow(kept[r] ? x[c][r] : Real(0), g_row[c]);
-      }
-    }
-  }
-}
-
 // The rows of a call that is of plain logits by the kernels that are made for its divergence. False where none is.
 template <class T, math::CrossEntropy kHard>
 bool plain_rows_with(const LossParams& p, int64_t begin, int64_t end, double* row_loss) {
@@ -682,8 +508,10 @@ bool plain_rows_of(const LossParams& p, int64_t begin, int64_t end, double* row_
                             : p.temperature == 1                ? CrossEntropy::kShared
                                                                 : CrossEntropy::kOwn;
   if (p.classes <= kShortClasses && math::has_third_sweep(p, false)) {
-    math::with_policy(
-        p, [&](auto policy) { short_rows<T, decltype(policy)>(p, hard, begin, end, row_loss); });
+    using Real = typename Compute<T>::type;
+    math::with_policy(p, [&](auto policy) {
+      ShortRows<T, decltype(policy)>(p, hard, parameters_of<Real>(p)).run(begin, end, row_loss);
+    });
     return true;
   }
   switch (hard) {

@@ -1,8 +1,8 @@
-// The row walker for any divergence, teacher and layout. Included by one file an ISA level.
+// The row walker for any divergence, teacher and layout. Included by one file per ISA level.
 //
 // Each pass of math/row.h is a loop over one row, which L2 holds: student and teacher are read where they lie or once
 // into a buffer of computed values. Exponentials at temperature T are made once and kept, the terms' derivatives take
-// the teacher's place, and the gradient is written once. So the buffer takes 2 to 4 values a class, 6 with a gradient of
+// the teacher's place, and the gradient is written once. So the buffer takes 2 to 4 values per class, 6 with a gradient of
 // the teacher's.
 #pragma once
 

@@ -1,5 +1,5 @@
 // The loops over the classes of a row that any divergence needs, on computed values: fp32 or fp64. Included by
-// one file an ISA level.
+// one file per ISA level.
 #pragma once
 
 #include "cpu/distillation.h"

@@ -1,5 +1,5 @@
 // Vectors of computed values, as wide as the ISA level's, and how they come from and go to memory of any dtype.
-// Included by one file an ISA level.
+// Included by one file per ISA level.
 //
 // gcc vectorises a plain loop over a scalar formula well, but not a reduction whose parts are folded into fp64
 // every few vectors, and not the conversions of 16-bit elements. Loops that need those are written in these.

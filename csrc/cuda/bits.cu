@@ -1,4 +1,4 @@
-// What takes 16 random bits an element and nothing from its neighbours: stochastic rounding and dropout.
+// Stochastic rounding and dropout, which take 16 random bits per element and nothing from its neighbours.
 //
 // A thread has the eight elements of one Philox counter, 80 issue slots or 10 an element; to round one takes 9 more. An
 // element of fp32 and its 16 bits are 6 bytes, in which time an H100's SM has 53 slots, and dropout's of bf16, 4 bytes,

@@ -1,4 +1,4 @@
-// 16 random bits an element: the words that have them, and stochastic rounding by them.
+// 16 random bits per element: the words that have them, and stochastic rounding by them.
 #pragma once
 
 #include "cuda/device.cuh"

@@ -28,7 +28,7 @@ __device__ __forceinline__ double block_sum(int64_t begin, int64_t end, int64_t 
   return sum[0];
 }
 
-// The kept rows' weights: one sum a block, or of a single block the inverse.
+// The kept rows' weights: one sum per block, or of a single block the inverse.
 template <class Real>
 __global__ void __launch_bounds__(kSumThreads)
     weight_kernel(const __grid_constant__ LossParams p, double* out) {

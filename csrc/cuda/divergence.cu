@@ -52,7 +52,7 @@ constexpr int row_threads() {
 
 // A block a row, which it goes over up to 5 times: moments, maxima, sums, terms, gradient. Bytes 1.00 times
 // the least where the row fits shared memory (16 bits: V up to 57,000 on an H100), 3 times where it does not and
-// L2 does not hold it. 32,000 classes in 16 bits: 5 special functions and 230 instructions an element of reverse
+// L2 does not hold it. 32,000 classes in 16 bits: 5 special functions and 230 instructions per element of reverse
 // KL, 7 and 340 of JS, so instructions bind. Registers leave 16 warps an SM, 8 in fp64.
 //
 // kPerRow: options stand in tensors, so that the first thread makes each row a task of its own. A task in shared

@@ -12,7 +12,7 @@ namespace cuda {
 struct Device {
   int arch;  // 10 * major + minor compute capability: 75, 80, 86, 89, 90, 100, 120
   int sms;
-  int shared_per_block;  // bytes a block may opt in to
+  int shared_per_block;  // bytes that a block may opt in to
   int shared_per_sm;
 };
 
@@ -58,7 +58,7 @@ struct DistillationPlan {
   int lanes;  // that share a row within a block
   int rows;  // a block works on at a time
   int cluster;  // blocks that share a row
-  int slots;  // held: 16-byte slots a thread, each for the student's and the teacher's logits
+  int slots;  // held: 16-byte slots per thread, each for the student's and the teacher's logits
   int shared;  // bytes of dynamic shared memory a block
 
   // Blocks of the launch divided by `cluster`; they stride over the rows.
@@ -68,7 +68,7 @@ struct DistillationPlan {
   }
 };
 
-// What ptxas is held to for `held`: registers a thread, of an SM's 65536, and threads a block. Rows that wait in the compute
+// What ptxas is held to for `held`: registers per thread, of an SM's 65536, and threads per block. Rows that wait in the compute
 // type take so much shared memory that few threads share an SM.
 constexpr int held_registers(int element_size, Extra extra, bool third_sweep) {
   const bool many = extra == Extra::kTransforms || (extra == Extra::kStatistics && third_sweep);
@@ -149,7 +149,7 @@ inline DistillationPlan plan_distillation(int64_t classes, int element_size, Ext
 // chunk after the other, of 24 KB so that 3 blocks fit the SMs of every device and one's loads hide behind the
 // others' arithmetic, mostly from L2.
 // Threads: the fewest that make kDivergenceBusy an SM, whose long chains of dependent instructions want many
-// warps; with at least kDivergenceWork classes each, because each adds to the reductions, one a pass. A short row
+// warps; with at least kDivergenceWork classes each, because each adds to the reductions, one per pass. A short row
 // has a warp.
 constexpr int kDivergenceBusy = 1024, kDivergenceWork = 16;
 // With a register each of 65536 for 128 of them; fp64 needs up to 255.
@@ -241,7 +241,7 @@ inline NoisePlan plan_sums(int64_t steps) {
 // One normal a step: a warp a replica makes the normals of 32 steps at once and is then bound by the 5 fp64
 // operations that a step waits for, about 90 clocks; a thread a replica waits for its normal in every step,
 // about 450, but does not repeat those operations in 32 lanes. So a thread wins where an SM has more replicas
-// than pay for that: 450 clocks hold 115 steps of a warp at 64 fp64 operations a clock and an SM, and 6 at the
+// than pay for that: 450 clocks hold 115 steps of a warp at 64 fp64 operations per clock and SM, and 6 at the
 // 2 of consumer chips.
 // One normal a sample and step: always a warp. The grid is what lives on the device; it strides over replicas.
 constexpr int kRegressionThreads = 256, kRegressionWarps = kRegressionThreads / 32;

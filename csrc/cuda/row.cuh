@@ -1,6 +1,6 @@
 // What every kernel that walks rows of a distillation loss is given: its launch and its row.
 //
-// What an H100 allows an element while memory moves it at 3.35 TB/s, 14.5 bytes a clock and SM (1.75 GHz): at
+// What an H100 allows per element while memory moves it at 3.35 TB/s, 14.5 bytes per clock and SM (1.75 GHz): at
 // 6 bytes (16 bits: two reads, one write) 6.6 special functions and 53 lane instructions, twice that at 12.
 #pragma once
 

@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks(sizeof(T), kExtra !=
   emit_partial(task.partial, total);
 }
 
-// warp. A warp reads a row into registers, 16 bytes a lane and access; a lane has at most one element of its
+// warp. A warp reads a row into registers, 16 bytes per lane and access; a lane has at most one element of its
 // head or tail. Bytes 1.00 times the least, 4 special functions an element (6 with cross-entropy's own).
 template <class T, class Policy, Extra kExtra>
 __global__ void __launch_bounds__(kWarpThreads, kWarpBlocks)

@@ -28,7 +28,7 @@ struct KeptRows {
 
 // All rows of a call.
 struct RowGroups {
-  std::vector<KeptRows> groups;  // one, or one a teacher
+  std::vector<KeptRows> groups;  // one, or one per teacher
   double divisor;  // of the mean, as far as the host knows it
   at::Tensor
       factor;  // [], of the loss and its gradients, where only the device knows it; undefined: none

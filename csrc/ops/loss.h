@@ -82,7 +82,7 @@ std::optional<RowStrides> row_strides(const at::Tensor& logits);
 // A power of two that keeps gradients of a dtype, fp16, which a mean over rows makes small, away from underflow until
 // backward knows the incoming gradient. 1 for other dtypes, and where weights or temperatures of rows set no bound.
 double gradient_scale(const LossCall& call, at::ScalarType type);
-// gradient * grad_output / scale, row by row where there is one a row, into `gradient` itself if it may be.
+// gradient * grad_output / scale, row by row where there is one per row, into `gradient` itself if it may be.
 at::Tensor scaled(const at::Tensor& gradient, const at::Tensor& grad_output, bool per_row,
                   double scale, bool may_overwrite);
 // Whether that is nothing to do: the incoming gradient is 1, and that is known without waiting for a device.

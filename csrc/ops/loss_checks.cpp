@@ -18,7 +18,7 @@ bool records_gradients(const Tensor& tensor) {
   return at::GradMode::is_enabled() && tensor.requires_grad();
 }
 
-// One number a row.
+// A number per row.
 void check_rows(const char* name, const Tensor& tensor, const Tensor& student) {
   TORCH_CHECK_TYPE(!tensor.is_complex(), name, " has dtype ", tensor.scalar_type(),
                    "; it takes a real dtype");
@@ -54,7 +54,7 @@ void check_topk_teacher(const LossCall& call) {
                     student.sym_sizes());
   TORCH_CHECK_VALUE(values.sym_size(-1) >= 1 && values.sym_size(-1) <= kMaxTopK,
                     "teacher_values has ", values.sym_size(-1),
-                    " entries a row; it takes from 1 to ", kMaxTopK);
+                    " entries per row; it takes from 1 to ", kMaxTopK);
   TORCH_CHECK_TYPE(call.rows.indices.has_value(), "teacher_indices is None; it takes a tensor");
   const Tensor& indices = *call.rows.indices;
   TORCH_CHECK_TYPE(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt,
@@ -102,7 +102,7 @@ void check_slice(const LossCall& call) {
                     "make; mix them before");
 }
 
-// A number a row, or one for all rows.
+// A number per row, or one for all rows.
 void check_row_option(const char* name, OptionalTensor& tensor, const Tensor& student) {
   TORCH_CHECK_TYPE(at::isFloatingType(tensor->scalar_type()) ||
                        at::isIntegralType(tensor->scalar_type(), /*includeBool=*/false),
