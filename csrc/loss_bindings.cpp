@@ -28,6 +28,12 @@ namespace {
 py::function* unwrap = nullptr;
 void set_unwrap(py::function function) { unwrap = new py::function(std::move(function)); }
 
+// THPVariable_Check, without its call of Python's isinstance for what options mostly are.
+bool is_tensor(PyObject* value) {
+  return value != Py_None && !PyFloat_CheckExact(value) && !PyLong_CheckExact(value) &&
+         THPVariable_Check(value);
+}
+
 OptionalTensor tensor_of(const char* name, PyObject* value, bool required = false) {
   if (value == nullptr || (value == Py_None && !required)) return std::nullopt;
   if (!THPVariable_Check(value)) refuse(name, value, required ? "a tensor" : "a tensor or None");
@@ -49,7 +55,7 @@ double item_of(const char* name, const at::Tensor& tensor) {
 
 double number_of(const char* name, PyObject* value, const char* takes) {
   if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  if (THPVariable_Check(value)) return item_of(name, THPVariable_Unpack(value));
+  if (is_tensor(value)) return item_of(name, THPVariable_Unpack(value));
   const PyNumberMethods* methods = Py_TYPE(value)->tp_as_number;
   bool is_number =
       methods != nullptr && (methods->nb_float != nullptr || methods->nb_index != nullptr);
@@ -104,13 +110,30 @@ int64_t choice_of(const char* name, PyObject* value, const std::vector<std::stri
 
 // ---- all options --------------------------------------------------------------------------------
 
-// The option as Python has it: its name as a dict's key, and its choices.
+// The option as Python has it: its name as a dict's key, its choices, and its default.
 struct PythonOption {
   const LossOption* option;
   PyObject* key;
   std::vector<std::string> choices;
   bool optional;
+  std::optional<at::Scalar> usual;
+
+  bool is_usual(const std::optional<at::Scalar>& value) const {
+    if (!value.has_value() || !usual.has_value()) return value.has_value() == usual.has_value();
+    return value->toDouble() == usual->toDouble();
+  }
 };
+
+std::optional<at::Scalar> usual_of(const LossOption& option) {
+  static const LossOptions defaults;
+  return std::visit([](auto member) -> std::optional<at::Scalar> {
+    const auto& value = defaults.*member;
+    using Value = std::decay_t<decltype(value)>;
+    if constexpr (std::is_enum_v<Value>) return at::Scalar(static_cast<int64_t>(value));
+    if constexpr (std::is_arithmetic_v<Value>) return at::Scalar(value);
+    return std::nullopt;
+  }, option.member);
+}
 
 const std::vector<PythonOption>& python_options() {
   static const auto* table = [] {
@@ -118,8 +141,8 @@ const std::vector<PythonOption>& python_options() {
     for (const LossOption& option : loss_options()) {
       bool optional = std::holds_alternative<std::optional<double> LossOptions::*>(option.member) ||
                       std::holds_alternative<std::optional<int64_t> LossOptions::*>(option.member);
-      out->push_back(
-          {&option, PyUnicode_InternFromString(option.name), choices_of(option), optional});
+      out->push_back({&option, PyUnicode_InternFromString(option.name), choices_of(option),
+                      optional, usual_of(option)});
     }
     return out;
   }();
@@ -141,7 +164,7 @@ std::optional<at::Scalar> scalar_of(const PythonOption& option, PyObject* value)
 
 // A tensor whose numbers the kernels read row by row. One number of a CPU tensor is read here.
 bool is_row_option(const LossOption& option, PyObject* value) {
-  if (option.row_option == kRowOptions || !THPVariable_Check(value)) return false;
+  if (option.row_option == kRowOptions || !is_tensor(value)) return false;
   const at::Tensor& tensor = THPVariable_Unpack(value);
   return tensor.dim() > 0 || !tensor.is_cpu() || tensor.requires_grad() ||
          tensor.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Python);
@@ -186,34 +209,32 @@ struct Arguments {
     wish(dict, "inplace", key.inplace, kInplace);
     wish(dict, "sparse_gradient", key.sparse_gradient, kSparseGradient);
     wish(dict, "return_statistics", key.return_statistics, kReturnStatistics);
-    static const LossOptions defaults;
-    options.reserve(python_options().size() + kMaxTeachers);
-    for (const PythonOption& option : python_options()) {
-      PyObject* value = PyDict_GetItemWithError(dict, option.key);
-      if (value == nullptr) {
-        options.push_back(default_of(option, defaults));
-      } else if (is_row_option(*option.option, value)) {
-        at::Tensor tensor = *tensor_of(option.option->name, value, true);
-        needs_option_gradient |= at::GradMode::is_enabled() && tensor.requires_grad();
-        rows.options[option.option->row_option] = tensor;
-        options.push_back(default_of(option, defaults));
-      } else {
-        options.push_back(scalar_of(option, value));
-      }
-    }
-    add_teacher_weights(PyDict_GetItemWithError(dict, key.teacher_weights));
+    add_options(dict);
   }
 
  private:
-  static std::optional<at::Scalar> default_of(const PythonOption& option,
-                                              const LossOptions& defaults) {
-    return std::visit([&](auto member) -> std::optional<at::Scalar> {
-      const auto& value = defaults.*member;
-      using Value = std::decay_t<decltype(value)>;
-      if constexpr (std::is_enum_v<Value>) return at::Scalar(static_cast<int64_t>(value));
-      if constexpr (std::is_arithmetic_v<Value>) return at::Scalar(value);
-      return std::nullopt;
-    }, option.option->member);
+  // Up to the last one that is not its default; the teachers' weights stand behind all of them.
+  void add_options(PyObject* dict) {
+    PyObject* weights = PyDict_GetItemWithError(dict, keys().teacher_weights);
+    const bool has_weights = weights != nullptr && weights != Py_None;
+    c10::SmallVector<std::optional<at::Scalar>, 32> values;
+    size_t needed = 0;
+    for (const PythonOption& option : python_options()) {
+      PyObject* value = PyDict_GetItemWithError(dict, option.key);
+      std::optional<at::Scalar> given = option.usual;
+      if (value != nullptr && is_row_option(*option.option, value)) {
+        at::Tensor tensor = *tensor_of(option.option->name, value, true);
+        needs_option_gradient |= at::GradMode::is_enabled() && tensor.requires_grad();
+        rows.options[option.option->row_option] = tensor;
+      } else if (value != nullptr) {
+        given = scalar_of(option, value);
+      }
+      values.push_back(given);
+      if (has_weights || !option.is_usual(given)) needed = values.size();
+    }
+    options.reserve(needed);
+    for (size_t i = 0; i < needed; ++i) options.push_back(values[i]);
+    if (has_weights) add_teacher_weights(weights);
   }
 
   void wish(PyObject* dict, const char* name, PyObject* key, LossWish bit) {
@@ -223,7 +244,6 @@ struct Arguments {
   }
 
   void add_teacher_weights(PyObject* weights) {
-    if (weights == nullptr || weights == Py_None) return;
     if (!PyList_Check(weights) && !PyTuple_Check(weights)) {
       refuse("teacher_weights", weights, "a sequence of numbers");
     }

@@ -35,7 +35,7 @@ struct RowTensors {
   bool has_options() const;
   std::vector<bool> given_options() const;
 };
-TensorOptionals pack(const RowTensors& rows);
+TensorOptionals pack(const RowTensors& rows);  // up to the last one that is given
 RowTensors unpack(const TensorOptionals& packed);
 
 struct LossCall {

@@ -28,8 +28,16 @@ std::vector<bool> RowTensors::given_options() const {
 }
 
 TensorOptionals pack(const RowTensors& rows) {
+  size_t place = 0, needed = 0;
+  RowTensors::each(rows, [&](const char*, const OptionalTensor& x) {
+    ++place;
+    if (x.has_value()) needed = place;
+  });
   TensorOptionals out;
-  RowTensors::each(rows, [&](const char*, const OptionalTensor& x) { out.push_back(x); });
+  out.reserve(needed);
+  RowTensors::each(rows, [&](const char*, const OptionalTensor& x) {
+    if (out.size() < needed) out.push_back(x);
+  });
   return out;
 }
 

@@ -41,11 +41,9 @@ def is_plain(call: dict, teachers: Sequence[Tensor]) -> bool:
     backend, process_group = call["backend"], call["process_group"]
     if not (isinstance(backend, str) and backend in ("fused", "reference")):
         raise ValueError(f'backend is "{backend}"; it takes "fused" or "reference"')
-    plain = backend == "reference" or (
-        torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in teachers)
-    )
-    if not plain and is_compiling():
-        plain = _needs_option_gradient(call)
+    plain = backend == "reference"
+    if teachers and torch.is_grad_enabled():
+        plain |= any(isinstance(t, Tensor) and t.requires_grad for t in teachers)
     if process_group is None:
         return plain
     if not isinstance(process_group, ProcessGroup):
@@ -56,7 +54,7 @@ def is_plain(call: dict, teachers: Sequence[Tensor]) -> bool:
     return False
 
 
-def _needs_option_gradient(call: dict) -> bool:
+def needs_option_gradient(call: dict) -> bool:
     """Whether an option is a tensor that requires grad, which eager calls see in C++."""
     options = [call[name] for name in _ROW_OPTIONS if isinstance(call.get(name), Tensor)]
     return torch.is_grad_enabled() and any(option.requires_grad for option in options)
@@ -83,12 +81,12 @@ def listed(teachers, leading: Tensor) -> tuple[list, bool]:
 
 
 def choose_teachers(call: dict, names: Sequence[str], student: str) -> None:
-    """Puts the rows' own of several teachers in the places of all of them.
+    """Puts the rows' own of several teachers in the places of all of them, by their index.
 
     names: the arguments of a teacher, in ``call``; student: the argument whose rows they have.
     """
     index = call["teacher_index"]
-    if index is None or call["backend"] == "reference":
+    if call["backend"] == "reference":
         return
     check(student, call[student], TENSOR)
     rows = call[student].shape[:-1]
@@ -133,8 +131,6 @@ def _of_rows(name: str, teachers: Sequence[Tensor], index: Tensor, dims: int) ->
 
 def check_teacher_weights(weights, several: bool) -> None:
     """What the ops, to which no weights are an empty list, cannot tell."""
-    if weights is None:
-        return
     if not several:
         raise ValueError("teacher_weights goes with several teachers only")
     if isinstance(weights, (list, tuple)) and not weights:
@@ -152,11 +148,9 @@ def wishes_of(call: dict) -> int:
     return bits
 
 
-def take_divisor(call: dict) -> Tensor | None:
-    """num_items where it is a tensor, which divides the kernels' sum; taken out of the call."""
+def take_divisor(call: dict) -> Tensor:
+    """num_items, a tensor, which divides the kernels' sum; taken out of the call."""
     num_items = call["num_items"]
-    if not isinstance(num_items, Tensor):
-        return None
     if num_items.numel() != 1 or num_items.is_complex():
         raise ValueError(
             f"num_items is a tensor of shape {list(num_items.shape)} and dtype {num_items.dtype}; "
@@ -219,12 +213,12 @@ def loss_of_call(call: dict, teachers: list, loss_of) -> Tensor | tuple[Tensor, 
     """The kernels' loss of a call: the arguments of one of the functions on logits, by name.
     `loss_of`: the same function of ``reference``.
     """
-    given = call
+    given, divisor, group = call, None, ""
     if isinstance(call["num_items"], Tensor):
         call = dict(call)
-    divisor, group = take_divisor(call), ""
-    if divisor is not None and _fits_weight(divisor, call):
-        call["weight"], divisor = _divided_weight(call, divisor), None
+        divisor = take_divisor(call)
+        if _fits_weight(divisor, call):
+            call["weight"], divisor = _divided_weight(call, divisor), None
     if call["process_group"] is not None or type(call["student_logits"]) is not Tensor:
         student_logits, teachers, group, first, classes = vocabulary_shard(
             call["student_logits"], teachers, call["process_group"]
@@ -235,6 +229,8 @@ def loss_of_call(call: dict, teachers: list, loss_of) -> Tensor | tuple[Tensor, 
             "all_classes": classes,
         }
     if is_compiling():
+        if needs_option_gradient(call):
+            return by_reference(loss_of, given)
         op = torch.ops.kdkernels.distillation_loss
         logits = for_floats(call["student_logits"], call.values())
         outputs = op(logits, teachers, *packed(call), wishes_of(call), group)

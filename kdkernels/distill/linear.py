@@ -16,6 +16,7 @@ from kdkernels.distill.calls import (
     choose_teachers,
     is_plain,
     listed,
+    needs_option_gradient,
     packed,
     result_of,
     take_divisor,
@@ -186,13 +187,15 @@ def linear_distillation_loss(
     teachers, heads = _teachers_of(call, form)
     if form != "values":
         call["tail"] = "none"
-    divisor, group = take_divisor(call), ""
+    divisor, group = take_divisor(call) if isinstance(num_items, Tensor) else None, ""
     if process_group is not None:
         classes, group = student_weight.shape[0], process_group.group_name
         call["first_class"] = process_group.rank() * classes
         call["all_classes"] = process_group.size() * classes
     others = [student_bias, call["teacher_index"], None, *heads]
     if is_compiling():
+        if needs_option_gradient(call):
+            return by_reference(reference.linear_distillation_loss, given)
         op = torch.ops.kdkernels.linear_distillation_loss
         rest = (*packed(call), wishes_of(call), group)
         hidden = for_floats(student_hidden, call.values())
@@ -223,16 +226,19 @@ def _teachers_of(call: dict, form: str) -> tuple[list, list]:
     if form == "hidden":
         if kind != "logits":
             raise ValueError(f'teacher_kind is "{kind}"; with teacher_hidden it takes "logits"')
-        check_teacher_weights(call["teacher_weights"], False)
+        if call["teacher_weights"] is not None:
+            check_teacher_weights(call["teacher_weights"], False)
         of = (call[f"teacher_{part}"] for part in ("hidden", "weight", "bias", "index"))
         found = reference.teacher_heads(*of)
         return [hidden for hidden, *_ in found], [x for _, *head in found for x in head]
     names = OF_TOP_K if form == "values" else ("teacher_logits",)
-    choose_teachers(call, names, "student_hidden")
+    if call["teacher_index"] is not None:
+        choose_teachers(call, names, "student_hidden")
     teachers, several = [call[names[0]]], False
     if form == "logits":
         teachers, several = listed(teachers[0], call["student_hidden"])
         if not teachers:
             raise ValueError("teacher_logits is empty; it takes at least one teacher")
-    check_teacher_weights(call["teacher_weights"], several)
+    if call["teacher_weights"] is not None:
+        check_teacher_weights(call["teacher_weights"], several)
     return teachers, [None, None] * len(teachers)

@@ -184,9 +184,11 @@ def distillation_loss(
         0.4031 tensor([[ 0.0319, -0.0769,  0.0450]])
     """
     call = locals()
-    choose_teachers(call, ("teacher_logits",), "student_logits")
+    if teacher_index is not None:
+        choose_teachers(call, ("teacher_logits",), "student_logits")
     teachers, several = listed(call["teacher_logits"], student_logits)
-    check_teacher_weights(teacher_weights, several)
+    if teacher_weights is not None:
+        check_teacher_weights(teacher_weights, several)
     if several:
         call["teacher_logits"] = teachers
     # The kernels make the gradient of one teacher.
@@ -301,7 +303,8 @@ def topk_distillation_loss(
         tensor([[ 0.0000, -0.1086,  0.1086,  0.0000]])
     """
     call = locals()
-    choose_teachers(call, OF_TOP_K, "student_logits")
+    if teacher_index is not None:
+        choose_teachers(call, OF_TOP_K, "student_logits")
     if is_plain(call, (call["teacher_values"],)):
         return by_reference(reference.topk_distillation_loss, call)
     return loss_of_call(call, [call["teacher_values"]], reference.topk_distillation_loss)

@@ -120,7 +120,6 @@ class Copy:
             "PYTHONDONTWRITEBYTECODE": "1",
             "KDKERNELS_EMULATED_ARCH": "90",
             "KDKERNELS_CUDA": "0",
-            "NVCC_APPEND_FLAGS": "-Ofc=mid",  # half of the time that all of -O3 takes
             "MAX_JOBS": str(jobs),
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "passive",
