@@ -31,11 +31,12 @@ def cases():
     import torch
 
     import kdkernels
+    from kdkernels.tools.comparisons import training_logits
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    student, teacher = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
-    labels = torch.randint(10, (64,))
+    student, teacher, labels = training_logits(64, 10, 0.1)
+    student.requires_grad_()
     tensors = [torch.randn(10 + i) for i in range(8)]
     parameters = [torch.randn(10 + i, requires_grad=True) for i in range(8)]
     for parameter in parameters:
